@@ -1,0 +1,66 @@
+//! What the source tells the destination about a machine's network, so that open connections live on.
+//!
+//! Sent with the proposal (addresses) and with the hand-over itself (neighbours and flows, sampled
+//! until the guest stopped). Purely data: applying it is the gateway's work.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::DeviceName;
+
+/// A link-layer address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Mac(pub [u8; 6]);
+
+/// An address block: `addr` need not be its first address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Prefix {
+    /// An address inside the block.
+    pub addr: IpAddr,
+    /// The block's length in bits.
+    pub len: u8,
+}
+
+/// One flow of the guest, as the guest's own packets carry it: local is the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FlowTuple {
+    /// IP protocol number (6 TCP, 17 UDP).
+    pub protocol: u8,
+    /// The guest's address.
+    pub local: IpAddr,
+    /// The guest's port.
+    pub local_port: u16,
+    /// The other end's address.
+    pub remote: IpAddr,
+    /// The other end's port.
+    pub remote_port: u16,
+}
+
+/// A neighbour that the guest may have in its ARP or NDP cache for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// The neighbour's address.
+    pub addr: IpAddr,
+    /// Its link-layer address at the home site.
+    pub mac: Mac,
+    /// It is a default router of the home LAN.
+    pub router: bool,
+}
+
+/// What one NIC needs at the visited site.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicHandover {
+    /// The NIC's name in the machine's definition.
+    pub nic: DeviceName,
+    /// The guest's link-layer address.
+    pub mac: Mac,
+    /// The guest's home addresses with the prefix length of the home LAN.
+    pub home: Vec<Prefix>,
+    /// The home LAN's routers and other neighbours the guest has spoken to.
+    pub neighbours: Vec<Neighbour>,
+    /// Destinations that are reached through the tunnel, old flows and new.
+    pub home_prefixes: Vec<Prefix>,
+    /// Flows seen before the move.
+    pub flows: Vec<FlowTuple>,
+}

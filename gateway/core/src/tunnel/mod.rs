@@ -1,0 +1,3 @@
+//! What the tunnel decides: which packets travel, which flows are old, when it may end.
+
+pub mod handover;

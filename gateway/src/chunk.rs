@@ -1,0 +1,38 @@
+//! The seam between what produces bulk data (memory, disk) and what carries it (link).
+//!
+//! A chunk channel is ordered, numbered, acknowledged and bounded, and it outlives the connection
+//! that carries it: while a link is down, `send` waits and nothing is lost. The traits say nothing of
+//! QUIC, so that pumps are tested against a queue.
+
+use std::future::Future;
+
+use bytes::Bytes;
+
+/// The largest chunk in bytes. Below 1 MiB, so that chunk and header fit one short QUIC stream that
+/// can never hold more than the 1024 gaps at which quinn gives a connection up.
+pub const MAX_CHUNK: usize = (1 << 20) - 1024;
+
+/// The channel was closed by its other end or by the end of the migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("The bulk channel is closed")]
+pub struct ChunkClosed;
+
+/// The sending end of a chunk channel.
+pub trait ChunkSend: Send + 'static {
+    /// Queues one chunk of at most [`MAX_CHUNK`] bytes, waiting while the window is full.
+    fn send(&mut self, chunk: Bytes) -> impl Future<Output = Result<(), ChunkClosed>> + Send;
+
+    /// Queues one chunk without waiting, whatever the window says. For the bytes that QEMU still
+    /// writes after the guest was stopped: a reader that stalls then would hang its monitor.
+    fn absorb(&mut self, chunk: Bytes) -> Result<(), ChunkClosed>;
+
+    /// Bytes queued or sent that the other end has not acknowledged.
+    fn unacknowledged(&self) -> u64;
+}
+
+/// The receiving end of a chunk channel.
+pub trait ChunkRecv: Send + 'static {
+    /// The next chunk in order; `None` when the channel was closed. Taking a chunk acknowledges the
+    /// one before it, so at most the window plus one chunk is held here.
+    fn recv(&mut self) -> impl Future<Output = Option<Bytes>> + Send;
+}

@@ -1,0 +1,20 @@
+//! The Longhaul gateway: everything that touches the world.
+//!
+//! Decisions are made in `longhaul-core`; the modules here carry them out. The edges (`link`,
+//! `hypervisor`, `memory`, `disk`, `tunnel`, `dns`) do not import one another: they meet in
+//! `migration`, where actions are performed, and in `daemon`, where the gateway is built.
+
+pub mod api;
+pub mod chunk;
+pub mod cli;
+pub mod config;
+pub mod disk;
+pub mod dns;
+pub mod hypervisor;
+pub mod identity;
+pub mod journal;
+pub mod link;
+pub mod memory;
+pub mod metrics;
+pub mod migration;
+pub mod tunnel;
