@@ -1,1 +1,336 @@
-//! Placeholder.
+//! What survives a crash: records of migrations, the ledger of machines, the anchors.
+//!
+//! One redb file; every commit is fsynced before it returns, and a migration's record changes the
+//! ledger in the same transaction. [`Journal::commit`] is the only way from a [`Step`] to its
+//! actions, so nothing that follows from a record can come before it. The journal interprets
+//! nothing but the order of records; recovery reads it back and folds it in the core.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use longhaul_core::ids::{MigrationId, VmName};
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::record::{Entry, IllegalRecord, Record};
+use longhaul_core::migration::step::Step;
+
+/// Records by migration and number.
+const ENTRIES: TableDefinition<(u128, u32), &[u8]> = TableDefinition::new("entries");
+/// The other site of each migration, by migration.
+const PEERS: TableDefinition<u128, &[u8]> = TableDefinition::new("attempts");
+/// Who owns which machine, by the machine's name.
+const OWNERSHIP: TableDefinition<&str, &[u8]> = TableDefinition::new("ownership");
+/// What this site knows of a machine besides, by the machine's name.
+const MACHINES: TableDefinition<&str, &[u8]> = TableDefinition::new("machines");
+/// Machines that left and whose connections are still held here, by the machine's name.
+const ANCHORS: TableDefinition<&str, &[u8]> = TableDefinition::new("anchors");
+
+/// What kept the journal from being read or written. The gateway stops deciding when it sees one.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file could not be opened.
+    #[error("Cannot open the journal {path}; is another gateway running on it?")]
+    Open {
+        /// The file.
+        path: String,
+        /// The store's error.
+        #[source]
+        source: redb::DatabaseError,
+    },
+    /// The store failed.
+    #[error("Journal cannot be read or written; check the disk it is on")]
+    Store(#[source] Box<redb::Error>),
+    /// A value does not decode.
+    #[error("Journal holds a value that this version cannot read; do not start an older version on it")]
+    Decode(#[source] postcard::Error),
+    /// Records are out of order.
+    #[error(transparent)]
+    Order(#[from] IllegalRecord),
+    /// The task that writes was cancelled by the end of the runtime.
+    #[error("Gateway is shutting down")]
+    Closed,
+}
+
+/// One migration as the journal holds it.
+#[derive(Debug, Clone)]
+pub struct History {
+    /// What was attempted.
+    pub attempt: Attempt,
+    /// The records in order.
+    pub entries: Vec<Entry>,
+}
+
+/// The gateway's durable state. Cheap to clone; the store serialises writers.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    database: Arc<Database>,
+}
+
+impl Journal {
+    /// Opens or creates the journal at `path`.
+    pub fn open(path: &Path) -> Result<Self, JournalError> {
+        let database = Database::create(path)
+            .map_err(|source| JournalError::Open { path: path.display().to_string(), source })?;
+        let journal = Self { database: Arc::new(database) };
+        journal.write(|transaction| {
+            transaction.open_table(ENTRIES)?;
+            transaction.open_table(PEERS)?;
+            transaction.open_table(OWNERSHIP)?;
+            transaction.open_table(MACHINES)?;
+            transaction.open_table(ANCHORS)?;
+            Ok(())
+        })?;
+        Ok(journal)
+    }
+
+    /// Makes the step's record durable, then hands out its actions.
+    pub async fn commit<A: Send + 'static>(
+        &self,
+        attempt: &Attempt,
+        step: Step<A>,
+    ) -> Result<Vec<A>, JournalError> {
+        if let Some(record) = step.pending_record() {
+            let (journal, attempt, record) = (self.clone(), attempt.clone(), record.clone());
+            tokio::task::spawn_blocking(move || journal.append(&attempt, &record))
+                .await
+                .map_err(|_| JournalError::Closed)??;
+        }
+        Ok(step.after_record())
+    }
+
+    fn append(&self, attempt: &Attempt, record: &Record) -> Result<(), JournalError> {
+        let entries = self.entries(attempt.id)?;
+        Record::check_order(entries.last().map(|entry| &entry.record), record)?;
+        let before = self.ownership(&attempt.vm)?;
+        let after = Ownership::after(before.as_ref(), record, attempt.epoch, &attempt.peer);
+        let entry = Entry {
+            vm: attempt.vm.clone(),
+            epoch: attempt.epoch,
+            at_unix_ms: unix_ms(),
+            record: record.clone(),
+        };
+        let entry = encode(&entry)?;
+        let attempt_bytes = encode(attempt)?;
+        let after = after.map(|after| encode(&after)).transpose()?;
+        self.write(|transaction| {
+            transaction.open_table(PEERS)?.insert(attempt.id.0, attempt_bytes.as_slice())?;
+            let key = (attempt.id.0, entries.len() as u32);
+            transaction.open_table(ENTRIES)?.insert(key, entry.as_slice())?;
+            let mut ownership = transaction.open_table(OWNERSHIP)?;
+            match &after {
+                Some(after) => ownership.insert(attempt.vm.as_str(), after.as_slice())?,
+                None => ownership.remove(attempt.vm.as_str())?,
+            };
+            Ok(())
+        })
+    }
+
+    /// The records of one migration, in order.
+    pub fn entries(&self, id: MigrationId) -> Result<Vec<Entry>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(ENTRIES).map_err(store)?;
+        let mut entries = Vec::new();
+        for row in table.range((id.0, 0)..=(id.0, u32::MAX)).map_err(store)? {
+            let (_, value) = row.map_err(store)?;
+            entries.push(decode(value.value())?);
+        }
+        Ok(entries)
+    }
+
+    /// Every migration the journal holds.
+    pub fn histories(&self) -> Result<Vec<History>, JournalError> {
+        let attempts: Vec<Attempt> = {
+            let transaction = self.database.begin_read().map_err(store)?;
+            let table = transaction.open_table(PEERS).map_err(store)?;
+            let mut attempts = Vec::new();
+            for row in table.iter().map_err(store)? {
+                attempts.push(decode(row.map_err(store)?.1.value())?);
+            }
+            attempts
+        };
+        attempts
+            .into_iter()
+            .map(|attempt| Ok(History { entries: self.entries(attempt.id)?, attempt }))
+            .collect()
+    }
+
+    /// Who owns `vm`, if this site knows it.
+    pub fn ownership(&self, vm: &VmName) -> Result<Option<Ownership>, JournalError> {
+        self.row(OWNERSHIP, vm.as_str())
+    }
+
+    /// Takes a machine that was defined or adopted here into the ledger.
+    pub fn define(&self, vm: &VmName, ownership: &Ownership) -> Result<(), JournalError> {
+        self.put(OWNERSHIP, vm.as_str(), ownership)
+    }
+
+    /// What this site knows of every machine.
+    pub fn machines<T: DeserializeOwned>(&self) -> Result<Vec<(VmName, T)>, JournalError> {
+        self.rows(MACHINES)
+    }
+
+    /// Writes what this site knows of a machine.
+    pub fn put_machine<T: Serialize>(&self, vm: &VmName, row: &T) -> Result<(), JournalError> {
+        self.put(MACHINES, vm.as_str(), row)
+    }
+
+    /// Forgets a machine altogether.
+    pub fn remove_machine(&self, vm: &VmName) -> Result<(), JournalError> {
+        self.write(|transaction| {
+            transaction.open_table(MACHINES)?.remove(vm.as_str())?;
+            transaction.open_table(OWNERSHIP)?.remove(vm.as_str())?;
+            Ok(())
+        })
+    }
+
+    /// Machines that left and are still anchored here.
+    pub fn anchors<T: DeserializeOwned>(&self) -> Result<Vec<(VmName, T)>, JournalError> {
+        self.rows(ANCHORS)
+    }
+
+    /// Writes an anchor.
+    pub fn put_anchor<T: Serialize>(&self, vm: &VmName, row: &T) -> Result<(), JournalError> {
+        self.put(ANCHORS, vm.as_str(), row)
+    }
+
+    /// Forgets an anchor.
+    pub fn remove_anchor(&self, vm: &VmName) -> Result<(), JournalError> {
+        self.write(|transaction| {
+            transaction.open_table(ANCHORS)?.remove(vm.as_str())?;
+            Ok(())
+        })
+    }
+
+    fn row<T: DeserializeOwned>(
+        &self,
+        table: TableDefinition<&str, &[u8]>,
+        key: &str,
+    ) -> Result<Option<T>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(table).map_err(store)?;
+        let value = table.get(key).map_err(store)?;
+        value.map(|value| decode(value.value())).transpose()
+    }
+
+    fn rows<T: DeserializeOwned>(
+        &self,
+        table: TableDefinition<&str, &[u8]>,
+    ) -> Result<Vec<(VmName, T)>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(table).map_err(store)?;
+        let mut rows = Vec::new();
+        for row in table.iter().map_err(store)? {
+            let (key, value) = row.map_err(store)?;
+            let name =
+                key.value().parse().map_err(|_| JournalError::Decode(postcard::Error::SerdeDeCustom))?;
+            rows.push((name, decode(value.value())?));
+        }
+        Ok(rows)
+    }
+
+    fn put<T: Serialize>(
+        &self,
+        table: TableDefinition<&str, &[u8]>,
+        key: &str,
+        row: &T,
+    ) -> Result<(), JournalError> {
+        let bytes = encode(row)?;
+        self.write(|transaction| {
+            transaction.open_table(table)?.insert(key, bytes.as_slice())?;
+            Ok(())
+        })
+    }
+
+    fn write(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), JournalError> {
+        // redb's default durability is Immediate: commit returns after fsync.
+        let transaction = self.database.begin_write().map_err(store)?;
+        change(&transaction).map_err(store)?;
+        transaction.commit().map_err(store)
+    }
+}
+
+/// Milliseconds since the UNIX epoch.
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+fn store(error: impl Into<redb::Error>) -> JournalError {
+    JournalError::Store(Box::new(error.into()))
+}
+
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, JournalError> {
+    postcard::to_allocvec(value).map_err(JournalError::Decode)
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JournalError> {
+    postcard::from_bytes(bytes).map_err(JournalError::Decode)
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::message::{Handover, Refusal};
+    use longhaul_core::migration::record::{DestinationRecord, SourceRecord};
+
+    use super::*;
+
+    fn attempt() -> Attempt {
+        Attempt {
+            id: MigrationId(9),
+            vm: "web1".parse().unwrap(),
+            peer: "b".parse().unwrap(),
+            epoch: Epoch(1),
+        }
+    }
+
+    fn loaded() -> Record {
+        Record::Destination(DestinationRecord::Loaded)
+    }
+
+    #[tokio::test]
+    async fn a_record_out_of_order_is_refused_and_its_actions_are_not_handed_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&folder.path().join("journal")).unwrap();
+        let step = Step::record(loaded(), vec!["act"]);
+        assert!(matches!(journal.commit(&attempt(), step).await, Err(JournalError::Order(_))));
+        assert!(journal.histories().unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_was_committed_is_there_after_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        {
+            let journal = Journal::open(&path).unwrap();
+            journal.define(&attempt().vm, &Ownership::Here { epoch: Epoch(0) }).unwrap();
+            let records = [SourceRecord::PreCopy {
+                reservation: longhaul_core::migration::message::Reservation { care_of: Vec::new() },
+            }];
+            let first = Record::Source(records[0].clone());
+            assert!(journal.commit(&attempt(), Step::record(first, vec![()])).await.is_err());
+        }
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.ownership(&attempt().vm).unwrap(), Some(Ownership::Here { epoch: Epoch(0) }));
+    }
+
+    #[test]
+    fn committed_takes_the_machine_away_and_a_durable_refusal_brings_it_back() {
+        let peer = attempt().peer;
+        let here = Ownership::Here { epoch: Epoch(0) };
+        let committed =
+            Record::Source(SourceRecord::Committed { handover: Box::new(Handover { nics: Vec::new() }) });
+        let away = Ownership::after(Some(&here), &committed, Epoch(1), &peer).unwrap();
+        assert!(away.permit(&attempt().vm, None).is_err());
+        let returned = Record::Source(SourceRecord::Returned { why: Refusal::Operator });
+        let back = Ownership::after(Some(&away), &returned, Epoch(1), &peer).unwrap();
+        assert!(back.permit(&attempt().vm, None).is_ok());
+    }
+}

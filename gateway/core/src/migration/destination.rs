@@ -1,0 +1,384 @@
+//! The destination's side of one migration: see the diagram in [`super`].
+//!
+//! It begins with a reservation; a proposal is answered without a machine, because nothing is held
+//! for it. Consumed by value and handed back with a [`Step`].
+//!
+//! ```text
+//!  Preparing -> Receiving -> Loaded -> Activating -> Done(Active)
+//!      \            \           \
+//!       `------------`-----------`--> Refusing ----> Done(Refused)
+//! ```
+//!
+//! * `Loaded` has no deadline: the source may have committed, and a machine that both sides let go
+//!   of would be lost. It waits for the source's word and says so;
+//! * `Activating` is entered with the record `Activated` and left only forward.
+
+use std::mem;
+use std::time::Duration;
+
+use crate::ids::SiteName;
+use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
+use crate::migration::permit::RunPermit;
+use crate::migration::record::{DestinationRecord, Record};
+use crate::migration::step::Step;
+use crate::migration::{Attempt, Stage};
+
+/// How long the destination waits for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DestinationLimits {
+    /// Before `Loaded`, a link that is down for longer than this frees what is held (default 11 min,
+    /// more than the source's `cut_limit`).
+    pub cut_limit: Duration,
+    /// Unanswered messages are repeated this often (default 1 s).
+    pub repeat: Duration,
+}
+
+impl Default for DestinationLimits {
+    fn default() -> Self {
+        Self { cut_limit: Duration::from_secs(660), repeat: Duration::from_secs(1) }
+    }
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The link to the source is up.
+    LinkUp,
+    /// It is down.
+    LinkDown,
+    /// The source said something.
+    Peer(MigrationMessage),
+    /// A QEMU waits for the machine, disks are exported, addresses are held.
+    Prepared,
+    /// Every barrier is proven, QEMU says loaded, the disks are flushed and their exports are gone.
+    Loaded,
+    /// The guest runs here, or is here paused as its user had left it.
+    Activated,
+    /// Everything held was given back.
+    Discarded,
+    /// Something local failed.
+    Failed(Refusal),
+    /// A deadline may have passed.
+    Tick,
+}
+
+/// What the gateway is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Hold memory, disks and addresses and start the waiting QEMU: reports `Prepared` or `Failed`,
+    /// later `Loaded` or `Failed`.
+    Prepare,
+    /// Say something to the source. May be lost.
+    Send(MigrationMessage),
+    /// Install the rules, resume the guest, announce: reports `Activated`.
+    Activate(RunPermit, Box<Handover>),
+    /// Give back everything: reports `Discarded`.
+    Discard,
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The machine is here.
+    Active,
+    /// It is not and will not be; why.
+    Refused(Refusal),
+}
+
+#[derive(Debug)]
+enum State {
+    Preparing,
+    Receiving,
+    Loaded,
+    Activating { done: bool },
+    Refusing { why: Refusal },
+    Done(Outcome),
+}
+
+/// One migration at the site the machine comes to.
+#[derive(Debug)]
+pub struct Destination {
+    attempt: Attempt,
+    reservation: Reservation,
+    limits: DestinationLimits,
+    link_down_since: Option<Duration>,
+    next_repeat: Duration,
+    state: State,
+}
+
+impl Destination {
+    /// Begins: the proposal passed policy and admission, and the source asks to hold things.
+    pub fn begin(
+        attempt: Attempt,
+        proposal: Box<Proposal>,
+        reservation: Reservation,
+        limits: DestinationLimits,
+        now: Duration,
+    ) -> (Self, Step<Action>) {
+        let record = DestinationRecord::Reserved {
+            peer: attempt.peer.clone(),
+            proposal,
+            reservation: reservation.clone(),
+        };
+        let next_repeat = now + limits.repeat;
+        let state = State::Preparing;
+        let destination = Self { attempt, reservation, limits, link_down_since: None, next_repeat, state };
+        (destination, Step::record(Record::Destination(record), vec![Action::Prepare]))
+    }
+
+    /// Goes on after a restart of the gateway at `site`. What was not loaded is lost with QEMU's
+    /// sockets and is refused durably; what was loaded waits on; what was activated is activated
+    /// again.
+    pub fn recover(
+        attempt: Attempt,
+        reservation: Reservation,
+        last: DestinationRecord,
+        limits: DestinationLimits,
+        site: &SiteName,
+        now: Duration,
+    ) -> (Self, Step<Action>) {
+        let state = State::Preparing;
+        let mut destination =
+            Self { attempt, reservation, limits, link_down_since: Some(now), next_repeat: now, state };
+        let step = match last {
+            DestinationRecord::Reserved { .. } => destination.refuse(Refusal::Restarted(site.clone())),
+            DestinationRecord::Loaded => {
+                destination.state = State::Loaded;
+                Step::nothing()
+            }
+            DestinationRecord::Activated { handover } => {
+                destination.state = State::Activating { done: false };
+                let permit = destination.permit();
+                Step::act(vec![Action::Activate(permit, handover)])
+            }
+            DestinationRecord::Refused { why } => {
+                destination.state = State::Refusing { why };
+                Step::act(vec![Action::Discard])
+            }
+        };
+        (destination, step)
+    }
+
+    /// What is attempted.
+    pub fn attempt(&self) -> &Attempt {
+        &self.attempt
+    }
+
+    /// The stage for people.
+    pub fn stage(&self) -> Stage {
+        match &self.state {
+            State::Preparing => Stage::Reservation,
+            State::Receiving => Stage::PreCopy,
+            State::Loaded => Stage::Commitment,
+            State::Activating { .. } | State::Refusing { .. } | State::Done(_) => Stage::Activation,
+        }
+    }
+
+    /// How it ended, once it has.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        if let State::Done(outcome) = &self.state { Some(outcome) } else { None }
+    }
+
+    /// When [`Event::Tick`] is due at the latest.
+    pub fn deadline(&self) -> Option<Duration> {
+        let cut = match &self.state {
+            State::Preparing | State::Receiving => self.link_down_since.map(|at| at + self.limits.cut_limit),
+            State::Loaded | State::Activating { .. } | State::Refusing { .. } | State::Done(_) => None,
+        };
+        let repeat = matches!(self.state, State::Loaded).then_some(self.next_repeat);
+        [cut, repeat].into_iter().flatten().min()
+    }
+
+    /// Takes one event.
+    pub fn handle(mut self, event: Event, now: Duration) -> (Self, Step<Action>) {
+        let step = match event {
+            Event::LinkUp => {
+                self.link_down_since = None;
+                self.repeat(now)
+            }
+            Event::LinkDown => {
+                self.link_down_since.get_or_insert(now);
+                Step::nothing()
+            }
+            Event::Peer(message) => self.on_message(message),
+            Event::Prepared => self.on_prepared(),
+            Event::Loaded => self.on_loaded(now),
+            Event::Activated => self.on_activated(),
+            Event::Discarded => self.on_discarded(),
+            Event::Failed(why) => self.on_failed(why),
+            Event::Tick => self.on_tick(now),
+        };
+        (self, step)
+    }
+
+    fn on_message(&mut self, message: MigrationMessage) -> Step<Action> {
+        match message {
+            MigrationMessage::Reserve { epoch } if epoch == self.attempt.epoch => self.answer_reserve(),
+            MigrationMessage::Commit { epoch, handover } if epoch == self.attempt.epoch => {
+                self.on_commit(handover)
+            }
+            MigrationMessage::Abort { epoch, why } if epoch == self.attempt.epoch => self.on_abort(why),
+            // A repeated proposal: the answer is what became of it.
+            MigrationMessage::Propose(_) => Step::act(vec![Action::Send(MigrationMessage::Accept)]),
+            // Of another epoch: late, and about nothing that concerns this attempt.
+            MigrationMessage::Reserve { .. }
+            | MigrationMessage::Commit { .. }
+            | MigrationMessage::Abort { .. } => Step::nothing(),
+            MigrationMessage::Accept
+            | MigrationMessage::Reserved(_)
+            | MigrationMessage::Decline(_)
+            | MigrationMessage::Loaded { .. }
+            | MigrationMessage::Activated { .. }
+            | MigrationMessage::Refused { .. }
+            | MigrationMessage::Unknown => self.on_failed(Refusal::PeerMisbehaved(
+                "a destination's message was sent to the destination".into(),
+            )),
+        }
+    }
+
+    fn answer_reserve(&mut self) -> Step<Action> {
+        match &self.state {
+            State::Receiving => {
+                Step::act(vec![Action::Send(MigrationMessage::Reserved(self.reservation.clone()))])
+            }
+            State::Refusing { why } | State::Done(Outcome::Refused(why)) => {
+                let refused = MigrationMessage::Refused { epoch: self.attempt.epoch, why: why.clone() };
+                Step::act(vec![Action::Send(refused)])
+            }
+            State::Preparing | State::Loaded | State::Activating { .. } | State::Done(Outcome::Active) => {
+                Step::nothing()
+            }
+        }
+    }
+
+    fn on_prepared(&mut self) -> Step<Action> {
+        if !matches!(self.state, State::Preparing) {
+            return Step::nothing();
+        }
+        self.state = State::Receiving;
+        self.answer_reserve()
+    }
+
+    fn on_loaded(&mut self, now: Duration) -> Step<Action> {
+        if !matches!(self.state, State::Receiving) {
+            return Step::nothing();
+        }
+        self.state = State::Loaded;
+        self.next_repeat = now + self.limits.repeat;
+        let loaded = MigrationMessage::Loaded { epoch: self.attempt.epoch };
+        Step::record(Record::Destination(DestinationRecord::Loaded), vec![Action::Send(loaded)])
+    }
+
+    fn on_commit(&mut self, handover: Box<Handover>) -> Step<Action> {
+        match mem::replace(&mut self.state, State::Preparing) {
+            State::Loaded => {
+                self.state = State::Activating { done: false };
+                let permit = self.permit();
+                Step::record(
+                    Record::Destination(DestinationRecord::Activated { handover: handover.clone() }),
+                    vec![Action::Activate(permit, handover)],
+                )
+            }
+            // The confirmed mode never commits before Loaded; a machine that is not here cannot run.
+            early @ (State::Preparing | State::Receiving) => {
+                self.state = early;
+                self.refuse(Refusal::PeerMisbehaved("committed before the machine was loaded".into()))
+            }
+            done @ (State::Activating { done: true } | State::Done(Outcome::Active)) => {
+                self.state = done;
+                self.say_activated()
+            }
+            waiting @ State::Activating { done: false } => {
+                self.state = waiting;
+                Step::nothing()
+            }
+            State::Refusing { why } => {
+                self.state = State::Refusing { why };
+                self.answer_reserve()
+            }
+            State::Done(outcome @ Outcome::Refused(_)) => {
+                self.state = State::Done(outcome);
+                self.answer_reserve()
+            }
+        }
+    }
+
+    fn on_abort(&mut self, why: Refusal) -> Step<Action> {
+        match &self.state {
+            State::Preparing | State::Receiving | State::Loaded => self.refuse(why),
+            State::Refusing { .. } | State::Done(Outcome::Refused(_)) => self.answer_reserve(),
+            State::Activating { done: true } | State::Done(Outcome::Active) => self.say_activated(),
+            State::Activating { done: false } => Step::nothing(),
+        }
+    }
+
+    fn on_failed(&mut self, why: Refusal) -> Step<Action> {
+        match &self.state {
+            State::Preparing | State::Receiving | State::Loaded => self.refuse(why),
+            // The machine is ours: a failure here is ours to repair, never the source's to undo.
+            State::Activating { .. } | State::Refusing { .. } | State::Done(_) => Step::nothing(),
+        }
+    }
+
+    fn refuse(&mut self, why: Refusal) -> Step<Action> {
+        self.state = State::Refusing { why: why.clone() };
+        let tell = MigrationMessage::Refused { epoch: self.attempt.epoch, why: why.clone() };
+        Step::record(
+            Record::Destination(DestinationRecord::Refused { why }),
+            vec![Action::Send(tell), Action::Discard],
+        )
+    }
+
+    fn on_activated(&mut self) -> Step<Action> {
+        if !matches!(self.state, State::Activating { done: false }) {
+            return Step::nothing();
+        }
+        self.state = State::Done(Outcome::Active);
+        self.say_activated()
+    }
+
+    fn say_activated(&self) -> Step<Action> {
+        Step::act(vec![Action::Send(MigrationMessage::Activated { epoch: self.attempt.epoch })])
+    }
+
+    fn on_discarded(&mut self) -> Step<Action> {
+        if let State::Refusing { why } = &self.state {
+            self.state = State::Done(Outcome::Refused(why.clone()));
+        }
+        Step::nothing()
+    }
+
+    fn on_tick(&mut self, now: Duration) -> Step<Action> {
+        let waits = matches!(self.state, State::Preparing | State::Receiving);
+        if let Some(since) = self.link_down_since
+            && waits
+            && now >= since + self.limits.cut_limit
+        {
+            return self.refuse(Refusal::Link(format!("{} s", (now - since).as_secs())));
+        }
+        if now < self.next_repeat {
+            return Step::nothing();
+        }
+        self.repeat(now)
+    }
+
+    fn repeat(&mut self, now: Duration) -> Step<Action> {
+        self.next_repeat = now + self.limits.repeat;
+        match &self.state {
+            State::Loaded => {
+                Step::act(vec![Action::Send(MigrationMessage::Loaded { epoch: self.attempt.epoch })])
+            }
+            State::Receiving => self.answer_reserve(),
+            State::Preparing | State::Activating { .. } | State::Refusing { .. } | State::Done(_) => {
+                Step::nothing()
+            }
+        }
+    }
+
+    /// Called only in the step that records `Activated`, or when that record was found: see
+    /// [`super`].
+    fn permit(&self) -> RunPermit {
+        debug_assert!(matches!(self.state, State::Activating { .. }), "a permit before Activated");
+        RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch)
+    }
+}

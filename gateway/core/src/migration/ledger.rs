@@ -1,0 +1,102 @@
+//! Which machines this site owns, folded from the records.
+//!
+//! The ledger is written in the same transaction as the record that changes it, so the two cannot
+//! disagree. It is what a start gate asks: a machine that was committed to another site is not
+//! started here again, whatever disk is still lying around.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, SiteName, VmName};
+use crate::migration::permit::RunPermit;
+use crate::migration::record::{DestinationRecord, Record, SourceRecord};
+
+/// Where one machine stands, as far as this site knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ownership {
+    /// Ours.
+    Here {
+        /// Since this hand-over; 0 for a machine that was defined here.
+        epoch: Epoch,
+    },
+    /// Somebody else's: it left in this epoch.
+    Away {
+        /// The site it was committed to.
+        site: SiteName,
+        /// The epoch that began there.
+        epoch: Epoch,
+    },
+    /// On its way to us, not ours.
+    Arriving {
+        /// The epoch that would begin here.
+        epoch: Epoch,
+    },
+}
+
+impl Ownership {
+    /// The epoch known here.
+    pub fn epoch(&self) -> Epoch {
+        match self {
+            Self::Here { epoch } | Self::Away { epoch, .. } | Self::Arriving { epoch } => *epoch,
+        }
+    }
+
+    /// What the ownership is after `record` of the migration that creates `epoch` with `peer`;
+    /// `None` where the machine is no longer known here.
+    pub fn after(before: Option<&Self>, record: &Record, epoch: Epoch, peer: &SiteName) -> Option<Self> {
+        match record {
+            Record::Source(SourceRecord::Committed { .. }) => Some(Self::Away { site: peer.clone(), epoch }),
+            Record::Source(SourceRecord::Returned { .. }) => Some(Self::Here { epoch }),
+            Record::Source(
+                SourceRecord::Reserved { .. }
+                | SourceRecord::PreCopy { .. }
+                | SourceRecord::Parked
+                | SourceRecord::Released
+                | SourceRecord::Aborted { .. },
+            ) => before.cloned(),
+            Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded) => {
+                match before {
+                    Some(away @ Self::Away { .. }) => Some(away.clone()),
+                    Some(Self::Here { .. } | Self::Arriving { .. }) | None => Some(Self::Arriving { epoch }),
+                }
+            }
+            Record::Destination(DestinationRecord::Activated { .. }) => Some(Self::Here { epoch }),
+            Record::Destination(DestinationRecord::Refused { .. }) => match before {
+                Some(Self::Arriving { .. }) | None => None,
+                Some(other @ (Self::Here { .. } | Self::Away { .. })) => Some(other.clone()),
+            },
+        }
+    }
+
+    /// The permit to start a machine that this site owns and that is not in a migration.
+    ///
+    /// The caller gives the last source record of an unfinished migration, if there is one: a machine
+    /// that was stopped for the hand-over is resumed by its own migration only.
+    pub fn permit(&self, vm: &VmName, unfinished: Option<&SourceRecord>) -> Result<RunPermit, MayNotRun> {
+        match (self, unfinished) {
+            (Self::Here { epoch }, None) => Ok(RunPermit::grant(vm.clone(), *epoch)),
+            (Self::Here { .. }, Some(_)) => Err(MayNotRun::Moving(vm.clone())),
+            (Self::Away { site, epoch }, _) => {
+                Err(MayNotRun::Away { vm: vm.clone(), site: site.clone(), epoch: *epoch })
+            }
+            (Self::Arriving { .. }, _) => Err(MayNotRun::Moving(vm.clone())),
+        }
+    }
+}
+
+/// Why a machine may not be started here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MayNotRun {
+    /// It left.
+    #[error("Machine {vm} left for site {site} in epoch {epoch}; start or move it there")]
+    Away {
+        /// The machine.
+        vm: VmName,
+        /// Its owner.
+        site: SiteName,
+        /// Since when.
+        epoch: Epoch,
+    },
+    /// It is being moved.
+    #[error("Machine {0} is being moved; wait for the migration or abort it")]
+    Moving(VmName),
+}

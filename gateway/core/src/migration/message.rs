@@ -1,0 +1,179 @@
+//! What the two machines of one migration say to each other, and why something is refused.
+//!
+//! Every message may be lost, doubled or late: a machine repeats what it still needs answered and
+//! ignores what no longer fits. Local errors never travel; they are mapped to [`Refusal`].
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{DeviceName, Epoch, SiteName};
+use crate::machine::MachineDefinition;
+use crate::migration::CommitMode;
+use crate::tunnel::handover::{NicHandover, Prefix};
+
+/// The longest text a refusal carries, in bytes; longer ones are cut.
+pub const MAX_REASON: usize = 512;
+
+/// One message of one migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MigrationMessage {
+    /// Source, stage 0: may this machine come, and could it run?
+    Propose(Box<Proposal>),
+    /// Destination: yes. Nothing is held yet.
+    Accept,
+    /// Source, stage 1: hold what it needs.
+    Reserve {
+        /// The epoch this migration would create.
+        epoch: Epoch,
+    },
+    /// Destination: everything is held and a QEMU waits for the machine.
+    Reserved(Reservation),
+    /// Destination: no, or not any more. Not durable, and only before `Loaded`.
+    Decline(Refusal),
+    /// Destination, stage 3: state and disks are here and proven.
+    Loaded {
+        /// The epoch that would begin.
+        epoch: Epoch,
+    },
+    /// Source, stage 4: the machine is yours. Sent only after `Committed` is durable.
+    Commit {
+        /// The epoch that begins.
+        epoch: Epoch,
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// Destination: the guest runs here. Sent only after `Activated` is durable.
+    Activated {
+        /// The epoch that began.
+        epoch: Epoch,
+    },
+    /// Destination: durably refused. It will never run the machine under this epoch.
+    Refused {
+        /// The refused epoch.
+        epoch: Epoch,
+        /// Why.
+        why: Refusal,
+    },
+    /// Source: the attempt is over; forget it.
+    Abort {
+        /// The epoch that will not begin.
+        epoch: Epoch,
+        /// Why.
+        why: Refusal,
+    },
+    /// Destination: it has no record of this migration. Not a refusal.
+    Unknown,
+}
+
+/// What the source asks the destination to take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// The machine, without anything of the source's own paths and names.
+    pub definition: MachineDefinition,
+    /// The site at which the home addresses live.
+    pub home_site: SiteName,
+    /// The source's hypervisor version, for the destination's check.
+    pub hypervisor: String,
+    /// The epoch the machine is in now.
+    pub epoch: Epoch,
+    /// The user had not paused it: it is to run at the other side.
+    pub running: bool,
+    /// How it is handed over.
+    pub commit: CommitMode,
+    /// Its NICs' addresses and neighbours; flows come with [`Handover`].
+    pub nics: Vec<NicHandover>,
+}
+
+/// What the destination holds for the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reservation {
+    /// The address at the visited site for each home address that gets one.
+    pub care_of: Vec<CareOf>,
+}
+
+/// One home address and its stand-in at the visited site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CareOf {
+    /// The NIC in the machine's definition.
+    pub nic: DeviceName,
+    /// The address the guest believes it has.
+    pub home: Prefix,
+    /// The address new clients are sent to.
+    pub addr: IpAddr,
+}
+
+/// What travels with the commitment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Per NIC: neighbours and flows as they were when the guest stopped.
+    pub nics: Vec<NicHandover>,
+}
+
+/// Why one side does not take part: the closed set that travels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// Policy: this peer may not send or receive this machine.
+    #[error("Site {site} does not allow this machine: {rule}")]
+    NotAllowed {
+        /// The refusing site.
+        site: SiteName,
+        /// The rule, by its configuration key.
+        rule: String,
+    },
+    /// The machine is already moving or already there.
+    #[error("Machine is busy: {0}")]
+    Busy(String),
+    /// Not enough of something.
+    #[error("Not enough {what}: {wanted} wanted, {available} available")]
+    NotEnough {
+        /// Memory, disk or care-of addresses.
+        what: String,
+        /// As text with unit.
+        wanted: String,
+        /// As text with unit.
+        available: String,
+    },
+    /// The hypervisor or the site's configuration cannot run it.
+    #[error("Cannot run this machine: {0}")]
+    Incompatible(String),
+    /// Something in it cannot travel.
+    #[error("Machine cannot travel: {0}")]
+    CannotTravel(String),
+    /// The name service would not follow.
+    #[error("Names cannot follow: {0}")]
+    Names(String),
+    /// The state that arrived is not the state that left.
+    #[error("Verification failed: {0}")]
+    Verification(String),
+    /// The link was away too long.
+    #[error("Link to the other site was down too long: {0}")]
+    Link(String),
+    /// The hypervisor failed.
+    #[error("Hypervisor failed: {0}")]
+    Hypervisor(String),
+    /// An operator ended it.
+    #[error("Aborted by the operator")]
+    Operator,
+    /// A gateway was restarted in the middle.
+    #[error("Gateway at site {0} was restarted during the attempt")]
+    Restarted(SiteName),
+    /// The peer sent what its state does not allow.
+    #[error("Peer misbehaved: {0}")]
+    PeerMisbehaved(String),
+    /// Anything local that has no name of its own.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Refusal {
+    /// Text cut to [`MAX_REASON`] bytes at a character boundary, so that a frame stays bounded.
+    pub fn text(reason: impl Into<String>) -> String {
+        let mut reason = reason.into();
+        if reason.len() > MAX_REASON {
+            let end = (0..=MAX_REASON).rev().find(|at| reason.is_char_boundary(*at)).unwrap_or(0);
+            reason.truncate(end);
+        }
+        reason
+    }
+}

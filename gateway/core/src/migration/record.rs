@@ -1,0 +1,188 @@
+//! What the journal holds of a migration, and the order in which it may come.
+//!
+//! A record says what was decided, never what was done: after a crash the fold of the records tells
+//! which actions are owed again. Records of one migration form a path through the table below;
+//! anything else is a damaged journal and is refused. `Parked` is left out when the destination has
+//! said `Loaded` before the source was done parking.
+//!
+//! ```text
+//! source:       Reserved -> PreCopy -> [Parked] -> Committed -> Released
+//!                   \          \          \            \-> Returned
+//!                    `----------`----------`-> Aborted
+//! destination:  Reserved -> Loaded -> Activated
+//!                   \          \-> Refused
+//!                    `-> Refused
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, SiteName, VmName};
+use crate::migration::message::{Handover, Proposal, Refusal, Reservation};
+
+/// One durable decision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Record {
+    /// Decided at the site the machine leaves.
+    Source(SourceRecord),
+    /// Decided at the site the machine comes to.
+    Destination(DestinationRecord),
+}
+
+/// Decisions of the source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceRecord {
+    /// The destination is about to hold things for us.
+    Reserved {
+        /// The destination.
+        peer: SiteName,
+        /// What was proposed.
+        proposal: Box<Proposal>,
+    },
+    /// The copy begins.
+    PreCopy {
+        /// What the destination holds.
+        reservation: Reservation,
+    },
+    /// The guest was stopped and everything was sent.
+    Parked,
+    /// The machine is the destination's.
+    Committed {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// The destination runs it; the copy here is no longer anybody's machine.
+    Released,
+    /// Given up before `Committed`: the machine stays.
+    Aborted {
+        /// Why.
+        why: Refusal,
+    },
+    /// Durably refused by the destination after `Committed`: the machine came back.
+    Returned {
+        /// Why.
+        why: Refusal,
+    },
+}
+
+/// Decisions of the destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DestinationRecord {
+    /// Things are held for a machine that may come.
+    Reserved {
+        /// The source.
+        peer: SiteName,
+        /// What was proposed.
+        proposal: Box<Proposal>,
+        /// What is held.
+        reservation: Reservation,
+    },
+    /// The machine's state is complete here and proven.
+    Loaded,
+    /// The machine is ours.
+    Activated {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// We will never run it under this epoch.
+    Refused {
+        /// Why.
+        why: Refusal,
+    },
+}
+
+/// A record that cannot follow the one before it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("Journal holds {next} after {last}: it was damaged or written by something else")]
+pub struct IllegalRecord {
+    last: &'static str,
+    next: &'static str,
+}
+
+impl Record {
+    /// The record's name in the journal listing.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Source(record) => record.name(),
+            Self::Destination(record) => record.name(),
+        }
+    }
+
+    /// Whether `next` may stand right after `last` in one migration's records.
+    pub fn check_order(last: Option<&Record>, next: &Record) -> Result<(), IllegalRecord> {
+        let legal = match (last, next) {
+            (None, Self::Source(next)) => next.may_follow(None),
+            (None, Self::Destination(next)) => next.may_follow(None),
+            (Some(Self::Source(last)), Self::Source(next)) => next.may_follow(Some(last)),
+            (Some(Self::Destination(last)), Self::Destination(next)) => next.may_follow(Some(last)),
+            (Some(Self::Source(_)), Self::Destination(_)) | (Some(Self::Destination(_)), Self::Source(_)) => {
+                false
+            }
+        };
+        if legal {
+            return Ok(());
+        }
+        Err(IllegalRecord { last: last.map_or("nothing", Record::name), next: next.name() })
+    }
+}
+
+impl SourceRecord {
+    /// The record's name in the journal listing.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Reserved { .. } => "reserved",
+            Self::PreCopy { .. } => "pre-copy",
+            Self::Parked => "parked",
+            Self::Committed { .. } => "committed",
+            Self::Released => "released",
+            Self::Aborted { .. } => "aborted",
+            Self::Returned { .. } => "returned",
+        }
+    }
+
+    fn may_follow(&self, last: Option<&Self>) -> bool {
+        match (last, self) {
+            (None, Self::Reserved { .. }) => true,
+            (Some(Self::Reserved { .. }), Self::PreCopy { .. } | Self::Aborted { .. }) => true,
+            (Some(Self::PreCopy { .. }), Self::Parked | Self::Committed { .. } | Self::Aborted { .. }) => {
+                true
+            }
+            (Some(Self::Parked), Self::Committed { .. } | Self::Aborted { .. }) => true,
+            (Some(Self::Committed { .. }), Self::Released | Self::Returned { .. }) => true,
+            (_, _) => false,
+        }
+    }
+}
+
+impl DestinationRecord {
+    /// The record's name in the journal listing.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Reserved { .. } => "reserved",
+            Self::Loaded => "loaded",
+            Self::Activated { .. } => "activated",
+            Self::Refused { .. } => "refused",
+        }
+    }
+
+    fn may_follow(&self, last: Option<&Self>) -> bool {
+        match (last, self) {
+            (None, Self::Reserved { .. }) => true,
+            (Some(Self::Reserved { .. }), Self::Loaded | Self::Refused { .. }) => true,
+            (Some(Self::Loaded), Self::Activated { .. } | Self::Refused { .. }) => true,
+            (_, _) => false,
+        }
+    }
+}
+
+/// What every record of one migration shares; the journal's key besides the migration's id.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The machine.
+    pub vm: VmName,
+    /// The epoch this migration would create or has created.
+    pub epoch: Epoch,
+    /// Milliseconds since the UNIX epoch, for people; nothing is decided by it.
+    pub at_unix_ms: u64,
+    /// The decision.
+    pub record: Record,
+}

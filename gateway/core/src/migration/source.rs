@@ -1,0 +1,561 @@
+//! The source's side of one migration: see the diagram in [`super`].
+//!
+//! Consumed by value and handed back with a [`Step`], so a state that was left cannot be used again.
+//! It does not start long work itself: it asks for it by an [`Action`] and hears of it by an
+//! [`Event`].
+//!
+//! ```text
+//!  Preflight -> Proposed -> Reserving -> PreCopy -> Parking -> Parked -> Committed -> Released
+//!      \            \           \           \          \         \           |
+//!       `------------`-----------`-----------`----------`---------`          | Refused by the peer
+//!                              v                                             v
+//!                           Aborting  ------------> Done <--------------- Returned
+//! ```
+//!
+//! * before `Reserving` nothing is held anywhere: a failure ends in `Done` without a record;
+//! * from `Reserving` on a failure is first recorded as `Aborted`, then undone, then told;
+//! * `Committed` is left by the peer's word only.
+
+use std::time::Duration;
+
+use crate::ids::SiteName;
+use crate::migration::convergence::{Convergence, Decision, PauseBudget, Progress};
+use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
+use crate::migration::permit::RunPermit;
+use crate::migration::record::{Record, SourceRecord};
+use crate::migration::step::Step;
+use crate::migration::{Attempt, Stage};
+
+/// How long the source waits for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceLimits {
+    /// A cut of the link that stages 0 to 2 outlast (default 10 min).
+    pub cut_limit: Duration,
+    /// How long the guest may stand still without `Loaded` before it is resumed (default 5 s beyond
+    /// the predicted pause).
+    pub pause_budget: Duration,
+    /// Unanswered messages are repeated this often (default 1 s).
+    pub repeat: Duration,
+    /// The answer to a proposal or a reservation must come within this (default 60 s).
+    pub answer: Duration,
+    /// When to stop the guest.
+    pub pause: PauseBudget,
+}
+
+impl Default for SourceLimits {
+    fn default() -> Self {
+        Self {
+            cut_limit: Duration::from_secs(600),
+            pause_budget: Duration::from_secs(5),
+            repeat: Duration::from_secs(1),
+            answer: Duration::from_secs(60),
+            pause: PauseBudget::default(),
+        }
+    }
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The link to the destination is up.
+    LinkUp,
+    /// It is down.
+    LinkDown,
+    /// The destination said something.
+    Peer(MigrationMessage),
+    /// Local checks passed; this is to be proposed.
+    PreflightPassed(Box<Proposal>),
+    /// A measurement of pre-copy.
+    Progress(Progress),
+    /// QEMU stopped the guest by itself because it found nothing left to copy (an idle guest).
+    SwitchoverReached,
+    /// The guest is about to be stopped: its pause begins.
+    GuestStopped,
+    /// The guest stands still and everything it is was sent, barriers included.
+    Parked(Box<Handover>),
+    /// Something local failed.
+    Failed(Refusal),
+    /// Everything this side did was undone; the guest runs if it ran before.
+    RolledBack,
+    /// What follows from `Released` is done.
+    TidiedUp,
+    /// The operator wants it to end.
+    AbortRequested,
+    /// A deadline may have passed.
+    Tick,
+}
+
+/// What the gateway is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Check everything local and the names: reports `PreflightPassed` or `Failed`.
+    Preflight,
+    /// Say something to the destination. May be lost.
+    Send(MigrationMessage),
+    /// Mirror disks, then copy memory; reports `Progress` and `Failed`.
+    StartPreCopy(Reservation),
+    /// Hold packets, stop the guest, send the rest and the barriers: reports `GuestStopped`, then
+    /// `Parked`.
+    Park,
+    /// Send held and coming packets to the destination. The machine is its own now.
+    Attract,
+    /// Move the names, keep the disk aside, forget the guest: reports `TidiedUp`.
+    Release,
+    /// Undo everything: reports `RolledBack`. The permit resumes the guest.
+    Rollback(RunPermit),
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The destination runs the machine.
+    Moved,
+    /// The machine stayed; why.
+    Stayed(Refusal),
+}
+
+#[derive(Debug)]
+enum State {
+    Preflight,
+    Proposed { proposal: Box<Proposal>, give_up_at: Duration },
+    Reserving { give_up_at: Duration },
+    PreCopy { convergence: Convergence },
+    Parking { stopped_at: Option<Duration>, predicted: Duration, loaded: bool },
+    Parked { give_up_at: Duration, handover: Box<Handover> },
+    Committed { handover: Box<Handover> },
+    Released,
+    Aborting { why: Refusal, rolled_back: bool, told: bool },
+    Done(Outcome),
+}
+
+/// One migration at the site the machine leaves.
+#[derive(Debug)]
+pub struct Source {
+    attempt: Attempt,
+    limits: SourceLimits,
+    link_down_since: Option<Duration>,
+    next_repeat: Duration,
+    state: State,
+}
+
+impl Source {
+    /// Begins an attempt.
+    pub fn begin(attempt: Attempt, limits: SourceLimits, now: Duration) -> (Self, Step<Action>) {
+        let next_repeat = now + limits.repeat;
+        let source = Self { attempt, limits, link_down_since: None, next_repeat, state: State::Preflight };
+        (source, Step::act(vec![Action::Preflight]))
+    }
+
+    /// Goes on after a restart of the gateway at `site`. A gateway that died before `Committed` ends
+    /// the attempt: QEMU's sockets died with it.
+    pub fn recover(
+        attempt: Attempt,
+        last: SourceRecord,
+        limits: SourceLimits,
+        site: &SiteName,
+        now: Duration,
+    ) -> (Self, Step<Action>) {
+        let state = State::Preflight;
+        let mut source = Self { attempt, limits, link_down_since: Some(now), next_repeat: now, state };
+        let step = match last {
+            SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked => {
+                source.abort(Refusal::Restarted(site.clone()))
+            }
+            SourceRecord::Committed { handover } => {
+                source.state = State::Committed { handover };
+                Step::act(vec![Action::Attract])
+            }
+            SourceRecord::Released => {
+                source.state = State::Released;
+                Step::act(vec![Action::Attract, Action::Release])
+            }
+            SourceRecord::Aborted { why } | SourceRecord::Returned { why } => {
+                source.state = State::Aborting { why, rolled_back: false, told: false };
+                let permit = source.permit();
+                Step::act(vec![Action::Rollback(permit)])
+            }
+        };
+        (source, step)
+    }
+
+    /// What is attempted.
+    pub fn attempt(&self) -> &Attempt {
+        &self.attempt
+    }
+
+    /// The stage for people.
+    pub fn stage(&self) -> Stage {
+        match &self.state {
+            State::Preflight | State::Proposed { .. } => Stage::PreMigration,
+            State::Reserving { .. } => Stage::Reservation,
+            State::PreCopy { .. } => Stage::PreCopy,
+            State::Parking { .. } | State::Parked { .. } => Stage::StopAndCopy,
+            State::Committed { .. } => Stage::Commitment,
+            State::Released => Stage::Activation,
+            State::Aborting { .. } | State::Done(_) => Stage::PreMigration,
+        }
+    }
+
+    /// How it ended, once it has.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        match &self.state {
+            State::Done(outcome) => Some(outcome),
+            State::Preflight
+            | State::Proposed { .. }
+            | State::Reserving { .. }
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. }
+            | State::Committed { .. }
+            | State::Released
+            | State::Aborting { .. } => None,
+        }
+    }
+
+    /// Why it is being undone, if it is.
+    pub fn aborting(&self) -> Option<&Refusal> {
+        if let State::Aborting { why, .. } = &self.state { Some(why) } else { None }
+    }
+
+    /// The attempt is over for this side: the machine is free for another one, even while the peer
+    /// is still being told.
+    pub fn is_settled_here(&self) -> bool {
+        matches!(self.state, State::Done(_) | State::Aborting { rolled_back: true, .. })
+    }
+
+    /// When [`Event::Tick`] is due at the latest.
+    pub fn deadline(&self) -> Option<Duration> {
+        let own = match &self.state {
+            State::Proposed { give_up_at, .. }
+            | State::Reserving { give_up_at }
+            | State::Parked { give_up_at, .. } => Some((*give_up_at).min(self.next_repeat)),
+            State::Parking { stopped_at, predicted, .. } => {
+                stopped_at.map(|at| self.pause_deadline(at, *predicted))
+            }
+            State::Committed { .. } => Some(self.next_repeat),
+            State::Aborting { told: false, .. } => Some(self.next_repeat),
+            State::Preflight
+            | State::PreCopy { .. }
+            | State::Released
+            | State::Aborting { told: true, .. }
+            | State::Done(_) => None,
+        };
+        let cut = self.link_down_since.map(|since| since + self.limits.cut_limit);
+        [own, cut].into_iter().flatten().min()
+    }
+
+    /// Takes one event.
+    pub fn handle(mut self, event: Event, now: Duration) -> (Self, Step<Action>) {
+        let step = match event {
+            Event::LinkUp => {
+                self.link_down_since = None;
+                self.repeat(now)
+            }
+            Event::LinkDown => {
+                self.link_down_since.get_or_insert(now);
+                Step::nothing()
+            }
+            Event::Peer(message) => self.on_message(message, now),
+            Event::PreflightPassed(proposal) => self.on_preflight(proposal, now),
+            Event::Progress(progress) => self.on_progress(&progress),
+            Event::SwitchoverReached => self.on_switchover_reached(),
+            Event::GuestStopped => self.on_guest_stopped(now),
+            Event::Parked(handover) => self.on_parked(handover, now),
+            Event::Failed(why) => self.give_up(why),
+            Event::RolledBack => self.on_rolled_back(),
+            Event::TidiedUp => self.on_tidied_up(),
+            Event::AbortRequested => self.give_up(Refusal::Operator),
+            Event::Tick => self.on_tick(now),
+        };
+        (self, step)
+    }
+
+    fn on_preflight(&mut self, proposal: Box<Proposal>, now: Duration) -> Step<Action> {
+        if !matches!(self.state, State::Preflight) {
+            return Step::nothing();
+        }
+        let propose = Action::Send(MigrationMessage::Propose(proposal.clone()));
+        self.state = State::Proposed { proposal, give_up_at: now + self.limits.answer };
+        self.next_repeat = now + self.limits.repeat;
+        Step::act(vec![propose])
+    }
+
+    fn on_message(&mut self, message: MigrationMessage, now: Duration) -> Step<Action> {
+        match message {
+            MigrationMessage::Accept => self.on_accept(now),
+            MigrationMessage::Reserved(reservation) => self.on_reserved(reservation),
+            MigrationMessage::Decline(why) => self.on_decline(why),
+            MigrationMessage::Loaded { epoch } if epoch == self.attempt.epoch => self.on_loaded(now),
+            MigrationMessage::Activated { epoch } if epoch == self.attempt.epoch => self.on_activated(),
+            MigrationMessage::Refused { epoch, why } if epoch == self.attempt.epoch => self.on_refused(why),
+            MigrationMessage::Unknown => self.on_unknown(),
+            // Of another epoch: late, and about nothing that concerns this attempt.
+            MigrationMessage::Loaded { .. }
+            | MigrationMessage::Activated { .. }
+            | MigrationMessage::Refused { .. } => Step::nothing(),
+            MigrationMessage::Propose(_)
+            | MigrationMessage::Reserve { .. }
+            | MigrationMessage::Commit { .. }
+            | MigrationMessage::Abort { .. } => {
+                self.give_up(Refusal::PeerMisbehaved("a source's message was sent to the source".into()))
+            }
+        }
+    }
+
+    fn on_accept(&mut self, now: Duration) -> Step<Action> {
+        let State::Proposed { proposal, .. } = &self.state else {
+            return Step::nothing();
+        };
+        let record = SourceRecord::Reserved { peer: self.attempt.peer.clone(), proposal: proposal.clone() };
+        self.state = State::Reserving { give_up_at: now + self.limits.answer };
+        self.next_repeat = now + self.limits.repeat;
+        let reserve = MigrationMessage::Reserve { epoch: self.attempt.epoch };
+        Step::record(Record::Source(record), vec![Action::Send(reserve)])
+    }
+
+    fn on_reserved(&mut self, reservation: Reservation) -> Step<Action> {
+        if !matches!(self.state, State::Reserving { .. }) {
+            return Step::nothing();
+        }
+        self.state = State::PreCopy { convergence: Convergence::default() };
+        let record = SourceRecord::PreCopy { reservation: reservation.clone() };
+        Step::record(Record::Source(record), vec![Action::StartPreCopy(reservation)])
+    }
+
+    fn on_decline(&mut self, why: Refusal) -> Step<Action> {
+        // After Committed only a durable refusal counts.
+        if matches!(self.state, State::Proposed { .. } | State::Reserving { .. } | State::PreCopy { .. }) {
+            return self.give_up(why);
+        }
+        Step::nothing()
+    }
+
+    fn on_progress(&mut self, progress: &Progress) -> Step<Action> {
+        let State::PreCopy { convergence } = &mut self.state else {
+            return Step::nothing();
+        };
+        // A guest is not stopped into a cut: nothing could be sent.
+        if self.link_down_since.is_some() {
+            return Step::nothing();
+        }
+        match convergence.decide(progress, &self.limits.pause) {
+            Decision::Continue => Step::nothing(),
+            Decision::Stop(predicted) => {
+                self.state = State::Parking { stopped_at: None, predicted, loaded: false };
+                Step::act(vec![Action::Park])
+            }
+        }
+    }
+
+    fn on_switchover_reached(&mut self) -> Step<Action> {
+        if !matches!(self.state, State::PreCopy { .. }) {
+            return Step::nothing();
+        }
+        self.state = State::Parking { stopped_at: None, predicted: Duration::ZERO, loaded: false };
+        Step::act(vec![Action::Park])
+    }
+
+    fn on_guest_stopped(&mut self, now: Duration) -> Step<Action> {
+        if let State::Parking { stopped_at, .. } = &mut self.state {
+            *stopped_at = Some(now);
+        }
+        Step::nothing()
+    }
+
+    fn on_parked(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
+        let State::Parking { stopped_at, predicted, loaded } = self.state else {
+            return Step::nothing();
+        };
+        if loaded {
+            return self.commit(handover, now);
+        }
+        let give_up_at = self.pause_deadline(stopped_at.unwrap_or(now), predicted);
+        self.state = State::Parked { give_up_at, handover };
+        Step::record(Record::Source(SourceRecord::Parked), Vec::new())
+    }
+
+    fn on_loaded(&mut self, now: Duration) -> Step<Action> {
+        if let State::Parking { loaded, .. } = &mut self.state {
+            *loaded = true;
+            return Step::nothing();
+        }
+        let State::Parked { handover, .. } = &self.state else {
+            return Step::nothing();
+        };
+        let handover = handover.clone();
+        self.commit(handover, now)
+    }
+
+    fn commit(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
+        self.state = State::Committed { handover: handover.clone() };
+        self.next_repeat = now + self.limits.repeat;
+        let message = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
+        Step::record(
+            Record::Source(SourceRecord::Committed { handover }),
+            vec![Action::Send(message), Action::Attract],
+        )
+    }
+
+    fn on_activated(&mut self) -> Step<Action> {
+        if !matches!(self.state, State::Committed { .. }) {
+            return Step::nothing();
+        }
+        self.state = State::Released;
+        Step::record(Record::Source(SourceRecord::Released), vec![Action::Release])
+    }
+
+    fn on_refused(&mut self, why: Refusal) -> Step<Action> {
+        match &mut self.state {
+            State::Committed { .. } => {
+                self.state = State::Aborting { why: why.clone(), rolled_back: false, told: true };
+                let permit = self.permit();
+                Step::record(Record::Source(SourceRecord::Returned { why }), vec![Action::Rollback(permit)])
+            }
+            State::Aborting { rolled_back, told, why } => {
+                *told = true;
+                if *rolled_back {
+                    self.state = State::Done(Outcome::Stayed(why.clone()));
+                }
+                Step::nothing()
+            }
+            State::Preflight
+            | State::Proposed { .. }
+            | State::Reserving { .. }
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. } => self.give_up(why),
+            State::Released | State::Done(_) => Step::nothing(),
+        }
+    }
+
+    /// The destination has no record: nothing is held there, so an abort needs no answer. After
+    /// `Committed` it changes nothing: unknown is not refused.
+    fn on_unknown(&mut self) -> Step<Action> {
+        if let State::Aborting { .. } = self.state {
+            let why = Refusal::Other(String::new());
+            return self.on_refused(why);
+        }
+        Step::nothing()
+    }
+
+    fn on_rolled_back(&mut self) -> Step<Action> {
+        if let State::Aborting { rolled_back, told, why } = &mut self.state {
+            *rolled_back = true;
+            if *told {
+                self.state = State::Done(Outcome::Stayed(why.clone()));
+            }
+        }
+        Step::nothing()
+    }
+
+    fn on_tidied_up(&mut self) -> Step<Action> {
+        if matches!(self.state, State::Released) {
+            self.state = State::Done(Outcome::Moved);
+        }
+        Step::nothing()
+    }
+
+    /// Ends the attempt if that is still this side's to decide.
+    fn give_up(&mut self, why: Refusal) -> Step<Action> {
+        match &self.state {
+            State::Preflight | State::Proposed { .. } => {
+                // The preflight may have lowered a TTL: that is undone too.
+                self.state = State::Aborting { why, rolled_back: false, told: true };
+                let permit = self.permit();
+                Step::act(vec![Action::Rollback(permit)])
+            }
+            State::Reserving { .. }
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. } => self.abort(why),
+            State::Committed { .. } | State::Released | State::Aborting { .. } | State::Done(_) => {
+                Step::nothing()
+            }
+        }
+    }
+
+    fn abort(&mut self, why: Refusal) -> Step<Action> {
+        self.state = State::Aborting { why: why.clone(), rolled_back: false, told: false };
+        let tell = MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() };
+        let permit = self.permit();
+        Step::record(
+            Record::Source(SourceRecord::Aborted { why }),
+            vec![Action::Rollback(permit), Action::Send(tell)],
+        )
+    }
+
+    fn on_tick(&mut self, now: Duration) -> Step<Action> {
+        if let Some(since) = self.link_down_since
+            && now >= since + self.limits.cut_limit
+            && matches!(self.state, State::Proposed { .. } | State::Reserving { .. } | State::PreCopy { .. })
+        {
+            return self.give_up(Refusal::Link(format!("{} s", (now - since).as_secs())));
+        }
+        match &self.state {
+            State::Proposed { give_up_at, .. } | State::Reserving { give_up_at }
+                if now >= *give_up_at && self.link_down_since.is_none() =>
+            {
+                self.give_up(Refusal::Other("The other site did not answer in time".into()))
+            }
+            State::Parking { stopped_at: Some(at), predicted, .. }
+                if now >= self.pause_deadline(*at, *predicted) =>
+            {
+                self.give_up(Refusal::Link("the guest stood still past its pause budget".into()))
+            }
+            State::Parked { give_up_at, .. } if now >= *give_up_at => {
+                self.give_up(Refusal::Link("the guest stood still past its pause budget".into()))
+            }
+            State::Preflight
+            | State::Proposed { .. }
+            | State::Reserving { .. }
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. }
+            | State::Committed { .. }
+            | State::Released
+            | State::Aborting { .. }
+            | State::Done(_) => self.repeat_if_due(now),
+        }
+    }
+
+    fn repeat_if_due(&mut self, now: Duration) -> Step<Action> {
+        if now < self.next_repeat || self.link_down_since.is_some() {
+            self.next_repeat = self.next_repeat.max(now + self.limits.repeat / 4);
+            return Step::nothing();
+        }
+        self.repeat(now)
+    }
+
+    /// Says again what is not answered yet.
+    fn repeat(&mut self, now: Duration) -> Step<Action> {
+        self.next_repeat = now + self.limits.repeat;
+        let message = match &self.state {
+            State::Proposed { proposal, .. } => MigrationMessage::Propose(proposal.clone()),
+            State::Reserving { .. } => MigrationMessage::Reserve { epoch: self.attempt.epoch },
+            State::Committed { handover } => {
+                MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() }
+            }
+            State::Aborting { told: false, why, .. } => {
+                MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() }
+            }
+            State::Preflight
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. }
+            | State::Released
+            | State::Aborting { told: true, .. }
+            | State::Done(_) => return Step::nothing(),
+        };
+        Step::act(vec![Action::Send(message)])
+    }
+
+    fn pause_deadline(&self, stopped_at: Duration, predicted: Duration) -> Duration {
+        stopped_at + predicted * 2 + self.limits.pause_budget
+    }
+
+    /// Called only where `Committed` was never written, or the peer durably refused: see [`super`].
+    fn permit(&self) -> RunPermit {
+        debug_assert!(matches!(self.state, State::Aborting { .. }), "a permit outside an abort");
+        RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch)
+    }
+}
