@@ -1,0 +1,76 @@
+//! Checks that need more than one key.
+//!
+//! Nothing here looks at the machine it runs on: that is what `longhaul doctor` is for.
+
+use std::collections::BTreeSet;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use super::Config;
+
+/// A key and what was expected of it.
+pub(super) struct Conflict {
+    pub(super) key: String,
+    pub(super) message: String,
+}
+
+impl Config {
+    pub(super) fn check(&self) -> Result<(), Conflict> {
+        self.check_ranges()?;
+        self.check_lans()?;
+        self.check_peers()
+    }
+
+    fn check_ranges(&self) -> Result<(), Conflict> {
+        expect(self.link.rate_mbit > 0, "link.rate_mbit", "at least 1")?;
+        expect((1200..=9000).contains(&self.link.mtu_bytes), "link.mtu_bytes", "1200 to 9000")?;
+        expect((1..=1024).contains(&self.link.window_mib), "link.window_mib", "1 to 1024")?;
+        expect((1..=1024).contains(&self.link.socket_buffer_mib), "link.socket_buffer_mib", "1 to 1024")?;
+        expect((1..=600).contains(&self.link.idle_timeout_s), "link.idle_timeout_s", "1 to 600")?;
+        let accel = self.hypervisor.accel.as_str();
+        expect(matches!(accel, "auto" | "kvm" | "tcg"), "hypervisor.accel", "auto, kvm or tcg")?;
+        let device = self.tunnel.device.as_str();
+        expect((1..=15).contains(&device.len()), "tunnel.device", "an interface name of 1 to 15 characters")?;
+        expect(self.migration.pause_limit_s > 0, "migration.pause_limit_s", "at least 1")?;
+        if let Some(dns) = &self.dns {
+            expect(!dns.servers.is_empty(), "dns.servers", "at least the primary server")?;
+            expect((1..=3600).contains(&dns.move_ttl_s), "dns.move_ttl_s", "1 to 3600")?;
+        }
+        Ok(())
+    }
+
+    fn check_lans(&self) -> Result<(), Conflict> {
+        let mut seen = BTreeSet::new();
+        for (name, lan) in &self.lan {
+            let key = format!("lan.{name}.care_of");
+            let addresses =
+                lan.care_of_addresses().map_err(|message| Conflict { key: key.clone(), message })?;
+            for address in addresses {
+                expect(seen.insert(address), &key, "addresses that stand only once")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_peers(&self) -> Result<(), Conflict> {
+        let mut names = BTreeSet::from([&self.site.name]);
+        let mut keys = BTreeSet::new();
+        for peer in &self.peer {
+            let key = format!("peer.{}", peer.name);
+            expect(names.insert(&peer.name), &key, "a name that no other site has, this one included")?;
+            let bytes = STANDARD.decode(&peer.key).ok().filter(|bytes| bytes.len() == 32);
+            let text = "a public key as `longhaul key` prints it: 44 characters of base64";
+            expect(bytes.is_some(), &format!("{key}.key"), text)?;
+            expect(keys.insert(bytes), &format!("{key}.key"), "a key that no other peer has")?;
+        }
+        Ok(())
+    }
+}
+
+fn expect(holds: bool, key: &str, expected: &str) -> Result<(), Conflict> {
+    if holds {
+        return Ok(());
+    }
+    Err(Conflict { key: key.to_owned(), message: format!("expected {expected}") })
+}

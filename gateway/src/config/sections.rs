@@ -1,0 +1,354 @@
+//! The tables of the configuration file, key by key.
+//!
+//! Field names are the keys. Rates are decimal megabits, sizes binary megabytes or gigabytes, times
+//! carry their unit in the key. Values are checked here where one key decides, in `check` where
+//! several do.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use longhaul_core::ids::SiteName;
+
+/// `[site]`: who this site is and where its daemon keeps things.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SiteConfig {
+    /// This site's name, as its peers call it. Required.
+    pub name: SiteName,
+    /// The site's private key, made by `longhaul key` (default `/etc/longhaul/key`). Whoever has it is
+    /// this site.
+    #[serde(default = "default_key")]
+    pub key_file: PathBuf,
+    /// Journal and definitions (default `/var/lib/longhaul`). Lose it and recovery needs an operator.
+    #[serde(default = "default_state")]
+    pub state_dir: PathBuf,
+    /// Sockets and pid files (default `/run/longhaul`). Empty after a reboot.
+    #[serde(default = "default_run")]
+    pub run_dir: PathBuf,
+    /// The API's UNIX socket (default `<run_dir>/api.sock`). Whoever can write to it can move machines.
+    #[serde(default)]
+    pub api_socket: Option<PathBuf>,
+}
+
+impl SiteConfig {
+    /// The API's socket.
+    pub fn api_socket(&self) -> PathBuf {
+        self.api_socket.clone().unwrap_or_else(|| self.run_dir.join("api.sock"))
+    }
+}
+
+/// `[link]`: the one UDP port between sites.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LinkSection {
+    /// The address and port to listen on and to dial from (default `0.0.0.0:4789`).
+    pub listen: SocketAddr,
+    /// What the path to a peer carries, in Mbit/s (default 100). Bulk data is paced to it: too high fills
+    /// queues on the way and hurts others, too low leaves the link unused.
+    pub rate_mbit: u64,
+    /// The largest UDP payload the path carries unfragmented, in bytes (default 1400). Too high and nothing
+    /// passes at all.
+    pub mtu_bytes: u16,
+    /// Bulk data in flight per channel, in MiB (default 4): at least rate times round trip. What is in
+    /// flight when the guest stops lengthens its pause.
+    pub window_mib: u64,
+    /// The kernel's buffers of the UDP socket, in MiB (default 8).
+    pub socket_buffer_mib: u64,
+    /// A connection without a sign of life for this long is given up and made anew (default 10 s).
+    pub idle_timeout_s: u64,
+}
+
+impl Default for LinkSection {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 4789)),
+            rate_mbit: 100,
+            mtu_bytes: 1400,
+            window_mib: 4,
+            socket_buffer_mib: 8,
+            idle_timeout_s: 10,
+        }
+    }
+}
+
+/// `[lan.NAME]`: a network that machines are connected to.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LanConfig {
+    /// The Linux bridge that carries it. Required; the gateway does not create it.
+    pub bridge: String,
+    /// Addresses of this LAN that visiting machines may be given, each `ADDRESS` or `FIRST-LAST`
+    /// (default none: no machine can visit with names following). They must be free and routed here.
+    #[serde(default)]
+    pub care_of: Vec<String>,
+}
+
+/// `[storage]`: where disks are kept.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StorageConfig {
+    /// The folder for disks of machines that arrive. Required; it must exist.
+    pub pool: PathBuf,
+    /// Space that arrivals leave free, in GiB (default 1).
+    #[serde(default = "default_reserve")]
+    pub keep_free_gib: u64,
+}
+
+/// `[hypervisor]`: how QEMU is run.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HypervisorSection {
+    /// QEMU's binary (default `qemu-system-x86_64`).
+    pub qemu: PathBuf,
+    /// `auto`, `kvm` or `tcg` (default `auto`: KVM where a trial guest runs under it).
+    pub accel: String,
+    /// The first of the user ids that machines run under, each its own (default 0: all run as the
+    /// daemon's user, which gives a guest that breaks out of QEMU the daemon's rights).
+    pub uid_base: u32,
+    /// Memory that arrivals leave free, in MiB (default 256).
+    pub keep_free_mib: u64,
+    /// Definitions may name the CPU model `host` (default false): such a machine moves only between
+    /// equal CPUs.
+    pub allow_host_cpu: bool,
+    /// UEFI firmware code image (default none: machines with `uefi` are refused).
+    pub uefi_code: Option<PathBuf>,
+}
+
+impl Default for HypervisorSection {
+    fn default() -> Self {
+        Self {
+            qemu: PathBuf::from("qemu-system-x86_64"),
+            accel: "auto".into(),
+            uid_base: 0,
+            keep_free_mib: 256,
+            allow_host_cpu: false,
+            uefi_code: None,
+        }
+    }
+}
+
+/// `[kernel.NAME]`: a kernel for machines that boot without a boot loader.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelConfig {
+    /// The kernel image. Required. Both sites need the same file; definitions pin its SHA-256.
+    pub image: PathBuf,
+    /// Its initial RAM disk (default none).
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+}
+
+/// `[tunnel]`: how open connections follow a machine.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TunnelSection {
+    /// The TUN device's name (default `lh0`).
+    pub device: String,
+    /// The tunnel ends when no old flow is left, the old name has expired and no new flow to the home
+    /// address came for this long (default 300 s).
+    pub quiet_s: u64,
+    /// Packets held during the pause, in KiB per machine (default 4096); beyond it the oldest are dropped.
+    pub hold_kib: u64,
+    /// A flow without packets counts as ended after this long (default 7440 s, RFC 5382).
+    pub idle_s: u64,
+    /// The tunnel ends after this long whatever is open (default 0: never).
+    pub max_age_s: u64,
+    /// Destinations that visiting machines of this home always reach through the tunnel, as `PREFIX/LEN`
+    /// (default: the LANs of the machine's own home addresses).
+    pub home_prefixes: Option<Vec<String>>,
+}
+
+impl Default for TunnelSection {
+    fn default() -> Self {
+        Self {
+            device: "lh0".into(),
+            quiet_s: 300,
+            hold_kib: 4096,
+            idle_s: 7440,
+            max_age_s: 0,
+            home_prefixes: None,
+        }
+    }
+}
+
+/// `[dns]`: the name server that is updated when a machine of this site moves.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsConfig {
+    /// The authoritative servers, the primary first. Required.
+    pub servers: Vec<SocketAddr>,
+    /// The zone. Required.
+    pub zone: String,
+    /// A file with the TSIG key, as `tsig-keygen` writes it or `NAME:ALGORITHM:BASE64`. Required. Whoever
+    /// has it can rewrite what its update policy allows.
+    pub key_file: PathBuf,
+    /// The TTL during a move, in seconds (default 5): how long new clients may still go to the old
+    /// address.
+    #[serde(default = "default_ttl")]
+    pub move_ttl_s: u32,
+    /// An answer is waited for this long (default 3000 ms).
+    #[serde(default = "default_dns_timeout")]
+    pub timeout_ms: u64,
+}
+
+/// `[migration]`: budgets of a migration.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrationSection {
+    /// The pause to aim at, beyond the round trips that it cannot avoid (default 300 ms). Lower costs more
+    /// rounds.
+    pub pause_target_ms: u64,
+    /// No pause longer than this is begun (default 30 s).
+    pub pause_limit_s: u64,
+    /// How much longer than predicted the guest may stand still before it is resumed at the source
+    /// (default 5 s).
+    pub pause_budget_s: u64,
+    /// A cut of the link that the copy outlasts (default 600 s).
+    pub cut_limit_s: u64,
+    /// Buffer for disk writes that wait for the WAN, in MiB per disk (default 64); beyond it they are read
+    /// again later.
+    pub disk_buffer_mib: u64,
+    /// The source's disk is kept this long after the machine left (default 7 days).
+    pub keep_disk_days: u64,
+}
+
+impl Default for MigrationSection {
+    fn default() -> Self {
+        Self {
+            pause_target_ms: 300,
+            pause_limit_s: 30,
+            pause_budget_s: 5,
+            cut_limit_s: 600,
+            disk_buffer_mib: 64,
+            keep_disk_days: 7,
+        }
+    }
+}
+
+/// `[[peer]]`: another site.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerConfig {
+    /// Its name. Required.
+    pub name: SiteName,
+    /// Its public key, printed by `longhaul key` there. Required.
+    pub key: String,
+    /// Where to dial it (default none: it dials us).
+    #[serde(default)]
+    pub address: Option<SocketAddr>,
+    /// Machines it may send us, names with `*` (default none).
+    #[serde(default)]
+    pub may_send: Vec<String>,
+    /// Machines it may receive from us, names with `*` (default none).
+    #[serde(default)]
+    pub may_receive: Vec<String>,
+    /// The most memory one machine from it may have, in MiB (default 0: none may come).
+    #[serde(default)]
+    pub max_memory_mib: u64,
+    /// The most disk one machine from it may have, in GiB (default 0: none may come).
+    #[serde(default)]
+    pub max_disk_gib: u64,
+}
+
+impl PeerConfig {
+    /// Whether it may send us machines called `vm`.
+    pub fn may_send(&self, vm: &str) -> bool {
+        self.may_send.iter().any(|pattern| matches_pattern(pattern, vm))
+    }
+
+    /// Whether it may receive our machine `vm`.
+    pub fn may_receive(&self, vm: &str) -> bool {
+        self.may_receive.iter().any(|pattern| matches_pattern(pattern, vm))
+    }
+}
+
+impl LanConfig {
+    /// The care-of addresses, spelled out; at most 65,536. An entry that does not parse is an error text.
+    pub fn care_of_addresses(&self) -> Result<Vec<IpAddr>, String> {
+        let mut addresses = Vec::new();
+        for entry in &self.care_of {
+            let (first, last) = entry.split_once('-').unwrap_or((entry, entry));
+            let parse = |text: &str| {
+                text.trim().parse::<IpAddr>().map_err(|_| format!("{entry:?} is not ADDRESS or FIRST-LAST"))
+            };
+            addresses.extend(range(parse(first)?, parse(last)?).ok_or_else(|| {
+                format!("{entry:?} is not a range of one family, first to last, of at most 65536 addresses")
+            })?);
+        }
+        Ok(addresses)
+    }
+}
+
+fn range(first: IpAddr, last: IpAddr) -> Option<Vec<IpAddr>> {
+    match (first, last) {
+        (IpAddr::V4(first), IpAddr::V4(last)) => {
+            let (first, last) = (u32::from(first), u32::from(last));
+            let bounded = last >= first && last - first < 1 << 16;
+            bounded.then(|| (first..=last).map(|bits| IpAddr::V4(bits.into())).collect())
+        }
+        (IpAddr::V6(first), IpAddr::V6(last)) => {
+            let (first, last) = (u128::from(first), u128::from(last));
+            let bounded = last >= first && last - first < 1 << 16;
+            bounded.then(|| (first..=last).map(|bits| IpAddr::V6(bits.into())).collect())
+        }
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => None,
+    }
+}
+
+/// A name pattern with at most one `*`.
+pub(super) fn matches_pattern(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((before, after)) => {
+            name.len() >= before.len() + after.len() && name.starts_with(before) && name.ends_with(after)
+        }
+    }
+}
+
+fn default_key() -> PathBuf {
+    PathBuf::from("/etc/longhaul/key")
+}
+
+fn default_state() -> PathBuf {
+    PathBuf::from("/var/lib/longhaul")
+}
+
+fn default_run() -> PathBuf {
+    PathBuf::from("/run/longhaul")
+}
+
+fn default_reserve() -> u64 {
+    1
+}
+
+fn default_ttl() -> u32 {
+    5
+}
+
+fn default_dns_timeout() -> u64 {
+    3000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_names() {
+        assert!(matches_pattern("web*", "web1") && matches_pattern("*", "x") && matches_pattern("db", "db"));
+        assert!(
+            !matches_pattern("web", "web1") && !matches_pattern("web*", "we") && !matches_pattern("", "x")
+        );
+    }
+
+    #[test]
+    fn care_of_ranges_are_spelled_out_and_bounded() {
+        let lan = |entry: &str| LanConfig { bridge: "br0".into(), care_of: vec![entry.into()] };
+        assert_eq!(lan("203.0.113.10-203.0.113.12").care_of_addresses().unwrap().len(), 3);
+        assert!(lan("203.0.113.12-203.0.113.10").care_of_addresses().is_err());
+        assert!(lan("10.0.0.0-10.255.0.0").care_of_addresses().is_err());
+        assert!(lan("10.0.0.0-2001:db8::1").care_of_addresses().is_err());
+    }
+}
