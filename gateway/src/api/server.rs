@@ -1,0 +1,163 @@
+//! Answers HTTP on the UNIX socket by asking the daemon's task. Decides nothing.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use axum::Router;
+use axum::extract::{Json, Path as UrlPath, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
+
+use longhaul_core::ids::{MigrationId, VmName};
+
+use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest};
+use super::{Reply, Request, RequestError};
+
+/// Serves the API at `socket` until the process ends. A socket left by an earlier run is replaced.
+pub async fn serve(socket: &Path, requests: mpsc::Sender<Request>) -> io::Result<()> {
+    match std::fs::remove_file(socket) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))?;
+    axum::serve(listener, router(requests)).await
+}
+
+/// The routes, over the daemon's request channel.
+pub fn router(requests: mpsc::Sender<Request>) -> Router {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/metrics", get(metrics))
+        .route("/v1/status", get(status))
+        .route("/v1/doctor", get(doctor))
+        .route("/v1/machines", post(define))
+        .route("/v1/machines/adopt", post(adopt))
+        .route("/v1/machines/{name}/start", post(start))
+        .route("/v1/machines/{name}/stop", post(stop))
+        .route("/v1/machines/{name}/may-run", get(may_run))
+        .route("/v1/machines/{name}", axum::routing::delete(undefine))
+        .route("/v1/migrations", post(migrate))
+        .route("/v1/migrations/{id}", get(migration).delete(abort))
+        .with_state(Daemon(requests))
+}
+
+#[derive(Clone)]
+struct Daemon(mpsc::Sender<Request>);
+
+#[derive(Deserialize)]
+struct DoctorQuery {
+    vm: Option<VmName>,
+}
+
+impl Daemon {
+    async fn ask<T: Serialize>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Response {
+        let (reply, answer) = oneshot::channel();
+        if self.0.send(request(reply)).await.is_err() {
+            return stopping();
+        }
+        match answer.await {
+            Ok(Ok(value)) => Json(value).into_response(),
+            Ok(Err(error)) => error.into_response(),
+            Err(_) => stopping(),
+        }
+    }
+
+    async fn look<T: Serialize>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Response {
+        let (reply, answer) = oneshot::channel();
+        if self.0.send(request(reply)).await.is_err() {
+            return stopping();
+        }
+        answer.await.map_or_else(|_| stopping(), |value| Json(value).into_response())
+    }
+}
+
+async fn metrics(State(daemon): State<Daemon>) -> Response {
+    let (reply, answer) = oneshot::channel();
+    if daemon.0.send(Request::Metrics(reply)).await.is_err() {
+        return stopping();
+    }
+    let open_metrics = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    answer.await.map_or_else(|_| stopping(), |page| (open_metrics, page).into_response())
+}
+
+async fn status(State(daemon): State<Daemon>) -> Response {
+    daemon.look(Request::Status).await
+}
+
+async fn doctor(State(daemon): State<Daemon>, Query(query): Query<DoctorQuery>) -> Response {
+    daemon.look(|reply| Request::Doctor(query.vm, reply)).await
+}
+
+async fn define(State(daemon): State<Daemon>, Json(body): Json<DefineRequest>) -> Response {
+    daemon.ask(|reply| Request::Define(Box::new(body), reply)).await
+}
+
+async fn adopt(State(daemon): State<Daemon>, Json(body): Json<AdoptRequest>) -> Response {
+    daemon.ask(|reply| Request::Adopt(Box::new(body), reply)).await
+}
+
+async fn start(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Start(name, reply)).await
+}
+
+async fn stop(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Stop(name, reply)).await
+}
+
+async fn may_run(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::MayRun(name, reply)).await
+}
+
+async fn undefine(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Undefine(name, reply)).await
+}
+
+async fn migrate(State(daemon): State<Daemon>, Json(body): Json<MigrateRequest>) -> Response {
+    daemon.ask(|reply| Request::Migrate(body, reply)).await
+}
+
+async fn migration(State(daemon): State<Daemon>, UrlPath(id): UrlPath<String>) -> Response {
+    match parse_id(&id) {
+        Some(id) => daemon.ask(|reply| Request::Migration(id, reply)).await,
+        None => no_such_migration(&id),
+    }
+}
+
+async fn abort(State(daemon): State<Daemon>, UrlPath(id): UrlPath<String>) -> Response {
+    match parse_id(&id) {
+        Some(id) => daemon.ask(|reply| Request::Abort(id, reply)).await,
+        None => no_such_migration(&id),
+    }
+}
+
+fn parse_id(text: &str) -> Option<MigrationId> {
+    u128::from_str_radix(text, 16).ok().map(MigrationId)
+}
+
+fn no_such_migration(id: &str) -> Response {
+    RequestError::NotFound(format!("No migration {id}; `longhaul status` lists them")).into_response()
+}
+
+fn stopping() -> Response {
+    let body = ErrorBody { error: "Gateway is stopping".into() };
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}
+
+impl IntoResponse for RequestError {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Conflict(_) | Self::MayNotRun(_) => StatusCode::CONFLICT,
+            Self::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(ErrorBody { error: self.to_string() })).into_response()
+    }
+}

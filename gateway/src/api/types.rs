@@ -1,0 +1,251 @@
+//! What travels over the API. Times are milliseconds since the UNIX epoch unless named otherwise,
+//! sizes bytes, rates bytes per second.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::migration::Stage;
+
+/// Everything there is to see at one site.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StatusView {
+    /// This site.
+    pub site: SiteName,
+    /// The other sites.
+    pub peers: Vec<PeerView>,
+    /// Machines this site knows.
+    pub machines: Vec<MachineView>,
+    /// Migrations since the daemon started, and unfinished older ones.
+    pub migrations: Vec<MigrationView>,
+    /// Machines that left and whose connections still pass here.
+    pub anchors: Vec<AnchorView>,
+    /// The tunnel's counters.
+    pub tunnel: TunnelView,
+}
+
+/// Another site.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PeerView {
+    /// Its name.
+    pub name: SiteName,
+    /// A connection is up.
+    pub up: bool,
+    /// Its round-trip time, while it is.
+    pub rtt_ms: Option<f64>,
+}
+
+/// A machine this site knows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineView {
+    /// Its name.
+    pub name: VmName,
+    /// Who owns it: `here`, `away` or `arriving`.
+    pub owner: String,
+    /// The site that owns it, when that is not this one.
+    pub at: Option<SiteName>,
+    /// How often it was handed over.
+    pub epoch: u64,
+    /// QEMU's run state, or `stopped`.
+    pub state: String,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Its disks' sizes.
+    pub disk_bytes: Vec<u64>,
+    /// Its home addresses.
+    pub home: Vec<IpAddr>,
+    /// The addresses this site gave it.
+    pub care_of: Vec<IpAddr>,
+}
+
+/// How a migration stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Progressing {
+    /// It goes on.
+    Running,
+    /// The destination runs the machine.
+    Moved,
+    /// The machine stayed where it was.
+    Stayed,
+}
+
+/// One stage's time.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct StageTime {
+    /// The stage.
+    pub stage: Stage,
+    /// When it began.
+    pub start_ms: u64,
+    /// When it ended, once it has.
+    pub end_ms: Option<u64>,
+}
+
+/// One round of memory.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct RoundView {
+    /// Bytes QEMU wrote.
+    pub bytes: u64,
+    /// Pages with content.
+    pub pages: u64,
+    /// How long it took.
+    pub ms: u64,
+}
+
+/// Bytes this gateway put on the link, by what they are for (UDP payload, acknowledgements included).
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct WanBytes {
+    /// Memory and device state.
+    pub memory: u64,
+    /// Disk content.
+    pub disk: u64,
+    /// Guests' packets.
+    pub tunnel: u64,
+    /// Everything else.
+    pub control: u64,
+}
+
+/// One migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrationView {
+    /// Its id, 32 hexadecimal digits.
+    pub id: String,
+    /// The machine.
+    pub vm: VmName,
+    /// The site it leaves.
+    pub from: SiteName,
+    /// The site it goes to.
+    pub to: SiteName,
+    /// How it stands.
+    pub progressing: Progressing,
+    /// Why it stayed or is being undone.
+    pub reason: Option<String>,
+    /// The stage it is in.
+    pub stage: Stage,
+    /// The stages so far.
+    pub stages: Vec<StageTime>,
+    /// How much is copied, 0 to 100, disks and memory together.
+    pub percent: f64,
+    /// Acknowledged bytes per second.
+    pub rate: u64,
+    /// The round of memory.
+    pub round: u64,
+    /// How fast the guest dirties memory.
+    pub dirty_rate: u64,
+    /// Seconds to the pause at this rate.
+    pub eta_s: Option<u64>,
+    /// Rounds so far.
+    pub rounds: Vec<RoundView>,
+    /// Disk bytes copied and in all.
+    pub disk: (u64, u64),
+    /// Memory bytes that QEMU has not written yet, and in all.
+    pub memory: (u64, u64),
+    /// The guest's pause as this gateway saw it: stop asked to the peer's word that it runs.
+    pub pause_ms: Option<f64>,
+    /// Bytes on the link since the migration began.
+    pub wan: WanBytes,
+    /// When it began.
+    pub started_ms: u64,
+    /// When it was over.
+    pub ended_ms: Option<u64>,
+}
+
+/// A machine that left and whose connections still pass here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AnchorView {
+    /// The machine.
+    pub vm: VmName,
+    /// Where it is.
+    pub at: SiteName,
+    /// Its home addresses, attracted here.
+    pub home: Vec<IpAddr>,
+    /// Its addresses there.
+    pub care_of: Vec<IpAddr>,
+    /// Old flows alive.
+    pub flows: u64,
+    /// How the name stands: `none`, `pending`, `moved`, `settled`.
+    pub names: String,
+    /// When the name moved.
+    pub names_moved_ms: Option<u64>,
+    /// Why the name is still pending.
+    pub names_error: Option<String>,
+    /// When the home address began to be attracted.
+    pub since_ms: u64,
+    /// When the tunnel ended, once it has.
+    pub closed_ms: Option<u64>,
+}
+
+/// The tunnel's counters since the daemon started.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct TunnelView {
+    /// Guests' packets sent to peers.
+    pub packets_out: u64,
+    /// Guests' packets received from peers.
+    pub packets_in: u64,
+    /// Packets dropped, for whatever reason.
+    pub dropped: u64,
+    /// Packets held now.
+    pub held: u64,
+}
+
+/// Takes a definition.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DefineRequest {
+    /// The definition, TOML.
+    pub definition: String,
+    /// Each disk's image here, in the definition's order.
+    pub disks: Vec<PathBuf>,
+}
+
+/// Takes a machine that runs already.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AdoptRequest {
+    /// The definition, TOML.
+    pub definition: String,
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+}
+
+/// Begins a migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrateRequest {
+    /// The machine.
+    pub vm: VmName,
+    /// Where to.
+    pub to: SiteName,
+    /// Go although names cannot follow.
+    #[serde(default)]
+    pub without_dns: bool,
+    /// The pause to aim at instead of the configured one.
+    #[serde(default)]
+    pub max_downtime_ms: Option<u64>,
+}
+
+/// A migration that began.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Started {
+    /// Its id.
+    pub id: String,
+}
+
+/// Something that would make a migration fail, or that is well.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub check: String,
+    /// It is well.
+    pub ok: bool,
+    /// What was seen.
+    pub detail: String,
+    /// What to do.
+    pub remedy: Option<String>,
+}
+
+/// The body of every answer that is not a success.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// For people.
+    pub error: String,
+}
