@@ -1,1 +1,171 @@
-//! Placeholder.
+//! The command line: what was typed becomes a request to the daemon, the answer becomes text.
+//!
+//! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage or
+//! configuration, 3 the daemon cannot be reached.
+
+mod key;
+mod migrate;
+mod show;
+mod vm;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use longhaul_core::ids::{SiteName, VmName};
+
+use crate::api::client::{Client, ClientError};
+use crate::config::Config;
+
+/// Move running virtual machines between sites
+#[derive(Debug, Parser)]
+#[command(name = "longhaul", version)]
+pub struct Cli {
+    /// The API's socket
+    #[arg(long, global = true, env = "LONGHAUL_SOCKET", default_value = "/run/longhaul/api.sock")]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon
+    Serve {
+        /// The configuration file
+        #[arg(long)]
+        config: PathBuf,
+        /// Log as JSON, a line each
+        #[arg(long)]
+        log_json: bool,
+    },
+    /// Machines this site runs
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
+    /// Move a running machine to another site
+    Migrate(MigrateArgs),
+    /// Sites, machines, migrations, tunnels
+    Status {
+        /// Print the API's JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the status again and again
+    Watch,
+    /// Find what would make a migration fail, and the remedy
+    Doctor {
+        /// Look at this machine too
+        vm: Option<VmName>,
+        /// Print the API's JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make this site's key if there is none, and print the public half
+    Key {
+        /// Where the private key is kept
+        #[arg(long, default_value = "/etc/longhaul/key")]
+        file: PathBuf,
+    },
+    /// Exit 0 if something else may start this machine here (for systemd and libvirt hooks)
+    MayRun {
+        /// The machine
+        vm: VmName,
+    },
+    /// End a migration that has not committed
+    Abort {
+        /// The migration's id
+        id: String,
+    },
+}
+
+/// Arguments of `longhaul migrate`.
+#[derive(Debug, clap::Args)]
+pub struct MigrateArgs {
+    /// The machine
+    vm: VmName,
+    /// The site to move it to
+    #[arg(long)]
+    to: SiteName,
+    /// Move it although its name cannot follow
+    #[arg(long)]
+    without_dns: bool,
+    /// The pause to aim at, in milliseconds
+    #[arg(long)]
+    max_downtime: Option<u64>,
+    /// Print JSON, a line for each look
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs one command line to its exit code.
+pub fn run(cli: Cli) -> ExitCode {
+    match cli.command {
+        Command::Serve { config, log_json } => return serve(&config, log_json),
+        Command::Key { file } => return key::run(&file),
+        Command::Vm(_)
+        | Command::Migrate(_)
+        | Command::Status { .. }
+        | Command::Watch
+        | Command::Doctor { .. }
+        | Command::MayRun { .. }
+        | Command::Abort { .. } => {}
+    }
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error, 1),
+    };
+    match runtime.block_on(ask(Client::new(&cli.socket), cli.command)) {
+        Ok(code) => code,
+        Err(error) => {
+            let code = if matches!(error, ClientError::Unreachable { .. }) { 3 } else { 1 };
+            fail(&error, code)
+        }
+    }
+}
+
+async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> {
+    match command {
+        Command::Vm(command) => vm::run(&client, command).await,
+        Command::Migrate(args) => migrate::run(&client, &args).await,
+        Command::Status { json } => show::status(&client, json).await,
+        Command::Watch => show::watch(&client).await,
+        Command::Doctor { vm, json } => show::doctor(&client, vm.as_ref(), json).await,
+        Command::MayRun { vm } => {
+            client.may_run(&vm).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Abort { id } => {
+            client.abort(&id).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Serve { .. } | Command::Key { .. } => Ok(ExitCode::FAILURE),
+    }
+}
+
+fn serve(path: &std::path::Path, log_json: bool) -> ExitCode {
+    let config = match Config::load(path) {
+        Ok(config) => config,
+        Err(error) => return fail(&error, 2),
+    };
+    crate::daemon::logs(log_json);
+    match crate::daemon::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("longhaul: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints an error with its causes.
+fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
+    eprint!("longhaul: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        eprint!(": {error}");
+        cause = error.source();
+    }
+    eprintln!();
+    ExitCode::from(code)
+}

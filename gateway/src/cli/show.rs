@@ -1,0 +1,136 @@
+//! Text for people: status, machines, findings.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use longhaul_core::ids::VmName;
+use longhaul_core::units::Bytes;
+
+use crate::api::client::{Client, ClientError};
+use crate::api::types::{AnchorView, MigrationView, Progressing, StatusView};
+
+/// `longhaul status`.
+pub async fn status(client: &Client, json: bool) -> Result<ExitCode, ClientError> {
+    let view = client.status().await?;
+    if json {
+        println!("{}", serde_json::to_string(&view).map_err(ClientError::Form)?);
+    } else {
+        print!("{}", page(&view));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `longhaul watch`: the same page every second, until it is interrupted.
+pub async fn watch(client: &Client) -> Result<ExitCode, ClientError> {
+    let clear = if std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
+    loop {
+        let view = client.status().await?;
+        println!("{clear}{}", page(&view));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// `longhaul vm list`.
+pub fn machines(view: &StatusView) {
+    print!("{}", machine_lines(view));
+}
+
+/// `longhaul doctor`: exit 1 if anything is not well.
+pub async fn doctor(client: &Client, vm: Option<&VmName>, json: bool) -> Result<ExitCode, ClientError> {
+    let findings = client.doctor(vm).await?;
+    let well = findings.iter().all(|finding| finding.ok);
+    if json {
+        println!("{}", serde_json::to_string(&findings).map_err(ClientError::Form)?);
+    } else {
+        for finding in &findings {
+            let mark = if finding.ok { "ok  " } else { "FAIL" };
+            println!("{mark} {}: {}", finding.check, finding.detail);
+            if let Some(remedy) = &finding.remedy {
+                println!("     {remedy}");
+            }
+        }
+    }
+    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn page(view: &StatusView) -> String {
+    let mut page = format!("site {}\n", view.site);
+    for peer in &view.peers {
+        let state = match (peer.up, peer.rtt_ms) {
+            (true, Some(rtt)) => format!("up, {rtt:.1} ms"),
+            (true, None) => "up".to_owned(),
+            (false, _) => "DOWN".to_owned(),
+        };
+        page += &format!("  peer {:<16} {state}\n", peer.name.as_str());
+    }
+    page += "machines\n";
+    page += &machine_lines(view);
+    if !view.migrations.is_empty() {
+        page += "migrations\n";
+    }
+    for migration in &view.migrations {
+        page += &migration_line(migration);
+    }
+    if !view.anchors.is_empty() {
+        page += "connections held for machines that left\n";
+    }
+    for anchor in &view.anchors {
+        page += &anchor_line(anchor);
+    }
+    let tunnel = &view.tunnel;
+    page += &format!(
+        "tunnel: {} packets out, {} in, {} dropped, {} held\n",
+        tunnel.packets_out, tunnel.packets_in, tunnel.dropped, tunnel.held
+    );
+    page
+}
+
+fn machine_lines(view: &StatusView) -> String {
+    let mut lines = String::new();
+    for machine in &view.machines {
+        let place = match &machine.at {
+            Some(site) => format!("{} ({site})", machine.owner),
+            None => machine.owner.clone(),
+        };
+        let disk = Bytes(machine.disk_bytes.iter().sum());
+        let addresses: Vec<String> =
+            machine.home.iter().chain(&machine.care_of).map(ToString::to_string).collect();
+        lines += &format!(
+            "  {:<16} {:<12} {:<12} epoch {:<3} {:>10} memory {:>10} disk  {}\n",
+            machine.name.as_str(),
+            place,
+            machine.state,
+            machine.epoch,
+            Bytes(machine.memory_bytes).to_string(),
+            disk.to_string(),
+            addresses.join(" ")
+        );
+    }
+    lines
+}
+
+fn migration_line(migration: &MigrationView) -> String {
+    let state = match migration.progressing {
+        Progressing::Running => format!("{} {:.0} %", migration.stage.name(), migration.percent),
+        Progressing::Moved => match migration.pause_ms {
+            Some(pause) => format!("moved, paused {pause:.0} ms"),
+            None => "moved".to_owned(),
+        },
+        Progressing::Stayed => format!("stayed: {}", migration.reason.as_deref().unwrap_or("unknown")),
+    };
+    let (vm, from, to, id) = (&migration.vm, &migration.from, &migration.to, &migration.id);
+    format!("  {:<16} {from} -> {to}  {state}  [{id}]\n", vm.as_str())
+}
+
+fn anchor_line(anchor: &AnchorView) -> String {
+    let state = match anchor.closed_ms {
+        Some(_) => "tunnel ended".to_owned(),
+        None => format!("{} old flows", anchor.flows),
+    };
+    let names = match &anchor.names_error {
+        Some(error) => format!("{} ({error})", anchor.names),
+        None => anchor.names.clone(),
+    };
+    format!("  {:<16} at {}  {state}, names {names}\n", anchor.vm.as_str(), anchor.at)
+}
