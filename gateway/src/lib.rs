@@ -8,6 +8,7 @@ pub mod api;
 pub mod chunk;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod disk;
 pub mod dns;
 pub mod hypervisor;
