@@ -1,1 +1,3 @@
-//! Placeholder.
+//! Who may run a machine, and in which stage a migration is.
+
+pub mod permit;
