@@ -1,0 +1,290 @@
+//! The definition of a guest: a closed schema, the same in TOML and on the wire.
+//!
+//! Reading one checks it ([`MachineDefinition::validate`]), so that a definition from a peer or from
+//! a file is either sound or an error. The schema keeps to what postcard can carry: no flattened,
+//! untagged or skipped fields.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+use super::text;
+use super::validate::InvalidDefinition;
+use super::values::{
+    CpuModel, KernelCommandLine, KernelName, LanName, MachineType, MachineUuid, PciAddress, Serial,
+    Sha256Digest,
+};
+use crate::ids::{DeviceName, VmName};
+use crate::tunnel::handover::{Mac, Prefix};
+
+/// A guest as it sees itself: everything that must be equal at both ends of a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(remote = "Self", deny_unknown_fields)]
+pub struct MachineDefinition {
+    /// The machine's name at all sites.
+    pub name: VmName,
+    /// Its UUID; without one, [`MachineDefinition::uuid`] derives it from the name.
+    #[serde(default)]
+    pub uuid: Option<MachineUuid>,
+    /// The machine type with its version.
+    pub machine: MachineType,
+    /// The CPU model by name; `qemu64` if none is named.
+    #[serde(default = "default_cpu")]
+    pub cpu: CpuModel,
+    /// The number of virtual CPUs.
+    pub vcpus: u16,
+    /// Memory in binary megabytes.
+    pub memory_mib: u64,
+    /// What starts the guest.
+    #[serde(default)]
+    pub firmware: Firmware,
+    /// A virtio random number source at this address, if the guest has one.
+    #[serde(default)]
+    pub rng: Option<PciAddress>,
+    /// The name that clients ask DNS for.
+    #[serde(default)]
+    pub dns_name: Option<String>,
+    /// The TTL in seconds of that name's records when no migration is near.
+    #[serde(default)]
+    pub dns_ttl_s: Option<u32>,
+    /// Its disks.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// Its network interfaces.
+    #[serde(default)]
+    pub nics: Vec<Nic>,
+}
+
+/// One virtio disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Its name inside the definition.
+    pub name: DeviceName,
+    /// What the guest sees as its size, in bytes; a multiple of 512.
+    pub size_bytes: u64,
+    /// Where it sits on PCI bus 0.
+    pub pci: PciAddress,
+    /// The serial number it shows to the guest.
+    #[serde(default)]
+    pub serial: Option<Serial>,
+}
+
+/// One virtio network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// Its name inside the definition.
+    pub name: DeviceName,
+    /// The guest's link-layer address, the same at every site.
+    #[serde(with = "text::mac")]
+    pub mac: Mac,
+    /// The addresses the guest believes it has, with the prefix length of its home LAN.
+    #[serde(default, with = "text::prefixes")]
+    pub home: Vec<Prefix>,
+    /// The network it is attached to.
+    pub lan: LanName,
+    /// Where it sits on PCI bus 0.
+    pub pci: PciAddress,
+}
+
+/// What starts the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Firmware {
+    /// SeaBIOS, as QEMU brings it.
+    #[default]
+    Bios,
+    /// UEFI in flash, its variables in a volume that travels like a disk.
+    Uefi(UefiFirmware),
+    /// QEMU loads a kernel by itself.
+    Kernel(KernelBoot),
+}
+
+/// UEFI in two flash chips. Their sizes are part of the guest's memory map and must be equal at both ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UefiFirmware {
+    /// The size in bytes of the code image, which every site has of its own.
+    pub code_bytes: u64,
+    /// The name of the volume that holds the variables.
+    pub vars: DeviceName,
+    /// The size in bytes of that volume.
+    pub vars_bytes: u64,
+}
+
+/// A kernel that QEMU loads by itself. The hashes make sure that a guest that reboots after the move
+/// gets the same one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelBoot {
+    /// The name under which each site knows the files.
+    pub name: KernelName,
+    /// What the kernel is told.
+    pub cmdline: KernelCommandLine,
+    /// The kernel's hash.
+    pub kernel_sha256: Sha256Digest,
+    /// The initial RAM disk's hash, if there is one.
+    #[serde(default)]
+    pub initrd_sha256: Option<Sha256Digest>,
+}
+
+/// Something that is stored and travels with the machine: a disk, or the UEFI variables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Volume<'a> {
+    /// Its name, unique in the machine.
+    pub name: &'a DeviceName,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+impl MachineDefinition {
+    /// The machine's UUID: the one written down, else the one that belongs to its name.
+    pub fn uuid(&self) -> MachineUuid {
+        self.uuid.unwrap_or_else(|| MachineUuid::of_name(self.name.as_str()))
+    }
+
+    /// Everything that is stored and has to travel: the disks, then the UEFI variables if there are any.
+    pub fn volumes(&self) -> impl Iterator<Item = Volume<'_>> {
+        let vars = match &self.firmware {
+            Firmware::Uefi(uefi) => Some(Volume { name: &uefi.vars, size_bytes: uefi.vars_bytes }),
+            Firmware::Bios | Firmware::Kernel(_) => None,
+        };
+        self.disks.iter().map(|disk| Volume { name: &disk.name, size_bytes: disk.size_bytes }).chain(vars)
+    }
+
+    /// All PCI devices of the definition: what it is, and where.
+    pub fn pci_devices(&self) -> impl Iterator<Item = (String, PciAddress)> {
+        let disks = self.disks.iter().enumerate().map(|(at, disk)| (format!("disks[{at}].pci"), disk.pci));
+        let nics = self.nics.iter().enumerate().map(|(at, nic)| (format!("nics[{at}].pci"), nic.pci));
+        disks.chain(nics).chain(self.rng.map(|pci| ("rng".to_owned(), pci)))
+    }
+}
+
+impl Nic {
+    /// The link-layer address as text: `52:54:00:12:34:56`.
+    pub fn mac_text(&self) -> String {
+        text::print_mac(self.mac)
+    }
+}
+
+impl<'de> Deserialize<'de> for MachineDefinition {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let definition = Self::deserialize(deserializer)?;
+        definition.validate().map_err(D::Error::custom)?;
+        Ok(definition)
+    }
+}
+
+impl Serialize for MachineDefinition {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+/// A definition that was read but not checked as a whole, for readers that report each error at its line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DefinitionDraft(MachineDefinition);
+
+impl DefinitionDraft {
+    /// The definition, if it is sound.
+    pub fn validate(self) -> Result<MachineDefinition, InvalidDefinition> {
+        self.0.validate()?;
+        Ok(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for DefinitionDraft {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        MachineDefinition::deserialize(deserializer).map(Self)
+    }
+}
+
+fn default_cpu() -> CpuModel {
+    "qemu64".parse().expect("the name is sound, as a test of this module shows")
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub const WEB1: &str = r#"
+        name = "web1"
+        machine = "pc-q35-7.2"
+        vcpus = 2
+        memory_mib = 256
+        dns_name = "web1.site.example"
+        dns_ttl_s = 300
+
+        [[disks]]
+        name = "root"
+        size_bytes = 1073741824
+        pci = "04.0"
+
+        [[disks]]
+        name = "data"
+        size_bytes = 67108864
+        pci = "05.0"
+        serial = "data-1"
+
+        [[nics]]
+        name = "lan"
+        mac = "52:54:00:12:34:56"
+        home = ["198.51.100.10/24", "2001:db8:a::10/64"]
+        lan = "servers"
+        pci = "06.0"
+    "#;
+
+    pub fn web1() -> MachineDefinition {
+        toml::from_str(WEB1).unwrap()
+    }
+
+    #[test]
+    fn a_definition_reads_from_toml_with_its_defaults() {
+        let web1 = web1();
+        assert_eq!(web1.cpu, default_cpu());
+        assert_eq!(web1.firmware, Firmware::Bios);
+        assert_eq!(web1.uuid(), MachineUuid::of_name("web1"));
+        assert_eq!(web1.volumes().map(|volume| volume.size_bytes).collect::<Vec<_>>(), [1 << 30, 64 << 20]);
+    }
+
+    #[test]
+    fn firmware_reads_in_all_its_forms() {
+        let uefi = format!(
+            "firmware = {{ uefi = {{ code_bytes = 1048576, vars = \"vars\", vars_bytes = 65536 }} }}{WEB1}"
+        );
+        let uefi: MachineDefinition = toml::from_str(&uefi).unwrap();
+        assert_eq!(uefi.volumes().last().unwrap().name.as_str(), "vars");
+        let hash = "ab".repeat(32);
+        let kernel = format!(
+            "{WEB1}\n[firmware.kernel]\nname = \"debian\"\ncmdline = \"ro quiet\"\nkernel_sha256 = \"{hash}\"\n"
+        );
+        let kernel: MachineDefinition = toml::from_str(&kernel).unwrap();
+        assert!(matches!(kernel.firmware, Firmware::Kernel(KernelBoot { initrd_sha256: None, .. })));
+    }
+
+    #[test]
+    fn what_is_not_in_the_schema_is_refused() {
+        for extra in [
+            "qemu_args = [\"-monitor\", \"stdio\"]",
+            "accel = \"kvm\"",
+            "firmware = { uefi = { path = \"/x\" } }",
+        ] {
+            let error = toml::from_str::<MachineDefinition>(&format!("{extra}\n{WEB1}")).unwrap_err();
+            assert!(error.to_string().contains("unknown field"), "{error}");
+        }
+        let path = WEB1.replace("serial = \"data-1\"", "path = \"/etc/shadow\"");
+        assert!(
+            toml::from_str::<MachineDefinition>(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("unknown field `path`")
+        );
+    }
+
+    #[test]
+    fn an_unsound_definition_does_not_deserialise_from_the_wire() {
+        let mut twice = web1();
+        twice.disks[1].pci = twice.disks[0].pci;
+        let bytes = postcard::to_allocvec(&twice).unwrap();
+        assert!(postcard::from_bytes::<MachineDefinition>(&bytes).is_err());
+    }
+}

@@ -1,0 +1,99 @@
+//! Property: a definition survives TOML and postcard unchanged.
+
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::tunnel::handover::{Mac, Prefix};
+
+fn firmware() -> impl Strategy<Value = Firmware> {
+    let digest = || any::<[u8; 32]>().prop_map(Sha256Digest);
+    prop_oneof![
+        Just(Firmware::Bios),
+        (1_u64..16, 1_u64..16).prop_map(|(code, vars)| Firmware::Uefi(UefiFirmware {
+            code_bytes: code << 12,
+            vars: "efi-vars".parse().unwrap(),
+            vars_bytes: vars << 12,
+        })),
+        ("[a-zA-Z0-9._-]{1,64}", "[ -~]{0,100}", digest(), proptest::option::of(digest())).prop_map(
+            |(name, cmdline, kernel_sha256, initrd_sha256)| Firmware::Kernel(KernelBoot {
+                name: name.parse().unwrap(),
+                cmdline: cmdline.parse().unwrap(),
+                kernel_sha256,
+                initrd_sha256,
+            })
+        ),
+    ]
+}
+
+fn disk(at: u8) -> impl Strategy<Value = Disk> {
+    (1_u64..1 << 30, proptest::option::of("[a-zA-Z0-9._-]{1,20}")).prop_map(move |(sectors, serial)| Disk {
+        name: format!("disk{at}").parse().unwrap(),
+        size_bytes: sectors * 512,
+        pci: PciAddress::new(2 + at, 0).unwrap(),
+        serial: serial.map(|text| text.parse().unwrap()),
+    })
+}
+
+fn nic(at: u8) -> impl Strategy<Value = Nic> {
+    let home = prop_oneof![
+        (1_u32..0xffff_ff00, 0_u8..=32).prop_map(|(addr, len)| (IpAddr::from(addr.to_be_bytes()), len)),
+        (any::<[u16; 7]>(), 0_u8..=128)
+            .prop_map(|(t, len)| { (IpAddr::from([0x2001, t[0], t[1], t[2], t[3], t[4], t[5], t[6]]), len) }),
+    ]
+    .prop_filter("one station", |(addr, _)| !addr.is_loopback() && !addr.is_multicast())
+    .prop_map(|(addr, len)| Prefix { addr, len });
+    (any::<[u8; 4]>(), proptest::option::of(home)).prop_map(move |(mac, home)| Nic {
+        name: format!("nic{at}").parse().unwrap(),
+        mac: Mac([0x52, mac[0], mac[1], mac[2], mac[3], at]),
+        home: home.into_iter().collect(),
+        lan: "servers".parse().unwrap(),
+        pci: PciAddress::new(16 + at, 0).unwrap(),
+    })
+}
+
+fn definition() -> impl Strategy<Value = MachineDefinition> {
+    let disks = (0..=limits::MAX_DISKS as u8).prop_flat_map(|count| (0..count).map(disk).collect::<Vec<_>>());
+    let nics = (0..=limits::MAX_NICS as u8).prop_flat_map(|count| (0..count).map(nic).collect::<Vec<_>>());
+    let sizes = (1..=limits::MAX_VCPUS, limits::MIN_MEMORY_MIB..=limits::MAX_MEMORY_MIB);
+    let dns = (proptest::option::of("[a-z0-9]{1,20}\\.example"), proptest::option::of(1_u32..100_000));
+    ("[a-z][a-z0-9-]{0,31}", proptest::option::of(any::<[u8; 16]>()), sizes, firmware(), dns, disks, nics)
+        .prop_map(|(name, uuid, (vcpus, memory_mib), firmware, (dns_name, dns_ttl_s), disks, nics)| {
+            MachineDefinition {
+                name: name.parse().unwrap(),
+                uuid: uuid.map(MachineUuid),
+                machine: "pc-i440fx-7.2".parse().unwrap(),
+                cpu: "qemu64".parse().unwrap(),
+                vcpus,
+                memory_mib,
+                firmware,
+                rng: PciAddress::new(30, 0),
+                dns_name,
+                dns_ttl_s,
+                disks,
+                nics,
+            }
+        })
+}
+
+proptest! {
+    #[test]
+    fn a_definition_survives_toml_and_the_wire(mut definition in definition()) {
+        // Two interfaces drawn with the same address are no sound definition.
+        let mut seen = std::collections::BTreeSet::new();
+        for nic in &mut definition.nics {
+            nic.home.retain(|prefix| seen.insert(prefix.addr));
+        }
+        prop_assert_eq!(definition.validate(), Ok(()));
+        let text = toml::to_string(&definition).unwrap();
+        prop_assert_eq!(&toml::from_str::<MachineDefinition>(&text).unwrap(), &definition);
+        let bytes = postcard::to_allocvec(&definition).unwrap();
+        prop_assert_eq!(&postcard::from_bytes::<MachineDefinition>(&bytes).unwrap(), &definition);
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        let _ = postcard::from_bytes::<MachineDefinition>(&bytes);
+    }
+}
