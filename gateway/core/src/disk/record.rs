@@ -1,0 +1,433 @@
+//! The mirror's records on the wire: numbered, several to a chunk, compressed where it helps.
+//!
+//! ```text
+//!  chunk  = version u8 | flags u8 | first number u64 | records u32 | body length u32 | body
+//!  record = kind u8 | write: offset u64, length u32, payload
+//!                   | zero: offset u64, length u64
+//!                   | flush: nothing
+//!                   | barrier: records u64, last number u64, digest [32]
+//! ```
+//!
+//! Integers are little-endian; flag 1 says that the body is one zstd frame and the length is that of
+//! the body before compression. Offsets are not checked against a disk here: [`super::MirrorTarget`]
+//! does that. The digest covers records, not chunks, so packing and compression do not change it.
+
+use bytes::{Buf, Bytes};
+
+/// The longest body of a chunk in bytes, before compression. Bounds what a receiver allocates.
+pub const MAX_BODY: usize = 1 << 20;
+/// The most records in one chunk.
+pub const MAX_RECORDS: usize = 16 << 10;
+
+const VERSION: u8 = 1;
+const FLAG_ZSTD: u8 = 1;
+const CHUNK_HEADER: usize = 18;
+const WRITE_HEADER: usize = 13;
+const LEVEL: i32 = 1;
+
+/// One change of the disk, or a mark in the sequence of changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Record {
+    /// `data` at byte `offset`.
+    Write {
+        /// Where, in bytes.
+        offset: u64,
+        /// What.
+        data: Bytes,
+    },
+    /// `len` bytes of zero at byte `offset`.
+    Zero {
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+    },
+    /// The guest asked for its writes to be durable.
+    Flush,
+    /// All records before this one, so that the other end can prove that it has them.
+    Barrier(Barrier),
+}
+
+/// What a destination must have applied and flushed to be equal to the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Barrier {
+    /// How many records come before the barrier, since the mirror began.
+    pub records: u64,
+    /// The number of the last of them; records are numbered from 1.
+    pub last_number: u64,
+    /// BLAKE3 over number, kind, offset, length and payload of each of them, in order.
+    pub digest: [u8; 32],
+}
+
+/// The digest of all records so far, computed alike at both ends.
+#[derive(Debug, Clone, Default)]
+pub struct RunningDigest {
+    hasher: blake3::Hasher,
+    records: u64,
+}
+
+/// A chunk taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    /// The number of the first record; the others follow without gaps.
+    pub first_number: u64,
+    /// The records in order.
+    pub records: Vec<Record>,
+}
+
+/// Why bytes are not a chunk of records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChunkError {
+    /// Bytes are missing.
+    #[error("The disk chunk ends too early")]
+    Short,
+    /// Another version of the format.
+    #[error("The disk chunk has format {0}, expected {VERSION}: run the same release at both sites")]
+    Version(u8),
+    /// Flags this version does not define.
+    #[error("The disk chunk has unknown flags {0:#x}: run the same release at both sites")]
+    Flags(u8),
+    /// The header announces more than a chunk may hold.
+    #[error("The disk chunk announces {records} records in {body} bytes, more than a chunk may hold")]
+    TooLarge {
+        /// Announced records.
+        records: u32,
+        /// Announced body length in bytes.
+        body: u32,
+    },
+    /// The compressed body does not decompress to the announced length.
+    #[error("The disk chunk does not decompress")]
+    Zstd,
+    /// A record of unknown kind.
+    #[error("The disk chunk holds a record of unknown kind {0}")]
+    Kind(u8),
+    /// Bytes follow the last record.
+    #[error("The disk chunk has {0} bytes too many")]
+    Trailing(usize),
+}
+
+impl Record {
+    /// How many bytes the record takes in a body.
+    pub fn encoded_len(&self) -> usize {
+        match self {
+            Self::Write { data, .. } => WRITE_HEADER + data.len(),
+            Self::Zero { .. } => 17,
+            Self::Flush => 1,
+            Self::Barrier(_) => 49,
+        }
+    }
+
+    /// First byte and end of what the record changes on the disk.
+    pub(super) fn range(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Write { offset, data } => Some((*offset, offset + data.len() as u64)),
+            Self::Zero { offset, len } => Some((*offset, offset + len)),
+            Self::Flush | Self::Barrier(_) => None,
+        }
+    }
+
+    /// Bytes of content that the record carries.
+    pub(super) fn payload_len(&self) -> u64 {
+        match self {
+            Self::Write { data, .. } => data.len() as u64,
+            Self::Zero { .. } | Self::Flush | Self::Barrier(_) => 0,
+        }
+    }
+
+    /// Kind, offset and length in bytes.
+    fn header(&self) -> (u8, u64, u64) {
+        match self {
+            Self::Write { offset, data } => (1, *offset, data.len() as u64),
+            Self::Zero { offset, len } => (2, *offset, *len),
+            Self::Flush => (3, 0, 0),
+            Self::Barrier(_) => (4, 0, 0),
+        }
+    }
+
+    fn encode(&self, body: &mut Vec<u8>) {
+        let (kind, offset, len) = self.header();
+        body.push(kind);
+        match self {
+            Self::Write { data, .. } => {
+                body.extend(offset.to_le_bytes());
+                body.extend((len as u32).to_le_bytes());
+                body.extend_from_slice(data);
+            }
+            Self::Zero { .. } => {
+                body.extend(offset.to_le_bytes());
+                body.extend(len.to_le_bytes());
+            }
+            Self::Flush => {}
+            Self::Barrier(barrier) => body.extend(barrier.to_bytes()),
+        }
+    }
+
+    fn decode(body: &mut Bytes) -> Result<Self, ChunkError> {
+        match body.try_get_u8().map_err(|_| ChunkError::Short)? {
+            1 => {
+                let offset = u64_from(body)?;
+                let len = body.try_get_u32_le().map_err(|_| ChunkError::Short)? as usize;
+                if len > body.len() {
+                    return Err(ChunkError::Short);
+                }
+                Ok(Self::Write { offset, data: body.split_to(len) })
+            }
+            2 => Ok(Self::Zero { offset: u64_from(body)?, len: u64_from(body)? }),
+            3 => Ok(Self::Flush),
+            4 => {
+                let (records, last_number) = (u64_from(body)?, u64_from(body)?);
+                let mut digest = [0; 32];
+                body.try_copy_to_slice(&mut digest).map_err(|_| ChunkError::Short)?;
+                Ok(Self::Barrier(Barrier { records, last_number, digest }))
+            }
+            kind => Err(ChunkError::Kind(kind)),
+        }
+    }
+}
+
+impl Barrier {
+    fn to_bytes(self) -> [u8; 48] {
+        let mut bytes = [0; 48];
+        bytes[..8].copy_from_slice(&self.records.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.last_number.to_le_bytes());
+        bytes[16..].copy_from_slice(&self.digest);
+        bytes
+    }
+}
+
+impl RunningDigest {
+    /// Takes in the next record.
+    pub fn add(&mut self, record: &Record) {
+        self.records += 1;
+        let (kind, offset, len) = record.header();
+        let mut header = [0; 25];
+        header[..8].copy_from_slice(&self.records.to_le_bytes());
+        header[8] = kind;
+        header[9..17].copy_from_slice(&offset.to_le_bytes());
+        header[17..].copy_from_slice(&len.to_le_bytes());
+        self.hasher.update(&header);
+        match record {
+            Record::Write { data, .. } => self.hasher.update(data),
+            Record::Barrier(barrier) => self.hasher.update(&barrier.to_bytes()),
+            Record::Zero { .. } | Record::Flush => &mut self.hasher,
+        };
+    }
+
+    /// How many records were taken in, which is also the number of the last.
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+
+    /// The barrier behind the records taken in so far.
+    pub fn barrier(&self) -> Barrier {
+        let digest = *self.hasher.finalize().as_bytes();
+        Barrier { records: self.records, last_number: self.records, digest }
+    }
+}
+
+/// Packs records into chunks of bounded size.
+pub(super) struct ChunkPacker {
+    compressor: Option<zstd::bulk::Compressor<'static>>,
+    body: Vec<u8>,
+    records: u32,
+    max_body: usize,
+}
+
+impl ChunkPacker {
+    /// A packer of chunks of at most `max_chunk` bytes.
+    pub(super) fn new(max_chunk: usize) -> Self {
+        // A context that cannot be allocated only costs the compression.
+        let compressor = zstd::bulk::Compressor::new(LEVEL).ok();
+        let max_body = max_chunk.saturating_sub(CHUNK_HEADER).min(MAX_BODY);
+        Self { compressor, body: Vec::new(), records: 0, max_body }
+    }
+
+    /// Whether `record` still fits. One record always fits an empty chunk of reasonable size.
+    pub(super) fn fits(&self, record: &Record) -> bool {
+        self.body.len() + record.encoded_len() <= self.max_body && (self.records as usize) < MAX_RECORDS
+    }
+
+    /// Appends a record that [`Self::fits`].
+    pub(super) fn push(&mut self, record: &Record) {
+        record.encode(&mut self.body);
+        self.records += 1;
+    }
+
+    /// The chunk of all records since the last call; the first of them has `first_number`.
+    pub(super) fn finish(&mut self, first_number: u64) -> Bytes {
+        let packed = self.compressor.as_mut().and_then(|zstd| zstd.compress(&self.body).ok());
+        let packed = packed.filter(|packed| packed.len() < self.body.len());
+        let body = packed.as_deref().unwrap_or(&self.body);
+        let mut chunk = Vec::with_capacity(CHUNK_HEADER + body.len());
+        chunk.extend([VERSION, if packed.is_some() { FLAG_ZSTD } else { 0 }]);
+        chunk.extend(first_number.to_le_bytes());
+        chunk.extend(self.records.to_le_bytes());
+        chunk.extend((self.body.len() as u32).to_le_bytes());
+        chunk.extend_from_slice(body);
+        self.body.clear();
+        self.records = 0;
+        chunk.into()
+    }
+}
+
+/// Takes a chunk apart. Allocates at most [`MAX_BODY`] bytes and [`MAX_RECORDS`] records, whatever
+/// the bytes say.
+pub fn decode_chunk(mut chunk: Bytes) -> Result<Chunk, ChunkError> {
+    if chunk.len() < CHUNK_HEADER {
+        return Err(ChunkError::Short);
+    }
+    let (version, flags) = (chunk.get_u8(), chunk.get_u8());
+    if version != VERSION {
+        return Err(ChunkError::Version(version));
+    }
+    let first_number = chunk.get_u64_le();
+    let (count, body_len) = (chunk.get_u32_le(), chunk.get_u32_le());
+    if count as usize > MAX_RECORDS || body_len as usize > MAX_BODY {
+        return Err(ChunkError::TooLarge { records: count, body: body_len });
+    }
+    let mut body = match flags {
+        0 => chunk,
+        FLAG_ZSTD => zstd::bulk::decompress(&chunk, body_len as usize).map_err(|_| ChunkError::Zstd)?.into(),
+        flags => return Err(ChunkError::Flags(flags)),
+    };
+    if body.len() < body_len as usize {
+        return Err(ChunkError::Short);
+    }
+    if body.len() > body_len as usize {
+        return Err(ChunkError::Trailing(body.len() - body_len as usize));
+    }
+    let mut records = Vec::with_capacity((count as usize).min(body.len()));
+    for _ in 0..count {
+        records.push(Record::decode(&mut body)?);
+    }
+    match body.len() {
+        0 => Ok(Chunk { first_number, records }),
+        trailing => Err(ChunkError::Trailing(trailing)),
+    }
+}
+
+fn u64_from(body: &mut Bytes) -> Result<u64, ChunkError> {
+    body.try_get_u64_le().map_err(|_| ChunkError::Short)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn any_record() -> impl Strategy<Value = Record> {
+        let noise = prop::collection::vec(any::<u8>(), 0..3000);
+        let same = (any::<u8>(), 0..70_000usize).prop_map(|(byte, len)| vec![byte; len]);
+        let barrier = (any::<u64>(), any::<u64>(), any::<[u8; 32]>());
+        prop_oneof![
+            4 => (any::<u64>(), prop_oneof![noise, same])
+                .prop_map(|(offset, data)| Record::Write { offset, data: data.into() }),
+            2 => (any::<u64>(), any::<u64>()).prop_map(|(offset, len)| Record::Zero { offset, len }),
+            1 => Just(Record::Flush),
+            1 => barrier.prop_map(|(records, last_number, digest)| {
+                Record::Barrier(Barrier { records, last_number, digest })
+            }),
+        ]
+    }
+
+    fn pack(records: &[Record], max_chunk: usize) -> Vec<Bytes> {
+        let (mut packer, mut chunks, mut first, mut next) = (ChunkPacker::new(max_chunk), vec![], 1, 1);
+        for record in records {
+            if !packer.fits(record) {
+                chunks.push(packer.finish(first));
+                first = next;
+            }
+            packer.push(record);
+            next += 1;
+        }
+        chunks.push(packer.finish(first));
+        chunks
+    }
+
+    proptest! {
+        #[test]
+        fn records_come_back_bit_exact(records in prop::collection::vec(any_record(), 0..40)) {
+            let max_chunk = 100_000;
+            let (mut next, mut back) = (1, Vec::new());
+            for chunk in pack(&records, max_chunk) {
+                prop_assert!(chunk.len() <= max_chunk);
+                let chunk = decode_chunk(chunk).unwrap();
+                prop_assert_eq!(chunk.first_number, next);
+                next += chunk.records.len() as u64;
+                back.extend(chunk.records);
+            }
+            prop_assert_eq!(back, records);
+        }
+
+        #[test]
+        fn garbage_is_an_error(mut bytes in prop::collection::vec(any::<u8>(), 0..300), fix in any::<bool>()) {
+            if fix && bytes.len() > 18 {
+                let body = (bytes.len() - 18) as u32;
+                bytes[..2].copy_from_slice(&[VERSION, 0]);
+                bytes[10..14].copy_from_slice(&3u32.to_le_bytes());
+                bytes[14..18].copy_from_slice(&body.to_le_bytes());
+            }
+            let _ = decode_chunk(bytes.into());
+        }
+
+        #[test]
+        fn a_damaged_chunk_never_panics(
+            records in prop::collection::vec(any_record(), 1..5),
+            at in any::<prop::sample::Index>(),
+            flip in 1..=255u8,
+            cut in any::<bool>(),
+        ) {
+            let mut bytes = pack(&records, MAX_BODY)[0].to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            if cut {
+                bytes.truncate(at);
+            }
+            let _ = decode_chunk(bytes.into());
+        }
+    }
+
+    #[test]
+    fn compressible_bodies_shrink_and_others_travel_raw() {
+        let same = Record::Write { offset: 0, data: vec![7; 60_000].into() };
+        let mut noise = vec![0; 60_000];
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        let noise = Record::Write { offset: 0, data: noise.into() };
+        assert!(pack(&[same], MAX_BODY)[0].len() < 200);
+        let raw = &pack(&[noise], MAX_BODY)[0];
+        assert_eq!((raw[1], raw.len()), (0, CHUNK_HEADER + WRITE_HEADER + 60_000));
+    }
+
+    #[test]
+    fn a_bomb_is_refused_before_it_is_unpacked() {
+        let frame = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
+        let mut chunk = vec![VERSION, FLAG_ZSTD];
+        chunk.extend([0; 12]);
+        chunk.extend((MAX_BODY as u32).to_le_bytes());
+        chunk.extend(frame);
+        assert_eq!(decode_chunk(chunk.clone().into()), Err(ChunkError::Zstd));
+        chunk[14..18].copy_from_slice(&(MAX_BODY as u32 + 1).to_le_bytes());
+        assert!(matches!(decode_chunk(chunk.into()), Err(ChunkError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn the_digest_tells_order_kind_and_place() {
+        let write = |offset, byte| Record::Write { offset, data: vec![byte; 8].into() };
+        let digest_of = |records: &[Record]| {
+            let mut digest = RunningDigest::default();
+            records.iter().for_each(|record| digest.add(record));
+            digest.barrier().digest
+        };
+        let reference = digest_of(&[write(0, 1), write(8, 2)]);
+        for other in [
+            vec![write(8, 2), write(0, 1)],
+            vec![write(0, 1)],
+            vec![write(0, 1), write(16, 2)],
+            vec![write(0, 1), Record::Zero { offset: 8, len: 8 }],
+            vec![write(0, 1), write(8, 2), Record::Flush],
+        ] {
+            assert_ne!(digest_of(&other), reference);
+        }
+    }
+}

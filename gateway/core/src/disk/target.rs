@@ -1,0 +1,434 @@
+//! The receiving side of a disk mirror: what may be written when, and when the barrier is proven.
+//!
+//! ```text
+//!  chunk ─▶ numbers, bounds, digest ─▶ queue ─▶ in flight ─▶ applied ─▶ flushed
+//!                     │                                                   │
+//!                     └── any of them wrong: refused, nothing after it    └── barrier first in the queue,
+//!                         is applied                                          nothing unflushed: Proven
+//! ```
+//!
+//! Records whose ranges overlap are never in flight together, because an NBD server may reorder them.
+//! Time is a parameter. A barrier that was proven says nothing about records that come after it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::record::{Barrier, ChunkError, Record, RunningDigest, decode_chunk};
+
+/// Limits of one mirror at the destination.
+#[derive(Debug, Clone, Copy)]
+pub struct TargetConfig {
+    /// Bytes being written at the same time. More hides a slow disk's latency, and costs memory.
+    pub max_in_flight_bytes: u64,
+    /// Writes under way at the same time.
+    pub max_in_flight: usize,
+    /// The disk is flushed after this many bytes. Less makes the last flush shorter, and with it the
+    /// pause; more costs a spinning disk less.
+    pub flush_bytes: u64,
+    /// The disk is flushed at least this often while there is something to flush.
+    pub flush_interval: Duration,
+}
+
+impl Default for TargetConfig {
+    fn default() -> Self {
+        Self {
+            max_in_flight_bytes: 8 << 20,
+            max_in_flight: 64,
+            flush_bytes: 32 << 20,
+            flush_interval: Duration::from_secs(1),
+        }
+    }
+}
+
+/// What the destination's disk is asked to do next. Each is answered, in any order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Write `data` at byte `offset`; answer with [`MirrorTarget::handle_applied`].
+    Write {
+        /// The record's number.
+        number: u64,
+        /// Where, in bytes.
+        offset: u64,
+        /// What.
+        data: Bytes,
+    },
+    /// Make `len` bytes at `offset` zero; answer with [`MirrorTarget::handle_applied`].
+    Zero {
+        /// The record's number.
+        number: u64,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+    },
+    /// Make all that was answered durable; answer with [`MirrorTarget::handle_flushed`].
+    Flush,
+    /// Everything before this barrier is on the disk, durable and digested alike.
+    Proven(Barrier),
+}
+
+/// What has happened so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TargetCounters {
+    /// Records received and found right.
+    pub records: u64,
+    /// Disk content in them in bytes, zeros included.
+    pub received_bytes: u64,
+    /// Disk content applied in bytes.
+    pub applied_bytes: u64,
+    /// Flushes of the disk.
+    pub flushes: u64,
+}
+
+/// Why what arrived is refused. The destination's disk must not be used after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// The bytes are not a chunk.
+    #[error("Refusing a damaged disk chunk")]
+    Chunk(#[from] ChunkError),
+    /// Records are missing or repeated.
+    #[error("Disk record {found} arrived, expected {expected}")]
+    Number {
+        /// The next number.
+        expected: u64,
+        /// What came.
+        found: u64,
+    },
+    /// A record reaches beyond the disk.
+    #[error("Disk record {number} writes {len} bytes at {offset}, beyond the disk's {size} bytes")]
+    Bounds {
+        /// The record's number.
+        number: u64,
+        /// Where, in bytes.
+        offset: u64,
+        /// How much, in bytes.
+        len: u64,
+        /// The disk's size in bytes.
+        size: u64,
+    },
+    /// The barrier counts other records than arrived.
+    #[error("The barrier stands behind {barrier} disk records, {received} have arrived")]
+    Count {
+        /// What the source counted.
+        barrier: u64,
+        /// What arrived.
+        received: u64,
+    },
+    /// Same number of records, other content.
+    #[error("The digest of {records} disk records differs from the source's")]
+    Digest {
+        /// How many records were digested.
+        records: u64,
+    },
+}
+
+/// A step that was handed out and not answered.
+#[derive(Debug, Clone, Copy)]
+struct InFlight {
+    start: u64,
+    end: u64,
+    /// Payload in memory; zeros have none.
+    bytes: u64,
+}
+
+/// The state of one disk's mirror at the destination.
+#[derive(Debug)]
+pub struct MirrorTarget {
+    size: u64,
+    config: TargetConfig,
+    digest: RunningDigest,
+    queue: VecDeque<(u64, Record)>,
+    in_flight: BTreeMap<u64, InFlight>,
+    in_flight_bytes: u64,
+    unflushed_bytes: u64,
+    unflushed: bool,
+    flushing: bool,
+    flush_asked: bool,
+    last_flush: Duration,
+    proven: Option<Barrier>,
+    counters: TargetCounters,
+}
+
+impl MirrorTarget {
+    /// The destination of a disk of `size` bytes.
+    pub fn new(size: u64, config: TargetConfig) -> Self {
+        Self {
+            size,
+            config,
+            digest: RunningDigest::default(),
+            queue: VecDeque::new(),
+            in_flight: BTreeMap::new(),
+            in_flight_bytes: 0,
+            unflushed_bytes: 0,
+            unflushed: false,
+            flushing: false,
+            flush_asked: false,
+            last_flush: Duration::ZERO,
+            proven: None,
+            counters: TargetCounters::default(),
+        }
+    }
+
+    /// Whether to take another chunk: at most one chunk is held beside what is in flight.
+    pub fn wants_chunk(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// A chunk arrived. After an error the mirror is over: nothing of this chunk is applied.
+    pub fn handle_chunk(&mut self, chunk: Bytes) -> Result<(), TargetError> {
+        let chunk = decode_chunk(chunk)?;
+        let expected = self.digest.records() + 1;
+        if chunk.first_number != expected {
+            return Err(TargetError::Number { expected, found: chunk.first_number });
+        }
+        let mut checked = Vec::with_capacity(chunk.records.len());
+        for record in chunk.records {
+            self.check(&record)?;
+            self.digest.add(&record);
+            self.counters.received_bytes += record.range().map_or(0, |(start, end)| end - start);
+            checked.push((self.digest.records(), record));
+        }
+        self.counters.records = self.digest.records();
+        self.queue.extend(checked);
+        Ok(())
+    }
+
+    /// The next thing to do, or `None` until an answer, a chunk or [`Self::flush_at`].
+    pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
+        if self.flush_due(now) {
+            self.flushing = true;
+            self.flush_asked = false;
+            self.unflushed = false;
+            self.unflushed_bytes = 0;
+            self.last_flush = now;
+            return Some(Step::Flush);
+        }
+        while let Some((number, record)) = self.queue.front() {
+            let number = *number;
+            match record {
+                Record::Flush => self.flush_asked = true,
+                Record::Barrier(barrier) => return self.poll_proven(*barrier),
+                Record::Write { .. } | Record::Zero { .. } => return self.poll_apply(number),
+            }
+            self.queue.pop_front();
+        }
+        None
+    }
+
+    /// The write or zero with this number is done.
+    pub fn handle_applied(&mut self, number: u64) {
+        if let Some(InFlight { start, end, bytes }) = self.in_flight.remove(&number) {
+            self.counters.applied_bytes += end - start;
+            self.in_flight_bytes -= bytes;
+            self.unflushed_bytes += bytes;
+            self.unflushed = true;
+        }
+    }
+
+    /// The flush is done.
+    pub fn handle_flushed(&mut self) {
+        self.flushing = false;
+        self.counters.flushes += 1;
+    }
+
+    /// When [`Self::poll_step`] will want to flush, if nothing else happens.
+    pub fn flush_at(&self) -> Option<Duration> {
+        (self.unflushed && !self.flushing).then(|| self.last_flush + self.config.flush_interval)
+    }
+
+    /// Whether all that arrived is applied and durable.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.in_flight.is_empty() && !self.unflushed && !self.flushing
+    }
+
+    /// The barrier proven last, if no record came after it.
+    pub fn proven(&self) -> Option<Barrier> {
+        self.proven.filter(|barrier| barrier.records + 1 == self.digest.records())
+    }
+
+    /// What has happened so far.
+    pub fn counters(&self) -> TargetCounters {
+        self.counters
+    }
+
+    fn check(&self, record: &Record) -> Result<(), TargetError> {
+        let received = self.digest.records();
+        match record {
+            Record::Write { offset, data } => self.check_range(*offset, data.len() as u64),
+            Record::Zero { offset, len } => self.check_range(*offset, *len),
+            Record::Flush => Ok(()),
+            Record::Barrier(barrier) if barrier.records != received || barrier.last_number != received => {
+                Err(TargetError::Count { barrier: barrier.records, received })
+            }
+            Record::Barrier(barrier) if *barrier != self.digest.barrier() => {
+                Err(TargetError::Digest { records: received })
+            }
+            Record::Barrier(_) => Ok(()),
+        }
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), TargetError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => {
+                let number = self.digest.records() + 1;
+                Err(TargetError::Bounds { number, offset, len, size: self.size })
+            }
+        }
+    }
+
+    fn flush_due(&self, now: Duration) -> bool {
+        let barrier_first = matches!(self.queue.front(), Some((_, Record::Barrier(_))));
+        let barrier_waits = barrier_first && self.in_flight.is_empty();
+        let asked = self.flush_asked || self.unflushed_bytes >= self.config.flush_bytes;
+        let overdue = now >= self.last_flush + self.config.flush_interval;
+        self.unflushed && !self.flushing && (barrier_waits || asked || overdue)
+    }
+
+    fn poll_proven(&mut self, barrier: Barrier) -> Option<Step> {
+        if !self.in_flight.is_empty() || self.unflushed || self.flushing {
+            return None;
+        }
+        self.queue.pop_front();
+        self.proven = Some(barrier);
+        Some(Step::Proven(barrier))
+    }
+
+    fn poll_apply(&mut self, number: u64) -> Option<Step> {
+        let (_, record) = self.queue.front()?;
+        let (start, end) = record.range()?;
+        let full = self.in_flight.len() >= self.config.max_in_flight.max(1)
+            || self.in_flight_bytes >= self.config.max_in_flight_bytes;
+        let overlaps = self.in_flight.values().any(|other| start < other.end && other.start < end);
+        if overlaps || full && !self.in_flight.is_empty() {
+            return None;
+        }
+        let (_, record) = self.queue.pop_front()?;
+        let bytes = record.payload_len();
+        self.in_flight.insert(number, InFlight { start, end, bytes });
+        self.in_flight_bytes += bytes;
+        match record {
+            Record::Write { offset, data } => Some(Step::Write { number, offset, data }),
+            Record::Zero { offset, len } => Some(Step::Zero { number, offset, len }),
+            Record::Flush | Record::Barrier(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::ChunkPacker;
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+    const NOW: Duration = Duration::ZERO;
+
+    fn write(offset: u64, byte: u8) -> Record {
+        Record::Write { offset, data: vec![byte; 4096].into() }
+    }
+
+    fn chunk(first: u64, records: &[Record]) -> Bytes {
+        let mut packer = ChunkPacker::new(1 << 20);
+        records.iter().for_each(|record| packer.push(record));
+        packer.finish(first)
+    }
+
+    fn barrier_behind(records: &[Record]) -> Record {
+        let mut digest = RunningDigest::default();
+        records.iter().for_each(|record| digest.add(record));
+        Record::Barrier(digest.barrier())
+    }
+
+    fn target() -> MirrorTarget {
+        MirrorTarget::new(SIZE, TargetConfig::default())
+    }
+
+    #[test]
+    fn a_lost_or_repeated_chunk_is_refused() {
+        let mut target = target();
+        target.handle_chunk(chunk(1, &[write(0, 1)])).unwrap();
+        for found in [1, 3] {
+            let error = target.handle_chunk(chunk(found, &[write(0, 1)]));
+            assert_eq!(error, Err(TargetError::Number { expected: 2, found }));
+        }
+    }
+
+    #[test]
+    fn records_beyond_the_disk_are_refused() {
+        for record in [write(SIZE - 4095, 1), Record::Zero { offset: 1, len: u64::MAX }, write(u64::MAX, 1)] {
+            let error = target().handle_chunk(chunk(1, &[record]));
+            assert!(matches!(error, Err(TargetError::Bounds { number: 1, .. })), "{error:?}");
+        }
+        target().handle_chunk(chunk(1, &[write(SIZE - 4096, 1)])).unwrap();
+    }
+
+    #[test]
+    fn a_barrier_behind_other_records_is_refused() {
+        let sent = [write(0, 1), write(4096, 2)];
+        let other = [write(0, 1), write(4096, 3), barrier_behind(&sent)];
+        assert_eq!(target().handle_chunk(chunk(1, &other)), Err(TargetError::Digest { records: 2 }));
+        let fewer = [write(0, 1), barrier_behind(&sent)];
+        let count = TargetError::Count { barrier: 2, received: 1 };
+        assert_eq!(target().handle_chunk(chunk(1, &fewer)), Err(count));
+    }
+
+    #[test]
+    fn overlapping_records_are_never_in_flight_together() {
+        let mut target = target();
+        target.handle_chunk(chunk(1, &[write(0, 1), write(8192, 2), write(4000, 3)])).unwrap();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 2, .. })));
+        assert_eq!(target.poll_step(NOW), None);
+        target.handle_applied(2);
+        assert_eq!(target.poll_step(NOW), None);
+        target.handle_applied(1);
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 3, .. })));
+    }
+
+    #[test]
+    fn a_barrier_is_proven_only_behind_a_flush() {
+        let mut target = target();
+        let records = [write(0, 1), Record::Flush];
+        let barrier = barrier_behind(&records);
+        target.handle_chunk(chunk(1, &[records.to_vec(), vec![barrier.clone()]].concat())).unwrap();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { .. })));
+        assert_eq!(target.poll_step(NOW), None);
+        target.handle_applied(1);
+        assert_eq!(target.poll_step(NOW), Some(Step::Flush));
+        assert_eq!(target.poll_step(NOW), None);
+        assert_eq!(target.proven(), None);
+        target.handle_flushed();
+        let Some(Step::Proven(proven)) = target.poll_step(NOW) else { panic!("not proven") };
+        assert_eq!(Record::Barrier(proven), barrier);
+        assert_eq!(target.proven(), Some(proven));
+        target.handle_chunk(chunk(4, &[write(0, 2)])).unwrap();
+        assert_eq!(target.proven(), None, "a later record takes the proof back");
+    }
+
+    #[test]
+    fn writes_in_flight_stay_within_their_limit() {
+        let config = TargetConfig { max_in_flight: 2, max_in_flight_bytes: 4096, ..TargetConfig::default() };
+        let mut target = MirrorTarget::new(SIZE, config);
+        target.handle_chunk(chunk(1, &[write(0, 1), write(4096, 1)])).unwrap();
+        assert!(target.poll_step(NOW).is_some());
+        assert_eq!(target.poll_step(NOW), None);
+        target.handle_applied(1);
+        assert!(target.poll_step(NOW).is_some());
+    }
+
+    #[test]
+    fn the_disk_is_flushed_once_a_second_while_writes_go_on() {
+        let mut target = target();
+        target.handle_chunk(chunk(1, &[write(0, 1)])).unwrap();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { .. })));
+        assert_eq!(target.flush_at(), None);
+        target.handle_applied(1);
+        assert_eq!(target.flush_at(), Some(Duration::from_secs(1)));
+        assert_eq!(target.poll_step(Duration::from_millis(999)), None);
+        assert_eq!(target.poll_step(Duration::from_secs(1)), Some(Step::Flush));
+        target.handle_flushed();
+        assert!(target.is_idle());
+    }
+}
