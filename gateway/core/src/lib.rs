@@ -12,4 +12,5 @@ pub mod memory;
 pub mod migration;
 pub mod tunnel;
 pub mod units;
+pub mod wan;
 pub mod wire;

@@ -1,0 +1,187 @@
+//! The destination's half: chunks in, the stream's bytes out, and its proof at the end.
+//!
+//! A chunk comes from a peer and is not trusted: every length is checked before memory is taken for
+//! it, a batch is unpacked one at a time, and after the first error nothing more comes out.
+
+use bytes::{Buf, Bytes};
+use zstd::bulk::Decompressor;
+
+use super::ops::replay;
+use super::{
+    BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_END,
+    MAX_CONTENTS, MAX_OPS, StreamDigest, StreamEnd,
+};
+use crate::units::Bytes as ByteCount;
+
+/// Why the stream cannot be made of the chunks. The copy that was being built must not run.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// A frame is of a type that this version does not know.
+    #[error("Frame type {0:#04x} is unknown; the peer speaks another version")]
+    UnknownFrame(u8),
+    /// A batch is encoded in a way that this version does not know.
+    #[error("Encoding {0:#04x} is unknown; the peer speaks another version")]
+    UnknownEncoding(u8),
+    /// A frame is longer than its chunk.
+    #[error("A frame is cut short")]
+    Truncated,
+    /// A batch announces more than a batch may hold.
+    #[error("A batch announces {0} bytes, more than is allowed")]
+    TooLong(u64),
+    /// A batch stands for more records than a batch may.
+    #[error("A batch stands for too many memory records")]
+    TooManyRecords,
+    /// The compressed data is damaged or of another length than announced.
+    #[error("A batch does not decompress to what it announces")]
+    Compressed(#[source] Option<std::io::Error>),
+    /// A batch's program does not fit its contents.
+    #[error("A batch's program is damaged")]
+    Program,
+    /// Something follows the end of the stream.
+    #[error("Data follows the end of the stream, or an earlier error")]
+    AfterEnd,
+    /// The rebuilt stream is not what the source read from QEMU.
+    #[error("The rebuilt stream ({made:?}) is not the one that the source sent ({sent:?})")]
+    NotProven {
+        /// What the source says it was.
+        sent: StreamEnd,
+        /// What it became here.
+        made: StreamEnd,
+    },
+}
+
+/// What comes out of a decoder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decoded {
+    /// The stream's next bytes, never empty.
+    Bytes(Bytes),
+    /// The stream is complete and proven.
+    End(StreamEnd),
+}
+
+/// Makes a migration stream again of the chunks of a [`StreamEncoder`](super::StreamEncoder).
+pub struct StreamDecoder {
+    chunk: Bytes,
+    hasher: blake3::Hasher,
+    made_bytes: u64,
+    decompressor: Decompressor<'static>,
+    scratch: Vec<u8>,
+    closed: bool,
+}
+
+impl StreamDecoder {
+    /// A decoder at the beginning of a stream.
+    ///
+    /// # Errors
+    ///
+    /// When zstd has no memory for its state.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            chunk: Bytes::new(),
+            hasher: blake3::Hasher::new(),
+            made_bytes: 0,
+            decompressor: Decompressor::new()?,
+            scratch: Vec::new(),
+            closed: false,
+        })
+    }
+
+    /// Takes the next chunk. Call [`Self::poll_decoded`] until it returns `None` before the next.
+    pub fn handle_chunk(&mut self, chunk: Bytes) {
+        debug_assert!(self.chunk.is_empty(), "the previous chunk is still being decoded");
+        self.chunk = chunk;
+    }
+
+    /// What comes next; `None` until the next chunk. Holds one batch at a time: at most 3.5 MiB.
+    ///
+    /// # Errors
+    ///
+    /// When a chunk is damaged or the stream is not the one that was sent; for good.
+    pub fn poll_decoded(&mut self) -> Result<Option<Decoded>, DecodeError> {
+        if self.chunk.is_empty() {
+            return Ok(None);
+        }
+        if self.closed {
+            return Err(DecodeError::AfterEnd);
+        }
+        let decoded = match self.chunk[0] {
+            FRAME_BATCH => self.batch(),
+            FRAME_END => self.end(),
+            other => Err(DecodeError::UnknownFrame(other)),
+        };
+        self.closed |= !matches!(decoded, Ok(Decoded::Bytes(_)));
+        decoded.map(Some)
+    }
+
+    /// How many bytes of the stream were made so far.
+    pub fn made(&self) -> ByteCount {
+        ByteCount(self.made_bytes)
+    }
+
+    fn batch(&mut self) -> Result<Decoded, DecodeError> {
+        if self.chunk.len() < BATCH_HEADER_BYTES {
+            return Err(DecodeError::Truncated);
+        }
+        let mut header = self.chunk.split_to(BATCH_HEADER_BYTES);
+        header.advance(1);
+        let encoding = header.get_u8();
+        let (data_len, contents_len, ops_len) =
+            (header.get_u32() as usize, header.get_u32() as usize, header.get_u32() as usize);
+        if contents_len > MAX_CONTENTS || ops_len > MAX_OPS {
+            return Err(DecodeError::TooLong(contents_len.max(ops_len) as u64));
+        }
+        if data_len > self.chunk.len() {
+            return Err(DecodeError::Truncated);
+        }
+        let data = self.chunk.split_to(data_len);
+        let unpacked = match encoding {
+            ENCODING_STORED if data_len == contents_len + ops_len => &data[..],
+            ENCODING_STORED => return Err(DecodeError::Truncated),
+            ENCODING_ZSTD => {
+                decompress(&mut self.decompressor, &data, contents_len + ops_len, &mut self.scratch)?
+            }
+            other => return Err(DecodeError::UnknownEncoding(other)),
+        };
+        let (contents, ops) = unpacked.split_at(contents_len);
+        let made = replay(ops, contents)?.freeze();
+        if made.is_empty() {
+            return Err(DecodeError::Program);
+        }
+        self.hasher.update(&made);
+        self.made_bytes += made.len() as u64;
+        Ok(Decoded::Bytes(made))
+    }
+
+    fn end(&mut self) -> Result<Decoded, DecodeError> {
+        if self.chunk.len() != END_FRAME_BYTES {
+            return Err(DecodeError::Truncated);
+        }
+        let mut frame = self.chunk.split_to(END_FRAME_BYTES);
+        frame.advance(1);
+        let bytes = ByteCount(frame.get_u64());
+        let mut digest = [0; 32];
+        frame.copy_to_slice(&mut digest);
+        let sent = StreamEnd { bytes, digest: StreamDigest(digest) };
+        let made = StreamEnd {
+            bytes: ByteCount(self.made_bytes),
+            digest: StreamDigest(*self.hasher.finalize().as_bytes()),
+        };
+        if sent == made { Ok(Decoded::End(made)) } else { Err(DecodeError::NotProven { sent, made }) }
+    }
+}
+
+fn decompress<'a>(
+    decompressor: &mut Decompressor<'static>,
+    data: &[u8],
+    len: usize,
+    scratch: &'a mut Vec<u8>,
+) -> Result<&'a [u8], DecodeError> {
+    scratch.clear();
+    // zstd may write up to the capacity, which can be larger than what was asked for; hence the comparison.
+    scratch.reserve_exact(len);
+    match decompressor.decompress_to_buffer(data, scratch) {
+        Ok(made) if made == len => Ok(&scratch[..]),
+        Ok(_) => Err(DecodeError::Compressed(None)),
+        Err(error) => Err(DecodeError::Compressed(Some(error))),
+    }
+}

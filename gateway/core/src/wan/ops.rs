@@ -1,0 +1,256 @@
+//! The program of a batch: which records its contents become again.
+//!
+//! A run is a row of adjacent pages of the same kind; only its first record may spell out the name of
+//! its block. Positions are relative to the page after the previous run, from zero in each batch.
+
+use bytes::{BufMut, BytesMut};
+
+use super::{MAX_RECORDS, decode::DecodeError};
+use crate::memory::PAGE_BYTES;
+
+const OP_VERBATIM: u8 = 0;
+const OP_PAGES: u8 = 1;
+const OP_ZEROS: u8 = 2;
+const OP_NAMED: u8 = 0x80;
+const FLAG_ZERO: u64 = 0x002;
+const FLAG_PAGE: u64 = 0x008;
+const FLAG_CONTINUE: u64 = 0x020;
+
+/// The most bytes one record can add to a program: tag, name, two integers.
+pub(super) const MAX_OP_BYTES: usize = 1 + 1 + 255 + 10 + 10;
+
+/// Writes a program, joining what can be joined.
+#[derive(Debug, Default)]
+pub(super) struct OpsWriter {
+    ops: Vec<u8>,
+    open: Option<Run>,
+    expected_page: u64,
+}
+
+#[derive(Debug)]
+struct Run {
+    op: u8,
+    name: Option<bytes::Bytes>,
+    first_page: u64,
+    count: u64,
+}
+
+/// What kind of memory record a run is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RecordKind {
+    Page,
+    Zero,
+}
+
+impl OpsWriter {
+    /// Length so far, without the run that is still open.
+    pub(super) fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.ops.is_empty() && self.open.is_none()
+    }
+
+    pub(super) fn verbatim(&mut self, len: usize) {
+        if let Some(run) = self.open.as_mut().filter(|run| run.op == OP_VERBATIM) {
+            run.count += len as u64;
+            return;
+        }
+        self.close();
+        self.open = Some(Run { op: OP_VERBATIM, name: None, first_page: 0, count: len as u64 });
+    }
+
+    pub(super) fn record(&mut self, kind: RecordKind, offset_bytes: u64, name: Option<&bytes::Bytes>) {
+        let op = match kind {
+            RecordKind::Page => OP_PAGES,
+            RecordKind::Zero => OP_ZEROS,
+        };
+        let page = offset_bytes / PAGE_BYTES as u64;
+        let joined = self
+            .open
+            .as_mut()
+            .filter(|run| name.is_none() && run.op == op && run.first_page.wrapping_add(run.count) == page);
+        if let Some(run) = joined {
+            run.count += 1;
+            return;
+        }
+        self.close();
+        self.open = Some(Run { op, name: name.cloned(), first_page: page, count: 1 });
+    }
+
+    /// Appends the finished program to `out` and starts over; returns its length.
+    pub(super) fn finish_into(&mut self, out: &mut Vec<u8>) -> usize {
+        self.close();
+        let len = self.ops.len();
+        out.append(&mut self.ops);
+        self.expected_page = 0;
+        len
+    }
+
+    fn close(&mut self) {
+        let Some(run) = self.open.take() else { return };
+        let named = if run.name.is_some() { OP_NAMED } else { 0 };
+        self.ops.push(run.op | named);
+        if let Some(name) = &run.name {
+            self.ops.push(name.len() as u8);
+            self.ops.extend_from_slice(name);
+        }
+        if run.op != OP_VERBATIM {
+            put_varint(&mut self.ops, zigzag(run.first_page.wrapping_sub(self.expected_page) as i64));
+            self.expected_page = run.first_page.wrapping_add(run.count);
+        }
+        put_varint(&mut self.ops, run.count);
+    }
+}
+
+/// Makes the stream's bytes again from a batch's contents and its program.
+pub(super) fn replay(mut ops: &[u8], mut contents: &[u8]) -> Result<BytesMut, DecodeError> {
+    let mut out = BytesMut::with_capacity(contents.len() + contents.len() / PAGE_BYTES * 8 + 64);
+    let mut expected_page = 0u64;
+    let mut records = 0u64;
+    while let Some((&tag, rest)) = ops.split_first() {
+        ops = rest;
+        let name = if tag & OP_NAMED != 0 { Some(take_name(&mut ops)?) } else { None };
+        if tag == OP_VERBATIM {
+            let len = usize::try_from(take_varint(&mut ops)?).map_err(|_| DecodeError::Program)?;
+            out.extend_from_slice(take(&mut contents, len)?);
+            continue;
+        }
+        let delta = unzigzag(take_varint(&mut ops)?) as u64;
+        let run =
+            PageRun { name, first_page: expected_page.wrapping_add(delta), count: take_varint(&mut ops)? };
+        records = records.saturating_add(run.count);
+        if records > MAX_RECORDS {
+            return Err(DecodeError::TooManyRecords);
+        }
+        expected_page = run.first_page.wrapping_add(run.count);
+        match tag & !OP_NAMED {
+            OP_PAGES => run.replay(FLAG_PAGE, &mut contents, &mut out)?,
+            OP_ZEROS => run.replay(FLAG_ZERO, &mut contents, &mut out)?,
+            _ => return Err(DecodeError::Program),
+        }
+    }
+    if contents.is_empty() { Ok(out) } else { Err(DecodeError::Program) }
+}
+
+struct PageRun<'a> {
+    name: Option<&'a [u8]>,
+    first_page: u64,
+    count: u64,
+}
+
+impl PageRun<'_> {
+    fn replay(mut self, flag: u64, contents: &mut &[u8], out: &mut BytesMut) -> Result<(), DecodeError> {
+        for page in self.first_page..self.first_page.saturating_add(self.count) {
+            let address = page.checked_mul(PAGE_BYTES as u64).ok_or(DecodeError::Program)?;
+            match self.name.take() {
+                Some(name) => {
+                    out.put_u64(address | flag);
+                    out.put_u8(name.len() as u8);
+                    out.extend_from_slice(name);
+                }
+                None => out.put_u64(address | flag | FLAG_CONTINUE),
+            }
+            if flag == FLAG_PAGE {
+                out.extend_from_slice(take(contents, PAGE_BYTES)?);
+            } else {
+                out.put_u8(0);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn take<'a>(from: &mut &'a [u8], len: usize) -> Result<&'a [u8], DecodeError> {
+    let (taken, rest) = from.split_at_checked(len).ok_or(DecodeError::Program)?;
+    *from = rest;
+    Ok(taken)
+}
+
+fn take_name<'a>(ops: &mut &'a [u8]) -> Result<&'a [u8], DecodeError> {
+    let len = take(ops, 1)?[0];
+    take(ops, usize::from(len))
+}
+
+fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn take_varint(ops: &mut &[u8]) -> Result<u64, DecodeError> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let byte = take(ops, 1)?[0];
+        let bits = u64::from(byte & 0x7f);
+        if bits << shift >> shift != bits {
+            return Err(DecodeError::Program);
+        }
+        value |= bits << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(DecodeError::Program)
+}
+
+fn zigzag(value: i64) -> u64 {
+    ((value << 1) ^ (value >> 63)) as u64
+}
+
+fn unzigzag(value: u64) -> i64 {
+    (value >> 1) as i64 ^ -((value & 1) as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn integers_survive_their_encoding(value: u64, signed: i64) {
+            let mut out = Vec::new();
+            put_varint(&mut out, value);
+            put_varint(&mut out, zigzag(signed));
+            let mut rest = out.as_slice();
+            prop_assert_eq!(take_varint(&mut rest).unwrap(), value);
+            prop_assert_eq!(unzigzag(take_varint(&mut rest).unwrap()), signed);
+            prop_assert!(rest.is_empty());
+        }
+
+        #[test]
+        fn any_program_is_replayed_or_refused_within_bounds(ops: Vec<u8>, contents: Vec<u8>) {
+            if let Ok(out) = replay(&ops, &contents) {
+                prop_assert!(out.len() <= contents.len() + ops.len() + 9 * MAX_RECORDS as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_of_zero_pages_takes_a_handful_of_bytes() {
+        let mut writer = OpsWriter::default();
+        for page in 0..30_000 {
+            writer.record(RecordKind::Zero, page * PAGE_BYTES as u64, None);
+        }
+        let mut ops = Vec::new();
+        assert!(writer.finish_into(&mut ops) <= 5, "{} bytes", ops.len());
+        assert_eq!(replay(&ops, &[]).unwrap().len(), 30_000 * 9);
+    }
+
+    #[test]
+    fn a_program_that_would_expand_without_bound_is_refused() {
+        let mut ops = vec![OP_ZEROS];
+        put_varint(&mut ops, 0);
+        put_varint(&mut ops, MAX_RECORDS + 1);
+        assert!(matches!(replay(&ops, &[]), Err(DecodeError::TooManyRecords)));
+        let mut ops = vec![OP_ZEROS];
+        put_varint(&mut ops, 0);
+        put_varint(&mut ops, MAX_RECORDS);
+        assert_eq!(replay(&ops, &[]).unwrap().len(), 9 * MAX_RECORDS as usize);
+    }
+}
