@@ -1,3 +1,12 @@
 //! What the tunnel decides: which packets travel, which flows are old, when it may end.
+//!
+//! [`datapath`] puts the pieces together; nothing here reads a device or changes a route. Those are
+//! the gateway's work.
 
+pub mod datapath;
+pub mod flows;
+pub mod fragment;
 pub mod handover;
+pub mod hold;
+pub mod packet;
+pub mod policy;

@@ -1,0 +1,257 @@
+//! Which packets may travel: only those of machines that moved across the link to that very peer.
+//!
+//! An address that is not listed does not travel, whoever asks for it and whatever a peer says: not
+//! from the host's own stack, not from the peer, not to another peer.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::packet::Packet;
+use crate::ids::{DeviceName, VmName};
+
+/// One NIC of one machine.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PortKey {
+    /// The machine.
+    pub machine: VmName,
+    /// The NIC's name in its definition.
+    pub nic: DeviceName,
+}
+
+impl fmt::Display for PortKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.machine, self.nic)
+    }
+}
+
+/// A peer, as a number that is cheap to copy per packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PeerSlot(pub u32);
+
+/// A NIC, as a number that is cheap to copy per packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortSlot(pub u32);
+
+/// Which end of the tunnel this site is for a NIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The machine's home is here and it is away (or about to leave).
+    Away,
+    /// The machine visits here; its home is at the peer.
+    Visiting,
+}
+
+/// Why a packet did not travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DropReason {
+    /// Not an IPv4 or IPv6 packet, or one that contradicts its own lengths.
+    NotAPacket,
+    /// Neither its source nor its destination is a machine's that moved.
+    UnknownAddress,
+    /// The address is a moved machine's, but the machine is not at this peer.
+    WrongPeer,
+    /// The machine has not been handed over to the peer that speaks for it.
+    NotHandedOver,
+    /// The other end is no address that can have a conversation: loopback, multicast, unspecified.
+    Martian,
+    /// A datagram that is no tunnel datagram, or a part that contradicts the others.
+    BadDatagram,
+    /// A packet whose parts did not all arrive in time.
+    Incomplete,
+    /// The hold was full; the oldest packets gave way.
+    HoldFull,
+    /// The link took no datagram: it is down or its queue is full.
+    LinkBusy,
+    /// Larger than the link can carry in 64 parts.
+    TooLarge,
+    /// The device did not take it.
+    DeviceBusy,
+}
+
+impl DropReason {
+    /// The reason as a metric's label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NotAPacket => "not_a_packet",
+            Self::UnknownAddress => "unknown_address",
+            Self::WrongPeer => "wrong_peer",
+            Self::NotHandedOver => "not_handed_over",
+            Self::Martian => "martian",
+            Self::BadDatagram => "bad_datagram",
+            Self::Incomplete => "incomplete",
+            Self::HoldFull => "hold_full",
+            Self::LinkBusy => "link_busy",
+            Self::TooLarge => "too_large",
+            Self::DeviceBusy => "device_busy",
+        }
+    }
+}
+
+/// An address that already belongs to another NIC.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("Address {address} already belongs to {owner}; two machines with one address cannot share a tunnel")]
+pub struct AddressTaken {
+    /// The address.
+    pub address: IpAddr,
+    /// The NIC that has it.
+    pub owner: PortKey,
+}
+
+/// Whose packet it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grant {
+    /// The NIC.
+    pub port: PortSlot,
+    /// The peer at the other end of its tunnel.
+    pub peer: PeerSlot,
+    /// Which end we are.
+    pub role: Role,
+}
+
+/// The list of addresses that may travel. Bounded by the number of NICs that moved.
+#[derive(Debug, Default)]
+pub struct Policy {
+    grants: BTreeMap<IpAddr, Grant>,
+}
+
+impl Policy {
+    /// The port that has one of `addresses` and is not `port`.
+    pub fn conflict(&self, port: PortSlot, addresses: &[IpAddr]) -> Option<(IpAddr, PortSlot)> {
+        addresses.iter().find_map(|address| {
+            let grant = self.grants.get(address).filter(|grant| grant.port != port)?;
+            Some((*address, grant.port))
+        })
+    }
+
+    /// Lets `addresses` travel.
+    pub fn allow(&mut self, grant: Grant, addresses: &[IpAddr]) {
+        self.forget(grant.port);
+        for address in addresses {
+            self.grants.insert(*address, grant);
+        }
+    }
+
+    /// Takes back all that `port` was allowed.
+    pub fn forget(&mut self, port: PortSlot) {
+        self.grants.retain(|_, grant| grant.port != port);
+    }
+
+    /// Judges a packet that the kernel gave us: to a machine that is away, or from one that visits.
+    pub fn outbound(&self, packet: &Packet<'_>) -> Result<Grant, DropReason> {
+        let (source, destination) = (packet.source(), packet.destination());
+        let (grant, other) = match self.grant(destination, Role::Away) {
+            Some(grant) => (grant, source),
+            None => (self.grant(source, Role::Visiting).ok_or(DropReason::UnknownAddress)?, destination),
+        };
+        if is_martian(other) { Err(DropReason::Martian) } else { Ok(grant) }
+    }
+
+    /// Judges a packet that `peer` sent: to a machine that visits us from there, or from one of ours
+    /// that is away there.
+    pub fn inbound(&self, packet: &Packet<'_>, peer: PeerSlot) -> Result<Grant, DropReason> {
+        let (source, destination) = (packet.source(), packet.destination());
+        let (grant, other) = match self.grant(destination, Role::Visiting) {
+            Some(grant) => (grant, source),
+            None => (self.grant(source, Role::Away).ok_or(DropReason::UnknownAddress)?, destination),
+        };
+        if grant.peer != peer {
+            return Err(DropReason::WrongPeer);
+        }
+        if is_martian(other) { Err(DropReason::Martian) } else { Ok(grant) }
+    }
+
+    fn grant(&self, address: IpAddr, role: Role) -> Option<Grant> {
+        self.grants.get(&address).copied().filter(|grant| grant.role == role)
+    }
+}
+
+fn is_martian(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            v4.is_loopback()
+                || v4.is_multicast()
+                || v4.is_broadcast()
+                || v4.octets()[0] == 0
+                || v4.octets()[0] >= 240
+        }
+        IpAddr::V6(v6) => {
+            v6.is_loopback()
+                || v6.is_multicast()
+                || v6.is_unspecified()
+                || v6.is_unicast_link_local()
+                || v6.to_ipv4_mapped().is_some()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::packet::tests::{ipv4, tcp};
+    use super::*;
+
+    const HOME: [u8; 4] = [198, 51, 100, 10];
+    const CLIENT: [u8; 4] = [192, 0, 2, 1];
+
+    fn policy(role: Role) -> Policy {
+        let mut policy = Policy::default();
+        policy.allow(Grant { port: PortSlot(1), peer: PeerSlot(1), role }, &[IpAddr::from(HOME)]);
+        policy
+    }
+
+    fn outbound(policy: &Policy, from: [u8; 4], to: [u8; 4]) -> Result<Role, DropReason> {
+        let bytes = ipv4(from, to, 6, &tcp(1, 2, 0));
+        policy.outbound(&Packet::parse(&bytes).unwrap()).map(|grant| grant.role)
+    }
+
+    fn inbound(policy: &Policy, from: [u8; 4], to: [u8; 4], peer: u32) -> Result<Role, DropReason> {
+        let bytes = ipv4(from, to, 6, &tcp(1, 2, 0));
+        policy.inbound(&Packet::parse(&bytes).unwrap(), PeerSlot(peer)).map(|grant| grant.role)
+    }
+
+    #[test]
+    fn only_the_address_that_moved_travels() {
+        let away = policy(Role::Away);
+        assert_eq!(outbound(&away, CLIENT, HOME), Ok(Role::Away));
+        assert_eq!(outbound(&away, HOME, CLIENT), Err(DropReason::UnknownAddress));
+        assert_eq!(inbound(&away, HOME, CLIENT, 1), Ok(Role::Away));
+        assert_eq!(inbound(&away, CLIENT, HOME, 1), Err(DropReason::UnknownAddress));
+        let visiting = policy(Role::Visiting);
+        assert_eq!(outbound(&visiting, HOME, CLIENT), Ok(Role::Visiting));
+        assert_eq!(outbound(&visiting, CLIENT, HOME), Err(DropReason::UnknownAddress));
+        assert_eq!(inbound(&visiting, CLIENT, HOME, 1), Ok(Role::Visiting));
+        assert_eq!(inbound(&visiting, CLIENT, [198, 51, 100, 11], 1), Err(DropReason::UnknownAddress));
+    }
+
+    #[test]
+    fn another_peer_may_not_speak_for_the_machine() {
+        assert_eq!(inbound(&policy(Role::Away), HOME, CLIENT, 2), Err(DropReason::WrongPeer));
+        assert_eq!(inbound(&policy(Role::Visiting), CLIENT, HOME, 2), Err(DropReason::WrongPeer));
+    }
+
+    #[test]
+    fn martian_other_ends_are_refused() {
+        for other in [[127, 0, 0, 1], [224, 0, 0, 251], [255; 4], [0; 4]] {
+            assert_eq!(inbound(&policy(Role::Away), HOME, other, 1), Err(DropReason::Martian));
+            assert_eq!(outbound(&policy(Role::Visiting), HOME, other), Err(DropReason::Martian));
+        }
+    }
+
+    #[test]
+    fn a_mapped_address_is_not_the_machine() {
+        let mapped: IpAddr = "::ffff:198.51.100.10".parse().unwrap();
+        assert!(is_martian(mapped));
+        assert!(policy(Role::Away).grant(mapped, Role::Away).is_none());
+    }
+
+    #[test]
+    fn nothing_travels_after_it_was_taken_back() {
+        let mut away = policy(Role::Away);
+        away.forget(PortSlot(1));
+        assert_eq!(outbound(&away, CLIENT, HOME), Err(DropReason::UnknownAddress));
+    }
+}
