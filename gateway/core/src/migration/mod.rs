@@ -1,3 +1,112 @@
-//! Who may run a machine, and in which stage a migration is.
+//! One migration, decided: stages 0 to 5 as two journaled state machines, one at each side.
+//!
+//! ```text
+//!  source                                            destination
+//!  ------                                            -----------
+//!  Preflight                                         (no machine)
+//!    | Propose ------------------------------------> policy, capabilities
+//!  Proposed  <------------------------------ Accept
+//!    | [Reserved]  Reserve ------------------------> [Reserved]
+//!  Reserving                                         Preparing
+//!    |        <------------------------------ Reserved
+//!  PreCopy [PreCopy]   disks, then memory =========> Receiving
+//!    | the pause: hold, stop, last bytes, barriers
+//!  Parked [Parked]                                   |  barriers proven, QEMU says loaded
+//!    |        <------------------------------ Loaded [Loaded]
+//!  Committed [Committed]  Commit ------------------> [Activated]
+//!    |                                               Activating: rules, resume, announce
+//!    |        <--------------------------- Activated Active
+//!  Released [Released]
+//! ```
+//!
+//! A word in brackets is a record: it is durable before any action that follows from it is performed.
+//!
+//! **The safety argument.** Before `Committed` is durable the source owns the machine; after, the
+//! destination does. The source makes a [`RunPermit`](permit::RunPermit) only in a state from which
+//! `Committed` was never written, or on a durable refusal of the same epoch by a peer that had
+//! reserved. The destination makes one only in the step whose record is `Activated`, and `Activated`
+//! and `Refused` are both terminal in its table, so one journal can never hold the two. *Unknown is
+//! not Refused*: a peer that has no record answers `Unknown`, which changes nothing. No deadline
+//! makes a permit after `Committed`.
+//!
+//! Nothing here measures time or talks to anybody; the gateway's driver feeds events and performs
+//! the actions.
 
+pub mod convergence;
+pub mod destination;
+pub mod ledger;
+pub mod message;
 pub mod permit;
+pub mod record;
+pub mod source;
+pub mod step;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, MigrationId, SiteName, VmName};
+
+/// What one migration attempts: who, with whom, and the epoch that would begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// Drawn by the source.
+    pub id: MigrationId,
+    /// The machine.
+    pub vm: VmName,
+    /// The site at the other side.
+    pub peer: SiteName,
+    /// The epoch that begins at the destination if the machine is handed over.
+    pub epoch: Epoch,
+}
+
+/// The stages of Clark 2005, as users see them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// 0: nothing has moved; capabilities, names and policy are checked.
+    PreMigration,
+    /// 1: the destination holds memory, disk and an address for the machine.
+    Reservation,
+    /// 2: disks, then rounds of memory, while the guest runs.
+    PreCopy,
+    /// 3: the guest stands still while the rest travels.
+    StopAndCopy,
+    /// 4: the machine changes its owner.
+    Commitment,
+    /// 5: the destination runs it; connections and names follow.
+    Activation,
+}
+
+impl Stage {
+    /// The stage's number in the paper.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::PreMigration => 0,
+            Self::Reservation => 1,
+            Self::PreCopy => 2,
+            Self::StopAndCopy => 3,
+            Self::Commitment => 4,
+            Self::Activation => 5,
+        }
+    }
+
+    /// The stage's name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PreMigration => "pre-migration",
+            Self::Reservation => "reservation",
+            Self::PreCopy => "pre-copy",
+            Self::StopAndCopy => "stop-and-copy",
+            Self::Commitment => "commitment",
+            Self::Activation => "activation",
+        }
+    }
+}
+
+/// How the machine is handed over. Decides what a cut of the WAN costs, not whether it is safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum CommitMode {
+    /// The source commits after the destination has said Loaded: one round trip more of pause.
+    #[default]
+    Confirmed,
+}

@@ -1,15 +1,34 @@
-//! The right to run a guest, as a value: without one nothing resumes a machine.
+//! The right to run a machine, as a type.
 //!
-//! It cannot be copied or made out of nothing. Whoever resumes a guest gives the permit away.
+//! A [`RunPermit`] has no public constructor, is neither `Clone` nor `Copy`, and is what a hypervisor
+//! asks for before it lets a guest run. It is made in three places only: by the source machine while
+//! `Committed` was never written (or on a durable refusal), by the destination machine in the step
+//! that records `Activated`, and by the ledger for a machine that this site owns. Reviewing those
+//! three is reviewing the product's promise.
 
-/// The right to run one machine at this site.
-#[derive(Debug)]
-pub struct RunPermit(());
+use crate::ids::{Epoch, VmName};
+
+/// The right to let one guest run once.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a permit that is dropped leaves the machine stopped"]
+pub struct RunPermit {
+    vm: VmName,
+    epoch: Epoch,
+}
 
 impl RunPermit {
-    /// Stands in for the reasons that the stage machines will give; only tests may call it.
-    #[doc(hidden)]
-    pub fn for_lead_to_replace() -> Self {
-        Self(())
+    /// The caller states, by calling, that its own table allows it: see the module's text.
+    pub(super) fn grant(vm: VmName, epoch: Epoch) -> Self {
+        Self { vm, epoch }
+    }
+
+    /// The machine that may run.
+    pub fn vm(&self) -> &VmName {
+        &self.vm
+    }
+
+    /// The epoch under which it may run.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
     }
 }

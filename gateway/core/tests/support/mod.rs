@@ -8,7 +8,11 @@ use longhaul_core::units::{Bytes, Rate};
 
 /// A small machine.
 pub fn definition(name: &str) -> MachineDefinition {
-    MachineDefinition { name: name.parse().expect("a literal name") }
+    let text = format!(
+        "name = \"{name}\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 256\n\
+         [[disks]]\nname = \"root\"\nsize_bytes = 1073741824\npci = \"03.0\"\n"
+    );
+    toml::from_str(&text).expect("a literal definition")
 }
 
 /// A measurement at which the guest is stopped.
