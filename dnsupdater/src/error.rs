@@ -1,0 +1,279 @@
+//! What can go wrong, sorted by whose fault it is and by what the operator can do.
+//!
+//! Losing a compare-and-swap is no error: see [`crate::Outcome::Lost`].
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use hickory_proto::op::ResponseCode;
+
+use crate::name::DnsName;
+use crate::ownership::Txn;
+
+/// Why an operation did not come to a result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The configuration or an argument is wrong; nothing was sent.
+    #[error("{0}")]
+    Config(String),
+
+    /// The server could not be reached or did not answer, and nothing was changed by this call.
+    #[error("Name server {server} cannot be reached: check its address, port and firewall ({source})")]
+    Unreachable {
+        /// The server that was asked.
+        server: SocketAddr,
+        /// What the network said.
+        #[source]
+        source: io::Error,
+    },
+
+    /// The server does not take this key, or does not let it change this name.
+    ///
+    /// Servers differ: BIND, Knot and YADIFA say NOTAUTH with BADKEY or BADSIG, PowerDNS says REFUSED without any
+    /// signature (also when the clocks differ), Knot says NOTAUTH BADKEY for a name outside the key's policy.
+    #[error("Name server {server} refused ({rcode}{}): {}", tsig_text(tsig), refusal_advice(*tsig, *authenticated))]
+    KeyOrPolicy {
+        /// The server that refused.
+        server: SocketAddr,
+        /// Its response code.
+        rcode: ResponseCode,
+        /// Its TSIG error, if it gave one.
+        tsig: Option<TsigFault>,
+        /// Whether the refusal itself was signed with the key: then the key is right and the policy is not.
+        authenticated: bool,
+    },
+
+    /// Server and client do not agree on the time.
+    #[error("Name server {server} sees another time: here {here_s}, there {}; set the clocks (NTP), TSIG allows {fudge_s} s", there_text(*there_s))]
+    Clock {
+        /// The server that complained, or whose answer was too old or too new.
+        server: SocketAddr,
+        /// The time here, in seconds since 1970.
+        here_s: u64,
+        /// The time at the server, in seconds since 1970, if it said.
+        there_s: Option<u64>,
+        /// The difference that was allowed, in seconds.
+        fudge_s: u16,
+    },
+
+    /// The name is not in the zone, or the server is not authoritative for the zone.
+    #[error(
+        "{name} is not in zone {zone} as name server {server} has it: check `zone` and the server's zones ({reason})"
+    )]
+    NotZone {
+        /// The server that was asked.
+        server: SocketAddr,
+        /// The zone as configured.
+        zone: DnsName,
+        /// The name.
+        name: DnsName,
+        /// What was seen.
+        reason: String,
+    },
+
+    /// The name is there, but not in a shape that can be swapped.
+    #[error("{name} cannot be swapped: {shape}")]
+    Shape {
+        /// The name.
+        name: DnsName,
+        /// What is in the way.
+        shape: Shape,
+    },
+
+    /// The server failed at its own work, or does not do dynamic updates.
+    #[error(
+        "Name server {server} failed with {rcode}: read its log; it must accept RFC 2136 updates for this zone"
+    )]
+    Server {
+        /// The server.
+        server: SocketAddr,
+        /// SERVFAIL, NOTIMP, FORMERR or anything else unexpected.
+        rcode: ResponseCode,
+    },
+
+    /// What came back is not a trustworthy answer to what was asked.
+    #[error(
+        "The answer of name server {server} was not accepted: {reason}; somebody in between may be altering it"
+    )]
+    Protocol {
+        /// The server that was asked.
+        server: SocketAddr,
+        /// What was wrong with the answer.
+        reason: &'static str,
+    },
+
+    /// An update was sent and neither its answer nor a read-back came through.
+    ///
+    /// The same [`crate::Swap`] may be given again as often as needed: its prerequisite lets it be applied only once.
+    #[error(
+        "Update {txn} was sent to name server {server}, its outcome is not known: repeat the same swap ({detail})"
+    )]
+    OutcomeUnknown {
+        /// The server.
+        server: SocketAddr,
+        /// The transaction whose fate is open.
+        txn: Txn,
+        /// What failed last.
+        detail: String,
+    },
+}
+
+/// The TSIG error of a refusal (RFC 8945 section 5.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TsigFault {
+    /// The server does not know the key's name or algorithm.
+    BadKey,
+    /// The server knows the key and computed another MAC: the secret differs.
+    BadSig,
+    /// Another one, by number.
+    Other(u16),
+}
+
+/// Why a name cannot be swapped.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Shape {
+    /// There is an alias where addresses are expected.
+    #[error("it is a CNAME; use the name it points to, or replace it with A and AAAA records")]
+    Cname,
+    /// The addresses come from a wildcard, so there is nothing at the name itself to compare and swap.
+    #[error("its addresses come from a wildcard; give the name records of its own")]
+    Wildcard,
+    /// More than one address of a family, which a move would collapse into one.
+    #[error("it has {found} addresses of one family; a machine's name has one, remove the others")]
+    SeveralAddresses {
+        /// How many there are.
+        found: usize,
+    },
+    /// No address at all.
+    #[error("it has no address; create it with `dnsupdater set` or in the zone")]
+    Missing,
+    /// The ownership record is there but was not written by this crate.
+    #[error(
+        "its _longhaul TXT record is {found:?}, not a single ownership record; remove it if it is not needed"
+    )]
+    ForeignOwnership {
+        /// What it says, cut to 255 characters.
+        found: String,
+    },
+    /// The authoritative servers name different primaries, so no server can order two updates.
+    #[error("the listed servers name different primaries ({primaries}); compare-and-swap needs a single one")]
+    SeveralPrimaries {
+        /// The primaries' names.
+        primaries: String,
+    },
+}
+
+impl Error {
+    /// The variant as a word, for programs: `config`, `unreachable`, `key-or-policy`, `clock`, `not-zone`, `shape`,
+    /// `server`, `protocol`, `outcome-unknown`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Config(_) => "config",
+            Self::Unreachable { .. } => "unreachable",
+            Self::KeyOrPolicy { .. } => "key-or-policy",
+            Self::Clock { .. } => "clock",
+            Self::NotZone { .. } => "not-zone",
+            Self::Shape { .. } => "shape",
+            Self::Server { .. } => "server",
+            Self::Protocol { .. } => "protocol",
+            Self::OutcomeUnknown { .. } => "outcome-unknown",
+        }
+    }
+
+    /// Whether trying again later may help without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::OutcomeUnknown { .. } | Self::Server { .. } => true,
+            Self::Config(_)
+            | Self::KeyOrPolicy { .. }
+            | Self::Clock { .. }
+            | Self::NotZone { .. }
+            | Self::Shape { .. }
+            | Self::Protocol { .. } => false,
+        }
+    }
+}
+
+/// What went wrong between a request and its reply, before it is known what that means for the operation.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Nothing was sent.
+    NotSent(io::Error),
+    /// The request was sent, no answer came.
+    NoAnswer(io::Error),
+    /// The request was sent, what came is not a trustworthy answer.
+    Suspicious(&'static str),
+    /// An error reply whose authenticity cannot be proven, as servers send it when they do not know the key.
+    Denied { rcode: ResponseCode, tsig: Option<TsigFault> },
+    /// The clocks differ; `there_s` if the server said its time.
+    Clock { here_s: u64, there_s: Option<u64> },
+}
+
+impl Failure {
+    /// Whether the server may have acted on the request all the same.
+    ///
+    /// An unauthenticated denial is in: on its own it proves nothing. A signed BADTIME comes before any action.
+    pub(crate) fn may_have_acted(&self) -> bool {
+        match self {
+            Self::NotSent(_) | Self::Clock { .. } => false,
+            Self::NoAnswer(_) | Self::Suspicious(_) | Self::Denied { .. } => true,
+        }
+    }
+
+    /// Whether the same request may succeed when it is repeated.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            Self::NotSent(_) | Self::NoAnswer(_) | Self::Suspicious(_) => true,
+            Self::Denied { rcode, .. } => *rcode == ResponseCode::ServFail,
+            Self::Clock { .. } => false,
+        }
+    }
+
+    /// The failure as the error of an operation that changes nothing.
+    pub(crate) fn into_error(self, server: SocketAddr, fudge_s: u16) -> Error {
+        match self {
+            Self::NotSent(source) | Self::NoAnswer(source) => Error::Unreachable { server, source },
+            Self::Suspicious(reason) => Error::Protocol { server, reason },
+            Self::Denied { rcode: rcode @ (ResponseCode::Refused | ResponseCode::NotAuth), tsig } => {
+                Error::KeyOrPolicy { server, rcode, tsig, authenticated: false }
+            }
+            Self::Denied { rcode, tsig: _ } => Error::Server { server, rcode },
+            Self::Clock { here_s, there_s } => Error::Clock { server, here_s, there_s, fudge_s },
+        }
+    }
+}
+
+pub(crate) fn timed_out(after: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} ms", after.as_millis()))
+}
+
+fn tsig_text(tsig: &Option<TsigFault>) -> String {
+    match tsig {
+        None => String::new(),
+        Some(TsigFault::BadKey) => " BADKEY".to_owned(),
+        Some(TsigFault::BadSig) => " BADSIG".to_owned(),
+        Some(TsigFault::Other(code)) => format!(" TSIG error {code}"),
+    }
+}
+
+fn refusal_advice(tsig: Option<TsigFault>, authenticated: bool) -> &'static str {
+    match (tsig, authenticated) {
+        (Some(TsigFault::BadKey), _) => {
+            "it does not know this key's name and algorithm, or not for this name"
+        }
+        (Some(TsigFault::BadSig), _) => "it has another secret under this key's name",
+        (_, true) => {
+            "the key is right, its policy does not allow this (A, AAAA and the _longhaul TXT record)"
+        }
+        (Some(TsigFault::Other(_)) | None, false) => {
+            "check the key's name, algorithm and secret, the server's update policy and the clock"
+        }
+    }
+}
+
+fn there_text(there_s: Option<u64>) -> String {
+    there_s.map_or_else(|| "not told".to_owned(), |seconds| seconds.to_string())
+}
