@@ -1,1 +1,194 @@
-//! Placeholder.
+//! The names edge: what a migration asks of the name server, in the migration's words.
+//!
+//! The work is dnsupdater's; this maps machines to names and epochs, and its errors to what an
+//! operator is told. It keeps no state: what is owed to the name server is the anchor's to remember.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use dnsupdater::{DnsName, Key, Outcome, Ownership, Swap, TtlOutcome, Updater, UpdaterConfig};
+
+use longhaul_core::ids::{Epoch, SiteName};
+
+use crate::config::DnsConfig;
+
+/// Why a name cannot follow.
+#[derive(Debug, thiserror::Error)]
+pub enum NamesError {
+    /// The configuration's key or zone is wrong.
+    #[error("The [dns] table cannot be used: {0}")]
+    Config(String),
+    /// The definition's name is no DNS name.
+    #[error("{0:?} is not a name in this zone")]
+    Name(String),
+    /// The server or the key.
+    #[error(transparent)]
+    Update(#[from] dnsupdater::Error),
+    /// Somebody else changed the name meanwhile.
+    #[error("Name {name} was changed by somebody else: it now says {current}")]
+    Lost {
+        /// The name.
+        name: String,
+        /// What it says.
+        current: String,
+    },
+    /// The addresses do not match the machine.
+    #[error("Name {name} does not point at the machine: it says {current}, expected {expected}")]
+    Elsewhere {
+        /// The name.
+        name: String,
+        /// What it says.
+        current: String,
+        /// The machine's home addresses.
+        expected: String,
+    },
+}
+
+/// How a name stood when it was looked at.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Their TTL in seconds.
+    pub ttl_s: u32,
+    register: Option<Ownership>,
+}
+
+/// A move of one name.
+#[derive(Debug, Clone)]
+pub struct NameMove<'a> {
+    /// The name.
+    pub name: &'a str,
+    /// Where it points.
+    pub old: &'a [IpAddr],
+    /// Where it shall point.
+    pub new: &'a [IpAddr],
+    /// The TTL of the new records.
+    pub ttl_s: u32,
+    /// The epoch that began.
+    pub epoch: Epoch,
+    /// The machine's new owner.
+    pub owner: &'a SiteName,
+}
+
+/// The name server of this site's machines.
+pub struct Names {
+    updater: Updater,
+    move_ttl_s: u32,
+}
+
+impl std::fmt::Debug for Names {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Names").field("zone", &self.updater.config().zone).finish_non_exhaustive()
+    }
+}
+
+impl Names {
+    /// Reads the key; speaks to nobody yet.
+    pub fn open(config: &DnsConfig) -> Result<Self, NamesError> {
+        let zone = config.zone.parse().map_err(|_| NamesError::Config(format!("zone {:?}", config.zone)))?;
+        let key = Key::from_file(&config.key_file)?;
+        let updater = UpdaterConfig {
+            timeout: Duration::from_millis(config.timeout_ms),
+            ..UpdaterConfig::new(config.servers.clone(), zone, key)
+        };
+        Ok(Self { updater: Updater::new(updater)?, move_ttl_s: config.move_ttl_s })
+    }
+
+    /// The TTL during a move.
+    pub fn move_ttl_s(&self) -> u32 {
+        self.move_ttl_s
+    }
+
+    /// Proves, changing nothing, that `name` could be moved: reachable, allowed, clocks agree, and it
+    /// points at `home`.
+    pub async fn check(&self, name: &str, home: &[IpAddr]) -> Result<Standing, NamesError> {
+        let found = self.updater.preflight(&parse(name)?, home).await?.records;
+        let standing = Standing {
+            ttl_s: found.ttl_s().unwrap_or(self.move_ttl_s),
+            register: found.ownership().cloned(),
+            addresses: found.addresses,
+        };
+        if !same(&standing.addresses, home) {
+            return Err(NamesError::Elsewhere {
+                name: name.to_owned(),
+                current: list(&standing.addresses),
+                expected: list(home),
+            });
+        }
+        Ok(standing)
+    }
+
+    /// Lowers the name's TTL for the move; says what it was.
+    pub async fn lower_ttl(&self, name: &str) -> Result<u32, NamesError> {
+        let before = self.updater.read(&parse(name)?).await?.ttl_s().unwrap_or(self.move_ttl_s);
+        if before > self.move_ttl_s {
+            self.set_ttl(name, self.move_ttl_s).await?;
+        }
+        Ok(before)
+    }
+
+    /// Sets the name's TTL, whatever it points at.
+    pub async fn set_ttl(&self, name: &str, ttl_s: u32) -> Result<(), NamesError> {
+        match self.updater.restore_ttl(&parse(name)?, ttl_s).await? {
+            TtlOutcome::Changed { .. } | TtlOutcome::Already { .. } => Ok(()),
+            TtlOutcome::Lost { current } => {
+                Err(NamesError::Lost { name: name.to_owned(), current: list(&current.addresses) })
+            }
+        }
+    }
+
+    /// Moves the name in one atomic update. Asking again for the same move is not an error: a name that
+    /// already says what it should is done.
+    pub async fn swap(&self, wanted: &NameMove<'_>) -> Result<(), NamesError> {
+        let name = parse(wanted.name)?;
+        let found = self.updater.read(&name).await?;
+        let register = found.ownership().cloned();
+        let done = register.as_ref().is_some_and(|register| register.epoch().0 == wanted.epoch.0);
+        if done && found.has(wanted.new) {
+            return Ok(());
+        }
+        let from = found.epoch();
+        let swap = Swap::new(
+            name,
+            wanted.old.to_vec(),
+            wanted.new.to_vec(),
+            wanted.ttl_s,
+            wanted.owner.as_str(),
+        )
+        .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
+        .observed(register);
+        match self.updater.swap(&swap).await? {
+            Outcome::Won => Ok(()),
+            Outcome::Lost { current } => Err(NamesError::Lost {
+                name: wanted.name.to_owned(),
+                current: list(&current.addresses),
+            }),
+        }
+    }
+}
+
+impl Standing {
+    /// The epoch in the name's ownership record; 0 without one.
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.register.as_ref().map_or(0, |register| register.epoch().0))
+    }
+}
+
+fn parse(name: &str) -> Result<DnsName, NamesError> {
+    name.parse().map_err(|_| NamesError::Name(name.to_owned()))
+}
+
+fn same(left: &[IpAddr], right: &[IpAddr]) -> bool {
+    let sorted = |addresses: &[IpAddr]| {
+        let mut addresses = addresses.to_vec();
+        addresses.sort_unstable();
+        addresses
+    };
+    sorted(left) == sorted(right)
+}
+
+fn list(addresses: &[IpAddr]) -> String {
+    let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    if texts.is_empty() { "nothing".to_owned() } else { texts.join(" ") }
+}

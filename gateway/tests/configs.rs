@@ -32,9 +32,9 @@ fn the_reference_mentions_every_key() {
     let mut seen = 0;
     for key in keys {
         seen += 1;
-        let mentioned = reference.lines().any(|line| {
-            line.trim_start_matches("# ").split_once(" =").is_some_and(|(name, _)| name == key)
-        });
+        let mentioned = reference
+            .lines()
+            .any(|line| line.trim_start_matches("# ").split_once(" =").is_some_and(|(name, _)| name == key));
         assert!(mentioned, "configs/site-a.toml does not mention {key}");
     }
     assert!(seen > 30, "the keys were not found");

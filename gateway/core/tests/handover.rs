@@ -56,7 +56,7 @@ fn site(name: &str) -> SiteName {
 
 fn proposal() -> Box<Proposal> {
     Box::new(Proposal {
-        definition: support::definition("web1"),
+        definition: support::definition(),
         home_site: site("a"),
         hypervisor: "7.2".into(),
         epoch: Epoch(4),

@@ -74,7 +74,9 @@ impl Display {
         }
         let bar = ProgressBar::new(1000);
         let template = "{bar:30} {msg}";
-        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_style(
+            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
         Self::Bar(bar)
     }
 
@@ -119,7 +121,8 @@ impl Display {
         let json = matches!(self, Self::Json);
         let moved = view.progressing == Progressing::Moved;
         if !json && moved {
-            let seconds = view.ended_ms.unwrap_or(view.started_ms).saturating_sub(view.started_ms) as f64 / 1e3;
+            let seconds =
+                view.ended_ms.unwrap_or(view.started_ms).saturating_sub(view.started_ms) as f64 / 1e3;
             let pause = view.pause_ms.map_or("unknown".to_owned(), |pause| format!("{pause:.0} ms"));
             let wan = Bytes(view.wan.memory + view.wan.disk + view.wan.control + view.wan.tunnel);
             println!("{} runs at {} after {seconds:.1} s; paused {pause}; {wan} sent", view.vm, view.to);

@@ -1,1 +1,167 @@
-//! Placeholder.
+//! Migrations, carried out: the drivers of the two machines, and one leaf per stage.
+//!
+//! ```text
+//!   source driver        preflight -> precopy -> park -> (commit) -> release      rollback
+//!   destination driver   admission -> prepare -> load -> (commit) -> activate     discard
+//! ```
+//!
+//! A driver selects an event, gives it to its machine, has the journal make the record durable, and
+//! performs the actions; long ones run as leaf tasks that report back as events, so the loop never
+//! waits for anything but the journal. This is the only place where the edges meet.
+
+mod activate;
+pub mod admission;
+pub mod anchor;
+mod destination;
+mod discard;
+mod park;
+mod precopy;
+mod preflight;
+mod prepare;
+mod release;
+mod rollback;
+mod source;
+pub mod view;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::machine::MachineDefinition;
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
+
+use crate::config::Config;
+use crate::dns::Names;
+use crate::hypervisor::Hypervisor;
+use crate::journal::Journal;
+use crate::link::{Link, PeerHandle};
+use crate::tunnel::Tunnel;
+
+pub use destination::DestinationDriver;
+pub use source::SourceDriver;
+use view::Viewer;
+
+/// Everything a migration works with. Cheap to clone.
+#[derive(Clone)]
+pub struct Edges {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Durable state.
+    pub journal: Journal,
+    /// QEMU.
+    pub hypervisor: Arc<Hypervisor>,
+    /// The other sites.
+    pub link: Link,
+    /// Guests' packets.
+    pub tunnel: Tunnel,
+    /// The name server, if there is one.
+    pub names: Option<Arc<Names>>,
+    /// What times are counted from.
+    pub start: Instant,
+}
+
+/// What this site knows of a machine, besides who owns it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineRow {
+    /// The machine.
+    pub definition: MachineDefinition,
+    /// Each volume's image here, in the definition's order.
+    pub images: Vec<PathBuf>,
+    /// The site at which its home addresses live.
+    pub home_site: SiteName,
+    /// The monitor of a machine that something else started.
+    pub adopted: Option<PathBuf>,
+    /// What it was given here; empty at home.
+    pub care_of: Vec<CareOf>,
+    /// What keeps its connections alive here, while it visits.
+    pub handover: Option<Handover>,
+    /// It is meant to run.
+    pub wanted: bool,
+}
+
+/// What reaches a driver from outside its own leaves.
+#[derive(Debug)]
+pub enum Inbound {
+    /// The link to the peer is up.
+    LinkUp,
+    /// It is down.
+    LinkDown,
+    /// The peer said something.
+    Message(MigrationMessage),
+    /// The operator wants it to end.
+    Abort,
+}
+
+/// What a leaf works with: the edges, what is attempted, and the ways back.
+#[derive(Clone)]
+pub(crate) struct Leaf<E> {
+    pub edges: Edges,
+    pub attempt: Attempt,
+    pub viewer: Viewer,
+    pub events: mpsc::Sender<E>,
+}
+
+impl Edges {
+    /// Time since the daemon started, as the core counts it.
+    pub fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// This site.
+    pub fn site(&self) -> &SiteName {
+        &self.config.site.name
+    }
+
+    /// The folder for the gateway's own sockets of `vm`'s migration.
+    pub fn socket_dir(&self, vm: &VmName) -> PathBuf {
+        self.config.site.run_dir.join("migration").join(vm.as_str())
+    }
+
+    /// The peer at the other side of an attempt.
+    pub fn peer(&self, site: &SiteName) -> Option<PeerHandle> {
+        self.link.peer(site)
+    }
+
+    /// Says something to a peer; what is lost is repeated by the machines.
+    pub async fn send(&self, attempt: &Attempt, message: &MigrationMessage) {
+        let Some(peer) = self.link.peer(&attempt.peer) else { return };
+        match message.to_wire(attempt.id) {
+            Ok(wire) => {
+                if peer.send(wire).await.is_err() {
+                    tracing::debug!(peer = %attempt.peer, "message lost, link is down");
+                }
+            }
+            Err(error) => tracing::warn!(vm = %attempt.vm, %error, "message does not fit a frame"),
+        }
+    }
+}
+
+impl<E> Leaf<E> {
+    /// Reports to the driver; a driver that is gone needs no reports.
+    pub async fn report(&self, event: E) {
+        if self.events.send(event).await.is_err() {
+            tracing::debug!(vm = %self.attempt.vm, "event after the end of the migration");
+        }
+    }
+}
+
+/// A hypervisor's failure, as the other side may hear of it.
+pub(crate) fn hypervisor_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Hypervisor(Refusal::text(chain(&error)))
+}
+
+/// An error with its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}

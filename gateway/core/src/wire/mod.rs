@@ -13,6 +13,7 @@
 
 mod frame;
 mod hello;
+mod migration;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,9 +22,10 @@ use crate::ids::MigrationId;
 
 pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, encode_frame};
 pub use hello::{
-    Hello, HelloError, InvalidSoftware, Software, SUPPORTED, Version, VersionMismatch, VersionRange,
+    Hello, HelloError, InvalidSoftware, SUPPORTED, Software, Version, VersionMismatch, VersionRange,
     negotiate,
 };
+pub use migration::UnreadableMigrationMessage;
 
 /// The longest [`Opaque`] body in bytes: a frame less its envelope.
 pub const MAX_BODY_BYTES: usize = MAX_FRAME_BYTES - 64;
@@ -153,12 +155,12 @@ mod tests {
         let opaque = prop::collection::vec(any::<u8>(), 0..2000)
             .prop_map(|bytes| Opaque::try_from(bytes).expect("short"));
         prop_oneof![
-            (bulk_id(), any::<u64>(), any::<u64>(), any::<u64>())
-                .prop_map(|(id, taken, next, window_bytes)| Message::BulkOpen { id, taken, next, window_bytes }),
+            (bulk_id(), any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+                |(id, taken, next, window_bytes)| Message::BulkOpen { id, taken, next, window_bytes }
+            ),
             (bulk_id(), any::<u64>()).prop_map(|(id, taken)| Message::BulkAck { id, taken }),
             bulk_id().prop_map(|id| Message::BulkClose { id }),
-            (any::<u128>(), opaque)
-                .prop_map(|(id, body)| Message::Migration { id: MigrationId(id), body }),
+            (any::<u128>(), opaque).prop_map(|(id, body)| Message::Migration { id: MigrationId(id), body }),
         ]
     }
 

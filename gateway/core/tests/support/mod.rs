@@ -1,18 +1,21 @@
 //! What tests of the machines need and do not care about.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::convergence::Progress;
 use longhaul_core::units::{Bytes, Rate};
 
-/// A small machine.
-pub fn definition(name: &str) -> MachineDefinition {
-    let text = format!(
-        "name = \"{name}\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 256\n\
-         [[disks]]\nname = \"root\"\nsize_bytes = 1073741824\npci = \"03.0\"\n"
-    );
-    toml::from_str(&text).expect("a literal definition")
+static WEB1: LazyLock<MachineDefinition> = LazyLock::new(|| {
+    let text = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 256\n\
+        [[disks]]\nname = \"root\"\nsize_bytes = 1073741824\npci = \"03.0\"\n";
+    toml::from_str(text).expect("a literal definition")
+});
+
+/// A small machine called `web1`.
+pub fn definition() -> MachineDefinition {
+    WEB1.clone()
 }
 
 /// A measurement at which the guest is stopped.

@@ -1,0 +1,48 @@
+//! How the stage machines' messages ride in [`Message::Migration`]: postcard, bounded by the frame.
+//!
+//! Kept apart from the link's own messages so that a change of one does not change the other's bytes.
+
+use super::{Message, Opaque, WireError};
+use crate::ids::MigrationId;
+use crate::migration::message::MigrationMessage;
+
+/// A body that no version this side speaks could have written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("Peer sent a migration message that does not decode; run the same version at both sites")]
+pub struct UnreadableMigrationMessage;
+
+impl MigrationMessage {
+    /// Wraps the message for the control stream. Fails only for a machine whose lists of neighbours
+    /// and flows exceed a frame.
+    pub fn to_wire(&self, id: MigrationId) -> Result<Message, WireError> {
+        let bytes = postcard::to_allocvec(self).unwrap_or_default();
+        Ok(Message::Migration { id, body: Opaque::try_from(bytes)? })
+    }
+
+    /// Unwraps a body that arrived; trailing bytes are refused.
+    pub fn from_wire(body: &Opaque) -> Result<Self, UnreadableMigrationMessage> {
+        match postcard::take_from_bytes(body.as_slice()) {
+            Ok((message, [])) => Ok(message),
+            Ok((_, _)) | Err(_) => Err(UnreadableMigrationMessage),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::Epoch;
+    use crate::migration::message::Refusal;
+
+    #[test]
+    fn a_message_survives_the_wire_and_a_longer_one_does_not_decode() {
+        let message = MigrationMessage::Refused { epoch: Epoch(3), why: Refusal::Operator };
+        let Message::Migration { id, body } = message.to_wire(MigrationId(5)).unwrap() else {
+            panic!("wrapped as something else");
+        };
+        assert_eq!((id, MigrationMessage::from_wire(&body).unwrap()), (MigrationId(5), message));
+        let mut longer = body.as_slice().to_vec();
+        longer.push(0);
+        assert!(MigrationMessage::from_wire(&Opaque::try_from(longer).unwrap()).is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! Stages 4 and 5 at the destination: the machine is ours; rules first, then it runs.
+//!
+//! Nothing here may fail into anything but trying again: the other side has let go of the machine.
+
+use std::time::Duration;
+
+use longhaul_core::ids::VmName;
+use longhaul_core::migration::destination::Event;
+use longhaul_core::migration::message::{Handover, Proposal, Reservation};
+use longhaul_core::migration::permit::RunPermit;
+use longhaul_core::tunnel::policy::PortKey;
+
+use super::destination::DestinationLeaf;
+use super::prepare::Held;
+use super::{MachineRow, chain};
+use crate::hypervisor::Guest;
+
+/// Between two tries.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Resumes the machine here and reports `Activated`.
+pub(super) async fn run(
+    leaf: DestinationLeaf,
+    proposal: Proposal,
+    reservation: Reservation,
+    handover: Handover,
+    mut held: Held,
+    permit: RunPermit,
+) -> Held {
+    let vm = leaf.attempt.vm.clone();
+    install_flows(&leaf, &vm, &handover).await;
+    let guest = loop {
+        match held.guest.clone() {
+            Some(guest) => break guest,
+            None => held.guest = find(&leaf, &vm).await,
+        }
+    };
+    mark_disks(&leaf, &guest, &proposal).await;
+    if proposal.running {
+        resume(&guest, &vm, permit).await;
+    }
+    leaf.report(Event::Activated).await;
+    for nic in &proposal.definition.nics {
+        let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
+        if let Err(error) = leaf.edges.tunnel.visit_resumed(&key).await {
+            tracing::warn!(%vm, error = chain(&error), "care-of address could not be announced");
+        }
+    }
+    remember(&leaf, &vm, proposal, reservation, handover);
+    tracing::info!(%vm, "machine runs here");
+    held
+}
+
+/// The flows of before the move, so that the guest's own packets find the tunnel.
+async fn install_flows(leaf: &DestinationLeaf, vm: &VmName, handover: &Handover) {
+    for nic in &handover.nics {
+        let key = PortKey { vm: vm.clone(), nic: nic.nic.clone() };
+        if let Err(error) = leaf.edges.tunnel.visit_flows(&key, nic.flows.clone()).await {
+            // The machine must run; flows that it opened itself by UDP may change their address.
+            tracing::warn!(%vm, error = chain(&error), "flows of before the move could not be installed");
+        }
+    }
+}
+
+async fn find(leaf: &DestinationLeaf, vm: &VmName) -> Option<Guest> {
+    match leaf.edges.hypervisor.find(vm).await {
+        Ok(Some(guest)) => return Some(guest),
+        Ok(None) => tracing::error!(%vm, "the machine is ours, but its QEMU is gone; start it from its disk"),
+        Err(error) => tracing::warn!(%vm, error = chain(&error), "QEMU cannot be asked"),
+    }
+    tokio::time::sleep(AGAIN).await;
+    None
+}
+
+/// Bitmaps that tell, from the first instruction on, which blocks have changed here.
+async fn mark_disks(leaf: &DestinationLeaf, guest: &Guest, proposal: &Proposal) {
+    let name = format!("longhaul-e{}", leaf.attempt.epoch);
+    for volume in proposal.definition.volumes() {
+        if let Err(error) = guest.dirty_bitmap_add(volume.name, &name, 65536, false).await {
+            tracing::debug!(vm = %leaf.attempt.vm, error = chain(&error), "bitmap was not added");
+        }
+    }
+}
+
+async fn resume(guest: &Guest, vm: &VmName, permit: RunPermit) {
+    let mut permit = Some(permit);
+    loop {
+        let tried = match permit.take() {
+            Some(permit) => guest.resume(permit).await,
+            // The first try may have worked although its answer was lost.
+            None => match guest.status().await {
+                Ok(state) if state.is_running() => return,
+                Ok(_) | Err(_) => {
+                    tracing::error!(%vm, "the guest was not resumed; `longhaul vm start` tries again");
+                    return;
+                }
+            },
+        };
+        match tried {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(%vm, error = chain(&error), "resume failed");
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+fn remember(
+    leaf: &DestinationLeaf,
+    vm: &VmName,
+    proposal: Proposal,
+    reservation: Reservation,
+    handover: Handover,
+) {
+    let images = super::anchor::pool_images(&leaf.edges, &leaf.attempt, &proposal);
+    let row = MachineRow {
+        definition: proposal.definition,
+        images,
+        home_site: proposal.home_site,
+        adopted: None,
+        care_of: reservation.care_of,
+        handover: Some(merge(proposal.nics, handover)),
+        wanted: proposal.running,
+    };
+    if let Err(error) = leaf.edges.journal.put_machine(vm, &row) {
+        tracing::error!(%vm, error = chain(&error), "the machine could not be written down; `vm list` will not show it after a restart");
+    }
+}
+
+/// Neighbours and prefixes of the proposal, flows of the hand-over.
+fn merge(nics: Vec<longhaul_core::tunnel::handover::NicHandover>, handover: Handover) -> Handover {
+    let mut nics = nics;
+    for nic in &mut nics {
+        if let Some(handed) = handover.nics.iter().find(|handed| handed.nic == nic.nic) {
+            nic.flows.clone_from(&handed.flows);
+        }
+    }
+    Handover { nics }
+}

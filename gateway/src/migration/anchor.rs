@@ -1,0 +1,475 @@
+//! What stays at a site that a machine left: its home address, its old connections, its name.
+//!
+//! ```text
+//!  attract ---> packets go to the machine's new place ------------------------> end, when no old
+//!     |                                                                         flow is left
+//!     `-- machine runs there --> name moved --> old answers expired --> TTL restored
+//! ```
+//!
+//! An anchor has its own row in the journal and its own task, apart from the migration that made it:
+//! it outlives it, and a gateway that restarts takes it up again before it listens. The name is owed
+//! until it has moved: a name server that is away delays new clients, it does not lose them.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, watch};
+
+use longhaul_core::ids::{Epoch, SiteName, VmName};
+use longhaul_core::machine::{Firmware, MachineDefinition};
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
+use longhaul_core::tunnel::handover::{Mac, NicHandover};
+use longhaul_core::tunnel::policy::PortKey;
+
+use super::source::SourceOptions;
+use super::{Edges, MachineRow, chain};
+use crate::api::types::AnchorView;
+use crate::config::Config;
+use crate::dns::NameMove;
+use crate::hypervisor::KernelPaths;
+use crate::journal::unix_ms;
+use crate::tunnel::{CareOf, HoldRequest, VisitRequest};
+
+/// How far a name is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NameState {
+    /// It does not follow.
+    None,
+    /// The machine is not known to run at its new place yet.
+    Waiting,
+    /// It is owed.
+    Pending,
+    /// It points at the new place; answers given before may still be believed.
+    Moved {
+        /// When it moved, milliseconds since the UNIX epoch.
+        at_unix_ms: u64,
+    },
+    /// Nothing more is to be done.
+    Settled {
+        /// When it moved, milliseconds since the UNIX epoch.
+        at_unix_ms: u64,
+    },
+}
+
+/// An anchor as the journal holds it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Anchor {
+    /// The machine.
+    pub vm: VmName,
+    /// The epoch that began at its new place.
+    pub epoch: Epoch,
+    /// Its new place.
+    pub peer: SiteName,
+    /// Its NICs and their link-layer and home addresses.
+    pub nics: Vec<AnchorNic>,
+    /// Its addresses there.
+    pub care_of: Vec<IpAddr>,
+    /// Its name, if it follows.
+    pub name: Option<String>,
+    /// The name's TTL before the move.
+    pub ttl_s: u32,
+    /// How far the name is.
+    pub names: NameState,
+    /// Since when.
+    pub since_unix_ms: u64,
+}
+
+/// One NIC of an anchor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AnchorNic {
+    /// The NIC.
+    pub nic: longhaul_core::ids::DeviceName,
+    /// Its link-layer address.
+    pub mac: Mac,
+    /// Its home addresses.
+    pub home: Vec<IpAddr>,
+    /// The bridge of the home LAN.
+    pub bridge: String,
+}
+
+/// What a migration tells the anchors.
+#[derive(Debug)]
+pub enum AnchorCommand {
+    /// The machine left: attract its home address.
+    Attract(Box<Anchor>),
+    /// It runs there: move its name.
+    MoveNames(VmName),
+    /// It stayed after all, or came back.
+    Forget(VmName),
+}
+
+/// Tells the anchors; they outlive every migration.
+pub(super) async fn tell(anchors: &mpsc::Sender<AnchorCommand>, command: AnchorCommand) {
+    if anchors.send(command).await.is_err() {
+        tracing::debug!("anchors are gone: the gateway is stopping");
+    }
+}
+
+impl AnchorCommand {
+    pub(super) fn attract(
+        edges: &Edges,
+        attempt: &Attempt,
+        row: &MachineRow,
+        reservation: &Reservation,
+        ttl_s: u32,
+        options: &SourceOptions,
+    ) -> Self {
+        let bridge = |lan: &str| edges.config.lan.get(lan).map(|lan| lan.bridge.clone()).unwrap_or_default();
+        let nics = row.definition.nics.iter().map(|nic| AnchorNic {
+            nic: nic.name.clone(),
+            mac: nic.mac,
+            home: nic.home.iter().map(|home| home.addr).collect(),
+            bridge: bridge(nic.lan.as_str()),
+        });
+        let follows = edges.names.is_some() && !options.without_dns;
+        let name = row.definition.dns_name.clone().filter(|_| follows);
+        Self::Attract(Box::new(Anchor {
+            vm: attempt.vm.clone(),
+            epoch: attempt.epoch,
+            peer: attempt.peer.clone(),
+            nics: nics.collect(),
+            care_of: reservation.care_of.iter().map(|care_of| care_of.addr).collect(),
+            names: if name.is_some() { NameState::Waiting } else { NameState::None },
+            name,
+            ttl_s,
+            since_unix_ms: unix_ms(),
+        }))
+    }
+}
+
+impl Anchor {
+    /// What the tunnel is asked to hold for it.
+    fn holds(&self, edges: &Edges) -> Vec<HoldRequest> {
+        self.nics
+            .iter()
+            .map(|nic| {
+                let key = PortKey { vm: self.vm.clone(), nic: nic.nic.clone() };
+                HoldRequest {
+                    port: edges.tunnel.tap_name(&key),
+                    key,
+                    peer: self.peer.clone(),
+                    mac: nic.mac,
+                    home: nic.home.clone(),
+                    lan: nic.bridge.clone(),
+                }
+            })
+            .collect()
+    }
+
+    fn home(&self) -> Vec<IpAddr> {
+        self.nics.iter().flat_map(|nic| nic.home.iter().copied()).collect()
+    }
+
+    fn view(&self) -> AnchorView {
+        let (names, moved) = match self.names {
+            NameState::None => ("none", None),
+            NameState::Waiting | NameState::Pending => ("pending", None),
+            NameState::Moved { at_unix_ms } => ("moved", Some(at_unix_ms)),
+            NameState::Settled { at_unix_ms } => ("settled", Some(at_unix_ms)),
+        };
+        AnchorView {
+            vm: self.vm.clone(),
+            at: self.peer.clone(),
+            home: self.home(),
+            care_of: self.care_of.clone(),
+            flows: 0,
+            names: names.to_owned(),
+            names_moved_ms: moved,
+            names_error: None,
+            since_ms: self.since_unix_ms,
+            closed_ms: None,
+        }
+    }
+}
+
+/// Runs every anchor of this site; `views` shows them.
+pub async fn run(
+    edges: Edges,
+    mut commands: mpsc::Receiver<AnchorCommand>,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+) {
+    let mut names: BTreeMap<VmName, watch::Sender<bool>> = BTreeMap::new();
+    let rows: Vec<(VmName, Anchor)> = edges.journal.anchors().unwrap_or_else(|error| {
+        tracing::error!(error = chain(&error), "anchors could not be read; old connections of machines that left stall");
+        Vec::new()
+    });
+    for (vm, anchor) in rows {
+        names.insert(vm, start(&edges, anchor, &views));
+    }
+    while let Some(command) = commands.recv().await {
+        match command {
+            AnchorCommand::Attract(anchor) if names.contains_key(&anchor.vm) => {}
+            AnchorCommand::Attract(anchor) => {
+                if let Err(error) = edges.journal.put_anchor(&anchor.vm, &*anchor) {
+                    tracing::error!(vm = %anchor.vm, error = chain(&error), "anchor could not be written down");
+                }
+                names.insert(anchor.vm.clone(), start(&edges, *anchor, &views));
+            }
+            AnchorCommand::MoveNames(vm) => {
+                if let Some(runs_there) = names.get(&vm) {
+                    runs_there.send_replace(true);
+                }
+            }
+            AnchorCommand::Forget(vm) => {
+                // Dropping the sender ends the anchor's task.
+                names.remove(&vm);
+                forget(&edges, &vm);
+                views.send_modify(|views| drop(views.remove(&vm)));
+            }
+        }
+    }
+}
+
+fn start(
+    edges: &Edges,
+    anchor: Anchor,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+) -> watch::Sender<bool> {
+    let known_to_run = !matches!(anchor.names, NameState::Waiting);
+    let (runs_there, told) = watch::channel(known_to_run);
+    views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
+    let task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
+    tokio::spawn(task.run());
+    runs_there
+}
+
+fn forget(edges: &Edges, vm: &VmName) {
+    if let Err(error) = edges.journal.remove_anchor(vm) {
+        tracing::error!(%vm, error = chain(&error), "anchor could not be removed from the journal");
+    }
+}
+
+struct AnchorTask {
+    edges: Edges,
+    anchor: Anchor,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+    told: watch::Receiver<bool>,
+}
+
+/// Between two looks at the flows.
+const LOOK: Duration = Duration::from_millis(250);
+/// Between two tries at the name server, at most.
+const NAMES_AGAIN: Duration = Duration::from_secs(30);
+
+impl AnchorTask {
+    async fn run(mut self) {
+        self.attract().await;
+        if self.told.wait_for(|runs| *runs).await.is_err() {
+            return;
+        }
+        tokio::select! {
+            ended = self.told.clone().wait_for(|runs| !*runs) => {
+                drop(ended);
+                return;
+            }
+            () = self.settle() => {}
+        }
+        self.end().await;
+    }
+
+    async fn attract(&mut self) {
+        for hold in self.anchor.holds(&self.edges) {
+            if let Err(error) = self.edges.tunnel.hold_end_attract(hold).await {
+                tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
+            }
+        }
+        tracing::info!(vm = %self.anchor.vm, to = %self.anchor.peer, "home address attracted");
+    }
+
+    /// Names, then flows: until the tunnel may end.
+    async fn settle(&mut self) {
+        self.move_name().await;
+        self.let_old_answers_expire().await;
+        self.wait_for_flows().await;
+    }
+
+    async fn move_name(&mut self) {
+        if !matches!(self.anchor.names, NameState::Waiting | NameState::Pending) {
+            return;
+        }
+        let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
+        self.anchor.names = NameState::Pending;
+        self.write();
+        let home = self.anchor.home();
+        let mut wait = Duration::from_millis(200);
+        loop {
+            let wanted = NameMove {
+                name: &name,
+                old: &home,
+                new: &self.anchor.care_of,
+                ttl_s: names.move_ttl_s(),
+                epoch: self.anchor.epoch,
+                owner: &self.anchor.peer,
+            };
+            match names.swap(&wanted).await {
+                Ok(()) => break,
+                Err(error) => {
+                    let text = chain(&error);
+                    tracing::warn!(vm = %self.anchor.vm, name, error = text, "name could not be moved yet; new clients still come through the tunnel");
+                    self.show(|view| view.names_error = Some(text));
+                }
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(NAMES_AGAIN);
+        }
+        let at_unix_ms = unix_ms();
+        self.anchor.names = NameState::Moved { at_unix_ms };
+        self.write();
+        self.show(|view| {
+            view.names = "moved".into();
+            view.names_error = None;
+            view.names_moved_ms = Some(at_unix_ms);
+        });
+        tracing::info!(vm = %self.anchor.vm, name, "name moved");
+    }
+
+    /// Resolvers may believe an old answer for as long as its TTL; then the TTL can be what it was.
+    async fn let_old_answers_expire(&mut self) {
+        let NameState::Moved { at_unix_ms } = self.anchor.names else { return };
+        let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
+        let believed = Duration::from_secs(names.move_ttl_s().into());
+        let passed = Duration::from_millis(unix_ms().saturating_sub(at_unix_ms));
+        tokio::time::sleep(believed.saturating_sub(passed)).await;
+        let mut wait = Duration::from_secs(1);
+        while let Err(error) = names.set_ttl(&name, self.anchor.ttl_s).await {
+            tracing::warn!(vm = %self.anchor.vm, name, error = chain(&error), "TTL could not be restored yet");
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(NAMES_AGAIN);
+        }
+        self.anchor.names = NameState::Settled { at_unix_ms };
+        self.write();
+        self.show(|view| view.names = "settled".into());
+    }
+
+    async fn wait_for_flows(&mut self) {
+        let keys: Vec<PortKey> = self.anchor.holds(&self.edges).into_iter().map(|hold| hold.key).collect();
+        for key in &keys {
+            if let Err(error) = self.edges.tunnel.names_expired(key).await {
+                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
+            }
+        }
+        loop {
+            let status = self.edges.tunnel.status();
+            let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
+            let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+            self.show(|view| view.flows = flows);
+            if ports.iter().all(|port| port.may_end) {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn end(&mut self) {
+        for hold in self.anchor.holds(&self.edges) {
+            if let Err(error) = self.edges.tunnel.anchor_end(&hold.key).await {
+                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
+            }
+        }
+        forget(&self.edges, &self.anchor.vm);
+        self.show(|view| {
+            view.flows = 0;
+            view.closed_ms = Some(unix_ms());
+        });
+        tracing::info!(vm = %self.anchor.vm, "no old connection is left; home address is free");
+    }
+
+    fn write(&self) {
+        if let Err(error) = self.edges.journal.put_anchor(&self.anchor.vm, &self.anchor) {
+            tracing::error!(vm = %self.anchor.vm, error = chain(&error), "anchor could not be written down");
+        }
+    }
+
+    fn show(&self, change: impl FnOnce(&mut AnchorView)) {
+        self.views.send_modify(|views| {
+            if let Some(view) = views.get_mut(&self.anchor.vm) {
+                change(view);
+            }
+        });
+    }
+}
+
+/// What the tunnel is to hold for a machine that is about to leave.
+pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Result<Vec<HoldRequest>, Refusal> {
+    row.definition
+        .nics
+        .iter()
+        .map(|nic| {
+            let lan = edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
+                Refusal::Incompatible(format!("site {} has no [lan.{}]", edges.site(), nic.lan))
+            })?;
+            let key = PortKey { vm: attempt.vm.clone(), nic: nic.name.clone() };
+            Ok(HoldRequest {
+                port: edges.tunnel.tap_name(&key),
+                key,
+                peer: attempt.peer.clone(),
+                mac: nic.mac,
+                home: nic.home.iter().map(|home| home.addr).collect(),
+                lan: lan.bridge.clone(),
+            })
+        })
+        .collect()
+}
+
+/// What the tunnel is to prepare for a machine that visits.
+pub(super) fn visits(
+    edges: &Edges,
+    definition: &MachineDefinition,
+    reservation: &Reservation,
+    nics: &[NicHandover],
+    peer: &SiteName,
+) -> Result<Vec<VisitRequest>, Refusal> {
+    definition
+        .nics
+        .iter()
+        .map(|nic| {
+            let lan = edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
+                Refusal::Incompatible(format!("site {} has no [lan.{}]", edges.site(), nic.lan))
+            })?;
+            let handed = nics.iter().find(|handed| handed.nic == nic.name).cloned().ok_or_else(|| {
+                Refusal::PeerMisbehaved(format!("nothing was said about NIC {}", nic.name))
+            })?;
+            let key = PortKey { vm: definition.name.clone(), nic: nic.name.clone() };
+            let care_of = reservation
+                .care_of
+                .iter()
+                .filter(|care_of| care_of.nic == nic.name)
+                .map(|care_of| CareOf { home: care_of.home.addr, care_of: care_of.addr })
+                .collect();
+            Ok(VisitRequest {
+                port: edges.tunnel.tap_name(&key),
+                key,
+                peer: peer.clone(),
+                nic: handed,
+                lan: lan.bridge.clone(),
+                care_of,
+            })
+        })
+        .collect()
+}
+
+/// Where a machine that comes by this attempt has its disks. Named after the attempt, so that nothing
+/// else can have the same name.
+pub(super) fn pool_images(edges: &Edges, attempt: &Attempt, proposal: &Proposal) -> Vec<PathBuf> {
+    let short = &attempt.id.to_string()[..8];
+    let name = &proposal.definition.name;
+    proposal
+        .definition
+        .volumes()
+        .map(|volume| edges.config.storage.pool.join(format!("{name}-{}.{short}.raw", volume.name)))
+        .collect()
+}
+
+/// This site's files for a machine that boots without a boot loader.
+pub fn kernel_paths(config: &Config, definition: &MachineDefinition) -> Result<Option<KernelPaths>, Refusal> {
+    let Firmware::Kernel(boot) = &definition.firmware else { return Ok(None) };
+    let Some(kernel) = config.kernel.get(boot.name.as_str()) else {
+        let text = format!("site {} has no [kernel.{}]", config.site.name, boot.name);
+        return Err(Refusal::Incompatible(text));
+    };
+    Ok(Some(KernelPaths { kernel: kernel.image.clone(), initrd: kernel.initrd.clone() }))
+}

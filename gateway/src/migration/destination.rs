@@ -1,0 +1,186 @@
+//! The destination's driver: one loop around the destination machine, like the source's.
+//!
+//! Decides nothing. What is held for the machine is handed from leaf to leaf.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::destination::{Action, Destination, DestinationLimits, Event, Outcome};
+use longhaul_core::migration::message::{Proposal, Reservation};
+use longhaul_core::migration::record::DestinationRecord;
+use longhaul_core::migration::step::Step;
+
+use super::prepare::Held;
+use super::view::Viewer;
+use super::{Edges, Inbound, Leaf, activate, discard, prepare};
+use crate::api::types::Progressing;
+use crate::journal::JournalError;
+
+/// What the destination's leaves work with.
+pub(super) type DestinationLeaf = Leaf<Event>;
+
+/// Drives one migration to this site to its end.
+pub struct DestinationDriver {
+    leaf: DestinationLeaf,
+    proposal: Proposal,
+    reservation: Reservation,
+    inbox: mpsc::Receiver<Inbound>,
+    events: mpsc::Receiver<Event>,
+    work: Work,
+}
+
+/// What is held, and who has it.
+enum Work {
+    Idle(Box<Held>),
+    Running { stop: watch::Sender<bool>, task: JoinHandle<Held> },
+}
+
+impl DestinationDriver {
+    /// A driver for a machine that was admitted.
+    pub fn new(
+        edges: Edges,
+        attempt: Attempt,
+        proposal: Proposal,
+        reservation: Reservation,
+        inbox: mpsc::Receiver<Inbound>,
+    ) -> Self {
+        let viewer = Viewer::new(&attempt, &attempt.peer, edges.site());
+        let (sender, events) = mpsc::channel(64);
+        let leaf = Leaf { edges, attempt, viewer, events: sender };
+        Self { leaf, proposal, reservation, inbox, events, work: Work::Idle(Box::default()) }
+    }
+
+    /// What it shows of itself.
+    pub fn viewer(&self) -> Viewer {
+        self.leaf.viewer.clone()
+    }
+
+    /// Runs a new migration to its end.
+    pub async fn run(self) -> Result<Outcome, JournalError> {
+        let (machine, step) = Destination::begin(
+            self.leaf.attempt.clone(),
+            Box::new(self.proposal.clone()),
+            self.reservation.clone(),
+            self.limits(),
+            self.leaf.edges.now(),
+        );
+        self.drive(machine, step).await
+    }
+
+    /// Goes on with one that a restart of the gateway interrupted.
+    pub async fn resume(self, last: DestinationRecord) -> Result<Outcome, JournalError> {
+        let site = self.leaf.edges.site().clone();
+        let (machine, step) = Destination::recover(
+            self.leaf.attempt.clone(),
+            self.reservation.clone(),
+            last,
+            self.limits(),
+            &site,
+            self.leaf.edges.now(),
+        );
+        self.drive(machine, step).await
+    }
+
+    async fn drive(mut self, mut machine: Destination, mut step: Step<Action>) -> Result<Outcome, JournalError> {
+        loop {
+            for action in self.leaf.edges.journal.commit(&self.leaf.attempt, step).await? {
+                self.perform(action).await;
+            }
+            self.leaf.viewer.enter(machine.stage());
+            if let Some(outcome) = machine.outcome() {
+                let outcome = outcome.clone();
+                self.end(&outcome);
+                return Ok(outcome);
+            }
+            let event = self.select(machine.deadline()).await;
+            tracing::debug!(vm = %self.leaf.attempt.vm, ?event, "event");
+            (machine, step) = machine.handle(event, self.leaf.edges.now());
+        }
+    }
+
+    /// The next event. Cancel safe: nothing is taken without being returned.
+    async fn select(&mut self, deadline: Option<Duration>) -> Event {
+        let now = self.leaf.edges.now();
+        let wait = deadline.map_or(Duration::from_secs(3600), |at| at.saturating_sub(now));
+        loop {
+            tokio::select! {
+                biased;
+                Some(inbound) = self.inbox.recv() => match inbound {
+                    Inbound::LinkUp => return Event::LinkUp,
+                    Inbound::LinkDown => return Event::LinkDown,
+                    Inbound::Message(message) => return Event::Peer(message),
+                    // The source decides whether an attempt ends.
+                    Inbound::Abort => {}
+                },
+                Some(event) = self.events.recv() => return event,
+                () = tokio::time::sleep(wait) => return Event::Tick,
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: Action) {
+        match action {
+            Action::Send(message) => {
+                let (edges, attempt) = (self.leaf.edges.clone(), self.leaf.attempt.clone());
+                edges.send(&attempt, &message).await;
+            }
+            Action::Prepare => {
+                let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
+                let reservation = self.reservation.clone();
+                self.replace_work(move |held, stop| prepare::run(leaf, proposal, reservation, held, stop));
+            }
+            Action::Activate(permit, handover) => {
+                let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
+                let reservation = self.reservation.clone();
+                self.replace_work(move |held, _stop| {
+                    activate::run(leaf, proposal, reservation, *handover, held, permit)
+                });
+            }
+            Action::Discard => {
+                let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
+                self.replace_work(move |held, _stop| discard::run(leaf, proposal, held));
+            }
+        }
+    }
+
+    /// Ends what works on what is held and gives it to the next leaf.
+    fn replace_work<F, W>(&mut self, next: F)
+    where
+        F: FnOnce(Held, watch::Receiver<bool>) -> W + Send + 'static,
+        W: Future<Output = Held> + Send + 'static,
+    {
+        let (stop, stopped) = watch::channel(false);
+        let before = std::mem::replace(&mut self.work, Work::Idle(Box::default()));
+        let task = tokio::spawn(async move {
+            let held = match before {
+                Work::Idle(held) => *held,
+                Work::Running { stop, task } => {
+                    stop.send_replace(true);
+                    // A leaf that panicked has lost what it held; the next one finds QEMU again.
+                    task.await.unwrap_or_default()
+                }
+            };
+            next(held, stopped).await
+        });
+        self.work = Work::Running { stop, task };
+    }
+
+    fn end(&self, outcome: &Outcome) {
+        let vm = &self.leaf.attempt.vm;
+        match outcome {
+            Outcome::Active => self.leaf.viewer.end(Progressing::Moved, None),
+            Outcome::Refused(why) => {
+                tracing::info!(%vm, %why, "machine did not come");
+                self.leaf.viewer.end(Progressing::Stayed, Some(why.to_string()));
+            }
+        }
+    }
+
+    fn limits(&self) -> DestinationLimits {
+        let cut_limit = Duration::from_secs(self.leaf.edges.config.migration.cut_limit_s + 60);
+        DestinationLimits { cut_limit, ..DestinationLimits::default() }
+    }
+}

@@ -1,0 +1,51 @@
+//! The way back at the destination: nothing of the attempt stays.
+//!
+//! May run twice; what is gone already is no failure.
+
+use std::time::Duration;
+
+use longhaul_core::migration::destination::Event;
+use longhaul_core::migration::message::Proposal;
+use longhaul_core::tunnel::policy::PortKey;
+
+use super::anchor::pool_images;
+use super::chain;
+use super::destination::DestinationLeaf;
+use super::prepare::Held;
+
+const QEMU_LIMIT: Duration = Duration::from_secs(5);
+
+/// Gives back everything that was held.
+pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Held) -> Held {
+    let vm = &leaf.attempt.vm;
+    let guest = match held.guest.take() {
+        Some(guest) => Some(guest),
+        None => leaf.edges.hypervisor.find(vm).await.unwrap_or_default(),
+    };
+    if let Some(guest) = guest
+        && let Err(error) = guest.quit(QEMU_LIMIT).await
+    {
+        tracing::warn!(%vm, error = chain(&error), "the waiting QEMU could not be ended");
+    }
+    if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
+        peer.close_bulk(leaf.attempt.id);
+    }
+    for nic in &proposal.definition.nics {
+        let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
+        if let Err(error) = leaf.edges.tunnel.visit_undo(&key).await {
+            tracing::warn!(%vm, error = chain(&error), "routes of the visit could not be removed");
+        }
+        if let Err(error) = leaf.edges.tunnel.tap_remove(&key).await {
+            tracing::warn!(%vm, error = chain(&error), "the tap could not be removed");
+        }
+    }
+    for image in pool_images(&leaf.edges, &leaf.attempt, &proposal) {
+        match std::fs::remove_file(&image) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "partial disk could not be removed"),
+        }
+    }
+    leaf.report(Event::Discarded).await;
+    Held::default()
+}

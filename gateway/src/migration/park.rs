@@ -1,0 +1,117 @@
+//! Stage 3 at the source: the pause. Nothing here waits for a round trip.
+//!
+//! Order matters: packets are held before the guest stops, so that none is lost between; the memory
+//! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the
+//! source's disks are still active; `Parked` is said only when QEMU itself says that it has stopped
+//! for good, run state and migration status both.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use longhaul_core::migration::message::{Handover, Refusal};
+use longhaul_core::migration::source::Event;
+use longhaul_core::tunnel::handover::NicHandover;
+
+use super::precopy::{Transfer, disk_failed, memory_failed, show_memory};
+use super::source::SourceLeaf;
+use super::{MachineRow, chain, hypervisor_failed};
+use crate::hypervisor::{Guest, MigrationStatus, RunState};
+use crate::memory::SourceMode;
+use crate::migration::anchor::ports;
+
+/// QEMU finishes what it has locally: no network is involved, so this is generous.
+const QEMU_LIMIT: Duration = Duration::from_secs(30);
+
+/// Parks the machine, unless it is told to stop; the transfer then goes to the next leaf.
+pub(super) async fn run(
+    leaf: SourceLeaf,
+    guest: Guest,
+    row: MachineRow,
+    mut transfer: Transfer,
+    mut stop: watch::Receiver<bool>,
+) -> Transfer {
+    let parked = tokio::select! {
+        biased;
+        _ = stop.wait_for(|stop| *stop) => return transfer,
+        parked = park(&leaf, &guest, &row, &mut transfer) => parked,
+    };
+    let event = match parked {
+        Ok(handover) => Event::Parked(Box::new(handover)),
+        Err(why) => Event::Failed(why),
+    };
+    leaf.report(event).await;
+    transfer
+}
+
+async fn park(
+    leaf: &SourceLeaf,
+    guest: &Guest,
+    row: &MachineRow,
+    transfer: &mut Transfer,
+) -> Result<Handover, Refusal> {
+    let tunnel = &leaf.edges.tunnel;
+    for hold in ports(&leaf.edges, row, &leaf.attempt)? {
+        tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
+    }
+    let Some(memory) = &mut transfer.memory else {
+        return Err(Refusal::Other("Memory was not started".into()));
+    };
+    memory.set_mode(SourceMode::Absorb);
+    leaf.viewer.paused();
+    leaf.report(Event::GuestStopped).await;
+    guest.stop().await.map_err(hypervisor_failed)?;
+    let waiting = |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover;
+    expect(guest, waiting, MigrationStatus::PreSwitchover).await?;
+    for (name, disk) in &mut transfer.disks {
+        guest.mirror_finish(name, QEMU_LIMIT).await.map_err(hypervisor_failed)?;
+        let barrier = disk.finish().await.map_err(disk_failed)?;
+        tracing::debug!(vm = %leaf.attempt.vm, disk = %name, ?barrier, "disk barrier sent");
+    }
+    guest.continue_switchover().await.map_err(hypervisor_failed)?;
+    expect(guest, |status| *status == MigrationStatus::Completed, MigrationStatus::Completed).await?;
+    let end = memory.ended().await.map_err(memory_failed)?;
+    show_memory(leaf, &memory.progress().borrow());
+    let state = guest.status().await.map_err(hypervisor_failed)?;
+    if state != RunState::Postmigrate {
+        return Err(Refusal::Hypervisor(format!("the guest reads {state} after it was sent")));
+    }
+    tracing::info!(vm = %leaf.attempt.vm, bytes = end.bytes.0, "parked");
+    handover(leaf, row).await
+}
+
+async fn expect(
+    guest: &Guest,
+    wanted: impl Fn(&MigrationStatus) -> bool,
+    status: MigrationStatus,
+) -> Result<(), Refusal> {
+    let info = guest.wait_migration(wanted, QEMU_LIMIT).await.map_err(hypervisor_failed)?;
+    if info.status == status {
+        return Ok(());
+    }
+    let detail = info.error.unwrap_or_default();
+    Err(Refusal::Hypervisor(Refusal::text(format!("expected {status}, found {}: {detail}", info.status))))
+}
+
+/// What keeps the machine's connections alive, sampled now that it stands still.
+async fn handover(leaf: &SourceLeaf, row: &MachineRow) -> Result<Handover, Refusal> {
+    let mut nics = Vec::new();
+    for hold in ports(&leaf.edges, row, &leaf.attempt)? {
+        let Some(nic) = row.definition.nics.iter().find(|nic| nic.name == hold.key.nic) else { continue };
+        let flows = leaf.edges.tunnel.sample(&hold.key).await.map_err(tunnel_failed)?;
+        nics.push(NicHandover {
+            nic: nic.name.clone(),
+            mac: nic.mac,
+            home: nic.home.clone(),
+            // Neighbours and prefixes went with the proposal and do not change in a pause.
+            neighbours: Vec::new(),
+            home_prefixes: Vec::new(),
+            flows,
+        });
+    }
+    Ok(Handover { nics })
+}
+
+pub(super) fn tunnel_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Other(Refusal::text(format!("Tunnel failed: {}", chain(&error))))
+}

@@ -1,0 +1,328 @@
+//! Stage 2 at the source: disks while the guest runs, then rounds of memory.
+//!
+//! ```text
+//!  QEMU --mirror (new writes)--> NBD server --\
+//!  QEMU --read-only export-----> re-reader ----> disk channel --> link
+//!  QEMU --migrate--------------> memory pump --> memory channel --> link
+//! ```
+//!
+//! Memory starts when the disks are in step, so that nothing but the rest of a round stands between
+//! the decision to stop and the hand-over. Ends only when it is told to: the driver decides.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use longhaul_core::bulk::{BulkId, Channel};
+use longhaul_core::ids::DeviceName;
+use longhaul_core::migration::convergence::Progress;
+use longhaul_core::migration::message::{Refusal, Reservation};
+use longhaul_core::migration::source::Event;
+use longhaul_core::units::{Bytes, Rate};
+
+use super::source::SourceLeaf;
+use super::view::round;
+use super::{MachineRow, chain, hypervisor_failed};
+use crate::disk::nbd::NbdServer;
+use crate::disk::{DiskSource, DiskSourceConfig};
+use crate::hypervisor::{Access, Guest, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters};
+use crate::link::PeerHandle;
+use crate::memory::{MemorySource, SourceConfig, SourceHandle};
+
+/// How often progress is measured.
+const LOOK: Duration = Duration::from_millis(100);
+/// Goodput is what was acknowledged in this long.
+const GOODPUT_WINDOW: usize = 20;
+
+/// Everything that carries one machine's content away from here.
+#[derive(Default)]
+pub(super) struct Transfer {
+    pub disks: Vec<(DeviceName, DiskSource)>,
+    pub server: Option<NbdServer>,
+    pub exports: Vec<String>,
+    pub memory: Option<SourceHandle>,
+    pub lowered_ttl_from_s: Option<u32>,
+}
+
+/// Copies until it is told to stop; the transfer then goes to the next leaf.
+pub(super) async fn run(
+    leaf: SourceLeaf,
+    guest: Guest,
+    row: MachineRow,
+    _reservation: Reservation,
+    with_names: bool,
+    mut transfer: Transfer,
+    mut stop: watch::Receiver<bool>,
+) -> Transfer {
+    tokio::select! {
+        biased;
+        _ = stop.wait_for(|stop| *stop) => return transfer,
+        result = begin(&leaf, &guest, &row, with_names, &mut transfer) => {
+            if let Err(why) = result {
+                leaf.report(Event::Failed(why)).await;
+                return transfer;
+            }
+        }
+    }
+    let ended = tokio::select! {
+        biased;
+        _ = stop.wait_for(|stop| *stop) => Ok(()),
+        result = copy(&leaf, &guest, &row, &mut transfer) => result,
+    };
+    if let Err(why) = ended {
+        leaf.report(Event::Failed(why)).await;
+    }
+    transfer
+}
+
+async fn begin(
+    leaf: &SourceLeaf,
+    guest: &Guest,
+    row: &MachineRow,
+    with_names: bool,
+    transfer: &mut Transfer,
+) -> Result<(), Refusal> {
+    lower_ttl(leaf, row, with_names, transfer).await?;
+    let peer = peer(leaf)?;
+    let window = leaf.edges.config.link.window_mib << 20;
+    let sockets = socket_dir(leaf)?;
+    let mut exports = Vec::new();
+    for (index, volume) in row.definition.volumes().enumerate() {
+        let id = BulkId { migration: leaf.attempt.id, channel: Channel::Disk(index as u8) };
+        let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+        let mut config = DiskSourceConfig::default();
+        config.mirror.buffer_bytes = leaf.edges.config.migration.disk_buffer_mib << 20;
+        config.mirror.target_is_zero = true;
+        let (export, disk) = DiskSource::spawn(volume.name.as_str(), volume.size_bytes, config, channel);
+        exports.push(export);
+        transfer.disks.push((volume.name.clone(), disk));
+    }
+    let path = sockets.join("mirror.sock");
+    let server = NbdServer::bind(&path, exports).map_err(disk_failed)?;
+    guest.let_connect(server.path()).map_err(socket_failed)?;
+    transfer.server = Some(server);
+    let reading = guest_socket(guest, &sockets, "reading.sock");
+    guest.nbd_start(&reading).await.map_err(hypervisor_failed)?;
+    for (name, disk) in &mut transfer.disks {
+        // The mirror first: a write between the two would be in neither.
+        let export_name = name.as_str();
+        guest.mirror_start(name, &path, export_name, MirrorMode::None).await.map_err(hypervisor_failed)?;
+        let export = guest.export(name, Access::ReadOnly, &[]).await.map_err(hypervisor_failed)?;
+        transfer.exports.push(export.clone());
+        disk.begin(&reading, &export).await.map_err(disk_failed)?;
+    }
+    Ok(())
+}
+
+async fn copy(
+    leaf: &SourceLeaf,
+    guest: &Guest,
+    row: &MachineRow,
+    transfer: &mut Transfer,
+) -> Result<(), Refusal> {
+    let mut goodput = Goodput::default();
+    let memory_total = row.definition.memory_mib << 20;
+    let mut ticks = tokio::time::interval(LOOK);
+    loop {
+        ticks.tick().await;
+        let peer = peer(leaf)?;
+        let disks = look_at_disks(transfer)?;
+        if transfer.memory.is_none() && disks.in_step {
+            tracing::info!(vm = %leaf.attempt.vm, "disks are in step, memory begins");
+            start_memory(leaf, guest, &peer, transfer).await?;
+        }
+        let memory = match &mut transfer.memory {
+            Some(handle) => Some((handle.progress().borrow().clone(), guest.migration().await.map_err(hypervisor_failed)?)),
+            None => None,
+        };
+        let rate = goodput.look(&peer);
+        let unacknowledged = disks.unacknowledged
+            + memory.as_ref().map_or(0, |(pump, _)| pump.backlog.0);
+        let mut progress = Progress {
+            goodput: rate,
+            unacknowledged: Bytes(unacknowledged),
+            reduction_permille: 1000,
+            disks_in_step: disks.in_step,
+            rtt: peer.stats().rtt,
+            ..Progress::default()
+        };
+        if let Some((pump, info)) = &memory {
+            check_memory(info)?;
+            progress.memory_remaining = info.remaining;
+            progress.dirty_rate = Rate(info.dirty_pages_per_s * info.page_size.0);
+            progress.round = info.dirty_sync_count;
+            progress.reduction_permille = reduction(pump.original, pump.wire);
+            show_memory(leaf, pump);
+            if info.status == MigrationStatus::PreSwitchover {
+                leaf.report(Event::SwitchoverReached).await;
+                std::future::pending::<()>().await;
+            }
+        }
+        show(leaf, &progress, &disks, memory_total);
+        leaf.report(Event::Progress(progress)).await;
+    }
+}
+
+fn check_memory(info: &MigrationInfo) -> Result<(), Refusal> {
+    if !info.status.is_final() {
+        return Ok(());
+    }
+    let detail = info.error.clone().unwrap_or_default();
+    Err(Refusal::Hypervisor(Refusal::text(format!("the migration of memory ended early: {} {detail}", info.status))))
+}
+
+async fn start_memory(
+    leaf: &SourceLeaf,
+    guest: &Guest,
+    peer: &PeerHandle,
+    transfer: &mut Transfer,
+) -> Result<(), Refusal> {
+    let id = BulkId { migration: leaf.attempt.id, channel: Channel::Memory };
+    // Twice what is on the way at the configured rate: enough to keep the link full, no more, because
+    // what waits here when the guest stops lengthens its pause.
+    let config = &leaf.edges.config.link;
+    let on_the_way = Rate::mbit(config.rate_mbit).bytes_in(peer.stats().rtt).0;
+    let window = (on_the_way * 2).clamp(256 << 10, config.window_mib << 20);
+    let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+    let path = socket_dir(leaf)?.join("memory.sock");
+    let source = MemorySource::bind(&path, SourceConfig::default()).map_err(memory_failed)?;
+    guest.let_connect(&path).map_err(socket_failed)?;
+    transfer.memory = Some(source.start(channel));
+    guest.prepare_outgoing(&OutgoingParameters::default()).await.map_err(hypervisor_failed)?;
+    guest.migrate_to(&path).await.map_err(hypervisor_failed)
+}
+
+async fn lower_ttl(
+    leaf: &SourceLeaf,
+    row: &MachineRow,
+    with_names: bool,
+    transfer: &mut Transfer,
+) -> Result<(), Refusal> {
+    let (Some(name), Some(names), true) = (&row.definition.dns_name, &leaf.edges.names, with_names) else {
+        return Ok(());
+    };
+    let before = names
+        .lower_ttl(name)
+        .await
+        .map_err(|error| Refusal::Names(Refusal::text(chain(&error))))?;
+    transfer.lowered_ttl_from_s = Some(before);
+    Ok(())
+}
+
+struct Disks {
+    copied: u64,
+    total: u64,
+    unacknowledged: u64,
+    in_step: bool,
+}
+
+fn look_at_disks(transfer: &Transfer) -> Result<Disks, Refusal> {
+    let mut sum = Disks { copied: 0, total: 0, unacknowledged: 0, in_step: true };
+    for (name, disk) in &transfer.disks {
+        let progress = disk.progress();
+        if progress.has_changed().is_err() {
+            return Err(Refusal::Other(format!("the copy of disk {name} ended early")));
+        }
+        let progress = progress.borrow();
+        sum.copied += progress.copied_bytes;
+        sum.total += progress.total_bytes;
+        sum.unacknowledged += progress.queued_bytes + progress.unacknowledged_bytes;
+        sum.in_step &= progress.in_step;
+    }
+    Ok(sum)
+}
+
+fn show(leaf: &SourceLeaf, progress: &Progress, disks: &Disks, memory_total: u64) {
+    let remaining = if progress.round == 0 { memory_total } else { progress.memory_remaining.0.min(memory_total) };
+    let total = (disks.total + memory_total).max(1);
+    let done = disks.copied + memory_total - remaining;
+    let rest = (disks.total - disks.copied.min(disks.total)) + remaining + progress.unacknowledged.0;
+    leaf.viewer.change(|view| {
+        // Never backwards: a new round finds more to send than the last one left.
+        view.percent = view.percent.max(99.0 * done as f64 / total as f64);
+        view.rate = progress.goodput.0;
+        view.round = progress.round;
+        view.dirty_rate = progress.dirty_rate.0;
+        view.eta_s = progress.goodput.time_for(Bytes(rest)).map(|time| time.as_secs());
+        view.disk = (disks.copied, disks.total);
+        view.memory = (remaining, memory_total);
+    });
+}
+
+/// The rounds so far, as the pump counts them.
+pub(super) fn show_memory(leaf: &SourceLeaf, pump: &crate::memory::SourceProgress) {
+    leaf.viewer.change(|view| {
+        view.rounds = pump.rounds.iter().map(|each| round(each.bytes.0, each.pages, each.elapsed)).collect();
+    });
+}
+
+fn reduction(original: Bytes, wire: Bytes) -> u32 {
+    if original.0 < 1 << 20 {
+        return 1000;
+    }
+    (wire.0.saturating_mul(1000) / original.0).clamp(1, 1100) as u32
+}
+
+/// What the link carries to the peer, from what it has sent: the best second of the last two, because
+/// a link that had nothing to send is not slow.
+#[derive(Default)]
+struct Goodput {
+    samples: VecDeque<(Instant, u64)>,
+    best: Rate,
+}
+
+impl Goodput {
+    fn look(&mut self, peer: &PeerHandle) -> Rate {
+        let stats = peer.stats();
+        let sent = stats.sent.memory_bytes + stats.sent.disk_bytes;
+        let now = Instant::now();
+        if let Some((at, before)) = self.samples.get(self.samples.len().saturating_sub(10)) {
+            let seconds = now.duration_since(*at).as_secs_f64();
+            if self.samples.len() >= 10 && seconds > 0.0 {
+                let rate = Rate((sent.saturating_sub(*before) as f64 / seconds) as u64);
+                self.best = Rate((self.best.0 * 99 / 100).max(rate.0));
+            }
+        }
+        self.samples.push_back((now, sent));
+        if self.samples.len() > GOODPUT_WINDOW {
+            self.samples.pop_front();
+        }
+        self.best
+    }
+}
+
+/// Where a socket lies that QEMU itself is to create: a folder it may write to.
+pub(super) fn guest_socket(guest: &Guest, own: &Path, name: &str) -> PathBuf {
+    guest.dir().unwrap_or(own).join(name)
+}
+
+pub(super) fn socket_dir(leaf: &SourceLeaf) -> Result<PathBuf, Refusal> {
+    let folder = leaf.edges.socket_dir(&leaf.attempt.vm);
+    std::fs::create_dir_all(&folder).map_err(socket_failed)?;
+    Ok(folder)
+}
+
+fn peer(leaf: &SourceLeaf) -> Result<PeerHandle, Refusal> {
+    leaf.edges
+        .peer(&leaf.attempt.peer)
+        .ok_or_else(|| Refusal::Other(format!("site {} is not configured", leaf.attempt.peer)))
+}
+
+pub(super) fn disk_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Other(Refusal::text(format!("Disk copy failed: {}", chain(&error))))
+}
+
+pub(super) fn memory_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Other(Refusal::text(format!("Memory copy failed: {}", chain(&error))))
+}
+
+fn link_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Link(Refusal::text(chain(&error)))
+}
+
+fn socket_failed(error: io::Error) -> Refusal {
+    Refusal::Other(Refusal::text(format!("A socket for QEMU could not be made: {error}")))
+}

@@ -1,0 +1,109 @@
+//! Stage 0 at the source: everything that can be known before anything is held anywhere.
+//!
+//! Changes nothing, so a failure costs nothing. The machine's definition travels without any of this
+//! site's paths and names.
+
+use longhaul_core::ids::Epoch;
+use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::message::{Proposal, Refusal};
+use longhaul_core::migration::source::Event;
+use longhaul_core::tunnel::handover::{NicHandover, Prefix};
+
+use super::source::{SourceLeaf, SourceOptions};
+use super::{MachineRow, chain, hypervisor_failed};
+use crate::hypervisor::Guest;
+
+/// Checks, and reports what is to be proposed.
+pub(super) async fn run(leaf: SourceLeaf, guest: Guest, row: MachineRow, options: SourceOptions) {
+    let event = match check(&leaf, &guest, &row, &options).await {
+        Ok(proposal) => Event::PreflightPassed(Box::new(proposal)),
+        Err(why) => Event::Failed(why),
+    };
+    leaf.report(event).await;
+}
+
+async fn check(
+    leaf: &SourceLeaf,
+    guest: &Guest,
+    row: &MachineRow,
+    options: &SourceOptions,
+) -> Result<Proposal, Refusal> {
+    let obstacles = guest.what_cannot_travel().await.map_err(hypervisor_failed)?.obstacles;
+    if let Some(first) = obstacles.first() {
+        return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));
+    }
+    check_names(leaf, row, options).await?;
+    let status = guest.status().await.map_err(hypervisor_failed)?;
+    let mut nics = Vec::new();
+    for nic in &row.definition.nics {
+        nics.push(NicHandover {
+            nic: nic.name.clone(),
+            mac: nic.mac,
+            home: nic.home.clone(),
+            neighbours: neighbours(leaf, row, nic).await?,
+            home_prefixes: home_prefixes(leaf, &nic.home)?,
+            flows: Vec::new(),
+        });
+    }
+    Ok(Proposal {
+        definition: row.definition.clone(),
+        home_site: row.home_site.clone(),
+        hypervisor: leaf.edges.hypervisor.version().to_string(),
+        epoch: Epoch(leaf.attempt.epoch.0 - 1),
+        running: status.is_running(),
+        commit: CommitMode::Confirmed,
+        nics,
+    })
+}
+
+async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOptions) -> Result<(), Refusal> {
+    let Some(name) = &row.definition.dns_name else { return Ok(()) };
+    if options.without_dns {
+        return Ok(());
+    }
+    let Some(names) = &leaf.edges.names else {
+        let text = format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
+        return Err(Refusal::Names(text));
+    };
+    let here: Vec<_> = if row.care_of.is_empty() {
+        row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect()
+    } else {
+        row.care_of.iter().map(|care_of| care_of.addr).collect()
+    };
+    names.check(name, &here).await.map(drop).map_err(|error| Refusal::Names(Refusal::text(chain(&error))))
+}
+
+async fn neighbours(
+    leaf: &SourceLeaf,
+    row: &MachineRow,
+    nic: &longhaul_core::machine::Nic,
+) -> Result<Vec<longhaul_core::tunnel::handover::Neighbour>, Refusal> {
+    if let Some(known) = row.handover.as_ref().and_then(|handover| {
+        handover.nics.iter().find(|handed| handed.nic == nic.name)
+    }) {
+        return Ok(known.neighbours.clone());
+    }
+    let Some(lan) = leaf.edges.config.lan.get(nic.lan.as_str()) else {
+        return Err(Refusal::Incompatible(format!("this site has no [lan.{}]", nic.lan)));
+    };
+    leaf.edges
+        .tunnel
+        .neighbours(&lan.bridge)
+        .await
+        .map_err(|error| Refusal::Other(Refusal::text(chain(&error))))
+}
+
+/// What the machine always reaches through the tunnel: what the operator says, or its own LANs.
+fn home_prefixes(leaf: &SourceLeaf, home: &[Prefix]) -> Result<Vec<Prefix>, Refusal> {
+    let Some(configured) = &leaf.edges.config.tunnel.home_prefixes else {
+        return Ok(home.to_vec());
+    };
+    configured.iter().map(|text| parse_prefix(text)).collect()
+}
+
+fn parse_prefix(text: &str) -> Result<Prefix, Refusal> {
+    let parsed = text.split_once('/').and_then(|(addr, len)| {
+        Some(Prefix { addr: addr.parse().ok()?, len: len.parse().ok()? })
+    });
+    parsed.ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
+}

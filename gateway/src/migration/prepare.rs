@@ -1,0 +1,221 @@
+//! Stages 1 to 3 at the destination: a QEMU that waits, disks that fill, memory that flows in.
+//!
+//! ```text
+//!  link --> disk channel ---> target pump --> writable NBD export --\
+//!  link --> memory channel -> memory pump --> incoming socket ------ QEMU -S -incoming
+//! ```
+//!
+//! `Loaded` is said only after every barrier was proven here, QEMU itself says that it has loaded, the
+//! disks are flushed and nothing can write to them from outside any more: QEMU would let a late write
+//! into a running guest.
+
+use std::fs::OpenOptions;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use longhaul_core::bulk::{BulkId, Channel};
+use longhaul_core::disk::TargetConfig as MirrorConfig;
+use longhaul_core::migration::destination::Event;
+use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
+
+use super::destination::DestinationLeaf;
+use super::park::tunnel_failed;
+use super::precopy::{disk_failed, guest_socket, memory_failed};
+use super::{chain, hypervisor_failed};
+use crate::disk::nbd::NbdClient;
+use crate::disk::DiskTarget;
+use crate::hypervisor::{
+    Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
+};
+use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
+use crate::migration::anchor::{kernel_paths, pool_images, visits};
+
+const QEMU_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is held for a machine that comes.
+#[derive(Default)]
+pub(super) struct Held {
+    pub guest: Option<Guest>,
+    pub images: Vec<PathBuf>,
+    disks: Vec<DiskTarget>,
+    exports: Vec<String>,
+    memory: Option<TargetHandle>,
+}
+
+/// Prepares, then waits for the machine until it is loaded or it is told to stop.
+pub(super) async fn run(
+    leaf: DestinationLeaf,
+    proposal: Proposal,
+    reservation: Reservation,
+    mut held: Held,
+    mut stop: watch::Receiver<bool>,
+) -> Held {
+    let done = tokio::select! {
+        biased;
+        _ = stop.wait_for(|stop| *stop) => return held,
+        done = prepare_and_load(&leaf, &proposal, &reservation, &mut held) => done,
+    };
+    if let Err(why) = done {
+        leaf.report(Event::Failed(why)).await;
+    }
+    held
+}
+
+async fn prepare_and_load(
+    leaf: &DestinationLeaf,
+    proposal: &Proposal,
+    reservation: &Reservation,
+    held: &mut Held,
+) -> Result<(), Refusal> {
+    prepare(leaf, proposal, reservation, held).await?;
+    leaf.report(Event::Prepared).await;
+    load(leaf, held).await?;
+    leaf.report(Event::Loaded).await;
+    Ok(())
+}
+
+async fn prepare(
+    leaf: &DestinationLeaf,
+    proposal: &Proposal,
+    reservation: &Reservation,
+    held: &mut Held,
+) -> Result<(), Refusal> {
+    let (edges, definition) = (&leaf.edges, &proposal.definition);
+    let guest_was = edges.hypervisor.find(&definition.name).await.map_err(hypervisor_failed)?;
+    if guest_was.is_some() {
+        return Err(Refusal::Busy(format!("a QEMU of {} runs at site {}", definition.name, edges.site())));
+    }
+    make_images(leaf, proposal, held)?;
+    let user = edges.hypervisor.user(definition);
+    let mut taps = std::collections::BTreeMap::new();
+    for visit in visits(edges, definition, reservation, &proposal.nics, &leaf.attempt.peer)? {
+        edges.tunnel.tap_create(&visit.key, user).await.map_err(tunnel_failed)?;
+        taps.insert(visit.key.nic.clone(), visit.port.clone());
+        edges.tunnel.visit_prepare(visit).await.map_err(tunnel_failed)?;
+    }
+    let volumes = definition.volumes().map(|volume| volume.name.clone());
+    let placement = Placement {
+        disks: volumes
+            .zip(&held.images)
+            .map(|(name, path)| (name, DiskFile { path: path.clone(), format: DiskFormat::Raw }))
+            .collect(),
+        taps,
+        kernel: kernel_paths(&edges.config, definition)?,
+        ..Placement::default()
+    };
+    let guest = edges
+        .hypervisor
+        .start(definition, &placement, StartMode::Incoming)
+        .await
+        .map_err(hypervisor_failed)?;
+    held.guest = Some(guest.clone());
+    receive(leaf, proposal, &guest, held).await
+}
+
+fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> Result<(), Refusal> {
+    let images = pool_images(&leaf.edges, &leaf.attempt, proposal);
+    for (volume, path) in proposal.definition.volumes().zip(images) {
+        let failed = |error: std::io::Error| {
+            Refusal::Other(format!("site {} cannot make {}: {error}", leaf.edges.site(), path.display()))
+        };
+        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(failed)?;
+        held.images.push(path.clone());
+        file.set_len(volume.size_bytes).map_err(failed)?;
+    }
+    Ok(())
+}
+
+async fn receive(
+    leaf: &DestinationLeaf,
+    proposal: &Proposal,
+    guest: &Guest,
+    held: &mut Held,
+) -> Result<(), Refusal> {
+    let own = leaf.edges.socket_dir(&leaf.attempt.vm);
+    let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) else {
+        return Err(Refusal::Other(format!("site {} is not configured", leaf.attempt.peer)));
+    };
+    let window = leaf.edges.config.link.window_mib << 20;
+    let migration = leaf.attempt.id;
+    let filling = guest_socket(guest, &own, "filling.sock");
+    guest.nbd_start(&filling).await.map_err(hypervisor_failed)?;
+    for (index, volume) in proposal.definition.volumes().enumerate() {
+        let export = guest.export(volume.name, Access::Writable, &[]).await.map_err(hypervisor_failed)?;
+        let client = NbdClient::connect(&filling, &export).await.map_err(disk_failed)?;
+        held.exports.push(export);
+        let id = BulkId { migration, channel: Channel::Disk(index as u8) };
+        let channel = peer.bulk_receiver(id, window).await.map_err(disk_failed)?;
+        let target = DiskTarget::spawn(volume.size_bytes, MirrorConfig::default(), channel, client)
+            .map_err(disk_failed)?;
+        held.disks.push(target);
+    }
+    let incoming = guest_socket(guest, &own, "incoming.sock");
+    guest.incoming(&incoming).await.map_err(hypervisor_failed)?;
+    let id = BulkId { migration, channel: Channel::Memory };
+    let channel = peer.bulk_receiver(id, window).await.map_err(memory_failed)?;
+    held.memory = Some(MemoryTarget::start(incoming, channel, TargetConfig::default()));
+    Ok(())
+}
+
+async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
+    let (Some(guest), Some(memory)) = (&held.guest, &mut held.memory) else {
+        return Err(Refusal::Other("nothing was prepared".into()));
+    };
+    let disks = async {
+        for disk in &mut held.disks {
+            disk.proven().await.map_err(|error| Refusal::Verification(Refusal::text(chain(&error))))?;
+        }
+        Ok::<(), Refusal>(())
+    };
+    let loaded = async {
+        match memory.ended().await {
+            MemoryEnd::Proven { bytes, .. } => tracing::debug!(?bytes, "memory proven"),
+            other => return Err(Refusal::Verification(Refusal::text(format!("memory: {other:?}")))),
+        }
+        let info = guest.wait_migration(|_| false, QEMU_LIMIT).await.map_err(hypervisor_failed)?;
+        if info.status == MigrationStatus::Completed {
+            return Ok(());
+        }
+        let detail = info.error.unwrap_or_default();
+        Err(Refusal::Hypervisor(Refusal::text(format!("loading ended {}: {detail}", info.status))))
+    };
+    let gone = async {
+        guest.gone().await;
+        Err::<(), Refusal>(Refusal::Hypervisor("the waiting QEMU ended".into()))
+    };
+    tokio::select! {
+        both = async { tokio::try_join!(disks, loaded) } => { both?; }
+        Err(why) = gone => return Err(why),
+    }
+    close_disks(guest, &mut held.disks).await?;
+    match guest.status().await.map_err(hypervisor_failed)? {
+        RunState::Paused | RunState::Prelaunch => {}
+        other => return Err(Refusal::Hypervisor(format!("the loaded guest reads {other}"))),
+    }
+    tracing::info!(vm = %leaf.attempt.vm, "loaded");
+    Ok(())
+}
+
+/// Nobody writes to the disks but the guest from here on.
+async fn close_disks(guest: &Guest, disks: &mut Vec<DiskTarget>) -> Result<(), Refusal> {
+    for disk in disks.drain(..) {
+        disk.close().await;
+    }
+    for export in guest.exports().await.map_err(hypervisor_failed)? {
+        guest.unexport(&export.id, true).await.map_err(hypervisor_failed)?;
+    }
+    let mut left = guest.exports().await.map_err(hypervisor_failed)?;
+    for _ in 0..100 {
+        if left.is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        left = guest.exports().await.map_err(hypervisor_failed)?;
+    }
+    if !left.is_empty() {
+        return Err(Refusal::Hypervisor("QEMU did not close the disks' exports".into()));
+    }
+    guest.nbd_stop().await.map_err(hypervisor_failed)
+}

@@ -1,0 +1,45 @@
+//! Stage 5 at the source, after the destination runs the machine: nothing of it runs here any more.
+//!
+//! The disks stay, renamed, so that nothing starts them by accident; how long is configured. Names and
+//! packets are the anchor's business, which outlives the migration.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use longhaul_core::migration::source::Event;
+
+use super::precopy::Transfer;
+use super::source::SourceLeaf;
+use super::{MachineRow, chain};
+use crate::hypervisor::Guest;
+
+const QEMU_LIMIT: Duration = Duration::from_secs(10);
+
+/// Forgets the guest and keeps its disks aside.
+pub(super) async fn run(leaf: SourceLeaf, guest: Guest, row: MachineRow, transfer: Transfer) -> Transfer {
+    let vm = &leaf.attempt.vm;
+    drop(transfer);
+    if let Err(error) = guest.quit(QEMU_LIMIT).await {
+        tracing::warn!(%vm, error = chain(&error), "QEMU of the machine that left could not be ended");
+    }
+    for image in &row.images {
+        let aside = moved_name(image, leaf.attempt.epoch.0);
+        match std::fs::rename(image, &aside) {
+            Ok(()) => tracing::info!(%vm, kept = %aside.display(), "disk kept aside"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "disk could not be renamed"),
+        }
+    }
+    if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
+        peer.close_bulk(leaf.attempt.id);
+    }
+    leaf.report(Event::TidiedUp).await;
+    Transfer::default()
+}
+
+/// The name under which a disk of a machine that left is kept: `IMAGE.moved-eEPOCH`.
+pub fn moved_name(image: &Path, epoch: u64) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(format!(".moved-e{epoch}"));
+    PathBuf::from(name)
+}

@@ -1,0 +1,121 @@
+//! The way back at the source: the guest first, then everything else.
+//!
+//! Every step is tried whatever became of the one before, and all of it may run twice: after a crash
+//! the transfer is empty and only QEMU knows what is going on.
+
+use std::time::Duration;
+
+use longhaul_core::migration::permit::RunPermit;
+use longhaul_core::migration::source::Event;
+
+use super::precopy::Transfer;
+use super::source::SourceLeaf;
+use super::{MachineRow, chain};
+use crate::hypervisor::{Guest, RunState};
+use crate::migration::anchor::ports;
+
+const QEMU_LIMIT: Duration = Duration::from_secs(10);
+
+/// Undoes everything this side did; the permit lets the guest run if it ran before.
+pub(super) async fn run(
+    leaf: SourceLeaf,
+    guest: Guest,
+    row: MachineRow,
+    mut transfer: Transfer,
+    permit: RunPermit,
+) -> Transfer {
+    let vm = &leaf.attempt.vm;
+    if let Err(error) = end_memory(&guest, &mut transfer).await {
+        tracing::warn!(%vm, error = chain(&error), "QEMU's migration could not be ended");
+    }
+    if let Err(error) = resume(&guest, permit, row.wanted).await {
+        tracing::warn!(%vm, error = chain(&error), "the guest could not be resumed");
+    }
+    match ports(&leaf.edges, &row, &leaf.attempt) {
+        Ok(holds) => {
+            for hold in holds {
+                if let Err(error) = leaf.edges.tunnel.hold_undo(&hold.key).await {
+                    tracing::warn!(%vm, error = chain(&error), "held packets could not be given back");
+                }
+            }
+        }
+        Err(why) => tracing::warn!(%vm, %why, "held packets could not be given back"),
+    }
+    end_disks(&leaf, &guest, &row, &mut transfer).await;
+    if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
+        peer.close_bulk(leaf.attempt.id);
+    }
+    restore_ttl(&leaf, &row, &mut transfer).await;
+    leaf.report(Event::RolledBack).await;
+    transfer
+}
+
+async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), crate::hypervisor::QmpError> {
+    let status = guest.migration().await?.status;
+    if !status.is_final() && status != crate::hypervisor::MigrationStatus::None {
+        guest.cancel_migration().await?;
+        guest.wait_migration(|status| status.is_final(), QEMU_LIMIT).await?;
+    }
+    if let Some(memory) = transfer.memory.take() {
+        memory.abort();
+    }
+    Ok(())
+}
+
+async fn resume(
+    guest: &Guest,
+    permit: RunPermit,
+    wanted: bool,
+) -> Result<(), crate::hypervisor::QmpError> {
+    match guest.status().await? {
+        RunState::Paused | RunState::Postmigrate | RunState::FinishMigrate if wanted => {
+            guest.resume(permit).await
+        }
+        // It runs, or is stopped for a reason that is not ours.
+        RunState::Running
+        | RunState::Prelaunch
+        | RunState::Inmigrate
+        | RunState::Shutdown
+        | RunState::IoError
+        | RunState::Paused
+        | RunState::Postmigrate
+        | RunState::FinishMigrate
+        | RunState::Other(_) => Ok(()),
+    }
+}
+
+async fn end_disks(leaf: &SourceLeaf, guest: &Guest, row: &MachineRow, transfer: &mut Transfer) {
+    let vm = &leaf.attempt.vm;
+    for volume in row.definition.volumes() {
+        if let Err(error) = guest.mirror_abort(volume.name, true, QEMU_LIMIT).await {
+            tracing::warn!(%vm, disk = %volume.name, error = chain(&error), "mirror could not be ended");
+        }
+    }
+    transfer.disks.clear();
+    transfer.server = None;
+    match guest.exports().await {
+        Ok(exports) => {
+            for export in exports {
+                if let Err(error) = guest.unexport(&export.id, true).await {
+                    tracing::warn!(%vm, error = chain(&error), "an export could not be closed");
+                }
+            }
+        }
+        Err(error) => tracing::warn!(%vm, error = chain(&error), "exports could not be listed"),
+    }
+    if let Err(error) = guest.nbd_stop().await {
+        // There is none when the attempt ended before the disks.
+        tracing::debug!(%vm, error = chain(&error), "no NBD server to stop");
+    }
+}
+
+async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, transfer: &mut Transfer) {
+    let (Some(ttl_s), Some(name), Some(names)) =
+        (transfer.lowered_ttl_from_s.take(), &row.definition.dns_name, &leaf.edges.names)
+    else {
+        return;
+    };
+    if let Err(error) = names.set_ttl(name, ttl_s).await {
+        tracing::warn!(vm = %leaf.attempt.vm, name, ttl_s, error = chain(&error), "TTL could not be restored; set it by hand");
+    }
+}

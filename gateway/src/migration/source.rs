@@ -1,0 +1,256 @@
+//! The source's driver: one loop around the source machine.
+//!
+//! ```text
+//!   select an event -> machine -> journal the record -> perform the actions -> ...
+//! ```
+//!
+//! Decides nothing. What a stage does stands in its leaf; the transfer (disks, memory) is handed from
+//! leaf to leaf, so that whoever works on it owns it.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::message::MigrationMessage;
+use longhaul_core::migration::record::SourceRecord;
+use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
+use longhaul_core::migration::step::Step;
+
+use super::precopy::Transfer;
+use super::view::Viewer;
+use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release, rollback};
+use crate::api::types::{Progressing, WanBytes};
+use crate::hypervisor::Guest;
+use crate::journal::JournalError;
+use crate::migration::anchor::{self, AnchorCommand};
+
+/// What the source's leaves work with.
+pub(super) type SourceLeaf = Leaf<Event>;
+
+/// How it was asked for.
+#[derive(Debug, Clone, Default)]
+pub struct SourceOptions {
+    /// Go although names cannot follow.
+    pub without_dns: bool,
+    /// The pause to aim at instead of the configured one.
+    pub max_downtime: Option<Duration>,
+}
+
+/// Drives one migration away from this site to its end.
+pub struct SourceDriver {
+    leaf: SourceLeaf,
+    guest: Guest,
+    row: MachineRow,
+    options: SourceOptions,
+    inbox: mpsc::Receiver<Inbound>,
+    events: mpsc::Receiver<Event>,
+    anchors: mpsc::Sender<AnchorCommand>,
+    work: Work,
+    wan_before: WanBytes,
+}
+
+/// The transfer, and who has it.
+enum Work {
+    Idle(Box<Transfer>),
+    Running { stop: watch::Sender<bool>, task: JoinHandle<Transfer> },
+}
+
+impl SourceDriver {
+    /// A driver for a guest that runs here. `anchors` is told when the home address is to be attracted.
+    pub fn new(
+        edges: Edges,
+        attempt: Attempt,
+        guest: Guest,
+        row: MachineRow,
+        options: SourceOptions,
+        inbox: mpsc::Receiver<Inbound>,
+        anchors: mpsc::Sender<AnchorCommand>,
+    ) -> Self {
+        let viewer = Viewer::new(&attempt, edges.site(), &attempt.peer);
+        let (sender, events) = mpsc::channel(64);
+        let wan_before = edges.peer(&attempt.peer).map(|peer| wan_bytes(&peer)).unwrap_or_default();
+        let leaf = Leaf { edges, attempt, viewer, events: sender };
+        let work = Work::Idle(Box::default());
+    }
+
+    /// What it shows of itself.
+    pub fn viewer(&self) -> Viewer {
+        self.leaf.viewer.clone()
+    }
+
+    /// Runs a new migration to its end.
+    pub async fn run(self) -> Result<Outcome, JournalError> {
+        let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
+        let (machine, step) = Source::begin(attempt, limits, now);
+        self.drive(machine, step).await
+    }
+
+    /// Goes on with one that a restart of the gateway interrupted.
+    pub async fn resume(self, last: SourceRecord) -> Result<Outcome, JournalError> {
+        let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
+        let site = self.leaf.edges.site().clone();
+        let (machine, step) = Source::recover(attempt, last, limits, &site, now);
+        self.drive(machine, step).await
+    }
+
+    async fn drive(mut self, mut machine: Source, mut step: Step<Action>) -> Result<Outcome, JournalError> {
+        loop {
+            for action in self.leaf.edges.journal.commit(&self.leaf.attempt, step).await? {
+                self.perform(action).await;
+            }
+            self.show(&machine);
+            if let Some(outcome) = machine.outcome() {
+                let outcome = outcome.clone();
+                self.end(&outcome);
+                return Ok(outcome);
+            }
+            let event = self.select(machine.deadline()).await;
+            tracing::debug!(vm = %self.leaf.attempt.vm, ?event, "event");
+            (machine, step) = machine.handle(event, self.leaf.edges.now());
+        }
+    }
+
+    /// The next event. Cancel safe: nothing is taken without being returned.
+    async fn select(&mut self, deadline: Option<Duration>) -> Event {
+        let now = self.leaf.edges.now();
+        let wait = deadline.map_or(Duration::from_secs(3600), |at| at.saturating_sub(now));
+        tokio::select! {
+            biased;
+            Some(inbound) = self.inbox.recv() => match inbound {
+                Inbound::LinkUp => Event::LinkUp,
+                Inbound::LinkDown => Event::LinkDown,
+                Inbound::Message(message) => self.heard(message),
+                Inbound::Abort => Event::AbortRequested,
+            },
+            Some(event) = self.events.recv() => event,
+            () = tokio::time::sleep(wait) => Event::Tick,
+        }
+    }
+
+    fn heard(&self, message: MigrationMessage) -> Event {
+        if let MigrationMessage::Activated { .. } = message {
+            let rtt = self.leaf.edges.peer(&self.leaf.attempt.peer).map(|peer| peer.stats().rtt);
+            self.leaf.viewer.resumed(rtt.unwrap_or_default() / 2);
+        }
+        Event::Peer(message)
+    }
+
+    async fn perform(&mut self, action: Action) {
+        match action {
+            Action::Preflight => {
+                let (leaf, guest) = (self.leaf.clone(), self.guest.clone());
+                let (row, options) = (self.row.clone(), self.options.clone());
+                tokio::spawn(preflight::run(leaf, guest, row, options));
+            }
+            Action::Send(message) => {
+                let (edges, attempt) = (self.leaf.edges.clone(), self.leaf.attempt.clone());
+                edges.send(&attempt, &message).await;
+            }
+            Action::StartPreCopy(reservation) => {
+                let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
+                let names = !self.options.without_dns;
+                self.replace_work(move |transfer, stop| async move {
+                    precopy::run(leaf, guest, row, reservation, names, transfer, stop).await
+                });
+            }
+            Action::Park => {
+                let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
+                self.replace_work(move |transfer, stop| park::run(leaf, guest, row, transfer, stop));
+            }
+            Action::Attract => {
+                let attract = AnchorCommand::attract(&self.leaf.attempt, &self.row, &self.options);
+                anchor::tell(&self.anchors, attract).await;
+            }
+            Action::Release => {
+                let vm = self.leaf.attempt.vm.clone();
+                anchor::tell(&self.anchors, AnchorCommand::MoveNames(vm)).await;
+                let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
+                self.replace_work(move |transfer, _stop| release::run(leaf, guest, row, transfer));
+            }
+            Action::Rollback(permit) => {
+                let vm = self.leaf.attempt.vm.clone();
+                anchor::tell(&self.anchors, AnchorCommand::Forget(vm)).await;
+                let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
+                self.replace_work(move |transfer, _stop| rollback::run(leaf, guest, row, transfer, permit));
+            }
+        }
+    }
+
+    /// Ends what works on the transfer and gives it to the next leaf.
+    fn replace_work<F, W>(&mut self, next: F)
+    where
+        F: FnOnce(Transfer, watch::Receiver<bool>) -> W + Send + 'static,
+        W: Future<Output = Transfer> + Send + 'static,
+    {
+        let (stop, stopped) = watch::channel(false);
+        let before = std::mem::replace(&mut self.work, Work::Idle(Box::default()));
+        let task = tokio::spawn(async move {
+            let transfer = match before {
+                Work::Idle(transfer) => *transfer,
+                Work::Running { stop, task } => {
+                    stop.send_replace(true);
+                    // A leaf that panicked has lost its transfer; the next one works from QEMU's state.
+                    task.await.unwrap_or_default()
+                }
+            };
+            next(transfer, stopped).await
+        });
+        self.work = Work::Running { stop, task };
+    }
+
+    fn show(&mut self, machine: &Source) {
+        let viewer = &self.leaf.viewer;
+        match machine.aborting() {
+            Some(why) => viewer.reason(why.to_string()),
+            None => viewer.enter(machine.stage()),
+        }
+        if machine.is_settled_here()
+            && let Some(why) = machine.aborting()
+        {
+            // The peer is still to be told; for the operator it is over.
+            viewer.end(Progressing::Stayed, Some(why.to_string()));
+        }
+        if let Some(peer) = self.leaf.edges.peer(&self.leaf.attempt.peer) {
+            let now = wan_bytes(&peer);
+            let before = self.wan_before;
+            viewer.change(|view| {
+                view.wan = WanBytes {
+                    memory: now.memory.saturating_sub(before.memory),
+                    disk: now.disk.saturating_sub(before.disk),
+                    tunnel: now.tunnel.saturating_sub(before.tunnel),
+                    control: now.control.saturating_sub(before.control),
+                };
+            });
+        }
+    }
+
+    fn end(&self, outcome: &Outcome) {
+        let vm = &self.leaf.attempt.vm;
+        match outcome {
+            Outcome::Moved => {
+                tracing::info!(%vm, to = %self.leaf.attempt.peer, "machine moved");
+                self.leaf.viewer.end(Progressing::Moved, None);
+            }
+            Outcome::Stayed(why) => {
+                tracing::info!(%vm, %why, "machine stayed");
+                self.leaf.viewer.end(Progressing::Stayed, Some(why.to_string()));
+            }
+        }
+    }
+
+    fn limits(&self) -> SourceLimits {
+        let config = &self.leaf.edges.config.migration;
+        let defaults = SourceLimits::default();
+        let mut pause = defaults.pause;
+        pause.target = self.options.max_downtime.unwrap_or(Duration::from_millis(config.pause_target_ms));
+        pause.limit = Duration::from_secs(config.pause_limit_s);
+        SourceLimits {
+            cut_limit: Duration::from_secs(config.cut_limit_s),
+            pause_budget: Duration::from_secs(config.pause_budget_s),
+            pause,
+            ..defaults
+        }
+    }
+}
