@@ -86,7 +86,9 @@ pub enum DiskSourceError {
     #[error("The disk's channel to the peer was closed")]
     Channel(#[from] ChunkClosed),
     /// The export is not the disk that was announced.
-    #[error("The export holds {found} bytes, the machine's definition says {expected}: correct the definition")]
+    #[error(
+        "The export holds {found} bytes, the machine's definition says {expected}: correct the definition"
+    )]
     Size {
         /// The disk's size in bytes.
         expected: u64,
@@ -129,7 +131,8 @@ impl DiskSource {
         let (commands, commanded) = mpsc::channel(1);
         let max_chunk = config.mirror.max_chunk.min(MAX_CHUNK);
         let mirror = MirrorSource::new(size, SourceConfig { max_chunk, ..config.mirror });
-        let (published, progress) = watch::channel(SourceProgress { total_bytes: size, ..Default::default() });
+        let (published, progress) =
+            watch::channel(SourceProgress { total_bytes: size, ..Default::default() });
         let task = Task {
             config,
             mirror,

@@ -91,19 +91,30 @@ impl DiskTarget {
         self.progress.clone()
     }
 
-    /// Waits until a barrier is proven: everything before it applied, durable, and digested alike.
+    /// Waits until the next barrier is proven: everything before it applied, durable, and digested
+    /// alike. After a pause that was given up this may be the barrier of that pause: where more than one
+    /// pause was tried, ask for the one that counts with [`Self::proves`].
     pub async fn proven(&mut self) -> Result<Barrier, DiskTargetError> {
-        let mut progress = self.progress.clone();
-        let proven = progress.wait_for(|progress| progress.proven.is_some()).await;
-        match proven.ok().and_then(|progress| progress.proven) {
-            Some(barrier) => Ok(barrier),
-            None => Err(self.ended().await.err().unwrap_or(DiskTargetError::Ended)),
-        }
+        self.until_proven(|_| true).await
+    }
+
+    /// Waits until this barrier is proven, and nothing came after it. Never, if it is not the last.
+    pub async fn proves(&mut self, barrier: Barrier) -> Result<(), DiskTargetError> {
+        self.until_proven(|proven| proven == barrier).await.map(drop)
     }
 
     /// Waits until the task has ended: `Ok` when the channel was closed behind a proven barrier.
     pub async fn ended(&mut self) -> Result<(), DiskTargetError> {
         (&mut self.task).await.unwrap_or(Err(DiskTargetError::Ended))
+    }
+
+    async fn until_proven(&mut self, right: impl Fn(Barrier) -> bool) -> Result<Barrier, DiskTargetError> {
+        let mut progress = self.progress.clone();
+        let proven = progress.wait_for(|progress| progress.proven.is_some_and(&right)).await;
+        match proven.ok().and_then(|progress| progress.proven) {
+            Some(barrier) => Ok(barrier),
+            None => Err(self.ended().await.err().unwrap_or(DiskTargetError::Ended)),
+        }
     }
 
     /// Ends the task and waits until it has let go of the connection to QEMU.
