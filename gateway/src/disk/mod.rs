@@ -1,1 +1,21 @@
-//! Placeholder.
+//! The disk's way between sites: NBD towards QEMU, numbered records towards the peer.
+//!
+//! ```text
+//!  source host                                            destination host
+//!  QEMU ─mirror writes─▶ NbdServer ─▶ DiskSource ═chunks═▶ DiskTarget ─▶ NbdClient ─▶ QEMU
+//!  QEMU ◀──re-reads───── NbdClient ◀──┘
+//! ```
+//!
+//! What is sent, in which order, and when the destination is believed is decided in
+//! [`longhaul_core::disk`]; how chunks travel is the business of [`crate::chunk`]'s implementors.
+//! Starting mirror jobs and exports is the hypervisor's.
+
+pub mod nbd;
+
+mod hash;
+mod source;
+mod target;
+
+pub use hash::block_hashes;
+pub use source::{DiskSource, DiskSourceConfig, DiskSourceError, SourceProgress};
+pub use target::{DiskTarget, DiskTargetError, TargetProgress};

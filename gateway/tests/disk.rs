@@ -1,0 +1,487 @@
+//! The disk path between two real QEMUs, over a queue instead of a WAN. No network, no root.
+//!
+//! The guests have no system: SeaBIOS finds nothing to boot. The disk is written by QEMU's own
+//! `qemu-io` command through the guest device's backend, which takes the same way as a guest's write.
+
+#![allow(clippy::unwrap_used, reason = "a step that fails here fails the test")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use gateway::chunk::{ChunkClosed, ChunkRecv, ChunkSend};
+use gateway::disk::nbd::{NbdClient, NbdServer};
+use gateway::disk::{DiskSource, DiskSourceConfig, DiskTarget, DiskTargetError, block_hashes};
+use longhaul_core::disk::{Barrier, SourceConfig, TargetConfig};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+
+const MIB: u64 = 1 << 20;
+
+/// A queue of chunks that can stall, as a link does when the WAN is cut.
+struct Sending {
+    chunks: mpsc::UnboundedSender<(Bytes, Option<OwnedSemaphorePermit>)>,
+    window: Arc<Semaphore>,
+}
+
+struct Receiving {
+    chunks: mpsc::UnboundedReceiver<(Bytes, Option<OwnedSemaphorePermit>)>,
+    flow: watch::Receiver<Flow>,
+    /// Damages the chunk with this number.
+    damage: Option<usize>,
+    received: usize,
+}
+
+/// What the link does at the moment.
+#[derive(Clone, Copy, PartialEq)]
+enum Flow {
+    Cut,
+    /// One chunk in this time.
+    Paced(Duration),
+}
+
+const FAST: Flow = Flow::Paced(Duration::ZERO);
+const WINDOW: usize = 4;
+
+fn chunk_queue(damage: Option<usize>) -> (Sending, Receiving, watch::Sender<Flow>) {
+    let (flow_in, flow) = watch::channel(FAST);
+    let (chunks_in, chunks) = mpsc::unbounded_channel();
+    let sending = Sending { chunks: chunks_in, window: Arc::new(Semaphore::new(WINDOW)) };
+    (sending, Receiving { chunks, flow, damage, received: 0 }, flow_in)
+}
+
+impl ChunkSend for Sending {
+    async fn send(&mut self, chunk: Bytes) -> Result<(), ChunkClosed> {
+        let place = self.window.clone().acquire_owned().await.map_err(|_| ChunkClosed)?;
+        self.chunks.send((chunk, Some(place))).map_err(|_| ChunkClosed)
+    }
+
+    fn absorb(&mut self, chunk: Bytes) -> Result<(), ChunkClosed> {
+        self.chunks.send((chunk, None)).map_err(|_| ChunkClosed)
+    }
+
+    fn unacknowledged(&self) -> u64 {
+        ((WINDOW - self.window.available_permits()) * gateway::chunk::MAX_CHUNK) as u64
+    }
+}
+
+impl ChunkRecv for Receiving {
+    async fn recv(&mut self) -> Option<Bytes> {
+        // Only the last step takes a chunk, so that giving up before it loses nothing.
+        loop {
+            let flow = *self.flow.wait_for(|flow| *flow != Flow::Cut).await.ok()?;
+            if let Flow::Paced(time) = flow {
+                tokio::time::sleep(time).await;
+            }
+            if *self.flow.borrow() != Flow::Cut {
+                break;
+            }
+        }
+        let (chunk, _place) = self.chunks.recv().await?;
+        self.received += 1;
+        if self.damage != Some(self.received) {
+            return Some(chunk);
+        }
+        let mut bytes = chunk.to_vec();
+        *bytes.last_mut()? ^= 1;
+        Some(bytes.into())
+    }
+}
+
+/// A QEMU of our own, ended with the test.
+struct Qemu {
+    child: Child,
+    reader: BufReader<OwnedReadHalf>,
+    writer: OwnedWriteHalf,
+    events: Vec<String>,
+    slowest: (Duration, String),
+}
+
+impl Qemu {
+    async fn start(directory: &Path, name: &str, disk: &Path, incoming: bool) -> Self {
+        let socket = directory.join(format!("{name}.qmp"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-M", "pc", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none"]);
+        command.args(["-blockdev", &format!(
+            "driver=raw,node-name=disk0,discard=unmap,file.driver=file,file.discard=unmap,file.filename={}",
+            disk.display()
+        )]);
+        command.args(["-device", "virtio-blk-pci,drive=disk0,id=vblk0"]);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
+        if incoming {
+            // The device leaves its disk alone until a machine arrives, so that it can be exported.
+            command.args(["-incoming", "defer", "-S"]);
+        }
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("QEMU starts");
+        let started = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(&socket).await {
+                Ok(stream) => break stream,
+                Err(_) if started.elapsed() < Duration::from_secs(30) => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Err(error) => panic!("no QMP from QEMU: {error}"),
+            }
+        };
+        let (reader, writer) = stream.into_split();
+        let reader = BufReader::new(reader);
+        let mut qemu = Self { child, reader, writer, events: vec![], slowest: Default::default() };
+        qemu.line().await;
+        qemu.run("qmp_capabilities", json!({})).await;
+        qemu
+    }
+
+    async fn line(&mut self) -> Value {
+        let mut line = String::new();
+        let read = self.reader.read_line(&mut line);
+        let read = tokio::time::timeout(Duration::from_secs(60), read).await.expect("QMP answers").unwrap();
+        assert!(read > 0, "QEMU closed its monitor");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    async fn run(&mut self, execute: &str, arguments: Value) -> Value {
+        let asked = Instant::now();
+        let command = json!({ "execute": execute, "arguments": arguments });
+        self.writer.write_all(format!("{command}\n").as_bytes()).await.unwrap();
+        loop {
+            let mut answer = self.line().await;
+            if let Some(event) = answer["event"].as_str() {
+                let status = answer["data"]["status"].as_str().unwrap_or_default();
+                self.events.push(format!("{event} {status}"));
+                continue;
+            }
+            assert!(answer.get("error").is_none(), "{execute}: {answer}");
+            self.slowest = self.slowest.clone().max((asked.elapsed(), execute.to_owned()));
+            return answer["return"].take();
+        }
+    }
+
+    /// Writes through the guest's device.
+    async fn io(&mut self, command: &str) {
+        let line = format!("qemu-io -d /machine/peripheral/vblk0/virtio-backend \"{command}\"");
+        let said = self.run("human-monitor-command", json!({ "command-line": line })).await;
+        assert!(!said.to_string().contains("rror"), "{command}: {said}");
+    }
+
+    async fn export(&mut self, socket: &Path, writable: bool) {
+        let address = json!({ "type": "unix", "data": { "path": socket } });
+        self.run("nbd-server-start", json!({ "addr": address, "max-connections": 0 })).await;
+        let export = json!({ "type": "nbd", "id": "exp0", "node-name": "disk0", "name": "disk0",
+            "writable": writable });
+        self.run("block-export-add", export).await;
+    }
+
+    async fn mirror_into(&mut self, socket: &Path, sync: &str) {
+        let server = json!({ "type": "unix", "path": socket });
+        let node = json!({ "node-name": "nbd0", "driver": "raw",
+            "file": { "driver": "nbd", "export": "disk0", "server": server } });
+        self.run("blockdev-add", node).await;
+        let job = json!({ "job-id": "m0", "device": "disk0", "target": "nbd0", "sync": sync,
+            "copy-mode": "background", "granularity": 65536, "auto-dismiss": true });
+        self.run("blockdev-mirror", job).await;
+        self.until_event("JOB_STATUS_CHANGE ready").await;
+    }
+
+    async fn end_mirror(&mut self) {
+        self.events.clear();
+        self.run("block-job-cancel", json!({ "device": "m0" })).await;
+        self.until_event("JOB_STATUS_CHANGE null").await;
+        self.run("blockdev-del", json!({ "node-name": "nbd0" })).await;
+    }
+
+    async fn until_event(&mut self, wanted: &str) {
+        let started = Instant::now();
+        while !self.events.iter().any(|event| event == wanted) {
+            assert!(started.elapsed() < Duration::from_secs(60), "no {wanted}: {:?}", self.events);
+            self.run("query-status", json!({})).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn quit(mut self) {
+        self.run("quit", json!({})).await;
+        let child = &mut self.child;
+        let started = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(started.elapsed() < Duration::from_secs(30), "QEMU does not quit");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It has ended already where the test came that far.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Two QEMUs with a disk each, and the disk path between them.
+struct Lab {
+    directory: tempfile::TempDir,
+    source_qemu: Qemu,
+    target_qemu: Qemu,
+    source: DiskSource,
+    target: DiskTarget,
+    flow: watch::Sender<Flow>,
+    _server: NbdServer,
+}
+
+/// What varies between the tests.
+struct Scenario {
+    size: u64,
+    mirror: SourceConfig,
+    sync: &'static str,
+    damage: Option<usize>,
+    /// The images lie in memory, where the host's own disk does not delay `stop`, which flushes.
+    in_memory: bool,
+}
+
+impl Default for Scenario {
+    fn default() -> Self {
+        let mirror = SourceConfig::default();
+        Self { size: 32 * MIB, mirror, sync: "none", damage: None, in_memory: false }
+    }
+}
+
+impl Lab {
+    /// Both sides up to the point where the copy runs. `None` where there is no QEMU.
+    async fn start(scenario: Scenario, fill: impl FnOnce(&Path)) -> Option<Self> {
+        let Ok(_) = Command::new("qemu-system-x86_64").arg("--version").output() else {
+            println!("skipped: qemu-system-x86_64 is not installed");
+            return None;
+        };
+        let directory = disk_directory(scenario.in_memory);
+        let path = |name: &str| directory.path().join(name);
+        for disk in ["a.raw", "b.raw"] {
+            std::fs::File::create(path(disk)).unwrap().set_len(scenario.size).unwrap();
+        }
+        fill(&path("a.raw"));
+        let mut source_qemu = Qemu::start(directory.path(), "a", &path("a.raw"), false).await;
+        let mut target_qemu = Qemu::start(directory.path(), "b", &path("b.raw"), true).await;
+
+        let (sending, receiving, flow) = chunk_queue(scenario.damage);
+        target_qemu.export(&path("b.nbd"), true).await;
+        let disk = NbdClient::connect(&path("b.nbd"), "disk0").await.unwrap();
+        let target = DiskTarget::spawn(scenario.size, TargetConfig::default(), receiving, disk).unwrap();
+
+        let config = DiskSourceConfig { mirror: scenario.mirror, ..DiskSourceConfig::default() };
+        let (export, mut source) = DiskSource::spawn("disk0", scenario.size, config, sending);
+        let server = NbdServer::bind(&path("mirror.nbd"), vec![export]).unwrap();
+        source_qemu.mirror_into(&path("mirror.nbd"), scenario.sync).await;
+        source_qemu.export(&path("a.nbd"), false).await;
+        source.begin(&path("a.nbd"), "disk0").await.unwrap();
+        Some(Self { directory, source_qemu, target_qemu, source, target, flow, _server: server })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    async fn until_in_step(&self) {
+        let mut progress = self.source.progress();
+        let in_step = progress.wait_for(|progress| progress.in_step);
+        tokio::time::timeout(Duration::from_secs(60), in_step).await.expect("in step").unwrap();
+    }
+
+    /// Stops the guest, ends the mirror and proves the barrier.
+    async fn finish(&mut self) -> Barrier {
+        self.source_qemu.run("stop", json!({})).await;
+        self.source_qemu.end_mirror().await;
+        let barrier = tokio::time::timeout(Duration::from_secs(60), self.source.finish()).await;
+        let barrier = barrier.expect("finish ends").unwrap();
+        let proven = tokio::time::timeout(Duration::from_secs(60), self.target.proves(barrier)).await;
+        proven.expect("the proof comes").unwrap();
+        barrier
+    }
+
+    /// Ends both QEMUs and compares their disks byte for byte.
+    async fn compare(self) {
+        let Self { directory, source_qemu, mut target_qemu, source, target, .. } = self;
+        source.abort();
+        target.close().await;
+        target_qemu.run("block-export-del", json!({ "id": "exp0", "mode": "hard" })).await;
+        assert_eq!(target_qemu.run("query-block-exports", json!({})).await, json!([]));
+        source_qemu.quit().await;
+        target_qemu.quit().await;
+        let read = |name: &str| std::fs::read(directory.path().join(name)).unwrap();
+        let (left, right) = (read("a.raw"), read("b.raw"));
+        let differs = left.chunks(65536).zip(right.chunks(65536)).position(|(left, right)| left != right);
+        assert_eq!((differs, left.len()), (None, right.len()), "first block that differs");
+    }
+}
+
+fn disk_directory(in_memory: bool) -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    if in_memory && memory.is_dir() {
+        return tempfile::tempdir_in(memory).unwrap();
+    }
+    tempfile::tempdir().unwrap()
+}
+
+/// How late this machine wakes a process at worst: what a monitor command may take longer than it would.
+fn watch_lateness() -> watch::Receiver<Duration> {
+    const NAP: Duration = Duration::from_millis(5);
+    let (worst, seen) = watch::channel(Duration::ZERO);
+    tokio::spawn(async move {
+        while !worst.is_closed() {
+            let asleep = Instant::now();
+            tokio::time::sleep(NAP).await;
+            let late = asleep.elapsed().saturating_sub(NAP);
+            worst.send_if_modified(|worst| late > std::mem::replace(worst, late.max(*worst)));
+        }
+    });
+    seen
+}
+
+/// Content that does not compress, with a hole in its second half.
+fn noise(path: &Path, bytes: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    let mut noise = vec![0; bytes as usize];
+    blake3::Hasher::new().finalize_xof().fill(&mut noise);
+    let (first, second) = noise.split_at(noise.len() / 2);
+    file.write_all_at(first, 0).unwrap();
+    let end = file.metadata().unwrap().len();
+    file.write_all_at(second, end - second.len() as u64).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_written_all_the_time_arrives_whole() {
+    // Not a multiple of a block, as disks may be.
+    let size = 256 * MIB + 5 * 512;
+    let mirror = SourceConfig { target_is_zero: true, ..SourceConfig::default() };
+    let scenario = Scenario { size, mirror, ..Scenario::default() };
+    let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 128 * MIB)).await else { return };
+    let started = Instant::now();
+    lab.flow.send(Flow::Paced(Duration::from_millis(20))).unwrap();
+    for round in 0..60u64 {
+        let byte = round % 250 + 1;
+        lab.source_qemu.io(&format!("write -P {byte} {} 192k", round * 4 * MIB + 4096)).await;
+        lab.source_qemu.io(&format!("write -P {byte} {} 4k", round % 5 * MIB)).await;
+        lab.source_qemu.io(&format!("write -z {} 1M", (round * 7 + 1) % 250 * MIB)).await;
+        lab.source_qemu.io(&format!("discard {} 128k", (round * 11 + 2) % 250 * MIB)).await;
+    }
+    lab.source_qemu.io(&format!("write -P 9 {} 2560", size - 2560)).await;
+    let during = *lab.source.progress().borrow();
+    assert!(during.owed_bytes > 0, "the copy was over before the writes were");
+    lab.flow.send(FAST).unwrap();
+    lab.until_in_step().await;
+    let copied = started.elapsed();
+    lab.finish().await;
+    let progress = *lab.source.progress().borrow();
+    println!("256 MiB, half of it a hole: in step after {copied:.2?}, {:?}", progress.counters);
+    assert!(progress.counters.sent_bytes < 200 * MIB, "holes do not travel");
+
+    let left = NbdClient::connect(&lab.path("a.nbd"), "disk0").await.unwrap();
+    let right = NbdClient::connect(&lab.path("b.nbd"), "disk0").await.unwrap();
+    assert!(block_hashes(&left).await.unwrap() == block_hashes(&right).await.unwrap());
+    lab.compare().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_disk_is_copied_as_fast_as_the_host_can() {
+    let scenario = Scenario { size: 256 * MIB, in_memory: true, ..Scenario::default() };
+    let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 256 * MIB)).await else { return };
+    let started = Instant::now();
+    lab.until_in_step().await;
+    lab.finish().await;
+    let seconds = started.elapsed().as_secs_f64();
+    println!("256 MiB of noise copied and proven in {seconds:.2} s, {:.0} MiB/s", 256.0 / seconds);
+    lab.compare().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_with_a_tiny_buffer_delays_no_monitor_command() {
+    let mirror = SourceConfig { buffer_bytes: 128 << 10, ..SourceConfig::default() };
+    let scenario = Scenario { size: 64 * MIB, mirror, in_memory: true, ..Scenario::default() };
+    let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 32 * MIB)).await else { return };
+    lab.until_in_step().await;
+    lab.flow.send(Flow::Cut).unwrap();
+    let cut = Instant::now();
+    lab.source_qemu.slowest = Default::default();
+    let lateness = watch_lateness();
+    let mut round = 0u64;
+    while cut.elapsed() < Duration::from_secs(5) {
+        round += 1;
+        lab.source_qemu.io(&format!("write -P {} {} 256k", round % 255 + 1, round * 7 % 250 * 262_144)).await;
+        for command in ["query-status", "stop", "cont", "system_reset"] {
+            lab.source_qemu.run(command, json!({})).await;
+        }
+    }
+    let (slowest, command) = lab.source_qemu.slowest.clone();
+    let progress = *lab.source.progress().borrow();
+    println!(
+        "{round} rounds during the cut, slowest answer {slowest:.1?} to {command}, {:?}",
+        progress.counters
+    );
+    assert!(!progress.in_step, "a cut disk is not in step");
+    assert!(progress.counters.dropped_bytes > 0, "the buffer was too small");
+    let late = *lateness.borrow();
+    assert!(
+        slowest < Duration::from_millis(100) + late,
+        "{command} took {slowest:?}, machine late by {late:?}"
+    );
+    lab.flow.send(FAST).unwrap();
+    lab.until_in_step().await;
+    lab.finish().await;
+    lab.compare().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_is_absorbed_while_the_link_is_down() {
+    let mirror = SourceConfig { buffer_bytes: 0, ..SourceConfig::default() };
+    let scenario = Scenario { mirror, ..Scenario::default() };
+    let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 16 * MIB)).await else { return };
+    lab.until_in_step().await;
+    lab.flow.send(Flow::Cut).unwrap();
+    for round in 0..40u64 {
+        lab.source_qemu.io(&format!("write -P {} {} 512k", round + 1, round * 786_432)).await;
+    }
+    lab.source_qemu.run("stop", json!({})).await;
+    lab.source_qemu.end_mirror().await;
+    let barrier = tokio::time::timeout(Duration::from_secs(5), lab.source.finish()).await;
+    let first = barrier.expect("finish does not wait for the link").unwrap();
+
+    // The pause lasts too long: the guest goes on at the source, and stops again later.
+    lab.source.reopen().await.unwrap();
+    lab.source_qemu.events.clear();
+    let mirror = lab.path("mirror.nbd");
+    lab.source_qemu.mirror_into(&mirror, "none").await;
+    lab.source_qemu.run("cont", json!({})).await;
+    lab.source_qemu.io("write -P 77 1M 3M").await;
+    lab.flow.send(FAST).unwrap();
+    lab.until_in_step().await;
+    lab.source_qemu.io("write -P 78 2M 64k").await;
+    let second = lab.finish().await;
+    assert!(second.records > first.records);
+    lab.compare().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_mirror_arrives_whole_too() {
+    let scenario = Scenario { size: 48 * MIB, sync: "full", ..Scenario::default() };
+    let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 24 * MIB)).await else { return };
+    lab.source_qemu.io("write -P 5 100k 5M").await;
+    lab.until_in_step().await;
+    lab.finish().await;
+    lab.compare().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_chunk_is_refused_and_never_proven() {
+    let scenario = Scenario { damage: Some(3), ..Scenario::default() };
+    let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 16 * MIB)).await else { return };
+    // Damage in a payload shows at the barrier, damage in a header at once.
+    lab.source_qemu.run("stop", json!({})).await;
+    lab.source_qemu.end_mirror().await;
+    let _ = lab.source.finish().await;
+    let proven = tokio::time::timeout(Duration::from_secs(60), lab.target.proven()).await.unwrap();
+    assert!(matches!(proven, Err(DiskTargetError::Records(_))), "{proven:?}");
+}
