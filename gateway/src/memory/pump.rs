@@ -1,0 +1,272 @@
+//! The task that owns QEMU's connection at the source, the encoder and the channel.
+//!
+//! ```text
+//! accept -> pump: read | sent | mode | linger | tick -> end of stream -> drain -> held until the handle goes
+//! ```
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use longhaul_core::memory::StreamPhase;
+use longhaul_core::units::Bytes;
+use longhaul_core::wan::{StreamEncoder, StreamEnd};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
+use tracing::{debug, info, warn};
+
+use super::outlet::Outlet;
+use super::progress::{Meter, SourceProgress};
+use super::source::{MemorySource, SourceConfig, SourceError, SourceMode};
+use crate::chunk::{ChunkClosed, ChunkSend};
+
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+type Ended = Result<StreamEnd, SourceError>;
+
+pub(super) struct Pump<S> {
+    /// `None` once QEMU has closed its side.
+    stream: Option<UnixStream>,
+    config: SourceConfig,
+    buffer: BytesMut,
+    encoder: StreamEncoder,
+    outlet: Outlet<S>,
+    mode: watch::Receiver<SourceMode>,
+    progress: watch::Sender<SourceProgress>,
+    meter: Meter,
+    began: Instant,
+    /// When the oldest and the newest byte came that a flush would send.
+    gathered: Option<(Instant, Instant)>,
+    end: Option<StreamEnd>,
+    warned: bool,
+}
+
+impl<S: ChunkSend> Pump<S> {
+    /// Runs until the handle is dropped.
+    pub(super) async fn run(
+        source: MemorySource,
+        channel: S,
+        mut mode: watch::Receiver<SourceMode>,
+        progress: watch::Sender<SourceProgress>,
+        end: oneshot::Sender<Ended>,
+    ) {
+        let (ended, outlet) = match Self::accept(source, channel, &mut mode, progress).await {
+            Ok(mut pump) => {
+                let ended = pump.pump().await;
+                pump.publish();
+                // QEMU's socket is closed here, the channel is not: what was sent may still be on its way.
+                (ended, Some(pump.outlet))
+            }
+            Err(error) => (Err(error), None),
+        };
+        match &ended {
+            Ok(end) => info!(bytes = end.bytes.0, digest = %end.digest, "Memory stream sent"),
+            Err(error) => debug!(%error, "Memory stream not sent"),
+        }
+        if end.send(ended).is_ok() {
+            while mode.changed().await.is_ok() {}
+        }
+        drop(outlet);
+    }
+
+    async fn accept(
+        source: MemorySource,
+        channel: S,
+        mode: &mut watch::Receiver<SourceMode>,
+        progress: watch::Sender<SourceProgress>,
+    ) -> Result<Self, SourceError> {
+        let MemorySource { listener, path, config } = source;
+        let stream = tokio::select! {
+            () = dropped(mode) => return Err(SourceError::Aborted),
+            accepted = timeout(config.accept_deadline, listener.accept()) => match accepted {
+                Err(_) => return Err(SourceError::NotConnected(config.accept_deadline)),
+                Ok(Err(error)) => return Err(SourceError::Read(Bytes(0), error)),
+                Ok(Ok((stream, _))) => stream,
+            },
+        };
+        drop((listener, path));
+        progress.send_modify(|progress| progress.connected = true);
+        Ok(Self {
+            stream: Some(stream),
+            config,
+            buffer: BytesMut::new(),
+            encoder: StreamEncoder::new(config.encoder).map_err(SourceError::Encoder)?,
+            outlet: Outlet::new(channel),
+            mode: mode.clone(),
+            progress,
+            meter: Meter::default(),
+            began: Instant::now(),
+            gathered: None,
+            end: None,
+            warned: false,
+        })
+    }
+
+    async fn pump(&mut self) -> Ended {
+        let mut tick = interval(PROGRESS_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let event = self.event(&mut tick).await;
+            self.apply(event)?;
+            self.dispatch()?;
+            if let Some(end) = self.end.filter(|_| self.outlet.is_drained()) {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// What happens next. Cancel-safe in every branch.
+    async fn event(&mut self, tick: &mut Interval) -> Event {
+        let may_read = self.may_read();
+        let flush_at = self.flush_at().filter(|_| may_read);
+        tokio::select! {
+            biased;
+            changed = self.mode.changed() => changed.map_or(Event::Aborted, |()| Event::ModeChanged),
+            sent = self.outlet.sent() => Event::Sent(sent),
+            // Before reading: a stream that never pauses must not silence the progress.
+            _ = tick.tick() => Event::Tick,
+            read = read_some(&mut self.stream, &mut self.buffer, self.config.read_buffer), if may_read => {
+                Event::Read(read)
+            }
+            () = wait_until(flush_at) => Event::Idle,
+        }
+    }
+
+    fn apply(&mut self, event: Event) -> Result<(), SourceError> {
+        match event {
+            Event::Aborted => return Err(SourceError::Aborted),
+            Event::ModeChanged => debug!(mode = ?*self.mode.borrow_and_update(), "Memory source switched"),
+            Event::Sent(sent) => sent.map_err(|ChunkClosed| self.channel_closed())?,
+            Event::Read(Err(error)) => return Err(SourceError::Read(self.taken(), error)),
+            Event::Read(Ok(0)) => self.stream_ended()?,
+            Event::Read(Ok(_)) => self.take_buffer(),
+            Event::Idle => {
+                self.encoder.handle_flush();
+                self.collect();
+            }
+            Event::Tick => self.publish(),
+        }
+        Ok(())
+    }
+
+    fn take_buffer(&mut self) {
+        self.encoder.handle_bytes(&self.buffer);
+        self.buffer.clear();
+        self.collect();
+        self.meter.observe(self.began.elapsed(), &self.encoder.counters(), self.encoder.phase());
+    }
+
+    fn stream_ended(&mut self) -> Result<(), SourceError> {
+        if self.encoder.phase() == StreamPhase::Memory {
+            return Err(SourceError::Truncated(self.taken()));
+        }
+        self.stream = None;
+        self.end = Some(self.encoder.handle_end());
+        self.collect();
+        Ok(())
+    }
+
+    /// Moves finished chunks to the outlet and notes how old what remains is.
+    fn collect(&mut self) {
+        let mut left = false;
+        while let Some(chunk) = self.encoder.poll_chunk() {
+            self.outlet.push(chunk);
+            left = true;
+        }
+        let now = Instant::now();
+        self.gathered = match self.gathered {
+            _ if self.encoder.is_idle() => None,
+            Some((oldest, _)) if !left => Some((oldest, now)),
+            Some(_) | None => Some((now, now)),
+        };
+    }
+
+    fn dispatch(&mut self) -> Result<(), SourceError> {
+        let absorb_below = self.absorbing().then_some(self.config.absorb_limit.0);
+        self.outlet.dispatch(absorb_below).map_err(|ChunkClosed| self.channel_closed())?;
+        if absorb_below.is_some_and(|limit| self.outlet.backlog_bytes() >= limit) && !self.warned {
+            self.warned = true;
+            warn!(limit_bytes = self.config.absorb_limit.0, "Too much memory on its way; QEMU has to wait");
+        }
+        Ok(())
+    }
+
+    fn may_read(&self) -> bool {
+        let room = self.absorbing() && self.outlet.backlog_bytes() < self.config.absorb_limit.0;
+        self.stream.is_some() && (room || self.outlet.has_room())
+    }
+
+    fn absorbing(&self) -> bool {
+        *self.mode.borrow() == SourceMode::Absorb || self.encoder.phase() == StreamPhase::DeviceState
+    }
+
+    fn flush_at(&self) -> Option<Instant> {
+        let (oldest, newest) = self.gathered?;
+        Some((newest + self.config.linger).min(oldest + self.config.gather_limit))
+    }
+
+    fn channel_closed(&self) -> SourceError {
+        SourceError::ChannelClosed(self.taken())
+    }
+
+    fn taken(&self) -> Bytes {
+        Bytes(self.encoder.counters().stream.bytes)
+    }
+
+    fn publish(&mut self) {
+        let (at, counters) = (self.began.elapsed(), self.encoder.counters());
+        let (original_rate, wire_rate) = self.meter.sample(at, &counters);
+        let rounds = self.meter.rounds(at, &counters);
+        let phase = self.encoder.phase();
+        let backlog = Bytes(self.outlet.backlog_bytes());
+        self.progress.send_modify(|progress| {
+            *progress = SourceProgress {
+                phase,
+                connected: true,
+                original: Bytes(counters.stream.bytes),
+                wire: Bytes(counters.wire_bytes),
+                pages: counters.stream.pages,
+                zero_pages: counters.stream.zero_pages,
+                device_state: Bytes(counters.stream.device_state_bytes),
+                device_wire: Bytes(counters.wire_device_bytes),
+                rounds,
+                original_rate,
+                wire_rate,
+                backlog,
+            };
+        });
+    }
+}
+
+enum Event {
+    Aborted,
+    ModeChanged,
+    Sent(Result<(), ChunkClosed>),
+    Read(std::io::Result<usize>),
+    /// QEMU paused with bytes gathered.
+    Idle,
+    Tick,
+}
+
+async fn read_some(
+    stream: &mut Option<UnixStream>,
+    buffer: &mut BytesMut,
+    limit: Bytes,
+) -> std::io::Result<usize> {
+    let Some(stream) = stream else { return std::future::pending().await };
+    buffer.reserve(limit.0 as usize);
+    stream.read_buf(buffer).await
+}
+
+async fn wait_until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until the handle is dropped.
+async fn dropped(mode: &mut watch::Receiver<SourceMode>) {
+    while mode.changed().await.is_ok() {}
+}

@@ -1,0 +1,181 @@
+//! The source's side: a UNIX socket that QEMU migrates into, and the handle by which it is governed.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use longhaul_core::units::Bytes;
+use longhaul_core::wan::{EncoderConfig, StreamEnd};
+use tokio::net::UnixListener;
+use tokio::sync::{oneshot, watch};
+
+use super::SourceProgress;
+use super::pump::Pump;
+use crate::chunk::{ChunkSend, MAX_CHUNK};
+
+/// How a source reads and packs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceConfig {
+    /// How much is read at once. Default 128 KiB: small enough that QEMU feels a slow link at once; less
+    /// costs system calls.
+    pub read_buffer: Bytes,
+    /// When QEMU has written nothing for this long, what is gathered is sent. Default 2 ms; longer makes
+    /// fuller chunks and a later last byte when QEMU pauses.
+    pub linger: Duration,
+    /// What is gathered is sent after this long even if QEMU keeps trickling. Default 50 ms.
+    pub gather_limit: Duration,
+    /// How many bytes may be on their way while QEMU must not wait. Beyond it QEMU waits after all, its
+    /// monitor with it, so that this gateway's memory stays bounded. Default 1 GiB.
+    pub absorb_limit: Bytes,
+    /// How long to wait for QEMU to connect. Default 30 s.
+    pub accept_deadline: Duration,
+    /// How the stream is packed.
+    pub encoder: EncoderConfig,
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self {
+            read_buffer: Bytes(128 << 10),
+            linger: Duration::from_millis(2),
+            gather_limit: Duration::from_millis(50),
+            absorb_limit: Bytes::mib(1024),
+            accept_deadline: Duration::from_secs(30),
+            encoder: EncoderConfig::for_chunks_of(MAX_CHUNK),
+        }
+    }
+}
+
+/// Whether QEMU may be made to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceMode {
+    /// The guest runs: a full channel slows QEMU down, so that it sees what the link really carries.
+    Streaming,
+    /// The guest is stopped, or about to be: QEMU's writes are taken at once, up to
+    /// [`SourceConfig::absorb_limit`]; a reader that stalled now would hang its monitor.
+    Absorb,
+}
+
+/// Why a source did not get the whole stream out.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The socket cannot be made.
+    #[error("Cannot listen on {path}: is its directory there and writable?")]
+    Bind {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// zstd has no memory for its state.
+    #[error("Cannot start compressing the memory stream: is this host out of memory?")]
+    Encoder(#[source] io::Error),
+    /// QEMU did not connect in time.
+    #[error("QEMU did not connect to its migration socket within {0:?}: ask query-migrate why")]
+    NotConnected(Duration),
+    /// The socket failed.
+    #[error("Reading QEMU's migration stream failed after {0}")]
+    Read(Bytes, #[source] io::Error),
+    /// QEMU closed the socket before the memory was complete; no end was sent, the destination loads nothing.
+    #[error(
+        "QEMU ended its migration stream after {0}, before the memory was complete: ask query-migrate why"
+    )]
+    Truncated(Bytes),
+    /// The bulk channel was closed; QEMU's socket is closed, too, so that its migration fails.
+    #[error("The bulk channel was closed after {0} of the memory stream")]
+    ChannelClosed(Bytes),
+    /// The source was aborted, or its end has been told already.
+    #[error("The memory transfer was aborted")]
+    Aborted,
+}
+
+/// A socket that waits for QEMU. Dropping it removes the socket.
+#[derive(Debug)]
+pub struct MemorySource {
+    pub(super) listener: UnixListener,
+    pub(super) path: SocketPath,
+    pub(super) config: SourceConfig,
+}
+
+/// Removes the socket's name when it is no longer listened on.
+#[derive(Debug)]
+pub(super) struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // Its directory may be gone already; nothing depends on the name.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl MemorySource {
+    /// Listens on `path`, replacing a socket that a crash left there. QEMU may be told to migrate as soon
+    /// as this returns; give the socket's owner before, if QEMU runs as another user. Needs a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Bind`].
+    pub fn bind(path: &Path, config: SourceConfig) -> Result<Self, SourceError> {
+        let failed = |source| SourceError::Bind { path: path.to_owned(), source };
+        remove_stale(path).map_err(failed)?;
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        Ok(Self { listener, path: SocketPath(path.to_owned()), config })
+    }
+
+    /// Takes QEMU's one connection and carries its stream to `channel`.
+    pub fn start<S: ChunkSend>(self, channel: S) -> SourceHandle {
+        let (mode, mode_seen) = watch::channel(SourceMode::Streaming);
+        let (progress, progress_seen) = watch::channel(SourceProgress::new());
+        let (end, ended) = oneshot::channel();
+        tokio::spawn(Pump::run(self, channel, mode_seen, progress, end));
+        SourceHandle { mode, progress: progress_seen, ended: Some(ended) }
+    }
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path),
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Governs a running source. Dropping it aborts: QEMU's socket is closed and its migration fails.
+#[derive(Debug)]
+pub struct SourceHandle {
+    mode: watch::Sender<SourceMode>,
+    progress: watch::Receiver<SourceProgress>,
+    ended: Option<oneshot::Receiver<Result<StreamEnd, SourceError>>>,
+}
+
+impl SourceHandle {
+    /// Says whether QEMU may be made to wait. Switch to [`SourceMode::Absorb`] before `stop` is sent. The
+    /// source does so itself when the memory is complete.
+    pub fn set_mode(&self, mode: SourceMode) {
+        self.mode.send_replace(mode);
+    }
+
+    /// Where the transfer stands, renewed every 100 ms and at the end.
+    pub fn progress(&self) -> watch::Receiver<SourceProgress> {
+        self.progress.clone()
+    }
+
+    /// Waits until QEMU has closed its side and all of it, the proof included, was handed to the channel.
+    /// Cancel-safe; tells the end once. The channel stays open until the handle is dropped.
+    ///
+    /// # Errors
+    ///
+    /// When the stream did not get through; [`SourceError::Aborted`] when called again.
+    pub async fn ended(&mut self) -> Result<StreamEnd, SourceError> {
+        let Some(ended) = self.ended.as_mut() else { return Err(SourceError::Aborted) };
+        let end = ended.await;
+        self.ended = None;
+        end.unwrap_or(Err(SourceError::Aborted))
+    }
+
+    /// Closes the socket to QEMU and the channel.
+    pub fn abort(self) {}
+}

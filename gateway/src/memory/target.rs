@@ -1,0 +1,274 @@
+//! The destination's side: chunks from the channel become the stream that the waiting QEMU reads.
+//!
+//! The stream's last byte is held back until the end frame has proven all of it. QEMU cannot finish
+//! loading without that byte, so that no copy exists, even for a moment, that was built of anything but
+//! what the source's QEMU wrote.
+//!
+//! ```text
+//! connect -> receive -> decode -> write (all but one byte) -> proven  -> write, shut down -> Proven
+//!    |          |          |         |                          |
+//! Unreachable   |       Mismatch  QemuClosed                 Mismatch
+//!         ChannelClosed            (after each of these, QEMU's socket stays open until the handle goes)
+//! ```
+
+use std::io;
+use std::path::PathBuf;
+use std::pin::pin;
+use std::time::Duration;
+
+use longhaul_core::units::Bytes;
+use longhaul_core::wan::{DecodeError, Decoded, StreamDecoder, StreamEnd};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep};
+use tracing::{debug, info, warn};
+
+use crate::chunk::ChunkRecv;
+
+/// How a target finds its QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TargetConfig {
+    /// How long QEMU may take to listen. Default 10 s.
+    pub connect_deadline: Duration,
+    /// How long to wait between two attempts. Default 20 ms.
+    pub connect_retry: Duration,
+}
+
+impl Default for TargetConfig {
+    fn default() -> Self {
+        Self { connect_deadline: Duration::from_secs(10), connect_retry: Duration::from_millis(20) }
+    }
+}
+
+/// How the memory's way ended. Whether QEMU has *loaded* it is for QEMU's monitor to say.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryEnd {
+    /// All of it was written to QEMU, and it is what the source's QEMU wrote.
+    #[error("The memory stream is complete and proven: {} bytes, {}", .0.bytes.0, .0.digest)]
+    Proven(StreamEnd),
+    /// What arrived is not what was sent. QEMU has not had the last byte and has not been told the end.
+    #[error("The memory stream was damaged on its way; this copy must be discarded")]
+    Mismatch(#[source] DecodeError),
+    /// QEMU closed its socket.
+    #[error("QEMU closed its migration socket after {written}: see its log for why it refused the state")]
+    QemuClosed {
+        /// How much had been written.
+        written: Bytes,
+        /// The stream had been proven: only its last byte was missing.
+        proven: bool,
+        /// What writing said.
+        #[source]
+        source: io::Error,
+    },
+    /// The channel was closed without an end frame. QEMU has not been told the end.
+    #[error("The bulk channel was closed after {written} of the memory stream, before its end")]
+    ChannelClosed {
+        /// How much had been written.
+        written: Bytes,
+    },
+    /// QEMU was not listening in time.
+    #[error("Cannot reach QEMU's migration socket {path}: was it started with -incoming?")]
+    Unreachable {
+        /// Where it should listen.
+        path: PathBuf,
+        /// What the last attempt said.
+        #[source]
+        source: io::Error,
+    },
+    /// zstd has no memory for its state.
+    #[error("Cannot start decompressing the memory stream: is this host out of memory?")]
+    Decoder(#[source] io::Error),
+    /// The target was aborted, or its end has been told already.
+    #[error("The memory transfer was aborted")]
+    Aborted,
+}
+
+/// Where a target stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TargetProgress {
+    /// QEMU is connected.
+    pub connected: bool,
+    /// Bytes of the chunks received.
+    pub wire: Bytes,
+    /// Bytes of the stream written to QEMU.
+    pub written: Bytes,
+}
+
+/// Starts targets.
+#[derive(Debug)]
+pub struct MemoryTarget;
+
+impl MemoryTarget {
+    /// Connects to QEMU's incoming socket at `path` and feeds it what comes from `channel`. Needs a tokio runtime.
+    pub fn start<R: ChunkRecv>(path: PathBuf, channel: R, config: TargetConfig) -> TargetHandle {
+        let (held, mut released) = watch::channel(());
+        let (progress, progress_seen) = watch::channel(TargetProgress::default());
+        let (end, ended) = oneshot::channel();
+        tokio::spawn(async move {
+            let handle_dropped = async { while released.changed().await.is_ok() {} };
+            tokio::select! {
+                () = handle_dropped => {}
+                () = feed_and_hold(path, channel, config, progress, end) => {}
+            }
+        });
+        TargetHandle { _held: held, progress: progress_seen, ended: Some(ended) }
+    }
+}
+
+/// Governs a running target. Dropping it closes QEMU's socket: stop that QEMU first, unless the end is
+/// [`MemoryEnd::Proven`]; it exits by itself otherwise.
+#[derive(Debug)]
+pub struct TargetHandle {
+    _held: watch::Sender<()>,
+    progress: watch::Receiver<TargetProgress>,
+    ended: Option<oneshot::Receiver<MemoryEnd>>,
+}
+
+impl TargetHandle {
+    /// Where the transfer stands, renewed with every chunk.
+    pub fn progress(&self) -> watch::Receiver<TargetProgress> {
+        self.progress.clone()
+    }
+
+    /// Waits for the end. Cancel-safe; tells it once, [`MemoryEnd::Aborted`] when called again.
+    pub async fn ended(&mut self) -> MemoryEnd {
+        let Some(ended) = self.ended.as_mut() else { return MemoryEnd::Aborted };
+        let end = ended.await;
+        self.ended = None;
+        end.unwrap_or(MemoryEnd::Aborted)
+    }
+
+    /// Closes the socket to QEMU and the channel.
+    pub fn abort(self) {}
+}
+
+/// Tells the end, then keeps QEMU's socket and the channel until it is cancelled.
+async fn feed_and_hold<R: ChunkRecv>(
+    path: PathBuf,
+    mut channel: R,
+    config: TargetConfig,
+    progress: watch::Sender<TargetProgress>,
+    end: oneshot::Sender<MemoryEnd>,
+) {
+    let mut stream = match connect(path, config).await {
+        Ok(stream) => stream,
+        Err(unreachable) => {
+            let _ = end.send(unreachable);
+            return std::future::pending().await;
+        }
+    };
+    progress.send_modify(|progress| progress.connected = true);
+    let ended = Feed { stream: &mut stream, channel: &mut channel, progress: &progress, held_back: None }
+        .run()
+        .await
+        .map_or_else(|end| end, MemoryEnd::Proven);
+    let proven = matches!(ended, MemoryEnd::Proven(_));
+    if proven {
+        info!(end = %ended, "Memory stream received");
+    } else {
+        warn!(end = %ended, "Memory stream not received");
+    }
+    let _ = end.send(ended);
+    if proven {
+        // Asking for more acknowledges the last chunk.
+        while channel.recv().await.is_some() {
+            warn!("Chunk after the end of the memory stream ignored");
+        }
+    }
+    std::future::pending().await
+}
+
+async fn connect(path: PathBuf, config: TargetConfig) -> Result<UnixStream, MemoryEnd> {
+    let deadline = Instant::now() + config.connect_deadline;
+    loop {
+        match UnixStream::connect(&path).await {
+            Ok(stream) => return Ok(stream),
+            Err(source) if Instant::now() >= deadline => return Err(MemoryEnd::Unreachable { path, source }),
+            Err(error) => debug!(path = %path.display(), %error, "QEMU does not listen yet"),
+        }
+        sleep(config.connect_retry).await;
+    }
+}
+
+struct Feed<'a, R> {
+    stream: &'a mut UnixStream,
+    channel: &'a mut R,
+    progress: &'a watch::Sender<TargetProgress>,
+    /// The stream's last byte so far.
+    held_back: Option<u8>,
+}
+
+impl<R: ChunkRecv> Feed<'_, R> {
+    async fn run(&mut self) -> Result<StreamEnd, MemoryEnd> {
+        let mut decoder = StreamDecoder::new().map_err(MemoryEnd::Decoder)?;
+        loop {
+            let chunk = self.next_chunk().await?;
+            self.progress.send_modify(|progress| progress.wire.0 += chunk.len() as u64);
+            decoder.handle_chunk(chunk);
+            while let Some(decoded) = decoder.poll_decoded().map_err(MemoryEnd::Mismatch)? {
+                match decoded {
+                    Decoded::Bytes(bytes) => self.write(&bytes).await?,
+                    Decoded::End(end) => return self.finish(end).await,
+                }
+            }
+        }
+    }
+
+    /// The next chunk, unless QEMU goes away first. A receive that has begun is given up only with everything.
+    async fn next_chunk(&mut self) -> Result<bytes::Bytes, MemoryEnd> {
+        let written = self.written();
+        let receive = pin!(self.channel.recv());
+        tokio::select! {
+            biased;
+            chunk = receive => chunk.ok_or(MemoryEnd::ChannelClosed { written }),
+            source = hung_up(self.stream) => Err(MemoryEnd::QemuClosed { written, proven: false, source }),
+        }
+    }
+
+    /// Writes all but the last byte, which waits for what follows.
+    async fn write(&mut self, bytes: &[u8]) -> Result<(), MemoryEnd> {
+        let Some((&last, rest)) = bytes.split_last() else { return Ok(()) };
+        if let Some(before) = self.held_back.replace(last) {
+            self.write_all(&[before], false).await?;
+        }
+        self.write_all(rest, false).await
+    }
+
+    async fn finish(&mut self, end: StreamEnd) -> Result<StreamEnd, MemoryEnd> {
+        if let Some(last) = self.held_back.take() {
+            self.write_all(&[last], true).await?;
+        }
+        // QEMU may have read its last byte and closed already.
+        let _ = self.stream.shutdown().await;
+        Ok(end)
+    }
+
+    async fn write_all(&mut self, bytes: &[u8], proven: bool) -> Result<(), MemoryEnd> {
+        let written = self.written();
+        let wrote = self.stream.write_all(bytes).await;
+        wrote.map_err(|source| MemoryEnd::QemuClosed { written, proven, source })?;
+        self.progress.send_modify(|progress| progress.written.0 += bytes.len() as u64);
+        Ok(())
+    }
+
+    fn written(&self) -> Bytes {
+        self.progress.borrow().written
+    }
+}
+
+/// Waits until QEMU closes its end. It has nothing to say otherwise: there is no return path.
+async fn hung_up(stream: &UnixStream) -> io::Error {
+    let mut ignored = [0; 64];
+    loop {
+        if let Err(error) = stream.readable().await {
+            return error;
+        }
+        match stream.try_read(&mut ignored) {
+            Ok(0) => return io::ErrorKind::UnexpectedEof.into(),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return error,
+        }
+    }
+}
