@@ -276,7 +276,11 @@ async fn a_clock_that_is_off_is_named_with_both_times(world: &World) {
 
 async fn a_preflight_changes_nothing(world: &World) {
     let updater = world.updater(site_b());
-    for (text, new) in [("app.vm.example", vec![]), ("dual.vm.example", vec![]), ("app.vm.example", ips(&[AWAY, "2001:db8::1"]))] {
+    for (text, new) in [
+        ("app.vm.example", vec![]),
+        ("dual.vm.example", vec![]),
+        ("app.vm.example", ips(&[AWAY, "2001:db8::1"])),
+    ] {
         let before = essence(&updater.read(&name(text)).await.expect("readable"));
         let found = updater.preflight(&name(text), &new).await.expect("ready");
         assert_eq!(essence(&found.records), before);

@@ -118,7 +118,11 @@ pub fn site_b() -> Key {
 }
 
 pub fn site_512() -> Key {
-    key("site-512", Algorithm::HmacSha512, b"the secret of a stronger kind of key, 64 bytes, more or less....")
+    key(
+        "site-512",
+        Algorithm::HmacSha512,
+        b"the secret of a stronger kind of key, 64 bytes, more or less....",
+    )
 }
 
 pub fn key(key_name: &str, algorithm: Algorithm, secret: &[u8]) -> Key {

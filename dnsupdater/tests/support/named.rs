@@ -29,20 +29,15 @@ pub struct Named {
 impl Named {
     /// A primary of the test zones that notifies the server at `secondary` (port 0: nobody).
     pub async fn primary(secondary: SocketAddr) -> Option<Named> {
-        let notify = match secondary.port() {
-            0 => "notify no;".to_owned(),
-            port => format!("notify explicit; also-notify {{ {} port {port}; }}; notify-delay 0; notify-rate 100;", secondary.ip()),
-        };
-        let zones = format!(
-            r#"zone "vm.example" {{ type primary; file "vm.zone"; {notify} update-policy {{
-                grant site-a subdomain vm.example. A AAAA TXT;
-                grant site-512 subdomain vm.example. A AAAA TXT;
-                grant site-b name app.vm.example. A AAAA; grant site-b name _longhaul.app.vm.example. TXT;
-                grant site-b name dual.vm.example. A AAAA; grant site-b name _longhaul.dual.vm.example. TXT; }}; }};
-            zone "{REVERSE_ZONE}" {{ type primary; file "reverse.zone"; {notify}
-                update-policy {{ grant site-a subdomain {REVERSE_ZONE}. PTR; }}; }};"#
-        );
-        Self::with_zones(&zones).await
+        Self::with_zones(&primary_zones(secondary)).await
+    }
+
+    /// The same primary with the same data, restarted so that it notifies `secondary`.
+    pub async fn notifying(mut self, secondary: SocketAddr) -> Option<Named> {
+        let configuration = configuration(self.directory.path(), self.address, &primary_zones(secondary));
+        fs::write(self.directory.path().join("named.conf"), configuration).expect("writable");
+        self.kill_and_restart().await;
+        Some(self)
     }
 
     /// A secondary of `primary` that accepts its notifications.
@@ -64,7 +59,7 @@ impl Named {
         for _ in 0..8 {
             let directory = tempfile::Builder::new().prefix("lhdns-").tempdir().expect("a directory");
             let address = free_port();
-            write_configuration(directory.path(), address, zones);
+            write_files(directory.path(), address, zones);
             let child = spawn(directory.path());
             let mut named = Named { address, directory, child };
             if named.ready().await {
@@ -114,7 +109,32 @@ impl Drop for Named {
     }
 }
 
-fn write_configuration(directory: &Path, address: SocketAddr, zones: &str) {
+fn primary_zones(secondary: SocketAddr) -> String {
+    let notify = match secondary.port() {
+        0 => "notify no;".to_owned(),
+        port => format!(
+            "notify explicit; also-notify {{ {} port {port}; }}; notify-delay 0;",
+            secondary.ip()
+        ),
+    };
+    format!(
+        r#"zone "vm.example" {{ type primary; file "vm.zone"; {notify} update-policy {{
+                grant site-a subdomain vm.example. A AAAA TXT;
+                grant site-512 subdomain vm.example. A AAAA TXT;
+                grant site-b name app.vm.example. A AAAA; grant site-b name _longhaul.app.vm.example. TXT;
+                grant site-b name dual.vm.example. A AAAA; grant site-b name _longhaul.dual.vm.example. TXT; }}; }};
+            zone "{REVERSE_ZONE}" {{ type primary; file "reverse.zone"; {notify}
+                update-policy {{ grant site-a subdomain {REVERSE_ZONE}. PTR; }}; }};"#
+    )
+}
+
+fn write_files(directory: &Path, address: SocketAddr, zones: &str) {
+    fs::write(directory.join("named.conf"), configuration(directory, address, zones)).expect("writable");
+    fs::write(directory.join("vm.zone"), ZONE).expect("writable");
+    fs::write(directory.join("reverse.zone"), REVERSE).expect("writable");
+}
+
+fn configuration(directory: &Path, address: SocketAddr, zones: &str) -> String {
     let shown = directory.display();
     let options = format!(
         r#"options {{ directory "{shown}"; pid-file none; session-keyfile none; lock-file none;
@@ -124,9 +144,7 @@ fn write_configuration(directory: &Path, address: SocketAddr, zones: &str) {
         address.port(),
         address.ip()
     );
-    fs::write(directory.join("named.conf"), format!("{KEYS}{options}{zones}")).expect("writable");
-    fs::write(directory.join("vm.zone"), ZONE).expect("writable");
-    fs::write(directory.join("reverse.zone"), REVERSE).expect("writable");
+    format!("{KEYS}{options}{zones}")
 }
 
 fn spawn(directory: &Path) -> Child {

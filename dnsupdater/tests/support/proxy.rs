@@ -73,7 +73,12 @@ pub fn is_update(message: &[u8]) -> bool {
     (message[2] >> 3) & 0xf == 5
 }
 
-async fn accept(tcp: TcpListener, upstream: SocketAddr, rule: Arc<Rule>, seen: mpsc::UnboundedSender<Vec<u8>>) {
+async fn accept(
+    tcp: TcpListener,
+    upstream: SocketAddr,
+    rule: Arc<Rule>,
+    seen: mpsc::UnboundedSender<Vec<u8>>,
+) {
     let mut connections = JoinSet::new();
     loop {
         let (stream, _) = tcp.accept().await.expect("listening");
