@@ -3,7 +3,7 @@
 
 pub mod cleanup;
 pub mod exec;
-
+pub mod install;
 pub mod netns;
-
+pub mod topology;
 pub mod wan;

@@ -1,10 +1,16 @@
 //! The emulated WAN against real packets. Each test makes its own namespaces and removes them; without root it is
 //! skipped. The tests of one process take turns, since each of them measures time on shared cores.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test's own preparation may end it; clippy exempts only the test functions"
+)]
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use netns_tests::cleanup::Lab;
@@ -148,5 +154,88 @@ fn one_percent_of_loss_is_one_percent() {
     let sampled: u64 =
         line.wan.samples(Direction::ToFar).unwrap().iter().map(|sample| sample.class_bytes[0]).sum();
     assert_eq!(sampled, class.delivered.bytes);
+    line.close();
+}
+
+#[test]
+fn a_cut_stops_everything_and_healing_lets_it_through_again() {
+    if not_root() {
+        return;
+    }
+    let _turn = turn();
+    let profile = WanProfile::symmetric(100.0, Duration::from_millis(10), 0.0);
+    let line = Line::build(&profile, Vec::new()).unwrap();
+    let from = line.wan.near().namespace.udp_socket(SocketAddr::new(NEAR, 5000)).unwrap();
+    let to = line.wan.far().namespace.udp_socket(SocketAddr::new(FAR, 5000)).unwrap();
+    let arrives = |from: &UdpSocket, to: &UdpSocket| {
+        to.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        from.send_to(b"packet", to.local_addr().unwrap()).unwrap();
+        to.recv(&mut [0; 16]).is_ok()
+    };
+    assert!(arrives(&from, &to) && arrives(&to, &from));
+    line.wan.cut().unwrap();
+    assert!(!arrives(&from, &to) && !arrives(&to, &from));
+    line.wan.heal().unwrap();
+    assert!(arrives(&from, &to) && arrives(&to, &from));
+    line.wan.set_cut(Direction::ToFar, true).unwrap();
+    assert!(!arrives(&from, &to) && arrives(&to, &from));
+    line.wan.heal().unwrap();
+    assert!(arrives(&from, &to));
+    assert_eq!(line.wan.counters(Direction::ToFar).unwrap().cut_dropped.packets, 2);
+    line.close();
+}
+
+#[test]
+fn a_changed_profile_holds_at_once() {
+    if not_root() {
+        return;
+    }
+    let _turn = turn();
+    let line =
+        Line::build(&WanProfile::symmetric(100.0, Duration::from_millis(10), 0.0), Vec::new()).unwrap();
+    let slower = WanProfile::symmetric(20.0, Duration::from_millis(60), 0.0);
+    line.wan.set_profile(&slower).unwrap();
+    let measured = measure(&line.wan, &slower, NEAR, FAR).unwrap();
+    assert_within("round trip", measured.rtt_ms, 60.0, 3.0);
+    assert_within("rate", measured.rate_mbit, 20.0, 5.0);
+    assert_eq!(line.wan.counters(Direction::ToFar).unwrap().offered.packets, 0, "measuring leaves no trace");
+    line.close();
+}
+
+/// Content through super-packets that are cut, lost and sent again: TCP's checksums must hold for every piece.
+#[test]
+fn tcp_content_survives_loss_jitter_reordering_and_duplicates() {
+    if not_root() {
+        return;
+    }
+    let _turn = turn();
+    let mut profile =
+        WanProfile::symmetric(400.0, Duration::from_millis(6), 0.003).with_jitter(Duration::from_millis(1));
+    profile.to_far.reorder = 0.002;
+    profile.to_far.duplicate = 0.002;
+    let line = Line::build(&profile, Vec::new()).unwrap();
+    let listener = line.wan.far().namespace.tcp_listener(SocketAddr::new(FAR, 80)).unwrap();
+    let receiving = std::thread::spawn(move || {
+        let mut content = Vec::new();
+        listener.accept().unwrap().0.read_to_end(&mut content).unwrap();
+        content
+    });
+    let mut stream =
+        line.wan.near().namespace.tcp_connect(SocketAddr::new(FAR, 80), Duration::from_secs(5)).unwrap();
+    let content: Vec<u8> =
+        (0..20_000_000u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let begun = Instant::now();
+    stream.write_all(&content).unwrap();
+    drop(stream);
+    assert!(receiving.join().unwrap() == content, "the content arrives as it was sent");
+    let counters = line.wan.counters(Direction::ToFar).unwrap();
+    println!(
+        "20 MB in {:?}: {:?} lost, {:?} duplicated",
+        begun.elapsed(),
+        counters.lost,
+        counters.duplicated
+    );
+    assert!(counters.lost.packets > 10 && counters.duplicated.packets > 5 && counters.reordered.packets > 5);
+    assert_eq!(counters.write_failed.packets, 0);
     line.close();
 }
