@@ -1,9 +1,9 @@
-//! The laboratory: two sites, a WAN, clients, name servers and real QEMU guests in network namespaces.
-//!
-//! A library so that the `lab` binary and the real-machine tests share every part. It measures the gateway from
-//! outside and never takes the gateway's own word.
+//! The laboratory as a library: namespaces, an emulated WAN, two sites and what runs in them.
+//! What a scenario does with it is decided in the `lab` binary and in the tests.
 
-pub mod agent;
-pub mod guest;
-pub mod report;
-pub mod traffic;
+pub mod cleanup;
+pub mod exec;
+pub mod install;
+pub mod netns;
+pub mod topology;
+pub mod wan;
