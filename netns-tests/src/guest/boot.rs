@@ -48,7 +48,7 @@ impl Nic {
 }
 
 /// What one boot of the guest should do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BootOptions {
     /// Interfaces to configure; others stay down.
     pub nics: Vec<Nic>,
@@ -60,12 +60,6 @@ pub struct BootOptions {
     pub shell: bool,
     /// Shows the kernel's messages on the console; costs about half a second of boot under TCG.
     pub verbose: bool,
-}
-
-impl Default for BootOptions {
-    fn default() -> Self {
-        Self { nics: Vec::new(), sysctls: Vec::new(), agent: Vec::new(), shell: false, verbose: false }
-    }
 }
 
 impl BootOptions {
