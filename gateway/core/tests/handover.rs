@@ -115,7 +115,7 @@ impl World {
                 }
                 SourceAction::Release => self.tidy_pending = true,
                 SourceAction::Park => self.runs_at_source = false,
-                SourceAction::Preflight | SourceAction::StartPreCopy(_) | SourceAction::Attract => {}
+                SourceAction::Preflight | SourceAction::StartPreCopy(_) | SourceAction::Attract(_) => {}
             }
         }
         self.check();

@@ -42,7 +42,7 @@ pub(super) async fn run(
     leaf.report(Event::Activated).await;
     for nic in &proposal.definition.nics {
         let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
-        if let Err(error) = leaf.edges.tunnel.visit_resumed(&key).await {
+        if let Err(error) = leaf.edges.tunnel.visit_resumed(key).await {
             tracing::warn!(%vm, error = chain(&error), "care-of address could not be announced");
         }
     }
@@ -55,7 +55,7 @@ pub(super) async fn run(
 async fn install_flows(leaf: &DestinationLeaf, vm: &VmName, handover: &Handover) {
     for nic in &handover.nics {
         let key = PortKey { vm: vm.clone(), nic: nic.nic.clone() };
-        if let Err(error) = leaf.edges.tunnel.visit_flows(&key, nic.flows.clone()).await {
+        if let Err(error) = leaf.edges.tunnel.visit_flows(key, nic.flows.clone()).await {
             // The machine must run; flows that it opened itself by UDP may change their address.
             tracing::warn!(%vm, error = chain(&error), "flows of before the move could not be installed");
         }

@@ -18,19 +18,17 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use longhaul_core::ids::{Epoch, SiteName, VmName};
-use longhaul_core::machine::{Firmware, MachineDefinition};
+use longhaul_core::ids::{DeviceName, Epoch, SiteName, VmName};
+use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
-use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
-use longhaul_core::tunnel::handover::{Mac, NicHandover};
+use longhaul_core::migration::message::{Handover, Proposal, Refusal, Reservation};
+use longhaul_core::tunnel::handover::{FlowTuple, Mac, NicHandover};
 use longhaul_core::tunnel::policy::PortKey;
 
-use super::source::SourceOptions;
 use super::{Edges, MachineRow, chain};
 use crate::api::types::AnchorView;
 use crate::config::Config;
 use crate::dns::NameMove;
-use crate::hypervisor::KernelPaths;
 use crate::journal::unix_ms;
 use crate::tunnel::{CareOf, HoldRequest, VisitRequest};
 
@@ -82,13 +80,15 @@ pub struct Anchor {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AnchorNic {
     /// The NIC.
-    pub nic: longhaul_core::ids::DeviceName,
+    pub nic: DeviceName,
     /// Its link-layer address.
     pub mac: Mac,
     /// Its home addresses.
     pub home: Vec<IpAddr>,
     /// The bridge of the home LAN.
     pub bridge: String,
+    /// Flows that were open when the machine left.
+    pub flows: Vec<FlowTuple>,
 }
 
 /// What a migration tells the anchors.
@@ -109,39 +109,44 @@ pub(super) async fn tell(anchors: &mpsc::Sender<AnchorCommand>, command: AnchorC
     }
 }
 
-impl AnchorCommand {
-    pub(super) fn attract(
-        edges: &Edges,
+impl Anchor {
+    /// An anchor for the machine of an attempt. `follows` is the TTL its name had, if the name follows; 0 for
+    /// unknown.
+    pub(super) fn new(
+        config: &Config,
         attempt: &Attempt,
-        row: &MachineRow,
-        reservation: &Reservation,
-        ttl_s: u32,
-        options: &SourceOptions,
+        definition: &MachineDefinition,
+        reservation: Option<&Reservation>,
+        handover: &Handover,
+        follows: Option<u32>,
     ) -> Self {
-        let bridge = |lan: &str| edges.config.lan.get(lan).map(|lan| lan.bridge.clone()).unwrap_or_default();
-        let nics = row.definition.nics.iter().map(|nic| AnchorNic {
+        let bridge = |lan: &str| config.lan.get(lan).map(|lan| lan.bridge.clone()).unwrap_or_default();
+        let flows = |name: &DeviceName| {
+            let handed = handover.nics.iter().find(|handed| handed.nic == *name);
+            handed.map(|handed| handed.flows.clone()).unwrap_or_default()
+        };
+        let nics = definition.nics.iter().map(|nic| AnchorNic {
             nic: nic.name.clone(),
             mac: nic.mac,
             home: nic.home.iter().map(|home| home.addr).collect(),
             bridge: bridge(nic.lan.as_str()),
+            flows: flows(&nic.name),
         });
-        let follows = edges.names.is_some() && !options.without_dns;
-        let name = row.definition.dns_name.clone().filter(|_| follows);
-        Self::Attract(Box::new(Anchor {
+        let name = definition.dns_name.clone().filter(|_| follows.is_some());
+        let care_of = reservation.map_or(&[][..], |reservation| &reservation.care_of);
+        Self {
             vm: attempt.vm.clone(),
             epoch: attempt.epoch,
             peer: attempt.peer.clone(),
             nics: nics.collect(),
-            care_of: reservation.care_of.iter().map(|care_of| care_of.addr).collect(),
+            care_of: care_of.iter().map(|care_of| care_of.addr).collect(),
             names: if name.is_some() { NameState::Waiting } else { NameState::None },
             name,
-            ttl_s,
+            ttl_s: follows.unwrap_or(0),
             since_unix_ms: unix_ms(),
-        }))
+        }
     }
-}
 
-impl Anchor {
     /// What the tunnel is asked to hold for it.
     fn holds(&self, edges: &Edges) -> Vec<HoldRequest> {
         self.nics
@@ -149,7 +154,7 @@ impl Anchor {
             .map(|nic| {
                 let key = PortKey { vm: self.vm.clone(), nic: nic.nic.clone() };
                 HoldRequest {
-                    port: edges.tunnel.tap_name(&key),
+                    port: edges.tap_name(&key),
                     key,
                     peer: self.peer.clone(),
                     mac: nic.mac,
@@ -198,7 +203,7 @@ pub async fn run(
         Vec::new()
     });
     for (vm, anchor) in rows {
-        names.insert(vm, start(&edges, anchor, &views));
+        names.insert(vm, start(&edges, anchor, Begin::Restored, &views));
     }
     while let Some(command) = commands.recv().await {
         match command {
@@ -207,7 +212,7 @@ pub async fn run(
                 if let Err(error) = edges.journal.put_anchor(&anchor.vm, &*anchor) {
                     tracing::error!(vm = %anchor.vm, error = chain(&error), "anchor could not be written down");
                 }
-                names.insert(anchor.vm.clone(), start(&edges, *anchor, &views));
+                names.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views));
             }
             AnchorCommand::MoveNames(vm) => {
                 if let Some(runs_there) = names.get(&vm) {
@@ -224,16 +229,26 @@ pub async fn run(
     }
 }
 
+/// What the tunnel knows when an anchor begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begin {
+    /// Packets are held already.
+    Held,
+    /// Nothing: the gateway was restarted.
+    Restored,
+}
+
 fn start(
     edges: &Edges,
     anchor: Anchor,
+    begin: Begin,
     views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
 ) -> watch::Sender<bool> {
     let known_to_run = !matches!(anchor.names, NameState::Waiting);
     let (runs_there, told) = watch::channel(known_to_run);
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
     let task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
-    tokio::spawn(task.run());
+    tokio::spawn(task.run(begin));
     runs_there
 }
 
@@ -250,14 +265,12 @@ struct AnchorTask {
     told: watch::Receiver<bool>,
 }
 
-/// Between two looks at the flows.
-const LOOK: Duration = Duration::from_millis(250);
 /// Between two tries at the name server, at most.
 const NAMES_AGAIN: Duration = Duration::from_secs(30);
 
 impl AnchorTask {
-    async fn run(mut self) {
-        self.attract().await;
+    async fn run(mut self, begin: Begin) {
+        self.attract(begin).await;
         if self.told.wait_for(|runs| *runs).await.is_err() {
             return;
         }
@@ -271,9 +284,19 @@ impl AnchorTask {
         self.end().await;
     }
 
-    async fn attract(&mut self) {
-        for hold in self.anchor.holds(&self.edges) {
-            if let Err(error) = self.edges.tunnel.hold_end_attract(hold).await {
+    async fn attract(&mut self, begin: Begin) {
+        let holds = self.anchor.holds(&self.edges);
+        for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
+            let key = hold.key.clone();
+            let held = match begin {
+                Begin::Held => Ok(()),
+                Begin::Restored => self.edges.tunnel.hold_begin(hold).await,
+            };
+            let attracted = match held {
+                Ok(()) => self.edges.tunnel.hold_end_attract(key, nic.flows.clone()).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = attracted {
                 tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
             }
         }
@@ -335,7 +358,8 @@ impl AnchorTask {
         let passed = Duration::from_millis(unix_ms().saturating_sub(at_unix_ms));
         tokio::time::sleep(believed.saturating_sub(passed)).await;
         let mut wait = Duration::from_secs(1);
-        while let Err(error) = names.set_ttl(&name, self.anchor.ttl_s).await {
+        let ttl_s = if self.anchor.ttl_s == 0 { names.move_ttl_s() } else { self.anchor.ttl_s };
+        while let Err(error) = names.set_ttl(&name, ttl_s).await {
             tracing::warn!(vm = %self.anchor.vm, name, error = chain(&error), "TTL could not be restored yet");
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(NAMES_AGAIN);
@@ -345,29 +369,37 @@ impl AnchorTask {
         self.show(|view| view.names = "settled".into());
     }
 
+    /// Until no old flow is left and nobody asks for the home address any more.
     async fn wait_for_flows(&mut self) {
         let keys: Vec<PortKey> = self.anchor.holds(&self.edges).into_iter().map(|hold| hold.key).collect();
         for key in &keys {
-            if let Err(error) = self.edges.tunnel.names_expired(key).await {
+            // The old answers have expired by now.
+            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), Duration::ZERO).await {
                 tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
             }
         }
+        let mut status = self.edges.tunnel.status();
         loop {
-            let status = self.edges.tunnel.status();
-            let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
-            let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+            let (flows, may_end) = {
+                let status = status.borrow_and_update();
+                let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
+                (ports.iter().filter_map(|port| port.flows_alive).sum(), ports.iter().all(|port| port.may_end))
+            };
             self.show(|view| view.flows = flows);
-            if ports.iter().all(|port| port.may_end) {
+            if may_end || status.changed().await.is_err() {
                 return;
             }
-            tokio::time::sleep(LOOK).await;
         }
     }
 
     async fn end(&mut self) {
         for hold in self.anchor.holds(&self.edges) {
-            if let Err(error) = self.edges.tunnel.anchor_end(&hold.key).await {
+            let key = hold.key;
+            if let Err(error) = self.edges.tunnel.attract_end(key.clone()).await {
                 tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
+            }
+            if let Err(error) = self.edges.tunnel.remove_tap(key).await {
+                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tap could not be removed");
             }
         }
         forget(&self.edges, &self.anchor.vm);
@@ -404,7 +436,7 @@ pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Resul
             })?;
             let key = PortKey { vm: attempt.vm.clone(), nic: nic.name.clone() };
             Ok(HoldRequest {
-                port: edges.tunnel.tap_name(&key),
+                port: edges.tap_name(&key),
                 key,
                 peer: attempt.peer.clone(),
                 mac: nic.mac,
@@ -441,7 +473,7 @@ pub(super) fn visits(
                 .map(|care_of| CareOf { home: care_of.home.addr, care_of: care_of.addr })
                 .collect();
             Ok(VisitRequest {
-                port: edges.tunnel.tap_name(&key),
+                port: edges.tap_name(&key),
                 key,
                 peer: peer.clone(),
                 nic: handed,
@@ -462,14 +494,4 @@ pub(super) fn pool_images(edges: &Edges, attempt: &Attempt, proposal: &Proposal)
         .volumes()
         .map(|volume| edges.config.storage.pool.join(format!("{name}-{}.{short}.raw", volume.name)))
         .collect()
-}
-
-/// This site's files for a machine that boots without a boot loader.
-pub fn kernel_paths(config: &Config, definition: &MachineDefinition) -> Result<Option<KernelPaths>, Refusal> {
-    let Firmware::Kernel(boot) = &definition.firmware else { return Ok(None) };
-    let Some(kernel) = config.kernel.get(boot.name.as_str()) else {
-        let text = format!("site {} has no [kernel.{}]", config.site.name, boot.name);
-        return Err(Refusal::Incompatible(text));
-    };
-    Ok(Some(KernelPaths { kernel: kernel.image.clone(), initrd: kernel.initrd.clone() }))
 }

@@ -124,8 +124,8 @@ impl DestinationDriver {
     async fn perform(&mut self, action: Action) {
         match action {
             Action::Send(message) => {
-                let (edges, attempt) = (self.leaf.edges.clone(), self.leaf.attempt.clone());
-                edges.send(&attempt, &message).await;
+                let attempt = &self.leaf.attempt;
+                self.leaf.edges.send(&attempt.peer, attempt.id, &message).await;
             }
             Action::Prepare => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());

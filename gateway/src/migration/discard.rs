@@ -28,14 +28,14 @@ pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Hel
         tracing::warn!(%vm, error = chain(&error), "the waiting QEMU could not be ended");
     }
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
-        peer.close_bulk(leaf.attempt.id);
+        peer.close_bulk(leaf.attempt.id).await;
     }
     for nic in &proposal.definition.nics {
         let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
-        if let Err(error) = leaf.edges.tunnel.visit_undo(&key).await {
+        if let Err(error) = leaf.edges.tunnel.visit_undo(key.clone()).await {
             tracing::warn!(%vm, error = chain(&error), "routes of the visit could not be removed");
         }
-        if let Err(error) = leaf.edges.tunnel.tap_remove(&key).await {
+        if let Err(error) = leaf.edges.tunnel.remove_tap(key).await {
             tracing::warn!(%vm, error = chain(&error), "the tap could not be removed");
         }
     }

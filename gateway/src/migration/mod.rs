@@ -30,17 +30,18 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
+use longhaul_core::tunnel::policy::PortKey;
 
 use crate::config::Config;
 use crate::dns::Names;
 use crate::hypervisor::Hypervisor;
 use crate::journal::Journal;
 use crate::link::{Link, PeerHandle};
-use crate::tunnel::Tunnel;
+use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
 
 pub use destination::DestinationDriver;
 pub use source::SourceDriver;
@@ -59,6 +60,8 @@ pub struct Edges {
     pub link: Link,
     /// Guests' packets.
     pub tunnel: Tunnel,
+    /// How the tunnel was configured: it names the taps.
+    pub tunnel_config: Arc<TunnelConfig>,
     /// The name server, if there is one.
     pub names: Option<Arc<Names>>,
     /// What times are counted from.
@@ -122,21 +125,26 @@ impl Edges {
         self.config.site.run_dir.join("migration").join(vm.as_str())
     }
 
+    /// The tap of a machine's NIC.
+    pub fn tap_name(&self, key: &PortKey) -> String {
+        tap_name(&self.tunnel_config, key)
+    }
+
     /// The peer at the other side of an attempt.
     pub fn peer(&self, site: &SiteName) -> Option<PeerHandle> {
         self.link.peer(site)
     }
 
     /// Says something to a peer; what is lost is repeated by the machines.
-    pub async fn send(&self, attempt: &Attempt, message: &MigrationMessage) {
-        let Some(peer) = self.link.peer(&attempt.peer) else { return };
-        match message.to_wire(attempt.id) {
+    pub async fn send(&self, peer: &SiteName, id: MigrationId, message: &MigrationMessage) {
+        let Some(handle) = self.link.peer(peer) else { return };
+        match message.to_wire(id) {
             Ok(wire) => {
-                if peer.send(wire).await.is_err() {
-                    tracing::debug!(peer = %attempt.peer, "message lost, link is down");
+                if handle.send(wire).await.is_err() {
+                    tracing::debug!(%peer, "message lost, link is down");
                 }
             }
-            Err(error) => tracing::warn!(vm = %attempt.vm, %error, "message does not fit a frame"),
+            Err(error) => tracing::warn!(%peer, %error, "message does not fit a frame"),
         }
     }
 }

@@ -98,7 +98,7 @@ async fn handover(leaf: &SourceLeaf, row: &MachineRow) -> Result<Handover, Refus
     let mut nics = Vec::new();
     for hold in ports(&leaf.edges, row, &leaf.attempt)? {
         let Some(nic) = row.definition.nics.iter().find(|nic| nic.name == hold.key.nic) else { continue };
-        let flows = leaf.edges.tunnel.sample(&hold.key).await.map_err(tunnel_failed)?;
+        let flows = leaf.edges.tunnel.sample(hold.key.clone()).await.map_err(tunnel_failed)?;
         nics.push(NicHandover {
             nic: nic.name.clone(),
             mac: nic.mac,

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::convergence::Progress;
-use longhaul_core::migration::message::{Refusal, Reservation};
+use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
 use longhaul_core::units::{Bytes, Rate};
 
@@ -44,7 +44,6 @@ pub(super) struct Transfer {
     pub server: Option<NbdServer>,
     pub exports: Vec<String>,
     pub memory: Option<SourceHandle>,
-    pub lowered_ttl_from_s: Option<u32>,
 }
 
 /// Copies until it is told to stop; the transfer then goes to the next leaf.
@@ -52,15 +51,14 @@ pub(super) async fn run(
     leaf: SourceLeaf,
     guest: Guest,
     row: MachineRow,
-    _reservation: Reservation,
-    with_names: bool,
+    ttl_before_s: Option<watch::Sender<Option<u32>>>,
     mut transfer: Transfer,
     mut stop: watch::Receiver<bool>,
 ) -> Transfer {
     tokio::select! {
         biased;
         _ = stop.wait_for(|stop| *stop) => return transfer,
-        result = begin(&leaf, &guest, &row, with_names, &mut transfer) => {
+        result = begin(&leaf, &guest, &row, ttl_before_s, &mut transfer) => {
             if let Err(why) = result {
                 leaf.report(Event::Failed(why)).await;
                 return transfer;
@@ -82,10 +80,10 @@ async fn begin(
     leaf: &SourceLeaf,
     guest: &Guest,
     row: &MachineRow,
-    with_names: bool,
+    ttl_before_s: Option<watch::Sender<Option<u32>>>,
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
-    lower_ttl(leaf, row, with_names, transfer).await?;
+    lower_ttl(leaf, row, ttl_before_s).await?;
     let peer = peer(leaf)?;
     let window = leaf.edges.config.link.window_mib << 20;
     let sockets = socket_dir(leaf)?;
@@ -198,17 +196,13 @@ async fn start_memory(
 async fn lower_ttl(
     leaf: &SourceLeaf,
     row: &MachineRow,
-    with_names: bool,
-    transfer: &mut Transfer,
+    ttl_before_s: Option<watch::Sender<Option<u32>>>,
 ) -> Result<(), Refusal> {
-    let (Some(name), Some(names), true) = (&row.definition.dns_name, &leaf.edges.names, with_names) else {
+    let (Some(name), Some(names), Some(ttl)) = (&row.definition.dns_name, &leaf.edges.names, ttl_before_s) else {
         return Ok(());
     };
-    let before = names
-        .lower_ttl(name)
-        .await
-        .map_err(|error| Refusal::Names(Refusal::text(chain(&error))))?;
-    transfer.lowered_ttl_from_s = Some(before);
+    let before = names.lower_ttl(name).await.map_err(|error| Refusal::Names(Refusal::text(chain(&error))))?;
+    ttl.send_replace(Some(before));
     Ok(())
 }
 

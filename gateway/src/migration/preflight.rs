@@ -88,7 +88,7 @@ async fn neighbours(
     };
     leaf.edges
         .tunnel
-        .neighbours(&lan.bridge)
+        .home_neighbours(lan.bridge.clone())
         .await
         .map_err(|error| Refusal::Other(Refusal::text(chain(&error))))
 }

@@ -30,7 +30,7 @@ use crate::hypervisor::{
     Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
 };
 use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
-use crate::migration::anchor::{kernel_paths, pool_images, visits};
+use crate::migration::anchor::{pool_images, visits};
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
 
@@ -91,7 +91,7 @@ async fn prepare(
     let user = edges.hypervisor.user(definition);
     let mut taps = std::collections::BTreeMap::new();
     for visit in visits(edges, definition, reservation, &proposal.nics, &leaf.attempt.peer)? {
-        edges.tunnel.tap_create(&visit.key, user).await.map_err(tunnel_failed)?;
+        edges.tunnel.create_tap(visit.key.clone(), user, None).await.map_err(tunnel_failed)?;
         taps.insert(visit.key.nic.clone(), visit.port.clone());
         edges.tunnel.visit_prepare(visit).await.map_err(tunnel_failed)?;
     }
@@ -102,8 +102,6 @@ async fn prepare(
             .map(|(name, path)| (name, DiskFile { path: path.clone(), format: DiskFormat::Raw }))
             .collect(),
         taps,
-        kernel: kernel_paths(&edges.config, definition)?,
-        ..Placement::default()
     };
     let guest = edges
         .hypervisor

@@ -16,10 +16,12 @@ use crate::hypervisor::Guest;
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
 
 /// Forgets the guest and keeps its disks aside.
-pub(super) async fn run(leaf: SourceLeaf, guest: Guest, row: MachineRow, transfer: Transfer) -> Transfer {
+pub(super) async fn run(leaf: SourceLeaf, guest: Option<Guest>, row: MachineRow, transfer: Transfer) -> Transfer {
     let vm = &leaf.attempt.vm;
     drop(transfer);
-    if let Err(error) = guest.quit(QEMU_LIMIT).await {
+    if let Some(guest) = guest
+        && let Err(error) = guest.quit(QEMU_LIMIT).await
+    {
         tracing::warn!(%vm, error = chain(&error), "QEMU of the machine that left could not be ended");
     }
     for image in &row.images {
@@ -31,7 +33,7 @@ pub(super) async fn run(leaf: SourceLeaf, guest: Guest, row: MachineRow, transfe
         }
     }
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
-        peer.close_bulk(leaf.attempt.id);
+        peer.close_bulk(leaf.attempt.id).await;
     }
     leaf.report(Event::TidiedUp).await;
     Transfer::default()

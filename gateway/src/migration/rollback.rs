@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::migration::source::Event;
 
@@ -19,33 +21,41 @@ const QEMU_LIMIT: Duration = Duration::from_secs(10);
 /// Undoes everything this side did; the permit lets the guest run if it ran before.
 pub(super) async fn run(
     leaf: SourceLeaf,
-    guest: Guest,
+    guest: Option<Guest>,
     row: MachineRow,
+    ttl_before_s: watch::Sender<Option<u32>>,
     mut transfer: Transfer,
     permit: RunPermit,
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
-    if let Err(error) = end_memory(&guest, &mut transfer).await {
-        tracing::warn!(%vm, error = chain(&error), "QEMU's migration could not be ended");
-    }
-    if let Err(error) = resume(&guest, permit, row.wanted).await {
-        tracing::warn!(%vm, error = chain(&error), "the guest could not be resumed");
+    match &guest {
+        Some(guest) => {
+            if let Err(error) = end_memory(guest, &mut transfer).await {
+                tracing::warn!(%vm, error = chain(&error), "QEMU's migration could not be ended");
+            }
+            if let Err(error) = resume(guest, permit, row.wanted).await {
+                tracing::warn!(%vm, error = chain(&error), "the guest could not be resumed");
+            }
+        }
+        None => tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk"),
     }
     match ports(&leaf.edges, &row, &leaf.attempt) {
         Ok(holds) => {
             for hold in holds {
-                if let Err(error) = leaf.edges.tunnel.hold_undo(&hold.key).await {
+                if let Err(error) = leaf.edges.tunnel.hold_undo(hold.key).await {
                     tracing::warn!(%vm, error = chain(&error), "held packets could not be given back");
                 }
             }
         }
         Err(why) => tracing::warn!(%vm, %why, "held packets could not be given back"),
     }
-    end_disks(&leaf, &guest, &row, &mut transfer).await;
-    if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
-        peer.close_bulk(leaf.attempt.id);
+    if let Some(guest) = &guest {
+        end_disks(&leaf, guest, &row, &mut transfer).await;
     }
-    restore_ttl(&leaf, &row, &mut transfer).await;
+    if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
+        peer.close_bulk(leaf.attempt.id).await;
+    }
+    restore_ttl(&leaf, &row, ttl_before_s.send_replace(None)).await;
     leaf.report(Event::RolledBack).await;
     transfer
 }
@@ -109,9 +119,9 @@ async fn end_disks(leaf: &SourceLeaf, guest: &Guest, row: &MachineRow, transfer:
     }
 }
 
-async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, transfer: &mut Transfer) {
+async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, before_s: Option<u32>) {
     let (Some(ttl_s), Some(name), Some(names)) =
-        (transfer.lowered_ttl_from_s.take(), &row.definition.dns_name, &leaf.edges.names)
+        (before_s, &row.definition.dns_name, &leaf.edges.names)
     else {
         return;
     };

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use longhaul_core::migration::Attempt;
-use longhaul_core::migration::message::MigrationMessage;
+use longhaul_core::migration::message::{Handover, MigrationMessage, Refusal, Reservation};
 use longhaul_core::migration::record::SourceRecord;
 use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
@@ -24,7 +24,7 @@ use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release,
 use crate::api::types::{Progressing, WanBytes};
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
-use crate::migration::anchor::{self, AnchorCommand};
+use crate::migration::anchor::{self, Anchor, AnchorCommand};
 
 /// What the source's leaves work with.
 pub(super) type SourceLeaf = Leaf<Event>;
@@ -41,13 +41,15 @@ pub struct SourceOptions {
 /// Drives one migration away from this site to its end.
 pub struct SourceDriver {
     leaf: SourceLeaf,
-    guest: Guest,
+    guest: Option<Guest>,
     row: MachineRow,
     options: SourceOptions,
     inbox: mpsc::Receiver<Inbound>,
     events: mpsc::Receiver<Event>,
     anchors: mpsc::Sender<AnchorCommand>,
     work: Work,
+    reservation: Option<Reservation>,
+    ttl_before_s: watch::Sender<Option<u32>>,
     wan_before: WanBytes,
 }
 
@@ -58,11 +60,12 @@ enum Work {
 }
 
 impl SourceDriver {
-    /// A driver for a guest that runs here. `anchors` is told when the home address is to be attracted.
+    /// A driver for a guest that runs here; `None` after a restart that did not find it. `anchors` is told
+    /// when the home address is to be attracted.
     pub fn new(
         edges: Edges,
         attempt: Attempt,
-        guest: Guest,
+        guest: Option<Guest>,
         row: MachineRow,
         options: SourceOptions,
         inbox: mpsc::Receiver<Inbound>,
@@ -87,9 +90,10 @@ impl SourceDriver {
         self.drive(machine, step).await
     }
 
-    /// Goes on with one that a restart of the gateway interrupted.
-    pub async fn resume(self, last: SourceRecord) -> Result<Outcome, JournalError> {
+    /// Goes on with one that a restart of the gateway interrupted, from what its journal holds.
+    pub async fn resume(mut self, reservation: Option<Reservation>, last: SourceRecord) -> Result<Outcome, JournalError> {
         let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
+        self.reservation = reservation;
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Source::recover(attempt, last, limits, &site, now);
         self.drive(machine, step).await
@@ -140,28 +144,28 @@ impl SourceDriver {
     async fn perform(&mut self, action: Action) {
         match action {
             Action::Preflight => {
-                let (leaf, guest) = (self.leaf.clone(), self.guest.clone());
-                let (row, options) = (self.row.clone(), self.options.clone());
+                let Some(guest) = self.running_guest().await else { return };
+                let (leaf, row, options) = (self.leaf.clone(), self.row.clone(), self.options.clone());
                 tokio::spawn(preflight::run(leaf, guest, row, options));
             }
             Action::Send(message) => {
-                let (edges, attempt) = (self.leaf.edges.clone(), self.leaf.attempt.clone());
-                edges.send(&attempt, &message).await;
+                let attempt = &self.leaf.attempt;
+                self.leaf.edges.send(&attempt.peer, attempt.id, &message).await;
             }
             Action::StartPreCopy(reservation) => {
-                let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
-                let names = !self.options.without_dns;
-                self.replace_work(move |transfer, stop| async move {
-                    precopy::run(leaf, guest, row, reservation, names, transfer, stop).await
-                });
+                let Some(guest) = self.running_guest().await else { return };
+                let (leaf, row) = (self.leaf.clone(), self.row.clone());
+                self.reservation = Some(reservation);
+                let ttl = (!self.options.without_dns).then(|| self.ttl_before_s.clone());
+                self.replace_work(move |transfer, stop| precopy::run(leaf, guest, row, ttl, transfer, stop));
             }
             Action::Park => {
-                let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
+                let Some(guest) = self.running_guest().await else { return };
+                let (leaf, row) = (self.leaf.clone(), self.row.clone());
                 self.replace_work(move |transfer, stop| park::run(leaf, guest, row, transfer, stop));
             }
-            Action::Attract => {
-                let attract = AnchorCommand::attract(&self.leaf.attempt, &self.row, &self.options);
-                anchor::tell(&self.anchors, attract).await;
+            Action::Attract(handover) => {
+                anchor::tell(&self.anchors, self.attract(&handover)).await;
             }
             Action::Release => {
                 let vm = self.leaf.attempt.vm.clone();
@@ -173,9 +177,33 @@ impl SourceDriver {
                 let vm = self.leaf.attempt.vm.clone();
                 anchor::tell(&self.anchors, AnchorCommand::Forget(vm)).await;
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
-                self.replace_work(move |transfer, _stop| rollback::run(leaf, guest, row, transfer, permit));
+                let ttl = self.ttl_before_s.clone();
+                self.replace_work(move |transfer, _stop| rollback::run(leaf, guest, row, ttl, transfer, permit));
             }
         }
+    }
+
+    /// The guest; without one the attempt fails.
+    async fn running_guest(&self) -> Option<Guest> {
+        if self.guest.is_none() {
+            let why = Refusal::Hypervisor("QEMU of the machine is not running".into());
+            self.leaf.report(Event::Failed(why)).await;
+        }
+        self.guest.clone()
+    }
+
+    fn attract(&self, handover: &Handover) -> AnchorCommand {
+        let follows = self.leaf.edges.names.is_some() && !self.options.without_dns;
+        let ttl_before_s = *self.ttl_before_s.borrow();
+        let anchor = Anchor::new(
+            &self.leaf.edges.config,
+            &self.leaf.attempt,
+            &self.row.definition,
+            self.reservation.as_ref(),
+            handover,
+            follows.then_some(ttl_before_s.or(self.row.definition.dns_ttl_s)).map(Option::unwrap_or_default),
+        );
+        AnchorCommand::Attract(Box::new(anchor))
     }
 
     /// Ends what works on the transfer and gives it to the next leaf.

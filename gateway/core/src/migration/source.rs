@@ -98,7 +98,7 @@ pub enum Action {
     /// `Parked`.
     Park,
     /// Send held and coming packets to the destination. The machine is its own now.
-    Attract,
+    Attract(Box<Handover>),
     /// Move the names, keep the disk aside, forget the guest: reports `TidiedUp`.
     Release,
     /// Undo everything: reports `RolledBack`. The permit resumes the guest.
@@ -162,12 +162,12 @@ impl Source {
                 source.abort(Refusal::Restarted(site.clone()))
             }
             SourceRecord::Committed { handover } => {
-                source.state = State::Committed { handover };
-                Step::act(vec![Action::Attract])
+                source.state = State::Committed { handover: handover.clone() };
+                Step::act(vec![Action::Attract(handover)])
             }
             SourceRecord::Released => {
                 source.state = State::Released;
-                Step::act(vec![Action::Attract, Action::Release])
+                Step::act(vec![Action::Release])
             }
             SourceRecord::Aborted { why } | SourceRecord::Returned { why } => {
                 source.state = State::Aborting { why, rolled_back: false, told: false };
@@ -391,8 +391,8 @@ impl Source {
         self.next_repeat = now + self.limits.repeat;
         let message = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(
-            Record::Source(SourceRecord::Committed { handover }),
-            vec![Action::Send(message), Action::Attract],
+            Record::Source(SourceRecord::Committed { handover: handover.clone() }),
+            vec![Action::Send(message), Action::Attract(handover)],
         )
     }
 

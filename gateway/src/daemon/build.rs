@@ -1,0 +1,127 @@
+//! Makes the edges from the configuration. The only place that knows how each of them is configured.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use longhaul_core::units::Rate;
+
+use crate::config::Config;
+use crate::dns::Names;
+use crate::hypervisor::{
+    AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange,
+};
+use crate::identity::Identity;
+use crate::journal::Journal;
+use crate::link::{DatagramSender, Link, LinkConfig, LinkEvent, PeerConfig};
+use crate::migration::Edges;
+use crate::tunnel::{DatagramPath, Tunnel, TunnelConfig};
+
+/// The most machines that run under user ids of their own at once.
+const UIDS: u32 = 1000;
+
+/// Opens everything: journal, hypervisor, link, tunnel, names.
+pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiver<LinkEvent>)> {
+    for folder in [&config.site.state_dir, &config.site.run_dir] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(folder)
+            .with_context(|| format!("Cannot make {}", folder.display()))?;
+    }
+    let journal = Journal::open(&config.site.state_dir.join("journal.redb"))?;
+    let identity = Identity::load(&config.site.key_file)
+        .with_context(|| format!("Cannot use {}; `longhaul key` makes a key", config.site.key_file.display()))?;
+    let hypervisor = Hypervisor::new(hypervisor(&config)?)?;
+    let names = config.dns.as_ref().map(Names::open).transpose()?.map(Arc::new);
+    let tunnel_config = Arc::new(tunnel(&config));
+    let tunnel = Tunnel::start((*tunnel_config).clone()).await.context("Cannot start the tunnel")?;
+    let (link, events) = Link::open(link(&config)?, identity).await.context("Cannot start the link")?;
+    for peer in link.peers() {
+        let path = Arc::new(LinkPath(peer.datagram_sender()));
+        tunnel.add_peer(peer.name().clone(), path, peer.take_datagrams()).await?;
+    }
+    let edges = Edges {
+        config: Arc::new(config),
+        journal,
+        hypervisor: Arc::new(hypervisor),
+        link,
+        tunnel,
+        tunnel_config,
+        names,
+        start: Instant::now(),
+    };
+    Ok((edges, events))
+}
+
+fn hypervisor(config: &Config) -> anyhow::Result<HypervisorConfig> {
+    let section = &config.hypervisor;
+    let mut kernels = BTreeMap::new();
+    for (name, kernel) in &config.kernel {
+        let paths = KernelPaths { kernel: kernel.image.clone(), initrd: kernel.initrd.clone() };
+        kernels.insert(name.parse().with_context(|| format!("kernel.{name}"))?, paths);
+    }
+    let accelerator = match section.accel.as_str() {
+        "kvm" => AcceleratorChoice::Kvm,
+        "tcg" => AcceleratorChoice::Tcg,
+        // The configuration was checked: nothing else is left.
+        _ => AcceleratorChoice::Auto,
+    };
+    Ok(HypervisorConfig {
+        qemu: section.qemu.clone(),
+        run_dir: config.site.run_dir.clone(),
+        uids: (section.uid_base > 0).then_some(UidRange { first: section.uid_base, count: UIDS }),
+        accelerator,
+        allow_host_cpu: section.allow_host_cpu,
+        kernels,
+        uefi_code: section.uefi_code.clone(),
+        ..HypervisorConfig::default()
+    })
+}
+
+fn tunnel(config: &Config) -> TunnelConfig {
+    let section = &config.tunnel;
+    let mut tunnel = TunnelConfig { device: section.device.clone(), ..TunnelConfig::default() };
+    tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
+    tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
+    tunnel.datapath.flows.tcp_idle = Duration::from_secs(section.idle_s);
+    tunnel.datapath.flows.quiet = Duration::from_secs(section.quiet_s);
+    tunnel.datapath.flows.limit = (section.max_age_s > 0).then(|| Duration::from_secs(section.max_age_s));
+    tunnel
+}
+
+fn link(config: &Config) -> anyhow::Result<LinkConfig> {
+    let section = &config.link;
+    let mut peers = Vec::new();
+    for peer in &config.peer {
+        peers.push(PeerConfig {
+            name: peer.name.clone(),
+            key: peer.key.parse().with_context(|| format!("peer.{}.key", peer.name))?,
+            address: peer.address,
+        });
+    }
+    let mut link = LinkConfig::new(config.site.name.clone(), section.listen, peers);
+    link.rate = Rate::mbit(section.rate_mbit);
+    link.mtu_bytes = section.mtu_bytes;
+    link.udp_buffer_bytes = (section.socket_buffer_mib << 20) as usize;
+    link.idle_timeout = Duration::from_secs(section.idle_timeout_s);
+    Ok(link)
+}
+
+/// The link's datagrams, as the tunnel wants them.
+struct LinkPath(DatagramSender);
+
+impl DatagramPath for LinkPath {
+    fn try_send(&self, datagram: Bytes) -> bool {
+        self.0.try_send(datagram).is_ok()
+    }
+
+    fn max_len(&self) -> usize {
+        self.0.max_len()
+    }
+}

@@ -1,0 +1,126 @@
+//! `longhaul doctor`: finds what would make a migration fail before it is tried, and says the remedy.
+//!
+//! Looks, and changes nothing.
+
+use std::path::Path;
+
+use longhaul_core::ids::VmName;
+
+use super::Daemon;
+use crate::api::types::Finding;
+use crate::migration::chain;
+
+impl Daemon {
+    pub(super) async fn doctor(&self, vm: Option<VmName>) -> Vec<Finding> {
+        let mut findings = vec![self.hypervisor().await, self.pool()];
+        findings.extend(self.lans());
+        findings.extend(self.peers());
+        for machine in self.machines.values() {
+            if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {
+                findings.extend(self.machine(machine).await);
+            }
+        }
+        if let Some(vm) = vm
+            && !self.machines.contains_key(&vm)
+        {
+            findings.push(bad(&format!("machine {vm}"), "this site does not have it", "`longhaul vm list` lists machines"));
+        }
+        findings
+    }
+
+    async fn hypervisor(&self) -> Finding {
+        match self.edges.hypervisor.capabilities().await {
+            Ok(host) => {
+                let accelerator = self.edges.hypervisor.accelerator().await.as_str();
+                good("hypervisor", format!("QEMU {} with {accelerator}", host.qemu))
+            }
+            Err(error) => bad("hypervisor", &chain(&error), "install QEMU, or set hypervisor.qemu"),
+        }
+    }
+
+    fn pool(&self) -> Finding {
+        let pool = &self.edges.config.storage.pool;
+        match nix::sys::statvfs::statvfs(pool) {
+            Ok(space) => {
+                let free = longhaul_core::units::Bytes(space.blocks_available() * space.fragment_size());
+                good("pool", format!("{free} free in {}", pool.display()))
+            }
+            Err(error) => {
+                bad("pool", &format!("{}: {error}", pool.display()), "make the folder, or set storage.pool")
+            }
+        }
+    }
+
+    fn lans(&self) -> Vec<Finding> {
+        let config = &self.edges.config;
+        config
+            .lan
+            .iter()
+            .map(|(name, lan)| {
+                let check = format!("lan.{name}");
+                if !Path::new("/sys/class/net").join(&lan.bridge).join("bridge").exists() {
+                    let detail = format!("{} is no bridge of this host", lan.bridge);
+                    return bad(&check, &detail, "make the bridge and put the LAN's interface into it");
+                }
+                let addresses = lan.care_of_addresses().map_or(0, |addresses| addresses.len());
+                good(&check, format!("bridge {}, {addresses} care-of addresses", lan.bridge))
+            })
+            .collect()
+    }
+
+    fn peers(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for peer in self.edges.link.peers() {
+            let check = format!("peer {}", peer.name());
+            findings.push(if peer.is_up() {
+                good(&check, format!("up, round trip {:.1} ms", peer.stats().rtt.as_secs_f64() * 1e3))
+            } else {
+                bad(&check, "no connection", "check the address, the UDP port in firewalls, and both keys")
+            });
+        }
+        findings
+    }
+
+    async fn machine(&self, machine: &super::Machine) -> Vec<Finding> {
+        let definition = &machine.row.definition;
+        let check = format!("machine {}", definition.name);
+        let Some(guest) = &machine.guest else {
+            return vec![bad(&check, "it is not running", "`longhaul vm start` starts it")];
+        };
+        let mut findings = Vec::new();
+        match guest.what_cannot_travel().await {
+            Ok(travel) if travel.obstacles.is_empty() => findings.push(good(&check, "nothing in it is bound to this host".into())),
+            Ok(travel) => findings.extend(
+                travel
+                    .obstacles
+                    .iter()
+                    .map(|obstacle| bad(&check, &obstacle.to_string(), "take it out of the machine before the move")),
+            ),
+            Err(error) => findings.push(bad(&check, &chain(&error), "check its QEMU")),
+        }
+        findings.extend(self.names(machine).await);
+        findings
+    }
+
+    async fn names(&self, machine: &super::Machine) -> Option<Finding> {
+        let name = machine.row.definition.dns_name.as_ref()?;
+        let check = format!("name {name}");
+        let Some(names) = &self.edges.names else {
+            return Some(bad(&check, "this site has no [dns]", "add it, or move with --without-dns"));
+        };
+        let home: Vec<_> =
+            machine.row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect();
+        Some(match names.check(name, &home).await {
+            Ok(standing) => good(&check, format!("can follow; TTL {} s", standing.ttl_s)),
+            Err(error) => bad(&check, &chain(&error), "check server, key and update policy"),
+        })
+    }
+}
+
+fn good(check: &str, detail: String) -> Finding {
+    Finding { check: check.to_owned(), ok: true, detail, remedy: None }
+}
+
+fn bad(check: &str, detail: &str, remedy: &str) -> Finding {
+    Finding { check: check.to_owned(), ok: false, detail: detail.to_owned(), remedy: Some(remedy.to_owned()) }
+}

@@ -1,0 +1,266 @@
+//! Machines of this site: define, adopt, start, stop, forget.
+//!
+//! Starting wants a permit, and the ledger gives one only for a machine that this site owns and that
+//! is not moving.
+
+use std::path::Path;
+use std::time::Duration;
+
+use longhaul_core::ids::{Epoch, VmName};
+use longhaul_core::machine::MachineDefinition;
+use longhaul_core::migration::ledger::{MayNotRun, Ownership};
+use longhaul_core::tunnel::policy::PortKey;
+
+use super::{Daemon, Machine};
+use crate::api::types::{AdoptRequest, DefineRequest};
+use crate::api::{Request, RequestError};
+use crate::hypervisor::{DiskFile, DiskFormat, Guest, Placement, RunState, StartMode, parse_definition};
+use crate::migration::MachineRow;
+
+const QEMU_LIMIT: Duration = Duration::from_secs(10);
+
+impl Daemon {
+    /// Answers one API request.
+    pub(super) async fn on_request(&mut self, request: Request) {
+        // An asker that went away needs no answer.
+        match request {
+            Request::Status(reply) => drop(reply.send(self.status().await)),
+            Request::Define(body, reply) => drop(reply.send(self.define(&body))),
+            Request::Adopt(body, reply) => drop(reply.send(self.adopt(&body).await)),
+            Request::Start(vm, reply) => drop(reply.send(self.start(&vm).await)),
+            Request::Stop(vm, reply) => drop(reply.send(self.stop(&vm).await)),
+            Request::Undefine(vm, reply) => drop(reply.send(self.undefine(&vm).await)),
+            Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
+            Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
+            Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),
+            Request::MayRun(vm, reply) => drop(reply.send(self.may_run(&vm))),
+            Request::Doctor(vm, reply) => drop(reply.send(self.doctor(vm).await)),
+            Request::Metrics(reply) => drop(reply.send(self.metrics())),
+        }
+    }
+
+    fn define(&mut self, request: &DefineRequest) -> Result<(), RequestError> {
+        let definition = parse(&request.definition)?;
+        let vm = definition.name.clone();
+        self.expect_unknown(&vm)?;
+        let volumes = definition.volumes().count();
+        if request.disks.len() != volumes {
+            let text = format!("The definition has {volumes} volumes, {} images were given", request.disks.len());
+            return Err(RequestError::Invalid(text));
+        }
+        for image in &request.disks {
+            if !image.exists() {
+                return Err(RequestError::Invalid(format!("There is no image {}", image.display())));
+            }
+        }
+        self.know(definition, request.disks.clone(), None, None)
+    }
+
+    async fn adopt(&mut self, request: &AdoptRequest) -> Result<(), RequestError> {
+        let definition = parse(&request.definition)?;
+        let vm = definition.name.clone();
+        self.expect_unknown(&vm)?;
+        let guest = self
+            .edges
+            .hypervisor
+            .adopt(&request.qmp, &definition)
+            .await
+            .map_err(|error| RequestError::Failed(crate::migration::chain(&error)))?;
+        self.know(definition, Vec::new(), Some(request.qmp.clone()), Some(guest))
+    }
+
+    fn expect_unknown(&self, vm: &VmName) -> Result<(), RequestError> {
+        match self.edges.journal.ownership(vm) {
+            Ok(None) => Ok(()),
+            Ok(Some(Ownership::Here { .. })) => {
+                Err(RequestError::Conflict(format!("Machine {vm} is defined; `longhaul vm undefine {vm}` forgets it")))
+            }
+            Ok(Some(Ownership::Away { site, .. })) => Err(RequestError::Conflict(format!(
+                "Machine {vm} left for site {site}; `longhaul vm undefine {vm}` forgets that it was here"
+            ))),
+            Ok(Some(Ownership::Arriving { .. })) => {
+                Err(RequestError::Conflict(format!("Machine {vm} is just arriving here")))
+            }
+            Err(error) => Err(RequestError::Failed(error.to_string())),
+        }
+    }
+
+    fn know(
+        &mut self,
+        definition: MachineDefinition,
+        images: Vec<std::path::PathBuf>,
+        adopted: Option<std::path::PathBuf>,
+        guest: Option<Guest>,
+    ) -> Result<(), RequestError> {
+        let vm = definition.name.clone();
+        let row = MachineRow {
+            definition,
+            images,
+            home_site: self.edges.site().clone(),
+            wanted: guest.is_some(),
+            adopted,
+            care_of: Vec::new(),
+            handover: None,
+        };
+        let failed = |error: crate::journal::JournalError| RequestError::Failed(error.to_string());
+        self.edges.journal.put_machine(&vm, &row).map_err(failed)?;
+        self.edges.journal.define(&vm, &Ownership::Here { epoch: Epoch(0) }).map_err(failed)?;
+        tracing::info!(%vm, "machine defined");
+        self.machines.insert(vm, Machine { row, guest });
+        Ok(())
+    }
+
+    async fn start(&mut self, vm: &VmName) -> Result<(), RequestError> {
+        let ownership = self.ownership(vm)?;
+        if self.migration_of(vm).is_some() {
+            return Err(MayNotRun::Moving(vm.clone()).into());
+        }
+        let permit = ownership.permit(vm, None)?;
+        let Some(machine) = self.machines.get(vm) else { return Err(no_machine(vm)) };
+        if let Some(guest) = &machine.guest
+            && let Ok(state) = guest.status().await
+        {
+            if state.is_running() {
+                return Err(RequestError::Conflict(format!("Machine {vm} runs already")));
+            }
+            if state == RunState::Shutdown {
+                guest.quit(QEMU_LIMIT).await.map_err(|error| failed(&error))?;
+            }
+        }
+        let row = machine.row.clone();
+        let guest = match self.edges.hypervisor.find(vm).await.map_err(|error| failed(&error))? {
+            Some(guest) => guest,
+            None => self.launch(&row).await?,
+        };
+        guest.resume(permit).await.map_err(|error| failed(&error))?;
+        tracing::info!(%vm, "machine started");
+        let row = MachineRow { wanted: true, ..row };
+        self.edges.journal.put_machine(vm, &row).map_err(|error| failed(&error))?;
+        self.machines.insert(vm.clone(), Machine { row, guest: Some(guest) });
+        Ok(())
+    }
+
+    async fn launch(&self, row: &MachineRow) -> Result<Guest, RequestError> {
+        let definition = &row.definition;
+        let user = self.edges.hypervisor.user(definition);
+        let mut taps = std::collections::BTreeMap::new();
+        for nic in &definition.nics {
+            let key = PortKey { vm: definition.name.clone(), nic: nic.name.clone() };
+            let lan = self.edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
+                RequestError::Invalid(format!("This site has no [lan.{}], which NIC {} wants", nic.lan, nic.name))
+            })?;
+            let visiting = row.handover.is_some();
+            let bridge = (!visiting).then(|| lan.bridge.clone());
+            let tap = self.edges.tunnel.create_tap(key.clone(), user, bridge).await.map_err(|error| failed(&error))?;
+            if !visiting {
+                self.edges.tunnel.sample_begin(key, tap.clone()).await.map_err(|error| failed(&error))?;
+            }
+            taps.insert(nic.name.clone(), tap);
+        }
+        let names = definition.volumes().map(|volume| volume.name.clone());
+        let disks = names.zip(&row.images).map(|(name, path)| {
+            (name, DiskFile { path: path.clone(), format: format_of(path) })
+        });
+        let placement = Placement { disks: disks.collect(), taps };
+        self.edges
+            .hypervisor
+            .start(definition, &placement, StartMode::Boot)
+            .await
+            .map_err(|error| failed(&error))
+    }
+
+    async fn stop(&mut self, vm: &VmName) -> Result<(), RequestError> {
+        if self.migration_of(vm).is_some() {
+            return Err(MayNotRun::Moving(vm.clone()).into());
+        }
+        let Some(machine) = self.machines.get_mut(vm) else { return Err(no_machine(vm)) };
+        let Some(guest) = machine.guest.take() else {
+            return Err(RequestError::Conflict(format!("Machine {vm} is not running")));
+        };
+        guest.quit(QEMU_LIMIT).await.map_err(|error| failed(&error))?;
+        machine.row.wanted = false;
+        self.edges.journal.put_machine(vm, &machine.row).map_err(|error| failed(&error))?;
+        tracing::info!(%vm, "machine stopped");
+        Ok(())
+    }
+
+    async fn undefine(&mut self, vm: &VmName) -> Result<(), RequestError> {
+        let ownership = self.ownership(vm)?;
+        if self.migration_of(vm).is_some() {
+            return Err(MayNotRun::Moving(vm.clone()).into());
+        }
+        let running = self.machines.get(vm).is_some_and(|machine| machine.guest.is_some());
+        if running && matches!(ownership, Ownership::Here { .. }) {
+            return Err(RequestError::Conflict(format!("Machine {vm} runs; stop it first")));
+        }
+        if let Some(machine) = self.machines.remove(vm) {
+            for nic in &machine.row.definition.nics {
+                let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
+                if let Err(error) = self.edges.tunnel.remove_tap(key).await {
+                    tracing::debug!(%vm, %error, "tap was not removed");
+                }
+            }
+        }
+        self.edges.journal.remove_machine(vm).map_err(|error| failed(&error))
+    }
+
+    pub(super) fn ownership(&self, vm: &VmName) -> Result<Ownership, RequestError> {
+        match self.edges.journal.ownership(vm) {
+            Ok(Some(ownership)) => Ok(ownership),
+            Ok(None) => Err(no_machine(vm)),
+            Err(error) => Err(RequestError::Failed(error.to_string())),
+        }
+    }
+
+    fn may_run(&self, vm: &VmName) -> Result<(), RequestError> {
+        if self.migration_of(vm).is_some() {
+            return Err(MayNotRun::Moving(vm.clone()).into());
+        }
+        // The permit is not given away: whoever asks starts the machine by other means.
+        self.ownership(vm)?.permit(vm, None).map(drop)?;
+        Ok(())
+    }
+
+    /// What the journal and the hypervisor say of `vm` now, after something has happened to it.
+    pub(super) async fn refresh(&mut self, vm: &VmName) {
+        let ownership = self.edges.journal.ownership(vm).unwrap_or_default();
+        if !matches!(ownership, Some(Ownership::Here { .. })) {
+            self.machines.remove(vm);
+            return;
+        }
+        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
+        let Some((_, row)) = rows.into_iter().find(|(name, _)| name == vm) else { return };
+        let guest = self.find(&row).await;
+        self.machines.insert(vm.clone(), Machine { row, guest });
+    }
+
+    /// The QEMU of a machine, if it runs.
+    pub(super) async fn find(&self, row: &MachineRow) -> Option<Guest> {
+        let found = match &row.adopted {
+            Some(socket) => self.edges.hypervisor.adopt(socket, &row.definition).await.ok(),
+            None => self.edges.hypervisor.find(&row.definition.name).await.ok().flatten(),
+        };
+        if found.is_none() && row.wanted {
+            tracing::warn!(vm = %row.definition.name, "machine should run, but its QEMU is not there");
+        }
+        found
+    }
+}
+
+/// An image's format by its name: what is not called `.qcow2` is raw.
+fn format_of(path: &Path) -> DiskFormat {
+    if path.extension().is_some_and(|extension| extension == "qcow2") { DiskFormat::Qcow2 } else { DiskFormat::Raw }
+}
+
+fn parse(text: &str) -> Result<MachineDefinition, RequestError> {
+    parse_definition(text, Path::new("definition"))
+        .map_err(|error| RequestError::Invalid(crate::migration::chain(&error)))
+}
+
+fn no_machine(vm: &VmName) -> RequestError {
+    RequestError::NotFound(format!("No machine {vm} at this site; `longhaul vm list` lists them"))
+}
+
+fn failed(error: &dyn std::error::Error) -> RequestError {
+    RequestError::Failed(crate::migration::chain(error))
+}

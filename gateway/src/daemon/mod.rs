@@ -1,0 +1,202 @@
+//! The daemon: builds the edges, recovers, then runs one task that owns everything that is not on disk.
+//!
+//! ```text
+//!   link events --\
+//!   API requests --+--> select -> apply --> drivers (a task each), anchors (a task each)
+//!   ended drivers -/
+//! ```
+//!
+//! Recovery comes before listening: what the journal owes is begun before a peer or an operator can
+//! ask for anything new.
+
+mod build;
+mod dispatch;
+mod doctor;
+mod machines;
+mod recovery;
+mod status;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::IsTerminal;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tracing_subscriber::EnvFilter;
+
+use longhaul_core::ids::{MigrationId, SiteName, VmName};
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::message::{Proposal, Refusal};
+
+use crate::api::types::AnchorView;
+use crate::api::{Request, server};
+use crate::config::Config;
+use crate::hypervisor::Guest;
+use crate::journal::JournalError;
+use crate::link::LinkEvent;
+use crate::migration::anchor::{self, AnchorCommand};
+use crate::migration::view::Viewer;
+use crate::migration::{Edges, Inbound, MachineRow};
+
+/// Proposals that were accepted and wait for their reservation; beyond it the oldest is forgotten.
+const MAX_ACCEPTED: usize = 64;
+/// Ended migrations that the status still shows.
+const MAX_SHOWN: usize = 100;
+
+/// Sets up logging: for people on a terminal, or JSON lines.
+pub fn logs(json: bool) {
+    let filter = EnvFilter::try_from_env("LONGHAUL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json {
+        builder.json().init();
+    } else {
+        builder.with_ansi(std::io::stderr().is_terminal()).init();
+    }
+}
+
+/// Runs the daemon until it is told to stop.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let socket = config.site.api_socket();
+    let (edges, mut link_events) = build::edges(config).await?;
+    let (anchors, anchor_commands) = mpsc::channel(64);
+    let (anchor_views, anchor_watch) = watch::channel(BTreeMap::new());
+    tokio::spawn(anchor::run(edges.clone(), anchor_commands, anchor_views));
+    let (ended_tx, mut ended) = mpsc::channel(64);
+    let (admitted_tx, mut admitted) = mpsc::channel(64);
+    let mut daemon = Daemon {
+        edges,
+        machines: BTreeMap::new(),
+        migrations: BTreeMap::new(),
+        accepted: BTreeMap::new(),
+        anchors,
+        anchor_views: anchor_watch,
+        ended: ended_tx,
+        admitted: admitted_tx,
+    };
+    daemon.recover().await.context("Recovery failed; nothing was changed")?;
+    let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
+    let api_socket = socket.clone();
+    let api = tokio::spawn(async move { server::serve(&api_socket, requests_tx).await });
+    tracing::info!(site = %daemon.edges.site(), api = %socket.display(), "gateway is ready");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    loop {
+        tokio::select! {
+            Some(event) = link_events.recv() => daemon.on_link(event).await,
+            Some(request) = requests.recv() => daemon.on_request(request).await,
+            Some(end) = ended.recv() => daemon.on_ended(end).await?,
+            Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    tracing::info!("stopping; machines and tunnels stay");
+    api.abort();
+    // A socket that nobody answers is worse than none.
+    drop(std::fs::remove_file(&socket));
+    daemon.edges.link.clone().close().await;
+    Ok(())
+}
+
+/// What the one task owns.
+struct Daemon {
+    edges: Edges,
+    machines: BTreeMap<VmName, Machine>,
+    migrations: BTreeMap<MigrationId, Running>,
+    accepted: BTreeMap<MigrationId, (SiteName, Proposal)>,
+    anchors: mpsc::Sender<AnchorCommand>,
+    anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
+    ended: mpsc::Sender<Ended>,
+    admitted: mpsc::Sender<Admitted>,
+}
+
+/// A machine that this site knows.
+struct Machine {
+    row: MachineRow,
+    guest: Option<Guest>,
+}
+
+/// A migration, running or shown after its end.
+struct Running {
+    attempt: Attempt,
+    /// `None` once it has ended.
+    inbox: Option<mpsc::Sender<Inbound>>,
+    viewer: Viewer,
+}
+
+/// A driver has ended.
+struct Ended {
+    id: MigrationId,
+    failed: Option<JournalError>,
+}
+
+/// A proposal was looked at.
+struct Admitted {
+    id: MigrationId,
+    peer: SiteName,
+    proposal: Box<Proposal>,
+    verdict: Result<(), Refusal>,
+}
+
+impl Daemon {
+    async fn on_link(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up { peer, restarted, .. } => {
+                tracing::info!(%peer, restarted, "link is up");
+                self.tell_migrations_with(&peer, || Inbound::LinkUp).await;
+            }
+            LinkEvent::Down { peer, reason } => {
+                tracing::warn!(%peer, ?reason, "link is down");
+                self.tell_migrations_with(&peer, || Inbound::LinkDown).await;
+            }
+            LinkEvent::Control { peer, message } => self.on_message(peer, message).await,
+            LinkEvent::Refused { .. } => {}
+        }
+    }
+
+    async fn tell_migrations_with(&self, peer: &SiteName, inbound: impl Fn() -> Inbound) {
+        for running in self.migrations.values().filter(|running| running.attempt.peer == *peer) {
+            if let Some(inbox) = &running.inbox {
+                // A driver that ends at this moment needs no news.
+                drop(inbox.send(inbound()).await);
+            }
+        }
+    }
+
+    async fn on_ended(&mut self, end: Ended) -> anyhow::Result<()> {
+        if let Some(error) = end.failed {
+            return Err(error).context("The journal failed; nothing can be decided any more");
+        }
+        let Some(running) = self.migrations.get_mut(&end.id) else { return Ok(()) };
+        running.inbox = None;
+        let vm = running.attempt.vm.clone();
+        self.refresh(&vm).await;
+        let shown: BTreeSet<MigrationId> = self
+            .migrations
+            .iter()
+            .filter(|(_, running)| running.inbox.is_none())
+            .map(|(id, _)| *id)
+            .collect();
+        if shown.len() > MAX_SHOWN {
+            let oldest = shown.iter().min_by_key(|id| self.migrations[id].viewer.current().started_ms);
+            if let Some(id) = oldest {
+                self.migrations.remove(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// The migration that `vm` is in at this moment.
+    fn migration_of(&self, vm: &VmName) -> Option<&Running> {
+        self.migrations.values().find(|running| {
+            running.attempt.vm == *vm
+                && running.inbox.is_some()
+                && running.viewer.current().progressing == crate::api::types::Progressing::Running
+        })
+    }
+}
