@@ -1,0 +1,179 @@
+//! The two ends of a bulk channel as memory and disk see them.
+//!
+//! Both talk to the peer's task through one unbounded queue. What it holds is bounded all the same: by the
+//! windows of the channels, since a producer waits for room and a consumer reports each chunk once.
+//! [`BulkSender::absorb`] alone goes beyond, on purpose. Nothing here knows whether the link is up.
+
+use bytes::Bytes;
+use longhaul_core::bulk::{Acknowledged, BulkId, SendWindow};
+use tokio::sync::{mpsc, watch};
+
+use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK};
+
+/// What an end of a channel tells the peer's task.
+#[derive(Debug)]
+pub(super) enum BulkCommand {
+    /// Send this chunk.
+    Queue { id: BulkId, chunk: Bytes },
+    /// Nothing more will be sent.
+    End { id: BulkId },
+    /// The consumer is done with all below `taken`.
+    Taken { id: BulkId, taken: u64 },
+    /// The consumer went away before the end.
+    Abandon { id: BulkId },
+}
+
+/// What arrives at a consumer.
+#[derive(Debug)]
+pub(super) enum Delivered {
+    Chunk(Bytes),
+    End,
+}
+
+/// The sending end of a bulk channel.
+///
+/// Dropping it ends the channel in order: what was queued is still delivered, then the other end's `recv`
+/// gives `None`. To break a channel off, close the migration's channels with
+/// [`super::PeerHandle::close_bulk`].
+#[derive(Debug)]
+pub struct BulkSender {
+    pub(super) id: BulkId,
+    pub(super) window: SendWindow,
+    pub(super) acknowledged: watch::Receiver<Acknowledged>,
+    pub(super) commands: mpsc::UnboundedSender<BulkCommand>,
+}
+
+impl BulkSender {
+    /// The channel.
+    pub fn id(&self) -> BulkId {
+        self.id
+    }
+
+    /// Waits until all that was queued is acknowledged: taken by the consumer at the other site.
+    pub async fn drained(&mut self) -> Result<(), ChunkClosed> {
+        while self.refresh()? > 0 {
+            self.acknowledged.changed().await.map_err(|_closed| ChunkClosed)?;
+        }
+        Ok(())
+    }
+
+    /// Takes over what was acknowledged; gives what is left.
+    fn refresh(&mut self) -> Result<u64, ChunkClosed> {
+        self.acknowledged.has_changed().map_err(|_closed| ChunkClosed)?;
+        let acknowledged = *self.acknowledged.borrow_and_update();
+        self.window.handle_acknowledged(acknowledged);
+        Ok(self.window.unacknowledged_bytes())
+    }
+}
+
+impl ChunkSend for BulkSender {
+    async fn send(&mut self, chunk: Bytes) -> Result<(), ChunkClosed> {
+        self.refresh()?;
+        while !self.window.has_room(chunk.len() as u64) {
+            self.acknowledged.changed().await.map_err(|_closed| ChunkClosed)?;
+            self.refresh()?;
+        }
+        self.absorb(chunk)
+    }
+
+    fn absorb(&mut self, chunk: Bytes) -> Result<(), ChunkClosed> {
+        self.refresh()?;
+        if chunk.len() > MAX_CHUNK {
+            tracing::error!(id = %self.id, length_bytes = chunk.len(), "A chunk is too long; it was not sent");
+            return Err(ChunkClosed);
+        }
+        self.window.handle_queued(chunk.len() as u64);
+        let queue = BulkCommand::Queue { id: self.id, chunk };
+        self.commands.send(queue).map_err(|_link_closed| ChunkClosed)
+    }
+
+    fn unacknowledged(&self) -> u64 {
+        let mut window = self.window.clone();
+        window.handle_acknowledged(*self.acknowledged.borrow());
+        window.unacknowledged_bytes()
+    }
+}
+
+impl Drop for BulkSender {
+    fn drop(&mut self) {
+        // The link may be closed already; then there is nothing to end.
+        let _ = self.commands.send(BulkCommand::End { id: self.id });
+    }
+}
+
+/// The receiving end of a bulk channel. Dropping it before the end closes the channel at both sites.
+#[derive(Debug)]
+pub struct BulkReceiver {
+    pub(super) id: BulkId,
+    pub(super) chunks: mpsc::UnboundedReceiver<Delivered>,
+    pub(super) commands: mpsc::UnboundedSender<BulkCommand>,
+    pub(super) received: u64,
+    pub(super) reported: u64,
+    pub(super) end: ReceiveEnd,
+}
+
+/// How the receiving end stands; for the last question a consumer has when `recv` gives `None`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReceiveEnd {
+    /// More may come.
+    Open,
+    /// The sender ended the channel, and everything was delivered.
+    Complete,
+    /// The channel was broken off; something may be missing.
+    Broken,
+}
+
+impl BulkReceiver {
+    /// The channel.
+    pub fn id(&self) -> BulkId {
+        self.id
+    }
+
+    /// Whether the channel ended in order or was broken off.
+    pub fn end(&self) -> ReceiveEnd {
+        self.end
+    }
+
+    fn report(&mut self) {
+        if self.reported == self.received {
+            return;
+        }
+        self.reported = self.received;
+        let taken = BulkCommand::Taken { id: self.id, taken: self.received };
+        let _ = self.commands.send(taken); // a closed link needs no report
+    }
+}
+
+impl ChunkRecv for BulkReceiver {
+    async fn recv(&mut self) -> Option<Bytes> {
+        if self.end != ReceiveEnd::Open {
+            return None;
+        }
+        self.report();
+        match self.chunks.recv().await {
+            Some(Delivered::Chunk(chunk)) => {
+                self.received += 1;
+                Some(chunk)
+            }
+            Some(Delivered::End) => {
+                self.received += 1;
+                self.report();
+                self.end = ReceiveEnd::Complete;
+                None
+            }
+            None => {
+                self.end = ReceiveEnd::Broken;
+                None
+            }
+        }
+    }
+}
+
+impl Drop for BulkReceiver {
+    fn drop(&mut self) {
+        if self.end != ReceiveEnd::Complete {
+            // The link may be closed already; then there is nothing to abandon.
+            let _ = self.commands.send(BulkCommand::Abandon { id: self.id });
+        }
+    }
+}

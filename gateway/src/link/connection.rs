@@ -1,0 +1,302 @@
+//! The tasks of one connection: they move bytes between quinn and the peer's task and decide nothing.
+//!
+//! ```text
+//!  control reader --.                                   .-- control writer
+//!  stream readers ---> ConnectionEvent -> peer task ---<
+//!  chunk senders  --'                                   '-- one sender per chunk
+//!  datagram reader -----------------------------------------> whoever takes datagrams
+//! ```
+//!
+//! All of them end when the connection does; the peer's task drops the receiving end of their events and
+//! hears no more of them.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use longhaul_core::bulk::{BulkId, Channel, ChunkHeader, HeaderError};
+use longhaul_core::wire::{Message, WireError};
+use quinn::{Connection, RecvStream, SendStream, VarInt};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use super::handshake::{ControlReader, Established};
+use super::stats::{Counters, Kind};
+
+/// How many events of one connection may wait for the peer's task.
+const EVENT_QUEUE: usize = 64;
+
+/// How many frames may wait for the control stream; behind them the peer's task coalesces.
+const WRITER_QUEUE: usize = 8;
+
+/// A stream was stopped because nothing receives on its channel.
+const STOP_UNWANTED: u32 = 1;
+
+/// A stream was stopped because its chunk is here already.
+const STOP_DUPLICATE: u32 = 2;
+
+/// What to do with a chunk that begins to arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Read it.
+    Read,
+    /// It is here.
+    Duplicate,
+    /// Nobody receives on its channel.
+    Unwanted,
+}
+
+/// What became of a chunk that was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It arrived.
+    Sent,
+    /// Nobody receives on its channel.
+    Refused,
+    /// It did not arrive.
+    Lost,
+}
+
+/// What the tasks of a connection report.
+#[derive(Debug)]
+pub(super) enum ConnectionEvent {
+    /// A control message.
+    Message(Message),
+    /// A chunk begins; its bytes are read after the verdict.
+    ChunkBegins { header: ChunkHeader, verdict: oneshot::Sender<Verdict> },
+    /// A chunk is complete.
+    Chunk { header: ChunkHeader, bytes: Bytes },
+    /// A chunk broke off after its verdict.
+    ChunkBroke { header: ChunkHeader },
+    /// A chunk of this side is done with, one way or the other.
+    ChunkDone { id: BulkId, number: u64, stream_bytes: u64, outcome: Outcome },
+    /// The peer sent what no correct gateway sends.
+    Broken(ProtocolError),
+}
+
+/// What no correct gateway sends.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ProtocolError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    #[error(transparent)]
+    Receive(#[from] longhaul_core::bulk::ReceiveError),
+    #[error("The peer closed its control stream")]
+    ControlClosed,
+    #[error("The peer announces more than {limit} bulk channels")]
+    TooManyChannels { limit: usize },
+}
+
+/// A running connection. Dropping it ends its readers and its writer.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) connection: Connection,
+    pub(super) events: mpsc::Receiver<ConnectionEvent>,
+    pub(super) control: mpsc::Sender<Message>,
+    reports: mpsc::Sender<ConnectionEvent>,
+    counters: Arc<Counters>,
+    _tasks: JoinSet<()>,
+}
+
+impl Running {
+    /// Starts the tasks of `established`. Datagrams go to whoever `datagrams` names at the time.
+    pub(super) fn start(
+        established: Established,
+        counters: &Arc<Counters>,
+        datagrams: watch::Receiver<Option<mpsc::Sender<Bytes>>>,
+    ) -> Self {
+        let connection = established.connection;
+        let (reports, events) = mpsc::channel(EVENT_QUEUE);
+        let (control, frames) = mpsc::channel(WRITER_QUEUE);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(read_control(established.control_receive, reports.clone(), counters.clone()));
+        tasks.spawn(write_control(established.control_send, frames, counters.clone()));
+        tasks.spawn(accept_chunks(connection.clone(), reports.clone(), counters.clone()));
+        tasks.spawn(read_datagrams(connection.clone(), datagrams, counters.clone()));
+        Self { connection, events, control, reports, counters: counters.clone(), _tasks: tasks }
+    }
+
+    /// Sends one chunk on a stream of its own; what became of it arrives as an event.
+    pub(super) fn send_chunk(&self, header: ChunkHeader, bytes: Bytes) {
+        let (connection, reports, counters) =
+            (self.connection.clone(), self.reports.clone(), self.counters.clone());
+        tokio::spawn(async move {
+            let stream_bytes = stream_bytes(&bytes);
+            let outcome = carry(&connection, &header, bytes, &counters).await;
+            let done =
+                ConnectionEvent::ChunkDone { id: header.id, number: header.number, stream_bytes, outcome };
+            let _ = reports.send(done).await; // nobody listens any more: the connection was replaced
+        });
+    }
+}
+
+/// What a chunk takes on its stream, in bytes.
+pub(super) fn stream_bytes(bytes: &Bytes) -> u64 {
+    (ChunkHeader::LEN + bytes.len()) as u64
+}
+
+async fn carry(connection: &Connection, header: &ChunkHeader, bytes: Bytes, counters: &Counters) -> Outcome {
+    match write_chunk(connection, header, bytes, counters).await {
+        // Acknowledged by the other end's QUIC in full, or stopped by the gateway there.
+        Some(stream) => match stream.stopped().await {
+            Ok(None) => Outcome::Sent,
+            Ok(Some(code)) => outcome_of(code),
+            Err(_lost) => Outcome::Lost,
+        },
+        None => Outcome::Lost,
+    }
+}
+
+/// Writes header and bytes; a stream that was stopped meanwhile is given back too.
+async fn write_chunk(
+    connection: &Connection,
+    header: &ChunkHeader,
+    bytes: Bytes,
+    counters: &Counters,
+) -> Option<SendStream> {
+    let mut stream = connection.open_uni().await.ok()?;
+    let _ = stream.set_priority(priority(header.id.channel));
+    let mut parts = [Bytes::copy_from_slice(&header.encode()), bytes];
+    let length: usize = parts.iter().map(Bytes::len).sum();
+    match stream.write_all_chunks(&mut parts).await {
+        Ok(()) => {
+            counters.sent(Kind::from(header.id.channel), length);
+            let _ = stream.finish();
+            Some(stream)
+        }
+        Err(quinn::WriteError::Stopped(_)) => Some(stream),
+        Err(
+            quinn::WriteError::ConnectionLost(_)
+            | quinn::WriteError::ClosedStream
+            | quinn::WriteError::ZeroRttRejected,
+        ) => None,
+    }
+}
+
+fn outcome_of(code: VarInt) -> Outcome {
+    match code == VarInt::from_u32(STOP_DUPLICATE) {
+        true => Outcome::Sent,
+        false => Outcome::Refused,
+    }
+}
+
+/// Memory before disks; control is above both.
+fn priority(channel: Channel) -> i32 {
+    match channel {
+        Channel::Memory => 10,
+        Channel::Disk(_) => 0,
+    }
+}
+
+async fn read_control(
+    mut control: ControlReader,
+    reports: mpsc::Sender<ConnectionEvent>,
+    counters: Arc<Counters>,
+) {
+    loop {
+        let event = match control.next_frame().await {
+            Ok(Some(body)) => {
+                counters.received(Kind::Control, body.len());
+                match Message::decode(&body) {
+                    Ok(message) => ConnectionEvent::Message(message),
+                    Err(error) => ConnectionEvent::Broken(error.into()),
+                }
+            }
+            Ok(None) => ConnectionEvent::Broken(ProtocolError::ControlClosed),
+            Err(error) => ConnectionEvent::Broken(WireError::from(error).into()),
+        };
+        let last = matches!(event, ConnectionEvent::Broken(_));
+        if reports.send(event).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+async fn write_control(mut stream: SendStream, mut frames: mpsc::Receiver<Message>, counters: Arc<Counters>) {
+    while let Some(message) = frames.recv().await {
+        let frame = match message.encode() {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::error!(%error, "A control message cannot be sent");
+                continue;
+            }
+        };
+        if stream.write_all(&frame).await.is_err() {
+            return;
+        }
+        counters.sent(Kind::Control, frame.len());
+    }
+}
+
+async fn accept_chunks(
+    connection: Connection,
+    reports: mpsc::Sender<ConnectionEvent>,
+    counters: Arc<Counters>,
+) {
+    // The transport's stream limit bounds how many there are.
+    let mut readers = JoinSet::new();
+    loop {
+        tokio::select! {
+            stream = connection.accept_uni() => match stream {
+                Ok(stream) => { readers.spawn(read_chunk(stream, reports.clone(), counters.clone())); }
+                Err(_ended) => return,
+            },
+            Some(_done) = readers.join_next() => {}
+        }
+    }
+}
+
+async fn read_chunk(
+    mut stream: RecvStream,
+    reports: mpsc::Sender<ConnectionEvent>,
+    counters: Arc<Counters>,
+) {
+    let mut header = [0; ChunkHeader::LEN];
+    if stream.read_exact(&mut header).await.is_err() {
+        return; // broke off before it said what it is
+    }
+    let header = match ChunkHeader::decode(&header) {
+        Ok(header) => header,
+        Err(error) => {
+            let _ = reports.send(ConnectionEvent::Broken(error.into())).await;
+            return;
+        }
+    };
+    let (verdict, answer) = oneshot::channel();
+    if reports.send(ConnectionEvent::ChunkBegins { header, verdict }).await.is_err() {
+        return;
+    }
+    match answer.await {
+        Ok(Verdict::Read) => {}
+        Ok(Verdict::Duplicate) => return stop(&mut stream, STOP_DUPLICATE),
+        Ok(Verdict::Unwanted) | Err(_) => return stop(&mut stream, STOP_UNWANTED),
+    }
+    let mut bytes = BytesMut::zeroed(header.length_bytes as usize);
+    let event = match stream.read_exact(&mut bytes).await {
+        Ok(()) => {
+            counters.received(Kind::from(header.id.channel), ChunkHeader::LEN + bytes.len());
+            ConnectionEvent::Chunk { header, bytes: bytes.freeze() }
+        }
+        Err(_broke_off) => ConnectionEvent::ChunkBroke { header },
+    };
+    let _ = reports.send(event).await; // nobody listens any more: the connection was replaced
+}
+
+fn stop(stream: &mut RecvStream, code: u32) {
+    let _ = stream.stop(VarInt::from_u32(code));
+}
+
+async fn read_datagrams(
+    connection: Connection,
+    taker: watch::Receiver<Option<mpsc::Sender<Bytes>>>,
+    counters: Arc<Counters>,
+) {
+    while let Ok(datagram) = connection.read_datagram().await {
+        counters.received(Kind::Datagram, datagram.len());
+        let taken = taker.borrow().as_ref().is_some_and(|taker| taker.try_send(datagram).is_ok());
+        if !taken {
+            counters.datagram_dropped();
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! What the rest of the gateway holds of a peer: cheap handles that talk to the peer's task.
+//!
+//! No handle owns state of the link; all stay valid while connections come and go, until the link is
+//! closed.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use longhaul_core::bulk::BulkId;
+use longhaul_core::ids::{MigrationId, SiteName};
+use longhaul_core::wire::{Message, Version};
+use quinn::Connection;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::bulk::{BulkReceiver, BulkSender};
+use super::channels::BulkError;
+use super::stats::{Counters, Kind, LinkStats, PastConnections};
+use crate::identity::PublicKey;
+
+/// There is no connection with the peer now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("The peer is not connected")]
+pub struct NotConnected;
+
+/// Why a datagram was dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DatagramDropped {
+    /// The link is down.
+    #[error("The peer is not connected")]
+    NotConnected,
+    /// It does not fit a packet.
+    #[error("The datagram is longer than the {max_len} bytes that fit a packet")]
+    TooLong {
+        /// What fits.
+        max_len: usize,
+    },
+    /// More wait to be sent than the buffer holds.
+    #[error("The datagram buffer is full")]
+    Full,
+}
+
+/// The connection as handles see it.
+#[derive(Debug, Clone)]
+pub(super) struct Current {
+    pub(super) connection: Connection,
+    pub(super) version: Version,
+    pub(super) remote: SocketAddr,
+    pub(super) max_datagram_len: usize,
+}
+
+/// What the peer's task publishes.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LinkState {
+    pub(super) current: Option<Current>,
+    pub(super) past: PastConnections,
+}
+
+/// What handles ask of the peer's task.
+#[derive(Debug)]
+pub(super) enum Command {
+    OpenSender { id: BulkId, window_bytes: u64, reply: oneshot::Sender<Result<BulkSender, BulkError>> },
+    OpenReceiver { id: BulkId, window_bytes: u64, reply: oneshot::Sender<Result<BulkReceiver, BulkError>> },
+    CloseBulk { migration: MigrationId, reply: oneshot::Sender<()> },
+}
+
+/// One peer.
+#[derive(Debug, Clone)]
+pub struct PeerHandle {
+    pub(super) name: SiteName,
+    pub(super) key: PublicKey,
+    pub(super) messages: mpsc::Sender<Message>,
+    pub(super) commands: mpsc::Sender<Command>,
+    pub(super) state: watch::Receiver<LinkState>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) datagram_taker: Arc<watch::Sender<Option<mpsc::Sender<Bytes>>>>,
+    pub(super) datagram_queue: usize,
+}
+
+impl PeerHandle {
+    /// The peer's site.
+    pub fn name(&self) -> &SiteName {
+        &self.name
+    }
+
+    /// The peer's key.
+    pub fn key(&self) -> PublicKey {
+        self.key
+    }
+
+    /// Whether there is a connection now.
+    pub fn is_up(&self) -> bool {
+        self.state.borrow().current.is_some()
+    }
+
+    /// Where the peer is and which protocol version is spoken, while there is a connection.
+    pub fn remote(&self) -> Option<(SocketAddr, Version)> {
+        self.state.borrow().current.as_ref().map(|current| (current.remote, current.version))
+    }
+
+    /// Waits until there is a connection; at once if there is one.
+    pub async fn up(&self) -> Result<(), NotConnected> {
+        let mut state = self.state.clone();
+        state.wait_for(|state| state.current.is_some()).await.map(|_| ()).map_err(|_closed| NotConnected)
+    }
+
+    /// Sends a control message, waiting while many wait already. It may be lost when the connection ends:
+    /// whoever needs an answer repeats it after [`super::LinkEvent::Up`].
+    pub async fn send(&self, message: Message) -> Result<(), NotConnected> {
+        if !self.is_up() {
+            return Err(NotConnected);
+        }
+        self.messages.send(message).await.map_err(|_closed| NotConnected)
+    }
+
+    /// Opens the sending end of a bulk channel; nothing is transmitted before the peer opens its receiving
+    /// end. `window_bytes` bounds what is queued and not yet taken at the other site.
+    pub async fn bulk_sender(&self, id: BulkId, window_bytes: u64) -> Result<BulkSender, BulkError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Command::OpenSender { id, window_bytes, reply }).await?;
+        answer.await.map_err(|_closed| BulkError::LinkClosed)?
+    }
+
+    /// Opens the receiving end of a bulk channel. `window_bytes` bounds what is held here and what the
+    /// peer may send ahead; below rate times round trip it limits the throughput.
+    pub async fn bulk_receiver(&self, id: BulkId, window_bytes: u64) -> Result<BulkReceiver, BulkError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Command::OpenReceiver { id, window_bytes, reply }).await?;
+        answer.await.map_err(|_closed| BulkError::LinkClosed)?
+    }
+
+    /// Breaks off all bulk channels of a migration, on both sides if connected, and forgets them. To be
+    /// called when a migration is over, also after a good end.
+    pub async fn close_bulk(&self, migration: MigrationId) {
+        let (reply, done) = oneshot::channel();
+        if self.ask(Command::CloseBulk { migration, reply }).await.is_ok() {
+            let _ = done.await; // a closed link has no channels
+        }
+    }
+
+    /// A handle for sending datagrams.
+    pub fn datagram_sender(&self) -> DatagramSender {
+        DatagramSender { state: self.state.clone(), counters: self.counters.clone() }
+    }
+
+    /// Datagrams from the peer, from now on. Who calls last gets them; without a taker they are dropped.
+    pub fn take_datagrams(&self) -> mpsc::Receiver<Bytes> {
+        let (taker, datagrams) = mpsc::channel(self.datagram_queue);
+        self.datagram_taker.send_replace(Some(taker));
+        datagrams
+    }
+
+    /// The figures so far.
+    pub fn stats(&self) -> LinkStats {
+        let state = self.state.borrow().clone();
+        self.counters.stats(&state.past, state.current.as_ref().map(|current| &current.connection))
+    }
+
+    async fn ask(&self, command: Command) -> Result<(), BulkError> {
+        self.commands.send(command).await.map_err(|_closed| BulkError::LinkClosed)
+    }
+}
+
+/// Sends datagrams to one peer. Cheap to clone; one per task is meant.
+#[derive(Debug, Clone)]
+pub struct DatagramSender {
+    state: watch::Receiver<LinkState>,
+    counters: Arc<Counters>,
+}
+
+impl DatagramSender {
+    /// Sends a datagram or drops it, and counts both.
+    pub fn try_send(&self, datagram: Bytes) -> Result<(), DatagramDropped> {
+        let length = datagram.len();
+        let result = self.offer(datagram);
+        match result {
+            Ok(()) => self.counters.sent(Kind::Datagram, length),
+            Err(_) => self.counters.datagram_dropped(),
+        }
+        result
+    }
+
+    /// The longest datagram in bytes; `None` while the link is down.
+    pub fn max_len(&self) -> Option<usize> {
+        self.state.borrow().current.as_ref().map(|current| current.max_datagram_len)
+    }
+
+    /// Waits until the link comes, goes or changes the length that fits; gives [`DatagramSender::max_len`].
+    pub async fn changed(&mut self) -> Result<Option<usize>, NotConnected> {
+        self.state.changed().await.map_err(|_closed| NotConnected)?;
+        Ok(self.max_len())
+    }
+
+    fn offer(&self, datagram: Bytes) -> Result<(), DatagramDropped> {
+        let state = self.state.borrow();
+        let current = state.current.as_ref().ok_or(DatagramDropped::NotConnected)?;
+        let max_len = current.max_datagram_len;
+        if datagram.len() > max_len {
+            return Err(DatagramDropped::TooLong { max_len });
+        }
+        // quinn would make room by dropping the oldest, which nobody would count.
+        if current.connection.datagram_send_buffer_space() < datagram.len() {
+            return Err(DatagramDropped::Full);
+        }
+        current.connection.send_datagram(datagram).map_err(|error| match error {
+            quinn::SendDatagramError::TooLarge => DatagramDropped::TooLong { max_len },
+            quinn::SendDatagramError::ConnectionLost(_)
+            | quinn::SendDatagramError::UnsupportedByPeer
+            | quinn::SendDatagramError::Disabled => DatagramDropped::NotConnected,
+        })
+    }
+}
