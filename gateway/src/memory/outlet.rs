@@ -19,11 +19,19 @@ pub(super) struct Outlet<S> {
     sending: Option<Sending<S>>,
     waiting: VecDeque<Bytes>,
     waiting_bytes: u64,
+    /// What the channel had on its way when the send in flight began, with that chunk.
+    before_send_bytes: u64,
 }
 
 impl<S: ChunkSend> Outlet<S> {
     pub(super) fn new(channel: S) -> Self {
-        Self { idle: Some(channel), sending: None, waiting: VecDeque::new(), waiting_bytes: 0 }
+        Self {
+            idle: Some(channel),
+            sending: None,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            before_send_bytes: 0,
+        }
     }
 
     pub(super) fn push(&mut self, chunk: Bytes) {
@@ -45,6 +53,7 @@ impl<S: ChunkSend> Outlet<S> {
                 self.idle = Some(channel);
                 continue;
             }
+            self.before_send_bytes = channel.unacknowledged() + chunk.len() as u64;
             self.sending = Some(Box::pin(async move {
                 let sent = channel.send(chunk).await;
                 (channel, sent)
@@ -74,6 +83,6 @@ impl<S: ChunkSend> Outlet<S> {
 
     /// Bytes that wait here or, as far as is known, in the channel.
     pub(super) fn backlog_bytes(&self) -> u64 {
-        self.waiting_bytes + self.idle.as_ref().map_or(0, ChunkSend::unacknowledged)
+        self.waiting_bytes + self.idle.as_ref().map_or(self.before_send_bytes, ChunkSend::unacknowledged)
     }
 }

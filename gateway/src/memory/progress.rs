@@ -49,7 +49,7 @@ pub struct SourceProgress {
     pub original_rate: Rate,
     /// How fast chunks were made over the last second.
     pub wire_rate: Rate,
-    /// Bytes handed out that the other side has not acknowledged; while a send waits, those known before it.
+    /// Bytes of chunks that the other side has not acknowledged; while a send waits, as many as when it began.
     pub backlog: Bytes,
 }
 
@@ -102,7 +102,7 @@ impl Mark {
 #[derive(Debug, Default)]
 pub(super) struct Meter {
     finished: Vec<Round>,
-    round_began: Option<Mark>,
+    round_began: Mark,
     rounds_seen: u64,
     /// Fixed when the memory is complete: device state belongs to no round.
     rounds_ended: bool,
@@ -116,14 +116,11 @@ impl Meter {
         if self.rounds_ended {
             return;
         }
-        if counters.stream.rounds > self.rounds_seen {
-            self.rounds_seen = counters.stream.rounds;
+        let begins = counters.stream.rounds > self.rounds_seen;
+        if begins && self.rounds_seen > 0 {
             self.finish_round(here);
-            self.round_began = Some(here);
         }
-        if self.round_began.is_none() {
-            self.round_began = Some(here);
-        }
+        self.rounds_seen = counters.stream.rounds;
         if phase == StreamPhase::DeviceState {
             self.finish_round(here);
             self.rounds_ended = true;
@@ -147,15 +144,14 @@ impl Meter {
 
     /// All rounds, the one that runs included.
     pub(super) fn rounds(&self, at: Duration, counters: &EncoderCounters) -> Vec<Round> {
-        let running = self.round_began.map(|began| began.until(Mark::new(at, counters)));
+        let running = self.round_began.until(Mark::new(at, counters));
+        let running = (self.rounds_seen > 0 && !self.rounds_ended).then_some(running);
         self.finished.iter().copied().chain(running).collect()
     }
 
     fn finish_round(&mut self, here: Mark) {
-        let Some(round) = self.round_began.take().map(|began| began.until(here)) else { return };
-        if round.pages == 0 {
-            return;
-        }
+        let round = self.round_began.until(here);
+        self.round_began = here;
         match self.finished.get_mut(MAX_ROUNDS - 1) {
             Some(last) => {
                 last.bytes.0 += round.bytes.0;
@@ -185,13 +181,13 @@ mod tests {
         let mut meter = Meter::default();
         let second = Duration::from_secs;
         meter.observe(second(0), &counters(0, 0, 0), StreamPhase::Memory);
-        meter.observe(second(1), &counters(1, 0, 0), StreamPhase::Memory);
+        meter.observe(second(1), &counters(1, 40, 400), StreamPhase::Memory);
         meter.observe(second(3), &counters(2, 100, 1000), StreamPhase::Memory);
         meter.observe(second(4), &counters(2, 110, 1100), StreamPhase::DeviceState);
         meter.observe(second(5), &counters(2, 110, 5000), StreamPhase::DeviceState);
         let rounds = meter.rounds(second(6), &counters(2, 110, 5000));
         let told: Vec<_> = rounds.iter().map(|r| (r.bytes.0, r.pages, r.elapsed.as_secs())).collect();
-        assert_eq!(told, [(1000, 100, 2), (100, 10, 1)]);
+        assert_eq!(told, [(1000, 100, 3), (100, 10, 1)]);
     }
 
     #[test]
@@ -204,7 +200,7 @@ mod tests {
                 StreamPhase::Memory,
             );
         }
-        let rounds = meter.rounds(Duration::ZERO, &counters(0, 2000, 20_000));
+        let rounds = meter.rounds(Duration::ZERO, &counters(2000, 2000, 20_000));
         assert_eq!(rounds.len(), MAX_ROUNDS + 1, "the finished ones and the running one");
         assert_eq!(rounds[MAX_ROUNDS - 1].pages, 5);
     }

@@ -13,7 +13,7 @@ use longhaul_core::wan::{StreamEncoder, StreamEnd};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::outlet::Outlet;
@@ -86,6 +86,12 @@ impl<S: ChunkSend> Pump<S> {
             },
         };
         drop((listener, path));
+        tokio::select! {
+            () = sleep(config.first_read_after) => {}
+            absorb = mode.wait_for(|mode| *mode == SourceMode::Absorb) => {
+                absorb.map_err(|_| SourceError::Aborted)?;
+            }
+        }
         progress.send_modify(|progress| progress.connected = true);
         Ok(Self {
             stream: Some(stream),

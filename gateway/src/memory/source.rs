@@ -29,6 +29,10 @@ pub struct SourceConfig {
     pub absorb_limit: Bytes,
     /// How long to wait for QEMU to connect. Default 30 s.
     pub accept_deadline: Duration,
+    /// How long QEMU is kept waiting before the first byte is read. Default 150 ms. QEMU 7.2 first measures
+    /// its bandwidth after 100 ms (`migration_update_counters`) and until then takes any first pass for the
+    /// last: a small guest would be stopped with everything still dirty. Costs nothing: the guest runs.
+    pub first_read_after: Duration,
     /// How the stream is packed.
     pub encoder: EncoderConfig,
 }
@@ -41,6 +45,7 @@ impl Default for SourceConfig {
             gather_limit: Duration::from_millis(50),
             absorb_limit: Bytes::mib(1024),
             accept_deadline: Duration::from_secs(30),
+            first_read_after: Duration::from_millis(150),
             encoder: EncoderConfig::for_chunks_of(MAX_CHUNK),
         }
     }

@@ -1,0 +1,7 @@
+//! The memory's path, from a QEMU to a QEMU, with a queue in the place of the link.
+
+mod edges;
+mod machine;
+mod moves;
+mod queue;
+mod recorded;
