@@ -1,1 +1,225 @@
-//! Placeholder.
+//! The tunnel's edge: open connections follow a machine that moved.
+//!
+//! ```text
+//!     client                                                             guest
+//!       |                                                                  |
+//!   home LAN (bridge) ──> host ──> lh0 ─ datapath ─ link ─ datapath ─ lh0 ──> routed tap
+//!       ^   proxy ARP/NDP, /32 route,      |                  |      policy rule, marks,
+//!       |   bridge entry, announcements    hold            hold      care-of address (nft)
+//! ```
+//!
+//! [`Tunnel`] is a handle on one task that owns all changes to this host's network and on one that
+//! moves packets. The order at a source: [`hold_begin`](Tunnel::hold_begin), stop the guest, commit,
+//! [`hold_end_attract`](Tunnel::hold_end_attract), and when the status says so,
+//! [`attract_end`](Tunnel::attract_end); a rollback is [`hold_undo`](Tunnel::hold_undo). At a
+//! destination: [`visit_prepare`](Tunnel::visit_prepare) at reservation,
+//! [`visit_flows`](Tunnel::visit_flows) right before the guest resumes,
+//! [`visit_resumed`](Tunnel::visit_resumed) right after, [`visit_undo`](Tunnel::visit_undo) to take it
+//! back. All of them may be repeated.
+//!
+//! It does not decide when any of this happens, and it knows no link: a peer is a [`DatagramPath`] and
+//! a channel of datagrams.
+
+mod announce;
+mod change;
+mod config;
+mod control;
+mod device;
+mod error;
+mod nft;
+mod plan;
+mod routes;
+mod sysctl;
+mod tap;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use longhaul_core::ids::SiteName;
+use longhaul_core::tunnel::handover::{FlowTuple, Neighbour};
+use longhaul_core::tunnel::policy::PortKey;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use config::{AnnounceConfig, TunnelConfig};
+pub use control::AnchorClosed;
+pub use device::{DatagramPath, TunnelStatus};
+pub use error::TunnelError;
+pub use plan::{CareOf, HoldRequest, VisitRequest};
+pub use tap::tap_name;
+
+use announce::FrameSocket;
+use control::{Command, Control};
+use device::{Mover, PeerPath};
+use routes::Netlink;
+
+/// Commands that wait for the owner task; a caller beyond that waits to be let in.
+const COMMANDS: usize = 32;
+
+/// A handle on this gateway's tunnel. Cheap to clone. When the last one is dropped the tasks end and
+/// everything in force stays, so that a restarted gateway can take over; [`Tunnel::stop`] cleans up.
+#[derive(Debug, Clone)]
+pub struct Tunnel {
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<TunnelStatus>,
+}
+
+impl Tunnel {
+    /// Opens the packet socket (CAP_NET_RAW, now and never again) and the TUN device (CAP_NET_ADMIN,
+    /// always), and starts the two tasks on the current runtime. What an earlier gateway has left stays
+    /// until [`Tunnel::undo_all`].
+    pub async fn start(config: TunnelConfig) -> Result<Self, TunnelError> {
+        config.check()?;
+        let frames = FrameSocket::open()?;
+        let netlink = Netlink::open(config.route_protocol)?;
+        let device = device::open(&config)?;
+        let (publish, status) = watch::channel(TunnelStatus::default());
+        let (moves, move_commands) = mpsc::channel(COMMANDS);
+        let mover = Mover::new(device, &config, publish);
+        let interval = config.status_interval;
+        let mut control = Control::new(config, netlink, frames, moves);
+        control.begin().await?;
+        tokio::spawn(mover.run(move_commands, interval));
+        let (commands, control_commands) = mpsc::channel(COMMANDS);
+        tokio::spawn(control.run(control_commands));
+        Ok(Self { commands, status })
+    }
+
+    /// Connects a peer: datagrams go out through `path` and come in through `incoming`. Replaces an
+    /// earlier connection of that peer.
+    pub async fn add_peer(
+        &self,
+        site: SiteName,
+        path: Arc<dyn DatagramPath>,
+        incoming: mpsc::Receiver<Bytes>,
+    ) -> Result<(), TunnelError> {
+        let path = PeerPath { path, incoming };
+        self.ask(|reply| Command::AddPeer { site, path, reply }).await
+    }
+
+    /// Makes the tap of a NIC, or finds it: persistent, owned by the uid `owner`, a port of `bridge` for a
+    /// machine at home, or routed for a visitor. Returns its name, which [`tap_name`] foretells.
+    pub async fn create_tap(
+        &self,
+        key: PortKey,
+        owner: u32,
+        bridge: Option<String>,
+    ) -> Result<String, TunnelError> {
+        self.ask(|reply| Command::CreateTap { key, owner, bridge, reply }).await
+    }
+
+    /// Removes the tap of a NIC; a machine still plugged in loses its network.
+    pub async fn remove_tap(&self, key: PortKey) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::RemoveTap { key, reply }).await
+    }
+
+    /// Begins to remember the flows of a machine at home, by the packets that come out of `port`.
+    pub async fn sample_begin(&self, key: PortKey, port: String) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::SampleBegin { key, port, reply }).await
+    }
+
+    /// The flows remembered as open, at most `max_flows`.
+    pub async fn sample(&self, key: PortKey) -> Result<Vec<FlowTuple>, TunnelError> {
+        self.ask(|reply| Command::Sample { key, reply }).await
+    }
+
+    /// Forgets the flows and stops.
+    pub async fn sample_end(&self, key: PortKey) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::SampleEnd { key, reply }).await
+    }
+
+    /// The neighbours on `lan` that this host knows, its default routers first. A router that is not
+    /// known is asked for, up to a second.
+    pub async fn home_neighbours(&self, lan: String) -> Result<Vec<Neighbour>, TunnelError> {
+        self.ask(|reply| Command::HomeNeighbours { lan, reply }).await
+    }
+
+    /// From now, packets to the guest are kept; its own still leave. Call it before the guest is stopped.
+    pub async fn hold_begin(&self, request: HoldRequest) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::HoldBegin { request, reply }).await
+    }
+
+    /// After the hand-over: kept packets leave for the peer, new ones pass, the home address is
+    /// announced as this host's. `flows` are those that were open.
+    pub async fn hold_end_attract(&self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::HoldEndAttract { key, flows, reply }).await
+    }
+
+    /// The guest stays: everything as it was, and what was kept is delivered to it.
+    pub async fn hold_undo(&self, key: PortKey) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::HoldUndo { key, reply }).await
+    }
+
+    /// No resolver knows the old address any more once `after` has passed. Until this is said the tunnel
+    /// does not report that it may end; without DNS, say zero.
+    pub async fn names_expire(&self, key: PortKey, after: Duration) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::NamesExpire { key, after, reply }).await
+    }
+
+    /// Stops attracting a home address and takes its routes away.
+    pub async fn attract_end(&self, key: PortKey) -> Result<AnchorClosed, TunnelError> {
+        self.ask(|reply| Command::AttractEnd { key, reply }).await
+    }
+
+    /// Waits until nobody needs the anchor of `key`, then ends it. Cancel-safe.
+    pub async fn end_when_unneeded(&self, key: PortKey) -> Result<AnchorClosed, TunnelError> {
+        let mut status = self.status.clone();
+        status
+            .wait_for(|status| status.ports.iter().any(|port| port.key == key && port.may_end))
+            .await
+            .map_err(|_| TunnelError::Stopped)?;
+        self.attract_end(key).await
+    }
+
+    /// The machine came back: its home address is no longer attracted, what was kept is delivered, and
+    /// the guest is told the true addresses of its `neighbours`. Call it when the guest runs.
+    pub async fn return_home(&self, key: PortKey, neighbours: Vec<Neighbour>) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::ReturnHome { key, neighbours, reply }).await
+    }
+
+    /// Makes the port of a visitor what its home was, and its rules; packets to it are kept until it runs.
+    pub async fn visit_prepare(&self, request: VisitRequest) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::VisitPrepare { request, reply }).await
+    }
+
+    /// The flows that were open before the move; call it right before the guest resumes.
+    pub async fn visit_flows(&self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::VisitFlows { key, flows, reply }).await
+    }
+
+    /// The guest runs: what was kept is delivered, its care-of addresses are announced.
+    pub async fn visit_resumed(&self, key: PortKey) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::VisitResumed { key, reply }).await
+    }
+
+    /// The visit is over, or never began: everything as it was.
+    pub async fn visit_undo(&self, key: PortKey) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::VisitUndo { key, reply }).await
+    }
+
+    /// Ends every tunnel and removes everything of ours that is found, that of an earlier gateway
+    /// included: by the prefix of nft tables and by the protocol number of routes, rules and neighbours.
+    /// Taps stay, as machines may be plugged in, and so do sysctls that an earlier gateway had set.
+    pub async fn undo_all(&self) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::UndoAll { reply }).await
+    }
+
+    /// Like [`Tunnel::undo_all`], then removes the device and ends the tasks.
+    pub async fn stop(self) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::Stop { reply }).await
+    }
+
+    /// What passes, what is kept, which tunnels may end.
+    pub fn status(&self) -> watch::Receiver<TunnelStatus> {
+        self.status.clone()
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, TunnelError>>) -> Command,
+    ) -> Result<T, TunnelError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| TunnelError::Stopped)?;
+        answer.await.map_err(|_| TunnelError::Stopped)?
+    }
+}

@@ -237,6 +237,12 @@ impl Datapath {
         Ok(())
     }
 
+    /// What is kept for a NIC now, oldest first; it stays in its phase. An unknown one has nothing.
+    pub fn take_kept(&mut self, key: &PortKey) -> Vec<Bytes> {
+        let Some(port) = self.slot(key).and_then(|slot| self.ports.get_mut(&slot)) else { return Vec::new() };
+        std::iter::from_fn(|| port.hold.pop()).collect()
+    }
+
     /// Ends a tunnel; what was still kept comes back, oldest first. Ending an unknown one is harmless.
     pub fn end(&mut self, key: &PortKey) -> Vec<Bytes> {
         let Some(slot) = self.slot(key) else { return Vec::new() };
@@ -327,13 +333,11 @@ impl Datapath {
         self.ports.values().any(|port| port.phase == Phase::Releasing)
     }
 
-    /// Cuts a packet into datagrams for `peer`; `None` if that cannot be, which is counted.
+    /// Cuts a packet into datagrams for `peer`; `None` if it is too large for that.
     pub fn split<'a>(&mut self, peer: PeerSlot, packet: &'a Bytes, max_len: usize) -> Option<Parts<'a>> {
         let parts = self.peers.get_mut(&peer)?.splitter.split(packet, max_len);
-        match &parts {
-            Some(_) if packet.len() >= max_len => self.counters.split += 1,
-            Some(_) => {}
-            None => self.counters.drop(DropReason::TooLarge, 1),
+        if parts.is_some() && packet.len() >= max_len {
+            self.counters.split += 1;
         }
         parts
     }

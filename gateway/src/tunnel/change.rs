@@ -1,0 +1,228 @@
+//! Changes to the host's network, each with its undo, and the one who knows which are in force.
+//!
+//! A plan is a list of changes. Several NICs may want the same change (a route table's default, a
+//! switch on the LAN's bridge): it is made for the first and undone with the last. What was there
+//! before is remembered and put back. After a crash that memory is gone: then [`sweep`](Changes::sweep)
+//! removes what carries our names and numbers, and sysctls stay as they were set.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use longhaul_core::tunnel::handover::{Mac, Prefix};
+use longhaul_core::tunnel::policy::PortKey;
+use tracing::{debug, warn};
+
+use super::config::TunnelConfig;
+use super::error::TunnelError;
+use super::nft::{self, Table};
+use super::routes::{Netlink, PolicyRule};
+use super::sysctl;
+
+/// One change to the host's network.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Change {
+    /// A kernel switch; skipped where this kernel has no such switch.
+    Sysctl { key: String, value: &'static str },
+    /// An nft table of ours.
+    Table(Table),
+    /// A route to a device.
+    Route { to: Prefix, device: String, table: u32 },
+    /// A policy rule.
+    Rule(PolicyRule),
+    /// Proxy ARP or NDP for an address.
+    Proxy { address: IpAddr, device: String },
+    /// A neighbour that need not be asked for.
+    Fixed { address: IpAddr, mac: Mac, device: String },
+    /// Frames to a link-layer address go up to the host.
+    BridgeAddress { mac: Mac, bridge: String },
+    /// A device's own link-layer address.
+    OwnAddress { device: String, mac: Mac },
+    /// A device is no bridge's port, and up.
+    Routed { device: String },
+}
+
+/// On whose behalf a change is in force.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Owner {
+    Gateway,
+    Away(PortKey),
+    Visit(PortKey),
+    Sampler(PortKey),
+}
+
+/// What was there before a change.
+#[derive(Debug, Clone)]
+enum Before {
+    Nothing,
+    Value(String),
+    Address(Mac),
+    Bridge(Option<u32>),
+}
+
+#[derive(Debug)]
+struct InForce {
+    owners: BTreeSet<Owner>,
+    before: Before,
+}
+
+/// The changes in force.
+pub(super) struct Changes {
+    netlink: Netlink,
+    in_force: BTreeMap<Change, InForce>,
+    plans: BTreeMap<Owner, Vec<Change>>,
+}
+
+impl Changes {
+    pub(super) fn new(netlink: Netlink) -> Self {
+        Self { netlink, in_force: BTreeMap::new(), plans: BTreeMap::new() }
+    }
+
+    /// Makes the changes of `plan`, in order. A failure undoes what the owner had in force.
+    pub(super) async fn apply(&mut self, owner: &Owner, plan: Vec<Change>) -> Result<(), TunnelError> {
+        for change in plan {
+            if let Err(error) = self.apply_one(owner, change).await {
+                if let Err(undo) = self.undo(owner).await {
+                    warn!(%undo, "undoing a plan that failed left something behind");
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Undoes all changes of `owner` that nobody else needs, last first. Goes on after a failure and
+    /// returns the first.
+    pub(super) async fn undo(&mut self, owner: &Owner) -> Result<(), TunnelError> {
+        let mut result = Ok(());
+        for change in self.plans.remove(owner).unwrap_or_default().into_iter().rev() {
+            let Some(in_force) = self.in_force.get_mut(&change) else { continue };
+            in_force.owners.remove(owner);
+            if !in_force.owners.is_empty() {
+                continue;
+            }
+            let Some(in_force) = self.in_force.remove(&change) else { continue };
+            if let Err(error) = self.take_back(&change, in_force.before).await {
+                debug!(?change, %error, "not undone");
+                result = result.and(Err(error));
+            }
+        }
+        result
+    }
+
+    /// Undoes everything, and removes what an earlier gateway has left.
+    pub(super) async fn sweep(&mut self, config: &TunnelConfig) -> Result<(), TunnelError> {
+        let owners: Vec<Owner> = self.plans.keys().filter(|owner| **owner != Owner::Gateway).cloned().collect();
+        let mut result = Ok(());
+        for owner in owners {
+            result = result.and(self.undo(&owner).await);
+        }
+        let tables = nft::our_tables(config).await?;
+        let macs: Vec<Mac> =
+            tables.iter().filter_map(|(_, name)| nft::mac_of_away_name(config, name)).collect();
+        self.netlink.sweep(&macs).await?;
+        let script: String = tables.iter().map(|(family, name)| nft::remove(family, name)).collect();
+        if !script.is_empty() {
+            nft::run(&script).await?;
+        }
+        result
+    }
+
+    async fn apply_one(&mut self, owner: &Owner, change: Change) -> Result<(), TunnelError> {
+        let plan = self.plans.entry(owner.clone()).or_default();
+        if plan.contains(&change) {
+            return Ok(());
+        }
+        plan.push(change.clone());
+        if let Some(in_force) = self.in_force.get_mut(&change) {
+            in_force.owners.insert(owner.clone());
+            return Ok(());
+        }
+        let before = self.remember(&change).await?;
+        let owners = BTreeSet::from([owner.clone()]);
+        self.in_force.insert(change.clone(), InForce { owners, before });
+        self.make(&change).await
+    }
+
+    async fn remember(&self, change: &Change) -> Result<Before, TunnelError> {
+        Ok(match change {
+            Change::Sysctl { key, .. } => sysctl::read(key)?.map_or(Before::Nothing, Before::Value),
+            Change::OwnAddress { device, .. } => {
+                self.netlink.link(device).await?.mac.map_or(Before::Nothing, Before::Address)
+            }
+            Change::Routed { device } => Before::Bridge(self.netlink.link(device).await?.bridge),
+            Change::Table(_)
+            | Change::Route { .. }
+            | Change::Rule(_)
+            | Change::Proxy { .. }
+            | Change::Fixed { .. }
+            | Change::BridgeAddress { .. } => Before::Nothing,
+        })
+    }
+
+    async fn make(&self, change: &Change) -> Result<(), TunnelError> {
+        let netlink = &self.netlink;
+        match change {
+            Change::Sysctl { key, value } => sysctl::write(key, value),
+            Change::Table(table) => nft::run(&table.install()).await,
+            Change::Route { to, device, table } => {
+                netlink.add_route(*to, netlink.link(device).await?.index, *table).await
+            }
+            Change::Rule(rule) => netlink.add_rule(rule).await,
+            Change::Proxy { address, device } => {
+                netlink.add_proxy(*address, netlink.link(device).await?.index).await
+            }
+            Change::Fixed { address, mac, device } => {
+                netlink.add_fixed(*address, *mac, netlink.link(device).await?.index).await
+            }
+            Change::BridgeAddress { mac, bridge } => {
+                netlink.add_bridge_address(*mac, netlink.link(bridge).await?.index).await
+            }
+            Change::OwnAddress { device, mac } => {
+                netlink.set_mac(netlink.link(device).await?.index, *mac).await
+            }
+            Change::Routed { device } => {
+                netlink.set_bridge(netlink.link(device).await?.index, None).await?;
+                netlink.set_up(device, None).await
+            }
+        }
+    }
+
+    async fn take_back(&self, change: &Change, before: Before) -> Result<(), TunnelError> {
+        let netlink = &self.netlink;
+        match change {
+            Change::Sysctl { key, .. } => match before {
+                Before::Value(value) => sysctl::write(key, &value),
+                Before::Nothing | Before::Address(_) | Before::Bridge(_) => Ok(()),
+            },
+            Change::Table(table) => nft::run(&table.remove()).await,
+            Change::Route { to, table, .. } => netlink.delete_route(*to, *table).await,
+            Change::Rule(rule) => netlink.delete_rule(rule).await,
+            Change::Proxy { address, device } => match netlink.find_link(device).await? {
+                Some(link) => netlink.delete_proxy(*address, link.index).await,
+                None => Ok(()),
+            },
+            Change::Fixed { address, device, .. } => match netlink.find_link(device).await? {
+                Some(link) => netlink.delete_fixed(*address, link.index).await,
+                None => Ok(()),
+            },
+            Change::BridgeAddress { mac, bridge } => match netlink.find_link(bridge).await? {
+                Some(link) => netlink.delete_bridge_address(*mac, link.index).await,
+                None => Ok(()),
+            },
+            Change::OwnAddress { device, .. } | Change::Routed { device } => {
+                match netlink.find_link(device).await? {
+                    Some(link) => self.restore_link(link.index, before).await,
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    async fn restore_link(&self, index: u32, before: Before) -> Result<(), TunnelError> {
+        match before {
+            Before::Address(mac) => self.netlink.set_mac(index, mac).await,
+            Before::Bridge(bridge) => self.netlink.set_bridge(index, bridge).await,
+            Before::Nothing | Before::Value(_) => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Names, numbers and limits of the tunnel, with their defaults and what they cost.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use longhaul_core::tunnel::datapath::DatapathConfig;
+
+use super::error::TunnelError;
+
+/// Everything that can be chosen about the tunnel.
+#[derive(Debug, Clone)]
+pub struct TunnelConfig {
+    /// The TUN device all tunnels of this gateway share. Default `lh0`.
+    pub device: String,
+    /// An address for it that nobody uses and that is never a source: without one, hosts with a reverse
+    /// path filter refuse what comes out of the device. Default 192.0.0.8 (RFC 7600's dummy address).
+    pub device_address: Ipv4Addr,
+    /// Its MTU in bytes: that of the LANs the machines live on. Default 1500. A larger one splits more.
+    pub mtu: u16,
+    /// Packets the device queues while the gateway is busy. Default 4096, at most 6 MiB.
+    pub device_queue: u32,
+    /// The device outlives the gateway, so that packets are dropped silently while it restarts instead
+    /// of being answered with "unreachable", which would reset connections. Default true.
+    pub persistent: bool,
+    /// Packets a machine's tap queues while the machine does not read, at most 12 MiB. Default 8192.
+    pub tap_queue: u32,
+    /// What all our nft tables (`PREFIX_...`) and taps (`PREFIX-...`) begin with: 1 to 4 lower-case
+    /// letters. Default `lh`. `undo_all` removes what begins so.
+    pub prefix: String,
+    /// The routing table whose default route is the tunnel. Default 7100.
+    pub route_table: u32,
+    /// The priority of the policy rules that lead there. Default 95.
+    pub rule_priority: u32,
+    /// The connection mark of flows that leave locally. Default 0x4c01.
+    pub mark_local: u32,
+    /// The connection and packet mark of flows that go back through the tunnel. Default 0x4c02.
+    pub mark_tunnel: u32,
+    /// The routing protocol number by which our routes, rules and neighbours are told from others'.
+    /// Default 176; `/etc/iproute2/rt_protos` may name it.
+    pub route_protocol: u8,
+    /// How long a TCP flow is remembered by the sampler and at the visited site. Default 2 h 4 min.
+    pub tcp_flow_timeout: Duration,
+    /// The same for UDP, at the sampler. Default 5 min.
+    pub udp_flow_timeout: Duration,
+    /// Flows sampled and handed over per NIC. Default 65535, about 8 MiB of kernel memory when full.
+    pub max_flows: u32,
+    /// When addresses are announced.
+    pub announce: AnnounceConfig,
+    /// How often the status is published while nothing happens. Default 200 ms.
+    pub status_interval: Duration,
+    /// Bounds of what is held, joined and tracked.
+    pub datapath: DatapathConfig,
+}
+
+/// When gratuitous announcements are sent: a burst, then every second for a while, then rarely, as
+/// neighbours whose cache lost the address may have missed all of the earlier ones.
+#[derive(Debug, Clone)]
+pub struct AnnounceConfig {
+    /// Offsets of the burst. Default 0, 50, 150, 300 and 550 ms.
+    pub burst: Vec<Duration>,
+    /// Announcements at one per second after it. Default 10.
+    pub every_second: u32,
+    /// The interval after those. Default 30 s.
+    pub then_every: Duration,
+}
+
+impl Default for TunnelConfig {
+    fn default() -> Self {
+        Self {
+            device: "lh0".to_owned(),
+            device_address: Ipv4Addr::new(192, 0, 0, 8),
+            mtu: 1500,
+            device_queue: 4096,
+            persistent: true,
+            tap_queue: 8192,
+            prefix: "lh".to_owned(),
+            route_table: 7100,
+            rule_priority: 95,
+            mark_local: 0x4c01,
+            mark_tunnel: 0x4c02,
+            route_protocol: 176,
+            tcp_flow_timeout: Duration::from_secs(7440),
+            udp_flow_timeout: Duration::from_secs(300),
+            max_flows: 65_535,
+            announce: AnnounceConfig::default(),
+            status_interval: Duration::from_millis(200),
+            datapath: DatapathConfig::default(),
+        }
+    }
+}
+
+impl Default for AnnounceConfig {
+    fn default() -> Self {
+        let burst = [0, 50, 150, 300, 550].map(Duration::from_millis).to_vec();
+        Self { burst, every_second: 10, then_every: Duration::from_secs(30) }
+    }
+}
+
+impl TunnelConfig {
+    /// Refuses values that would collide or that the kernel would refuse later.
+    pub fn check(&self) -> Result<(), TunnelError> {
+        check_device_name(&self.device)?;
+        let prefix_ok =
+            (1..=4).contains(&self.prefix.len()) && self.prefix.bytes().all(|b| b.is_ascii_lowercase());
+        if !prefix_ok {
+            return Err(TunnelError::Config("prefix must be 1 to 4 lower-case letters"));
+        }
+        if self.mark_local == 0 || self.mark_tunnel == 0 || self.mark_local == self.mark_tunnel {
+            return Err(TunnelError::Config("mark_local and mark_tunnel must differ from each other and from 0"));
+        }
+        if matches!(self.route_table, 0 | 253..=255) {
+            return Err(TunnelError::Config("route_table must be one of our own, not 0 or 253 to 255"));
+        }
+        if self.route_protocol < 5 {
+            return Err(TunnelError::Config("route_protocol must be 5 or more; lower ones are the kernel's"));
+        }
+        if self.mtu < 1280 {
+            return Err(TunnelError::Config("mtu must be 1280 or more, IPv6's minimum"));
+        }
+        Ok(())
+    }
+}
+
+/// Refuses what the kernel would not take as a device name, and what would end a quoted nft string.
+pub(super) fn check_device_name(name: &str) -> Result<(), TunnelError> {
+    let fits = (1..=15).contains(&name.len()) && name != "." && name != "..";
+    let plain = name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b'"' | b'\\' | b':' | b'*'));
+    if fits && plain { Ok(()) } else { Err(TunnelError::InvalidDeviceName(name.to_owned())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid() {
+        TunnelConfig::default().check().unwrap();
+    }
+
+    #[test]
+    fn colliding_values_are_refused() {
+        let refused = |change: fn(&mut TunnelConfig)| {
+            let mut config = TunnelConfig::default();
+            change(&mut config);
+            config.check().is_err()
+        };
+        assert!(refused(|c| c.mark_local = c.mark_tunnel));
+        assert!(refused(|c| c.route_table = 254));
+        assert!(refused(|c| c.prefix = "LH".to_owned()));
+        assert!(refused(|c| c.device = "a-name-of-sixteen".to_owned()));
+        assert!(refused(|c| c.device = "a\"b".to_owned()));
+        assert!(refused(|c| c.mtu = 1279));
+        assert!(refused(|c| c.route_protocol = 4));
+    }
+}

@@ -1,0 +1,436 @@
+//! The one owner of what the tunnel has changed on this host: commands in, changes made and undone.
+//!
+//! Commands are carried out one after the other. Packets move in a task of their own meanwhile; this
+//! one tells it when a NIC's packets are to be kept, to pass or to come back.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use longhaul_core::ids::SiteName;
+use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
+use longhaul_core::tunnel::policy::PortKey;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::announce::{self, Announcement, FrameSocket};
+use super::change::{Changes, Owner};
+use super::config::{TunnelConfig, check_device_name};
+use super::device::{Command as Move, PeerPath};
+use super::error::TunnelError;
+use super::nft;
+use super::plan::{self, CareOf, HoldRequest, Kernel, VisitRequest};
+use super::routes::{self, Netlink};
+use super::tap;
+
+/// Neighbours sampled per LAN.
+const MAX_NEIGHBOURS: usize = 256;
+/// How long a router that is not in the neighbour table is asked for.
+const ROUTER_WAIT: Duration = Duration::from_secs(1);
+
+/// An anchor that is no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AnchorClosed {
+    /// When it was closed.
+    pub at: SystemTime,
+    /// How long the home address had been attracted.
+    pub open_for: Duration,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, TunnelError>>;
+
+/// What the owner is asked for.
+pub(super) enum Command {
+    AddPeer { site: SiteName, path: PeerPath, reply: Reply<()> },
+    CreateTap { key: PortKey, owner: u32, bridge: Option<String>, reply: Reply<String> },
+    RemoveTap { key: PortKey, reply: Reply<()> },
+    SampleBegin { key: PortKey, port: String, reply: Reply<()> },
+    Sample { key: PortKey, reply: Reply<Vec<FlowTuple>> },
+    SampleEnd { key: PortKey, reply: Reply<()> },
+    HomeNeighbours { lan: String, reply: Reply<Vec<Neighbour>> },
+    HoldBegin { request: HoldRequest, reply: Reply<()> },
+    HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
+    HoldUndo { key: PortKey, reply: Reply<()> },
+    NamesExpire { key: PortKey, after: Duration, reply: Reply<()> },
+    AttractEnd { key: PortKey, reply: Reply<AnchorClosed> },
+    ReturnHome { key: PortKey, neighbours: Vec<Neighbour>, reply: Reply<()> },
+    VisitPrepare { request: VisitRequest, reply: Reply<()> },
+    VisitFlows { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
+    VisitResumed { key: PortKey, reply: Reply<()> },
+    VisitUndo { key: PortKey, reply: Reply<()> },
+    UndoAll { reply: Reply<()> },
+    Stop { reply: Reply<()> },
+}
+
+struct Away {
+    request: HoldRequest,
+    /// Since when the home address is attracted; `None` while it is only held.
+    attracted: Option<Instant>,
+    announcing: Option<AbortHandle>,
+}
+
+struct Visit {
+    request: VisitRequest,
+    announcing: Option<AbortHandle>,
+}
+
+/// The owner task's state.
+pub(super) struct Control {
+    config: TunnelConfig,
+    kernel: Kernel,
+    netlink: Netlink,
+    frames: Arc<FrameSocket>,
+    changes: Changes,
+    moves: mpsc::Sender<Move>,
+    away: BTreeMap<PortKey, Away>,
+    visits: BTreeMap<PortKey, Visit>,
+    samplers: BTreeMap<PortKey, nft::Table>,
+}
+
+impl Control {
+    pub(super) fn new(
+        config: TunnelConfig,
+        netlink: Netlink,
+        frames: FrameSocket,
+        moves: mpsc::Sender<Move>,
+    ) -> Self {
+        let force_forwarding = Path::new("/proc/sys/net/ipv6/conf/all/force_forwarding").exists();
+        Self {
+            config,
+            kernel: Kernel { force_forwarding },
+            changes: Changes::new(netlink.clone()),
+            netlink,
+            frames: Arc::new(frames),
+            moves,
+            away: BTreeMap::new(),
+            visits: BTreeMap::new(),
+            samplers: BTreeMap::new(),
+        }
+    }
+
+    /// Sets the device's switches and sets it up.
+    pub(super) async fn begin(&mut self) -> Result<(), TunnelError> {
+        self.changes.apply(&Owner::Gateway, plan::device_plan(&self.config)).await?;
+        let device = self.netlink.link(&self.config.device).await?.index;
+        self.netlink.add_dummy_address(self.config.device_address, device).await?;
+        self.netlink.set_up(&self.config.device, Some(self.config.device_queue)).await
+    }
+
+    /// Carries out commands until `Stop` or until the last handle is gone. In the latter case what is
+    /// in force stays, for the next gateway to take over.
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        while let Some(command) = commands.recv().await {
+            if let Command::Stop { reply } = command {
+                let stopped = self.stop().await;
+                let _ = reply.send(stopped);
+                return;
+            }
+            self.handle(command).await;
+        }
+    }
+
+    /// One arm per command; a caller that gave up does not want the answer.
+    async fn handle(&mut self, command: Command) {
+        match command {
+            Command::AddPeer { site, path, reply } => drop(reply.send(self.add_peer(site, path).await)),
+            Command::CreateTap { key, owner, bridge, reply } => {
+                let created = tap::create(&self.netlink, &self.config, &key, owner, bridge.as_deref()).await;
+                drop(reply.send(created));
+            }
+            Command::RemoveTap { key, reply } => {
+                let removed = self.netlink.delete_link(&tap::tap_name(&self.config, &key)).await;
+                drop(reply.send(removed));
+            }
+            Command::SampleBegin { key, port, reply } => {
+                drop(reply.send(self.sample_begin(key, &port).await));
+            }
+            Command::Sample { key, reply } => drop(reply.send(self.sample(&key).await)),
+            Command::SampleEnd { key, reply } => {
+                self.samplers.remove(&key);
+                drop(reply.send(self.changes.undo(&Owner::Sampler(key)).await));
+            }
+            Command::HomeNeighbours { lan, reply } => drop(reply.send(self.home_neighbours(&lan).await)),
+            Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
+            Command::HoldEndAttract { key, flows, reply } => {
+                drop(reply.send(self.hold_end_attract(key, flows).await));
+            }
+            Command::HoldUndo { key, reply } => drop(reply.send(self.hold_undo(&key).await)),
+            Command::NamesExpire { key, after, reply } => {
+                let set = self.tell(|done| Move::NamesExpire { key, after, done }).await;
+                drop(reply.send(set.and_then(|set| Ok(set?))));
+            }
+            Command::AttractEnd { key, reply } => drop(reply.send(self.attract_end(&key).await)),
+            Command::ReturnHome { key, neighbours, reply } => {
+                drop(reply.send(self.return_home(&key, &neighbours).await));
+            }
+            Command::VisitPrepare { request, reply } => drop(reply.send(self.visit_prepare(request).await)),
+            Command::VisitFlows { key, flows, reply } => {
+                drop(reply.send(self.visit_flows(&key, &flows).await));
+            }
+            Command::VisitResumed { key, reply } => drop(reply.send(self.visit_resumed(&key).await)),
+            Command::VisitUndo { key, reply } => drop(reply.send(self.visit_undo(&key).await)),
+            Command::UndoAll { reply } | Command::Stop { reply } => drop(reply.send(self.undo_all().await)),
+        }
+    }
+
+    async fn add_peer(&mut self, site: SiteName, path: PeerPath) -> Result<(), TunnelError> {
+        self.tell(|done| Move::AddPeer { site, path, done }).await
+    }
+
+    async fn sample_begin(&mut self, key: PortKey, port: &str) -> Result<(), TunnelError> {
+        check_device_name(port)?;
+        let plan = plan::sampler_plan(&self.config, &key, port);
+        self.changes.apply(&Owner::Sampler(key.clone()), plan).await?;
+        let table = nft::sampler_table(&self.config, &tap::port_id(&key), port);
+        self.samplers.insert(key, table);
+        Ok(())
+    }
+
+    async fn sample(&self, key: &PortKey) -> Result<Vec<FlowTuple>, TunnelError> {
+        let table = self.samplers.get(key).ok_or_else(|| TunnelError::NotSampled(key.clone()))?;
+        nft::sampled(table, self.config.max_flows as usize).await
+    }
+
+    /// The LAN's neighbours, default routers first and asked for if they are not known.
+    async fn home_neighbours(&self, lan: &str) -> Result<Vec<Neighbour>, TunnelError> {
+        let device = self.netlink.link(lan).await?.index;
+        let routers = self.netlink.default_routers(device).await?;
+        let started = Instant::now();
+        loop {
+            let known = self.netlink.neighbours(device).await?;
+            let missing: Vec<&IpAddr> =
+                routers.iter().filter(|router| !known.iter().any(|(addr, _)| addr == *router)).collect();
+            if missing.is_empty() || started.elapsed() > ROUTER_WAIT {
+                return Ok(routes::as_handover(&routers, &known, MAX_NEIGHBOURS));
+            }
+            missing.into_iter().for_each(|router| make_kernel_ask(*router));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn hold_begin(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
+        check_device_name(&request.lan)?;
+        check_device_name(&request.port)?;
+        let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.home.clone());
+        self.tell(|done| Move::BeginHold { key, peer, home, done }).await??;
+        let owner = Owner::Away(request.key.clone());
+        let plan = plan::hold_plan(&self.config, self.kernel, &request);
+        if let Err(error) = self.changes.apply(&owner, plan).await {
+            self.end(&request.key).await?;
+            return Err(error);
+        }
+        info!(port = %request.key, peer = %request.peer, "holding packets");
+        let key = request.key.clone();
+        self.away.entry(key).or_insert(Away { request, attracted: None, announcing: None });
+        Ok(())
+    }
+
+    async fn hold_end_attract(&mut self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
+        let (port, old_flows) = (key.clone(), flows.len());
+        self.tell(|done| Move::Attract { key: port, flows, done }).await??;
+        let Some(away) = self.away.get_mut(&key) else { return Ok(()) };
+        away.attracted.get_or_insert_with(Instant::now);
+        let request = away.request.clone();
+        let announcements = self.announcements(&request.lan, &request.home).await?;
+        let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
+        if let Some(earlier) = self.away.get_mut(&key).and_then(|away| away.announcing.replace(announcing)) {
+            earlier.abort();
+        }
+        info!(port = %key, old_flows, "attracting the home address");
+        Ok(())
+    }
+
+    /// The guest runs here again: what was kept is delivered, first before and then after the capture
+    /// ends, so that nothing overtakes it.
+    async fn hold_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
+        let Some(away) = self.away.remove(key) else { return self.end(key).await.map(drop) };
+        abort(&away.announcing);
+        let port = key.clone();
+        let kept = self.tell(|done| Move::TakeKept { key: port, done }).await?;
+        self.redeliver(&away.request, kept).await?;
+        let undone = self.changes.undo(&Owner::Away(key.clone())).await;
+        let kept = self.end(key).await?;
+        self.redeliver(&away.request, kept).await?;
+        self.announce_guest(&away.request).await?;
+        info!(port = %key, "hold undone");
+        undone
+    }
+
+    async fn attract_end(&mut self, key: &PortKey) -> Result<AnchorClosed, TunnelError> {
+        let away = self.away.remove(key);
+        let open_for = away.as_ref().and_then(|away| away.attracted).map(|since| since.elapsed());
+        if let Some(away) = &away {
+            abort(&away.announcing);
+        }
+        let undone = self.changes.undo(&Owner::Away(key.clone())).await;
+        self.end(key).await?;
+        undone?;
+        info!(port = %key, "home address no longer attracted");
+        Ok(AnchorClosed { at: SystemTime::now(), open_for: open_for.unwrap_or_default() })
+    }
+
+    /// The machine is back: its LAN learns its address again, and it learns its neighbours'.
+    async fn return_home(&mut self, key: &PortKey, neighbours: &[Neighbour]) -> Result<(), TunnelError> {
+        let Some(request) = self.away.get(key).map(|away| away.request.clone()) else { return Ok(()) };
+        self.hold_undo(key).await?;
+        let port = self.netlink.link(&request.port).await?.index;
+        for neighbour in neighbours {
+            let truth = Announcement { device: port, address: neighbour.addr, mac: neighbour.mac };
+            let same_version = request.home.iter().find(|home| home.is_ipv6() == neighbour.addr.is_ipv6());
+            if let Some(home) = same_version {
+                self.frames
+                    .tell(request.mac, *home, &truth)
+                    .map_err(TunnelError::io("tell the guest its neighbours"))?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn visit_prepare(&mut self, request: VisitRequest) -> Result<(), TunnelError> {
+        check_device_name(&request.lan)?;
+        check_device_name(&request.port)?;
+        for CareOf { home, care_of } in &request.care_of {
+            if home.is_ipv6() != care_of.is_ipv6() {
+                return Err(TunnelError::FamilyMismatch { home: *home, care_of: *care_of });
+            }
+        }
+        let (key, peer) = (request.key.clone(), request.peer.clone());
+        let home = request.nic.home.iter().map(|prefix| prefix.addr).collect();
+        self.tell(|done| Move::Visit { key, peer, home, done }).await??;
+        let owner = Owner::Visit(request.key.clone());
+        let plan = plan::visit_plan(&self.config, self.kernel, &request);
+        if let Err(error) = self.changes.apply(&owner, plan).await {
+            self.end(&request.key).await?;
+            return Err(error);
+        }
+        info!(port = %request.key, home = %request.peer, "ready for a visitor");
+        let key = request.key.clone();
+        self.visits.entry(key).or_insert(Visit { request, announcing: None });
+        Ok(())
+    }
+
+    async fn visit_flows(&mut self, key: &PortKey, flows: &[FlowTuple]) -> Result<(), TunnelError> {
+        let flows = &flows[..flows.len().min(self.config.max_flows as usize)];
+        let script = nft::preflows(&plan::visit_table_name(&self.config, key), flows);
+        if script.is_empty() { Ok(()) } else { nft::run(&script).await }
+    }
+
+    async fn visit_resumed(&mut self, key: &PortKey) -> Result<(), TunnelError> {
+        let port = key.clone();
+        self.tell(|done| Move::Resumed { key: port, done }).await??;
+        let Some(visit) = self.visits.get(key) else { return Ok(()) };
+        let care_of: Vec<IpAddr> = visit.request.care_of.iter().map(|pair| pair.care_of).collect();
+        let announcements = self.announcements(&visit.request.lan.clone(), &care_of).await?;
+        let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
+        if let Some(earlier) = self.visits.get_mut(key).and_then(|visit| visit.announcing.replace(announcing)) {
+            earlier.abort();
+        }
+        info!(port = %key, "visitor runs");
+        Ok(())
+    }
+
+    async fn visit_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
+        if let Some(visit) = self.visits.remove(key) {
+            abort(&visit.announcing);
+        }
+        let undone = self.changes.undo(&Owner::Visit(key.clone())).await;
+        self.end(key).await?;
+        undone
+    }
+
+    async fn undo_all(&mut self) -> Result<(), TunnelError> {
+        let held: Vec<PortKey> = self.away.keys().filter(|key| self.is_only_held(key)).cloned().collect();
+        for key in held {
+            self.hold_undo(&key).await?;
+        }
+        let attracted: Vec<PortKey> = self.away.keys().cloned().collect();
+        for key in attracted {
+            self.attract_end(&key).await?;
+        }
+        let visits: Vec<PortKey> = self.visits.keys().cloned().collect();
+        for key in visits {
+            self.visit_undo(&key).await?;
+        }
+        self.samplers.clear();
+        self.changes.sweep(&self.config).await
+    }
+
+    async fn stop(&mut self) -> Result<(), TunnelError> {
+        let undone = self.undo_all().await;
+        let deleted = self.netlink.delete_link(&self.config.device).await;
+        undone.and(deleted)
+    }
+
+    fn is_only_held(&self, key: &PortKey) -> bool {
+        self.away.get(key).is_some_and(|away| away.attracted.is_none())
+    }
+
+    async fn end(&self, key: &PortKey) -> Result<Vec<Bytes>, TunnelError> {
+        let key = key.clone();
+        self.tell(|done| Move::End { key, done }).await
+    }
+
+    /// Puts kept packets on the guest's own port, as if they came from this host.
+    async fn redeliver(&self, request: &HoldRequest, kept: Vec<Bytes>) -> Result<(), TunnelError> {
+        if kept.is_empty() {
+            return Ok(());
+        }
+        let Some(port) = self.netlink.find_link(&request.port).await? else { return Ok(()) };
+        let from = self.netlink.link(&request.lan).await?.mac.unwrap_or(request.mac);
+        let packets = kept.len();
+        let refused = kept
+            .iter()
+            .filter(|packet| self.frames.deliver(port.index, request.mac, from, packet).is_err())
+            .count();
+        if refused > 0 {
+            warn!(port = %request.key, packets, refused, "the guest's tap did not take all kept packets");
+        }
+        Ok(())
+    }
+
+    async fn announce_guest(&self, request: &HoldRequest) -> Result<(), TunnelError> {
+        let device = self.netlink.link(&request.lan).await?.index;
+        let announcements = request
+            .home
+            .iter()
+            .map(|address| Announcement { device, address: *address, mac: request.mac })
+            .collect();
+        announce::burst(self.frames.clone(), announcements, &self.config.announce);
+        Ok(())
+    }
+
+    /// This host says on `lan` that `addresses` are its own.
+    async fn announcements(&self, lan: &str, addresses: &[IpAddr]) -> Result<Vec<Announcement>, TunnelError> {
+        let link = self.netlink.link(lan).await?;
+        let mac: Mac = link.mac.ok_or_else(|| TunnelError::NoSuchDevice(lan.to_owned()))?;
+        let announcement = |address: &IpAddr| Announcement { device: link.index, address: *address, mac };
+        Ok(addresses.iter().map(announcement).collect())
+    }
+
+    async fn tell<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Move) -> Result<T, TunnelError> {
+        let (done, answer) = oneshot::channel();
+        self.moves.send(command(done)).await.map_err(|_| TunnelError::Stopped)?;
+        answer.await.map_err(|_| TunnelError::Stopped)
+    }
+}
+
+fn abort(task: &Option<AbortHandle>) {
+    if let Some(task) = task {
+        task.abort();
+    }
+}
+
+/// A datagram to the discard port (RFC 863) makes the kernel look for the router's address.
+fn make_kernel_ask(router: IpAddr) {
+    const DISCARD: u16 = 9;
+    let any: SocketAddr = if router.is_ipv6() { ([0u16; 8], 0).into() } else { ([0u8; 4], 0).into() };
+    // Without a route there is no router to be found either.
+    if let Ok(socket) = UdpSocket::bind(any) {
+        let _ = socket.send_to(&[0], SocketAddr::new(router, DISCARD));
+    }
+}

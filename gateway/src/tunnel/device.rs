@@ -1,0 +1,302 @@
+//! The TUN device and the task that moves packets between it and the links.
+//!
+//! One task owns the datapath's state: it waits for a packet from the device, a datagram from a peer, a
+//! command or the clock, and applies what came. It never answers a packet itself: while a link is down,
+//! packets are dropped without a word and the transports inside repeat them.
+
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::io;
+use std::net::IpAddr;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use longhaul_core::ids::SiteName;
+use longhaul_core::tunnel::datapath::{Counters, Datapath, PortStatus, UnknownPort, Way};
+use longhaul_core::tunnel::handover::FlowTuple;
+use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+use tracing::{trace, warn};
+
+use super::config::TunnelConfig;
+use super::error::TunnelError;
+
+/// Packets taken from one source before the others get their turn.
+const BATCH: usize = 64;
+/// Packets the device is emptied of before a hold is given up: more than it can queue.
+const DRAIN: usize = 8192;
+/// The longest packet a device of any MTU gives us.
+const READ_BUFFER: usize = 65_536;
+/// How soon a link that took no datagram is tried again with packets that were kept.
+const RETRY: Duration = Duration::from_millis(1);
+
+/// A peer's link, as far as the tunnel uses it.
+pub trait DatagramPath: Send + Sync {
+    /// Sends one datagram now, or says `false`: the link is down or its queue is full. It must neither
+    /// wait nor make room by dropping an earlier one.
+    fn try_send(&self, datagram: Bytes) -> bool;
+
+    /// The largest datagram the link takes at the moment, in bytes.
+    fn max_len(&self) -> usize;
+}
+
+/// What the tunnel does, for status and metrics.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TunnelStatus {
+    /// Packets of all tunnels together.
+    pub counters: Counters,
+    /// Every NIC that is away or visits.
+    pub ports: Vec<PortStatus>,
+}
+
+/// A peer's path and the datagrams that come from it.
+pub(super) struct PeerPath {
+    pub path: Arc<dyn DatagramPath>,
+    pub incoming: mpsc::Receiver<Bytes>,
+}
+
+/// What the datapath is told to do.
+pub(super) enum Command {
+    AddPeer { site: SiteName, path: PeerPath, done: oneshot::Sender<()> },
+    BeginHold { key: PortKey, peer: SiteName, home: Vec<IpAddr>, done: oneshot::Sender<Result<(), AddressTaken>> },
+    Attract { key: PortKey, flows: Vec<FlowTuple>, done: oneshot::Sender<Result<(), UnknownPort>> },
+    Visit { key: PortKey, peer: SiteName, home: Vec<IpAddr>, done: oneshot::Sender<Result<(), AddressTaken>> },
+    Resumed { key: PortKey, done: oneshot::Sender<Result<(), UnknownPort>> },
+    NamesExpire { key: PortKey, after: Duration, done: oneshot::Sender<Result<(), UnknownPort>> },
+    TakeKept { key: PortKey, done: oneshot::Sender<Vec<Bytes>> },
+    End { key: PortKey, done: oneshot::Sender<Vec<Bytes>> },
+}
+
+/// The device, the links and the state between them.
+pub(super) struct Mover {
+    device: tun::AsyncDevice,
+    buffer: Box<[u8]>,
+    datapath: Datapath,
+    peers: BTreeMap<PeerSlot, PeerPath>,
+    last_served: PeerSlot,
+    epoch: Instant,
+    status: watch::Sender<TunnelStatus>,
+}
+
+/// Opens the device, not yet up.
+pub(super) fn open(config: &TunnelConfig) -> Result<tun::AsyncDevice, TunnelError> {
+    let open = || {
+        let mut configuration = tun::Configuration::default();
+        configuration.tun_name(&config.device).mtu(config.mtu);
+        let mut device = tun::create(&configuration)?;
+        if config.persistent {
+            device.persist()?;
+        }
+        tun::AsyncDevice::new(device).map_err(tun::Error::from)
+    };
+    open().map_err(|source| TunnelError::Device { name: config.device.clone(), source })
+}
+
+impl Mover {
+    pub(super) fn new(
+        device: tun::AsyncDevice,
+        config: &TunnelConfig,
+        status: watch::Sender<TunnelStatus>,
+    ) -> Self {
+        Self {
+            device,
+            buffer: vec![0; READ_BUFFER].into_boxed_slice(),
+            datapath: Datapath::new(config.datapath.clone()),
+            peers: BTreeMap::new(),
+            last_served: PeerSlot(0),
+            epoch: Instant::now(),
+            status,
+        }
+    }
+
+    /// Moves packets until the last sender of commands is gone.
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>, status_interval: Duration) {
+        enum Event {
+            Command(Option<Command>),
+            Device(io::Result<usize>),
+            Peer(PeerSlot),
+            Status,
+            Retry,
+        }
+        let mut ticks = tokio::time::interval(status_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            let releasing = self.datapath.is_releasing();
+            let event = tokio::select! {
+                command = commands.recv() => Event::Command(command),
+                read = self.device.recv(&mut self.buffer) => Event::Device(read),
+                peer = next_batch(&mut self.peers, self.last_served, &mut batch) => Event::Peer(peer),
+                _ = ticks.tick() => Event::Status,
+                () = tokio::time::sleep(RETRY), if releasing => Event::Retry,
+            };
+            match event {
+                Event::Command(Some(command)) => {
+                    self.handle_command(command);
+                    self.publish();
+                }
+                Event::Command(None) => return,
+                Event::Device(Ok(len)) => self.handle_packets(len),
+                Event::Device(Err(error)) => {
+                    warn!(%error, "tunnel device failed; restart the gateway");
+                    return;
+                }
+                Event::Peer(peer) => self.handle_datagrams(peer, &mut batch),
+                Event::Status => self.publish(),
+                Event::Retry => {}
+            }
+            self.release_kept();
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    fn publish(&mut self) {
+        let ports = self.datapath.handle_status(self.now());
+        let status = TunnelStatus { counters: self.datapath.counters().clone(), ports };
+        self.status.send_if_modified(|old| {
+            let changed = *old != status;
+            *old = status;
+            changed
+        });
+    }
+
+    fn handle_command(&mut self, command: Command) {
+        let now = self.now();
+        // A caller that gave up waiting does not want the answer.
+        match command {
+            Command::AddPeer { site, path, done } => {
+                let slot = self.datapath.peer_slot(&site);
+                self.peers.insert(slot, path);
+                let _ = done.send(());
+            }
+            Command::BeginHold { key, peer, home, done } => {
+                let _ = done.send(self.datapath.begin_hold(&key, &peer, &home));
+            }
+            Command::Attract { key, flows, done } => {
+                let _ = done.send(self.datapath.attract(now, &key, &flows));
+            }
+            Command::Visit { key, peer, home, done } => {
+                let _ = done.send(self.datapath.visit(&key, &peer, &home));
+            }
+            Command::Resumed { key, done } => {
+                let _ = done.send(self.datapath.resumed(now, &key));
+            }
+            Command::NamesExpire { key, after, done } => {
+                let _ = done.send(self.datapath.set_names_expire_at(&key, now + after));
+            }
+            Command::TakeKept { key, done } => {
+                self.drain_device(DRAIN);
+                let _ = done.send(self.datapath.take_kept(&key));
+            }
+            Command::End { key, done } => {
+                self.drain_device(DRAIN);
+                let _ = done.send(self.datapath.end(&key));
+            }
+        }
+    }
+
+    fn handle_packets(&mut self, first: usize) {
+        self.handle_packet(first);
+        self.drain_device(BATCH - 1);
+    }
+
+    /// Handles what the device has at once, at most `max` packets.
+    fn drain_device(&mut self, max: usize) {
+        for _ in 0..max {
+            let read = tun::Device::recv(&self.device, &mut self.buffer);
+            match read {
+                Ok(len) if len > 0 => self.handle_packet(len),
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
+    fn handle_packet(&mut self, len: usize) {
+        let packet = Bytes::copy_from_slice(&self.buffer[..len]);
+        if let Some(peer) = self.datapath.handle_packet(self.now(), packet.clone()) {
+            let outcome = self.send(peer, &packet);
+            trace!(len, ?outcome, "to peer");
+            self.datapath.handle_outcome(Way::Peer(peer), &packet, outcome);
+        }
+    }
+
+    fn handle_datagrams(&mut self, peer: PeerSlot, batch: &mut Vec<Bytes>) {
+        self.last_served = peer;
+        let now = self.now();
+        for datagram in batch.drain(..) {
+            if let Some(packet) = self.datapath.handle_datagram(now, peer, datagram) {
+                let outcome = self.deliver(&packet);
+                trace!(len = packet.len(), ?outcome, "from peer");
+                self.datapath.handle_outcome(Way::Device, &packet, outcome);
+            }
+        }
+    }
+
+    /// Lets kept packets go until none is left or one cannot leave.
+    fn release_kept(&mut self) {
+        let now = self.now();
+        while let Some((port, way, packet)) = self.datapath.poll_kept(now) {
+            let outcome = match way {
+                Way::Peer(peer) => self.send(peer, &packet),
+                Way::Device => self.deliver(&packet),
+            };
+            if outcome == Err(DropReason::LinkBusy) {
+                self.datapath.return_kept(port, packet);
+                return;
+            }
+            self.datapath.handle_outcome(way, &packet, outcome);
+        }
+    }
+
+    fn send(&mut self, peer: PeerSlot, packet: &Bytes) -> Result<(), DropReason> {
+        let path = &self.peers.get(&peer).ok_or(DropReason::LinkBusy)?.path;
+        let parts = self.datapath.split(peer, packet, path.max_len()).ok_or(DropReason::TooLarge)?;
+        for part in parts {
+            if !path.try_send(part) {
+                return Err(DropReason::LinkBusy);
+            }
+        }
+        Ok(())
+    }
+
+    fn deliver(&self, packet: &Bytes) -> Result<(), DropReason> {
+        tun::Device::send(&self.device, packet).map(drop).map_err(|_| DropReason::DeviceBusy)
+    }
+}
+
+/// Waits until some peer has datagrams and fills `batch` with them. Peers take turns, beginning after
+/// `last_served`. Cancel-safe: nothing is taken unless it is returned.
+async fn next_batch(
+    peers: &mut BTreeMap<PeerSlot, PeerPath>,
+    last_served: PeerSlot,
+    batch: &mut Vec<Bytes>,
+) -> PeerSlot {
+    poll_fn(|context| poll_batch(peers, last_served, batch, context)).await
+}
+
+fn poll_batch(
+    peers: &mut BTreeMap<PeerSlot, PeerPath>,
+    last_served: PeerSlot,
+    batch: &mut Vec<Bytes>,
+    context: &mut Context<'_>,
+) -> Poll<PeerSlot> {
+    let after = (Bound::Excluded(last_served), Bound::Unbounded);
+    for (slot, peer) in peers.range_mut(after) {
+        if let Poll::Ready(1..) = peer.incoming.poll_recv_many(context, batch, BATCH) {
+            return Poll::Ready(*slot);
+        }
+    }
+    for (slot, peer) in peers.range_mut(..=last_served) {
+        if let Poll::Ready(1..) = peer.incoming.poll_recv_many(context, batch, BATCH) {
+            return Poll::Ready(*slot);
+        }
+    }
+    Poll::Pending
+}

@@ -1,0 +1,264 @@
+//! Which changes to the host's network a hold, a visit and a sampler consist of, and in which order.
+//!
+//! Pure: the same request gives the same plan. Order matters twice. In a hold the bridge entry comes
+//! last, because frames go up to the host from that moment and must find their route there. In a visit
+//! all rules stand before the route to the guest.
+//!
+//! Sysctls and why:
+//!
+//! | key | value | why |
+//! |---|---|---|
+//! | `conf/DEVICE/forwarding` | 1 | packets are routed between LAN, tunnel and tap; not the host-wide `ip_forward` |
+//! | `conf/TUN/rp_filter` | 2 | packets of any source come out of the tunnel; loose holds even where `all` is strict, given an address |
+//! | `conf/TAP/rp_filter` | 2 | the same for a visitor's replies; forged sources are dropped by our rules |
+//! | `conf/TAP/proxy_arp` | 1 | the visitor asks for its old neighbours |
+//! | `conf/DEVICE/send_redirects` | 0 | a visitor must not be told a shorter way |
+//! | `neigh/DEVICE/proxy_delay` | 0 | the kernel waits up to 0.8 s before it answers for another |
+//! | `netfilter/nf_conntrack_tcp_loose` | 1 | connections of before the move are tracked from their middle |
+//! | IPv6 `proxy_ndp`, `accept_dad`, `force_forwarding` or `all/forwarding` | | the same for IPv6 |
+
+use std::net::IpAddr;
+
+use longhaul_core::tunnel::handover::{Mac, Neighbour, NicHandover, Prefix};
+use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::ids::SiteName;
+
+use super::change::Change;
+use super::config::TunnelConfig;
+use super::nft;
+use super::routes::PolicyRule;
+use super::tap::port_id;
+
+const MAIN_TABLE: u32 = 254;
+
+/// A machine that is about to leave this site, one of its NICs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HoldRequest {
+    /// The NIC.
+    pub key: PortKey,
+    /// Where the machine goes.
+    pub peer: SiteName,
+    /// The guest's link-layer address.
+    pub mac: Mac,
+    /// The guest's home addresses.
+    pub home: Vec<IpAddr>,
+    /// The device the guest is plugged into (its tap).
+    pub port: String,
+    /// The bridge of the home LAN, on which the host has an address.
+    pub lan: String,
+}
+
+/// A care-of address and the home address it stands for; both of one IP version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CareOf {
+    /// The address the guest believes it has.
+    pub home: IpAddr,
+    /// The address this site gives it.
+    pub care_of: IpAddr,
+}
+
+/// A machine that will visit this site, one of its NICs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VisitRequest {
+    /// The NIC.
+    pub key: PortKey,
+    /// Where the machine's home is.
+    pub peer: SiteName,
+    /// What its home says about it. `flows` is not read: they come later.
+    pub nic: NicHandover,
+    /// The device the guest will be plugged into (its tap).
+    pub port: String,
+    /// The device of this site's LAN, on which care-of addresses are answered for.
+    pub lan: String,
+    /// Its care-of addresses; none: only the tunnel reaches it.
+    pub care_of: Vec<CareOf>,
+}
+
+/// What this kernel offers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kernel {
+    /// IPv6 can be forwarded per device (Linux 6.17 and newer).
+    pub force_forwarding: bool,
+}
+
+/// What the tunnel device needs, once.
+pub(super) fn device_plan(config: &TunnelConfig) -> Vec<Change> {
+    let device = &config.device;
+    vec![
+        sysctl(format!("net/ipv4/conf/{device}/forwarding"), "1"),
+        sysctl(format!("net/ipv4/conf/{device}/rp_filter"), "2"),
+        sysctl(format!("net/ipv4/conf/{device}/send_redirects"), "0"),
+        sysctl(format!("net/ipv6/conf/{device}/addr_gen_mode"), "1"),
+        sysctl(format!("net/ipv6/conf/{device}/accept_ra"), "0"),
+    ]
+}
+
+/// Packets to a machine on the LAN come to us.
+pub(super) fn hold_plan(config: &TunnelConfig, kernel: Kernel, request: &HoldRequest) -> Vec<Change> {
+    let HoldRequest { key, mac, home, lan, .. } = request;
+    let mut plan = lan_switches(lan);
+    if home.iter().any(IpAddr::is_ipv6) {
+        plan.extend(ipv6_switches(kernel, [lan, &config.device]));
+    }
+    plan.push(Change::Table(nft::attract_table(config, &port_id(key), *mac, lan)));
+    for address in home {
+        plan.push(Change::Proxy { address: *address, device: lan.clone() });
+        plan.push(Change::Route { to: host(*address), device: config.device.clone(), table: MAIN_TABLE });
+    }
+    plan.push(Change::BridgeAddress { mac: *mac, bridge: lan.clone() });
+    plan
+}
+
+/// A visitor finds everything as it was at home, and its replies their way.
+pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitRequest) -> Vec<Change> {
+    let VisitRequest { port, lan, nic, .. } = request;
+    let home: Vec<IpAddr> = nic.home.iter().map(|prefix| prefix.addr).collect();
+    let has_v6 = home.iter().any(IpAddr::is_ipv6);
+    let mut plan = port_changes(request);
+    plan.extend(lan_switches(lan));
+    if has_v6 {
+        plan.extend(ipv6_switches(kernel, [lan, port]));
+        plan.extend(ipv6_switches(kernel, [&config.device]));
+    }
+    plan.extend(visit_tables(config, request, &home));
+    plan.push(sysctl("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1"));
+    for v6 in [false, true].into_iter().filter(|v6| !v6 || has_v6) {
+        let unspecified: IpAddr = if v6 { [0; 16].into() } else { [0; 4].into() };
+        let (device, table) = (config.device.clone(), config.route_table);
+        plan.push(Change::Route { to: Prefix { addr: unspecified, len: 0 }, device, table });
+        let (priority, mark) = (config.rule_priority, config.mark_tunnel);
+        plan.push(Change::Rule(PolicyRule { v6, priority, input: port.clone(), mark, table }));
+    }
+    plan.extend(nic.neighbours.iter().filter(|neighbour| neighbour.addr.is_ipv6()).map(|neighbour| {
+        // IPv4 is answered for whatever is asked; IPv6 has no such switch.
+        Change::Proxy { address: neighbour.addr, device: port.clone() }
+    }));
+    for address in &home {
+        plan.push(Change::Fixed { address: *address, mac: nic.mac, device: port.clone() });
+        plan.push(Change::Route { to: host(*address), device: port.clone(), table: MAIN_TABLE });
+    }
+    for CareOf { care_of, .. } in &request.care_of {
+        plan.push(Change::Route { to: host(*care_of), device: port.clone(), table: MAIN_TABLE });
+        plan.push(Change::Proxy { address: *care_of, device: lan.clone() });
+    }
+    plan
+}
+
+/// The flows of a machine at home are remembered.
+pub(super) fn sampler_plan(config: &TunnelConfig, key: &PortKey, port: &str) -> Vec<Change> {
+    vec![Change::Table(nft::sampler_table(config, &port_id(key), port))]
+}
+
+/// The name of a visit's table, to which flows are added.
+pub(super) fn visit_table_name(config: &TunnelConfig, key: &PortKey) -> String {
+    format!("{}_visit_{}", config.prefix, port_id(key))
+}
+
+fn port_changes(request: &VisitRequest) -> Vec<Change> {
+    let VisitRequest { port, nic, .. } = request;
+    let mut plan = vec![
+        sysctl(format!("net/ipv6/conf/{port}/accept_dad"), "0"),
+        sysctl(format!("net/ipv6/conf/{port}/accept_ra"), "0"),
+    ];
+    plan.push(Change::Routed { device: port.clone() });
+    if let Some(mac) = router_mac(&nic.neighbours) {
+        plan.push(Change::OwnAddress { device: port.clone(), mac });
+    }
+    for (name, value) in [("forwarding", "1"), ("proxy_arp", "1"), ("rp_filter", "2"), ("send_redirects", "0")] {
+        plan.push(sysctl(format!("net/ipv4/conf/{port}/{name}"), value));
+    }
+    plan.push(sysctl(format!("net/ipv4/neigh/{port}/proxy_delay"), "0"));
+    plan
+}
+
+fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) -> [Change; 2] {
+    let visit = nft::Visit {
+        name: visit_table_name(config, &request.key),
+        port: &request.port,
+        home,
+        home_prefixes: &request.nic.home_prefixes,
+        care_of: request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect(),
+    };
+    let stale = nft::stale_mac_table(config, &port_id(&request.key), &request.port);
+    [Change::Table(stale), Change::Table(nft::visit_table(config, &visit))]
+}
+
+fn lan_switches(lan: &str) -> Vec<Change> {
+    vec![
+        sysctl(format!("net/ipv4/conf/{lan}/forwarding"), "1"),
+        sysctl(format!("net/ipv4/neigh/{lan}/proxy_delay"), "0"),
+    ]
+}
+
+fn ipv6_switches<'a>(kernel: Kernel, devices: impl IntoIterator<Item = &'a String>) -> Vec<Change> {
+    let mut plan = Vec::new();
+    if !kernel.force_forwarding {
+        plan.push(sysctl("net/ipv6/conf/all/forwarding".to_owned(), "1"));
+    }
+    for device in devices {
+        plan.push(sysctl(format!("net/ipv6/conf/{device}/forwarding"), "1"));
+        if kernel.force_forwarding {
+            plan.push(sysctl(format!("net/ipv6/conf/{device}/force_forwarding"), "1"));
+        }
+        plan.push(sysctl(format!("net/ipv6/conf/{device}/proxy_ndp"), "1"));
+        plan.push(sysctl(format!("net/ipv6/neigh/{device}/proxy_delay"), "0"));
+    }
+    plan
+}
+
+/// The address the guest sends to: its router's, IPv4's before IPv6's.
+fn router_mac(neighbours: &[Neighbour]) -> Option<Mac> {
+    let mut routers: Vec<&Neighbour> = neighbours.iter().filter(|neighbour| neighbour.router).collect();
+    routers.sort_by_key(|router| router.addr.is_ipv6());
+    routers.first().map(|router| router.mac)
+}
+
+fn host(addr: IpAddr) -> Prefix {
+    Prefix { addr, len: if addr.is_ipv6() { 128 } else { 32 } }
+}
+
+fn sysctl(key: String, value: &'static str) -> Change {
+    Change::Sysctl { key, value }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(home: &[&str]) -> HoldRequest {
+        HoldRequest {
+            key: PortKey { machine: "web1".parse().unwrap(), nic: "net0".parse().unwrap() },
+            peer: "b".parse().unwrap(),
+            mac: Mac([0x52, 0x54, 0, 0, 0, 1]),
+            home: home.iter().map(|address| address.parse().unwrap()).collect(),
+            port: "lh-web1-net0".to_owned(),
+            lan: "br0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn frames_are_taken_off_the_bridge_only_when_their_route_stands() {
+        let plan = hold_plan(&TunnelConfig::default(), Kernel { force_forwarding: true }, &request(&["198.51.100.10"]));
+        let bridge = plan.iter().position(|change| matches!(change, Change::BridgeAddress { .. }));
+        assert_eq!(bridge, Some(plan.len() - 1));
+    }
+
+    #[test]
+    fn ipv6_is_switched_for_the_whole_host_only_where_the_kernel_knows_no_other_way() {
+        let for_all = sysctl("net/ipv6/conf/all/forwarding".to_owned(), "1");
+        let has = |home: &str, force_forwarding| {
+            hold_plan(&TunnelConfig::default(), Kernel { force_forwarding }, &request(&[home])).contains(&for_all)
+        };
+        assert!(has("2001:db8::10", false));
+        assert!(!has("2001:db8::10", true));
+        assert!(!has("198.51.100.10", false));
+    }
+
+    #[test]
+    fn the_taps_address_is_the_ipv4_routers() {
+        let neighbour = |addr: &str, last, router| Neighbour { addr: addr.parse().unwrap(), mac: Mac([0, 0, 0, 0, 0, last]), router };
+        let neighbours = [neighbour("2001:db8::1", 1, true), neighbour("198.51.100.1", 2, true), neighbour("198.51.100.9", 3, false)];
+        assert_eq!(router_mac(&neighbours), Some(Mac([0, 0, 0, 0, 0, 2])));
+        assert_eq!(router_mac(&neighbours[2..]), None);
+    }
+}

@@ -1,0 +1,452 @@
+//! rtnetlink: links, routes, policy rules, neighbours and the bridge's address table.
+//!
+//! Every change is idempotent: adding what is there and removing what is gone succeed. What we add
+//! carries our routing protocol number, so that it can be found again after a crash. It decides
+//! nothing; `plan` does.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures_util::TryStreamExt;
+use longhaul_core::tunnel::handover::{Mac, Neighbour, Prefix};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressScope;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::{Error, Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
+
+use super::error::TunnelError;
+
+/// A device as the kernel has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Link {
+    pub index: u32,
+    pub mac: Option<Mac>,
+    /// The index of the bridge it is a port of.
+    pub bridge: Option<u32>,
+}
+
+/// A policy rule of ours: packets from `input` that carry `mark` look up `table`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct PolicyRule {
+    pub v6: bool,
+    pub priority: u32,
+    pub input: String,
+    pub mark: u32,
+    pub table: u32,
+}
+
+/// A connection to the kernel's routing.
+#[derive(Clone)]
+pub(super) struct Netlink {
+    handle: Handle,
+    protocol: u8,
+}
+
+impl Netlink {
+    /// Connects. What is added carries `protocol`.
+    pub(super) fn open(protocol: u8) -> Result<Self, TunnelError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(TunnelError::io("open rtnetlink"))?;
+        tokio::spawn(connection);
+        Ok(Self { handle, protocol })
+    }
+
+    /// The device called `name`, if there is one.
+    pub(super) async fn find_link(&self, name: &str) -> Result<Option<Link>, TunnelError> {
+        let found = self.handle.link().get().match_name(name.to_owned()).execute().try_next().await;
+        match found {
+            Ok(message) => Ok(message.map(|message| read_link(&message))),
+            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(TunnelError::netlink(format!("look for device {name}"))(error)),
+        }
+    }
+
+    /// The device called `name`, which must be there.
+    pub(super) async fn link(&self, name: &str) -> Result<Link, TunnelError> {
+        self.find_link(name).await?.ok_or_else(|| TunnelError::NoSuchDevice(name.to_owned()))
+    }
+
+    /// Sets a device up, with a queue of `queue` packets where given.
+    pub(super) async fn set_up(&self, name: &str, queue: Option<u32>) -> Result<(), TunnelError> {
+        let mut change = LinkUnspec::new_with_index(self.link(name).await?.index).up();
+        if let Some(queue) = queue {
+            change = change.txqueuelen(queue);
+        }
+        self.change_link(change.build(), format!("set {name} up")).await
+    }
+
+    /// Gives a device a link-layer address.
+    pub(super) async fn set_mac(&self, index: u32, mac: Mac) -> Result<(), TunnelError> {
+        let change = LinkUnspec::new_with_index(index).address(mac.0.to_vec()).build();
+        self.change_link(change, format!("set the address of device {index}")).await
+    }
+
+    /// Makes a device a port of `bridge`, or of none.
+    pub(super) async fn set_bridge(&self, index: u32, bridge: Option<u32>) -> Result<(), TunnelError> {
+        let change = LinkUnspec::new_with_index(index);
+        let change = match bridge {
+            Some(bridge) => change.controller(bridge),
+            None => change.nocontroller(),
+        };
+        self.change_link(change.build(), format!("set the bridge of device {index}")).await
+    }
+
+    /// Removes a device.
+    pub(super) async fn delete_link(&self, name: &str) -> Result<(), TunnelError> {
+        let Some(link) = self.find_link(name).await? else { return Ok(()) };
+        let deleted = self.handle.link().del(link.index).execute().await;
+        gone_is_fine(deleted).map_err(TunnelError::netlink(format!("delete device {name}")))
+    }
+
+    /// Gives a device an address that is never chosen as a source. Without any, the kernel's reverse path
+    /// filter refuses all that comes out of the device, in its loose mode too.
+    pub(super) async fn add_dummy_address(&self, address: Ipv4Addr, device: u32) -> Result<(), TunnelError> {
+        let mut request = self.handle.address().add(device, IpAddr::V4(address), 32);
+        request.message_mut().header.scope = AddressScope::Host;
+        match request.execute().await {
+            Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
+            other => other.map_err(TunnelError::netlink(format!("give device {device} address {address}"))),
+        }
+    }
+
+    /// Routes `to` to `device`, in `table`. A route of somebody else's for the same block is an error.
+    pub(super) async fn add_route(&self, to: Prefix, device: u32, table: u32) -> Result<(), TunnelError> {
+        let route = self.route(to, device, table);
+        let what = format!("route {}/{} to device {device}", to.addr, to.len);
+        match self.handle.route().add(route.clone()).execute().await {
+            Err(error) if errno(&error) == Some(libc::EEXIST) => {
+                self.delete_route_message(self.route(to, 0, table)).await?;
+                self.handle.route().add(route).execute().await.map_err(TunnelError::netlink(what))
+            }
+            other => other.map_err(TunnelError::netlink(what)),
+        }
+    }
+
+    /// Removes our route for `to`.
+    pub(super) async fn delete_route(&self, to: Prefix, table: u32) -> Result<(), TunnelError> {
+        self.delete_route_message(self.route(to, 0, table)).await
+    }
+
+    /// Adds a policy rule.
+    pub(super) async fn add_rule(&self, rule: &PolicyRule) -> Result<(), TunnelError> {
+        let mut request = self.handle.rule().add();
+        *request.message_mut() = self.rule(rule);
+        match request.execute().await {
+            Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
+            other => other.map_err(TunnelError::netlink(format!("add a policy rule for {}", rule.input))),
+        }
+    }
+
+    /// Removes a policy rule.
+    pub(super) async fn delete_rule(&self, rule: &PolicyRule) -> Result<(), TunnelError> {
+        let deleted = self.handle.rule().del(self.rule(rule)).execute().await;
+        gone_is_fine(deleted).map_err(TunnelError::netlink(format!("delete the policy rule for {}", rule.input)))
+    }
+
+    /// Answers for `address` on `device` (proxy ARP or NDP).
+    pub(super) async fn add_proxy(&self, address: IpAddr, device: u32) -> Result<(), TunnelError> {
+        let what = format!("answer for {address} on device {device}");
+        self.add_neighbour(self.neighbour(address, device, NeighbourFlags::Proxy), what).await
+    }
+
+    /// Stops answering for `address` on `device`.
+    pub(super) async fn delete_proxy(&self, address: IpAddr, device: u32) -> Result<(), TunnelError> {
+        self.delete_neighbour(self.neighbour(address, device, NeighbourFlags::Proxy)).await
+    }
+
+    /// A neighbour that need not be asked for.
+    pub(super) async fn add_fixed(&self, address: IpAddr, mac: Mac, device: u32) -> Result<(), TunnelError> {
+        let mut message = self.neighbour(address, device, NeighbourFlags::empty());
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+        self.add_neighbour(message, format!("fix the neighbour {address} on device {device}")).await
+    }
+
+    /// Forgets a neighbour.
+    pub(super) async fn delete_fixed(&self, address: IpAddr, device: u32) -> Result<(), TunnelError> {
+        self.delete_neighbour(self.neighbour(address, device, NeighbourFlags::empty())).await
+    }
+
+    /// Frames to `mac` on `bridge` go up to the host, whatever port the bridge had learned it on.
+    pub(super) async fn add_bridge_address(&self, mac: Mac, bridge: u32) -> Result<(), TunnelError> {
+        self.add_neighbour(bridge_address(mac, bridge), "take a machine's frames off the bridge".to_owned()).await
+    }
+
+    /// The bridge learns `mac` again like any other.
+    pub(super) async fn delete_bridge_address(&self, mac: Mac, bridge: u32) -> Result<(), TunnelError> {
+        self.delete_neighbour(bridge_address(mac, bridge)).await
+    }
+
+    /// The default routers reached through `device`.
+    pub(super) async fn default_routers(&self, device: u32) -> Result<Vec<IpAddr>, TunnelError> {
+        let mut routers = Vec::new();
+        for query in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
+            let mut routes = self.handle.route().get(query).execute();
+            while let Some(route) =
+                routes.try_next().await.map_err(TunnelError::netlink("list the routes"))?
+            {
+                routers.extend(default_router(&route, device));
+            }
+        }
+        routers.sort();
+        routers.dedup();
+        Ok(routers)
+    }
+
+    /// The neighbours on `device` whose link-layer address is known. Bounded by the caller.
+    pub(super) async fn neighbours(&self, device: u32) -> Result<Vec<(IpAddr, Mac)>, TunnelError> {
+        let mut known = Vec::new();
+        let mut entries = self.handle.neighbours().get().execute();
+        while let Some(entry) = entries.try_next().await.map_err(TunnelError::netlink("list the neighbours"))? {
+            if entry.header.ifindex == device {
+                known.extend(read_neighbour(&entry));
+            }
+        }
+        Ok(known)
+    }
+
+    /// Removes every route, rule and neighbour that carries our protocol number, and the bridge entries
+    /// of `macs`: what a gateway that crashed has left.
+    pub(super) async fn sweep(&self, macs: &[Mac]) -> Result<(), TunnelError> {
+        self.sweep_routes().await?;
+        self.sweep_rules().await?;
+        self.sweep_neighbours().await?;
+        self.sweep_bridges(macs).await
+    }
+
+    async fn sweep_routes(&self) -> Result<(), TunnelError> {
+        for query in [
+            RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        ] {
+            let routes: Vec<RouteMessage> = self
+                .handle
+                .route()
+                .get(query)
+                .execute()
+                .try_collect()
+                .await
+                .map_err(TunnelError::netlink("list the routes"))?;
+            for route in routes.into_iter().filter(|route| u8::from(route.header.protocol) == self.protocol) {
+                self.delete_route_message(route).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_rules(&self) -> Result<(), TunnelError> {
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let listed = self.handle.rule().get(version).execute().try_collect::<Vec<_>>().await;
+            let ours = RuleAttribute::Protocol(RouteProtocol::from(self.protocol));
+            for rule in listed.map_err(TunnelError::netlink("list the policy rules"))? {
+                if rule.attributes.contains(&ours) {
+                    gone_is_fine(self.handle.rule().del(rule).execute().await)
+                        .map_err(TunnelError::netlink("delete a policy rule"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_neighbours(&self) -> Result<(), TunnelError> {
+        let ours = NeighbourAttribute::Protocol(RouteProtocol::from(self.protocol));
+        for proxies in [true, false] {
+            let query = self.handle.neighbours().get();
+            let query = if proxies { query.proxies() } else { query };
+            let listed = query.execute().try_collect::<Vec<_>>().await;
+            for mut entry in listed.map_err(TunnelError::netlink("list the neighbours"))? {
+                if !entry.attributes.contains(&ours) {
+                    continue;
+                }
+                if proxies {
+                    entry.header.flags |= NeighbourFlags::Proxy;
+                }
+                self.delete_neighbour(entry).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_bridges(&self, macs: &[Mac]) -> Result<(), TunnelError> {
+        let query = self.handle.neighbours().get().set_address_family(AddressFamily::Bridge);
+        let listed = query.execute().try_collect::<Vec<_>>().await;
+        for entry in listed.map_err(TunnelError::netlink("list the bridges' addresses"))? {
+            for mac in macs {
+                let theirs = NeighbourAttribute::LinkLayerAddress(mac.0.to_vec());
+                if entry.header.state == NeighbourState::Permanent && entry.attributes.contains(&theirs) {
+                    self.delete_bridge_address(*mac, entry.header.ifindex).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn change_link(&self, change: LinkMessage, what: String) -> Result<(), TunnelError> {
+        self.handle.link().change(change).execute().await.map_err(TunnelError::netlink(what))
+    }
+
+    async fn delete_route_message(&self, route: RouteMessage) -> Result<(), TunnelError> {
+        gone_is_fine(self.handle.route().del(route).execute().await)
+            .map_err(TunnelError::netlink("delete a route"))
+    }
+
+    async fn add_neighbour(&self, message: NeighbourMessage, what: String) -> Result<(), TunnelError> {
+        let mut request = self.handle.neighbours().add(0, IpAddr::V4(Ipv4Addr::UNSPECIFIED)).replace();
+        *request.message_mut() = message;
+        request.execute().await.map_err(TunnelError::netlink(what))
+    }
+
+    async fn delete_neighbour(&self, message: NeighbourMessage) -> Result<(), TunnelError> {
+        gone_is_fine(self.handle.neighbours().del(message).execute().await)
+            .map_err(TunnelError::netlink("forget a neighbour"))
+    }
+
+    /// `device` 0 leaves the device open, for removal.
+    fn route(&self, to: Prefix, device: u32, table: u32) -> RouteMessage {
+        let protocol = RouteProtocol::from(self.protocol);
+        let mut message = match to.addr {
+            IpAddr::V4(addr) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(addr, to.len)
+                .scope(if device == 0 { RouteScope::NoWhere } else { RouteScope::Link })
+                .build(),
+            IpAddr::V6(addr) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(addr, to.len).build()
+            }
+        };
+        message.header.protocol = protocol;
+        message.header.table = 0;
+        message.attributes.push(RouteAttribute::Table(table));
+        if device != 0 {
+            message.attributes.push(RouteAttribute::Oif(device));
+        }
+        message
+    }
+
+    fn rule(&self, rule: &PolicyRule) -> RuleMessage {
+        let mut message = RuleMessage::default();
+        message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        message.header.action = RuleAction::ToTable;
+        message.attributes = vec![
+            RuleAttribute::Iifname(rule.input.clone()),
+            RuleAttribute::Priority(rule.priority),
+            RuleAttribute::FwMark(rule.mark),
+            RuleAttribute::Table(rule.table),
+            RuleAttribute::Protocol(RouteProtocol::from(self.protocol)),
+        ];
+        message
+    }
+
+    fn neighbour(&self, address: IpAddr, device: u32, flags: NeighbourFlags) -> NeighbourMessage {
+        let mut message = NeighbourMessage::default();
+        let (family, destination) = match address {
+            IpAddr::V4(v4) => (AddressFamily::Inet, NeighbourAddress::Inet(v4)),
+            IpAddr::V6(v6) => (AddressFamily::Inet6, NeighbourAddress::Inet6(v6)),
+        };
+        message.header.family = family;
+        message.header.ifindex = device;
+        message.header.state = NeighbourState::Permanent;
+        message.header.flags = flags;
+        message.attributes = vec![
+            NeighbourAttribute::Destination(destination),
+            NeighbourAttribute::Protocol(RouteProtocol::from(self.protocol)),
+        ];
+        message
+    }
+}
+
+/// The neighbours as the hand-over carries them, routers first, at most `max`.
+pub(super) fn as_handover(routers: &[IpAddr], known: &[(IpAddr, Mac)], max: usize) -> Vec<Neighbour> {
+    let mut neighbours: Vec<Neighbour> = known
+        .iter()
+        .map(|(addr, mac)| Neighbour { addr: *addr, mac: *mac, router: routers.contains(addr) })
+        .collect();
+    neighbours.sort_by_key(|neighbour| (!neighbour.router, neighbour.addr));
+    neighbours.truncate(max);
+    neighbours
+}
+
+fn bridge_address(mac: Mac, bridge: u32) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = bridge;
+    message.header.state = NeighbourState::Permanent;
+    message.header.flags = NeighbourFlags::Own;
+    message.attributes = vec![NeighbourAttribute::LinkLayerAddress(mac.0.to_vec())];
+    message
+}
+
+fn read_link(message: &LinkMessage) -> Link {
+    let mut link = Link { index: message.header.index, mac: None, bridge: None };
+    for attribute in &message.attributes {
+        if let LinkAttribute::Address(address) = attribute {
+            link.mac = address.first_chunk().map(|octets| Mac(*octets));
+        }
+        if let LinkAttribute::Controller(index) = attribute {
+            link.bridge = Some(*index).filter(|index| *index != 0);
+        }
+    }
+    link
+}
+
+fn read_neighbour(entry: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
+    let mut address = None;
+    let mut mac = None;
+    for attribute in &entry.attributes {
+        if let NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) = attribute {
+            address = Some(IpAddr::V4(*v4));
+        }
+        if let NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) = attribute {
+            address = Some(IpAddr::V6(*v6));
+        }
+        if let NeighbourAttribute::LinkLayerAddress(octets) = attribute {
+            mac = octets.first_chunk().map(|octets| Mac(*octets));
+        }
+    }
+    let unresolved = [NeighbourState::Failed, NeighbourState::Incomplete, NeighbourState::Noarp];
+    if unresolved.contains(&entry.header.state) {
+        return None;
+    }
+    Some((address?, mac?))
+}
+
+fn default_router(route: &RouteMessage, device: u32) -> Option<IpAddr> {
+    let through = route.attributes.contains(&RouteAttribute::Oif(device));
+    if route.header.destination_prefix_length != 0 || !through {
+        return None;
+    }
+    route.attributes.iter().find_map(|attribute| {
+        if let RouteAttribute::Gateway(RouteAddress::Inet(v4)) = attribute {
+            return Some(IpAddr::V4(*v4));
+        }
+        if let RouteAttribute::Gateway(RouteAddress::Inet6(v6)) = attribute {
+            return Some(IpAddr::V6(*v6));
+        }
+        None
+    })
+}
+
+fn gone_is_fine(result: Result<(), Error>) -> Result<(), Error> {
+    let gone = [libc::ENOENT, libc::ESRCH, libc::ENODEV, libc::EADDRNOTAVAIL, libc::ENXIO];
+    match result {
+        Err(error) if errno(&error).is_some_and(|code| gone.contains(&code)) => Ok(()),
+        other => other,
+    }
+}
+
+fn errno(error: &Error) -> Option<i32> {
+    match error {
+        Error::NetlinkError(message) => Some(-message.raw_code()),
+        Error::UnexpectedMessage(_)
+        | Error::RequestFailed
+        | Error::NamespaceError(_)
+        | Error::InvalidHardwareAddress(_)
+        | Error::InvalidIp(_)
+        | Error::InvalidAddress(_, _)
+        | Error::InvalidNla(_) => None,
+    }
+}

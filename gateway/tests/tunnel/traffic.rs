@@ -1,0 +1,130 @@
+//! Programs of the guest and the client: echo servers, and connections that number what they say.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::lab::Lab;
+
+pub const PORT: u16 = 7000;
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Serves TCP and UDP echo on [`PORT`] in a namespace; ready when it returns.
+pub fn serve_echo(lab: &Lab, namespace: &str) {
+    let bound = lab.within(namespace, || {
+        let tcp = TcpListener::bind("[::]:7000").expect("the port is free");
+        let udp = UdpSocket::bind("[::]:7000").expect("the port is free");
+        std::thread::spawn(move || {
+            for stream in tcp.incoming().flatten() {
+                std::thread::spawn(move || echo(stream));
+            }
+        });
+        std::thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok((len, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(&buffer[..len], from);
+            }
+        });
+    });
+    bound.join().expect("the server starts");
+}
+
+fn echo(mut stream: TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let mut buffer = vec![0; 65_536];
+    while let Ok(len @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..len]).is_err() {
+            return;
+        }
+    }
+}
+
+/// What a connection of numbered records saw.
+#[derive(Debug)]
+pub struct Outcome {
+    pub records: u64,
+    /// The longest wait for an answer, and when it began.
+    pub longest: Duration,
+}
+
+/// A connection that says a numbered record every 10 ms and checks the echo.
+pub struct Records {
+    stop: Arc<AtomicBool>,
+    count: Arc<AtomicU64>,
+    thread: JoinHandle<std::io::Result<Outcome>>,
+}
+
+impl Records {
+    /// Connects from a namespace to `server`; the connection is open and has spoken when it returns.
+    pub fn start(lab: &Lab, namespace: &str, server: SocketAddr, record_len: usize) -> Self {
+        let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopping, counting) = (stop.clone(), count.clone());
+        let thread = lab.within(namespace, move || run_records(server, record_len, &stopping, &counting));
+        let records = Self { stop, count, thread };
+        records.wait_for(3);
+        records
+    }
+
+    /// Waits until so many more records were answered.
+    pub fn wait_for(&self, more: u64) {
+        let (begun, from) = (Instant::now(), self.count.load(Ordering::Relaxed));
+        while self.count.load(Ordering::Relaxed) < from + more {
+            assert!(!self.thread.is_finished() && begun.elapsed() < PATIENCE, "no answers any more");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn finish(self) -> Outcome {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the client does not panic").expect("the connection lives")
+    }
+}
+
+fn run_records(
+    server: SocketAddr,
+    record_len: usize,
+    stop: &AtomicBool,
+    count: &AtomicU64,
+) -> std::io::Result<Outcome> {
+    let mut stream = connect(server)?;
+    let mut outcome = Outcome { records: 0, longest: Duration::ZERO };
+    let mut answer = vec![0; record_len];
+    while !stop.load(Ordering::Relaxed) {
+        let mut record = vec![outcome.records as u8; record_len];
+        record[..8].copy_from_slice(&outcome.records.to_be_bytes());
+        let asked = Instant::now();
+        stream.write_all(&record)?;
+        stream.read_exact(&mut answer)?;
+        if answer != record {
+            return Err(std::io::Error::new(ErrorKind::InvalidData, "another record came back"));
+        }
+        outcome.longest = outcome.longest.max(asked.elapsed());
+        outcome.records = count.fetch_add(1, Ordering::Relaxed) + 1;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(outcome)
+}
+
+/// Opens a connection with a limit on every wait.
+pub fn connect(server: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&server, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Says `len` bytes and expects them back.
+pub fn exchange(stream: &mut TcpStream, len: usize) {
+    let bytes: Vec<u8> = (0..len).map(|i| (i * 7 % 251) as u8).collect();
+    let mut writer = stream.try_clone().expect("a second handle");
+    let sent = bytes.clone();
+    let writing = std::thread::spawn(move || writer.write_all(&sent));
+    let mut answer = vec![0; len];
+    stream.read_exact(&mut answer).expect("an answer");
+    writing.join().expect("no panic").expect("all was sent");
+    assert!(answer == bytes, "what came back differs");
+}
