@@ -159,7 +159,7 @@ fn again_with(sudo: &Path) -> Result<Command> {
 fn install(packages: &BTreeSet<&str>) -> Result<()> {
     let packages: Vec<&str> = packages.iter().copied().collect();
     refresh_lists_for(&packages)?;
-    let _quiet = ServiceGuard::raise()?;
+    let _quiet = ServiceGuard::raise(Path::new(ServiceGuard::PATH))?;
     let mut arguments = vec!["install", "--yes", "--quiet", "--no-install-recommends"];
     arguments.extend(&packages);
     apt_get(&arguments, None)
@@ -205,12 +205,11 @@ struct ServiceGuard {
 impl ServiceGuard {
     const PATH: &str = "/usr/sbin/policy-rc.d";
 
-    fn raise() -> Result<Self> {
-        let path = PathBuf::from(Self::PATH);
-        let Ok(mut file) = File::create_new(&path) else {
+    fn raise(path: &Path) -> Result<Self> {
+        let Ok(mut file) = File::create_new(path) else {
             return Ok(Self { placed: None });
         };
-        let guard = Self { placed: Some(path) };
+        let guard = Self { placed: Some(path.to_owned()) };
         file.write_all(b"#!/bin/sh\nexit 101\n")?;
         file.set_permissions(std::fs::Permissions::from_mode(0o755))?;
         Ok(guard)
@@ -263,5 +262,17 @@ mod tests {
         std::fs::create_dir(&folder).unwrap();
         std::fs::write(folder.join(".unpacked"), "no-such-package other").unwrap();
         assert_eq!(extract_package("no-such-package", &["other"], cache.path()).unwrap(), folder);
+    }
+
+    #[test]
+    fn the_guard_against_services_goes_again_and_respects_one_that_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("policy-rc.d");
+        let guard = ServiceGuard::raise(&path).unwrap();
+        assert_eq!(Command::new(&path).status().unwrap().code(), Some(101));
+        drop(ServiceGuard::raise(&path).unwrap());
+        assert!(path.exists(), "somebody else's is left alone");
+        drop(guard);
+        assert!(!path.exists());
     }
 }

@@ -17,6 +17,7 @@ use netns_tests::cleanup::Lab;
 use netns_tests::wan::{
     Direction, Emulator, Measured, PacketClass, PacketMatch, Wan, WanEnd, WanProfile, WanSpec, measure,
 };
+use nix::sys::socket::{setsockopt, sockopt};
 
 const NEAR: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 1));
 const FAR: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 2));
@@ -35,6 +36,10 @@ struct Line {
 
 impl Line {
     fn build(profile: &WanProfile, classes: Vec<PacketClass>) -> Result<Self> {
+        Self::build_with(Emulator::Userspace, profile, classes)
+    }
+
+    fn build_with(emulator: Emulator, profile: &WanProfile, classes: Vec<PacketClass>) -> Result<Self> {
         let lab = Lab::start()?;
         let end = |role: &str| -> Result<WanEnd> {
             let namespace = lab.namespace(role)?;
@@ -42,7 +47,7 @@ impl Line {
             Ok(WanEnd { namespace, device: "wan".to_owned() })
         };
         let (near, far) = (end("near")?, end("far")?);
-        let (profile, emulator) = (profile.clone(), Emulator::Userspace);
+        let profile = profile.clone();
         let wan = Wan::build(WanSpec { near, far, profile, classes, emulator })?;
         wan.near().namespace.ip(&["addr add 198.18.0.1/30 dev wan"])?;
         wan.far().namespace.ip(&["addr add 198.18.0.2/30 dev wan"])?;
@@ -115,16 +120,38 @@ fn five_megabits_are_five_and_a_gigabit_is_a_gigabit() {
 }
 
 #[test]
+fn netem_is_used_where_the_kernel_has_it_and_measures_the_same() {
+    if not_root() {
+        return;
+    }
+    let _turn = turn();
+    let emulator = Emulator::detect().unwrap();
+    if emulator != Emulator::Netem {
+        println!("skipped: this kernel has no netem");
+        return;
+    }
+    let profile = WanProfile::symmetric(100.0, Duration::from_millis(100), 0.0);
+    let line = Line::build_with(emulator, &profile, Vec::new()).unwrap();
+    let measured = measure(&line.wan, &profile, NEAR, FAR).unwrap();
+    assert_within("round trip", measured.rtt_ms, 100.0, 3.0);
+    assert_within("rate", measured.rate_mbit, 100.0, 5.0);
+    line.close();
+}
+
+#[test]
 fn one_percent_of_loss_is_one_percent() {
     if not_root() {
         return;
     }
     let _turn = turn();
-    let profile = WanProfile::symmetric(1000.0, Duration::from_millis(2), 0.01);
+    let mut profile = WanProfile::symmetric(1000.0, Duration::from_millis(2), 0.01);
+    // Neither a full queue nor a full socket may pass for random loss on a busy machine.
+    profile.to_far.queue_bytes = 64 << 20;
     let line = Line::build(&profile, vec![PacketClass::new("blast", PacketMatch::udp_port(4433))]).unwrap();
     let from = line.wan.near().namespace.udp_socket(SocketAddr::new(NEAR, 0)).unwrap();
     let to = line.wan.far().namespace.udp_socket(SocketAddr::new(FAR, 4433)).unwrap();
-    to.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    setsockopt(&to, sockopt::RcvBufForce, &(64 << 20)).unwrap();
+    to.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
     let receiving = std::thread::spawn(move || {
         let mut buffer = [0; 2048];
         let mut received = 0u64;

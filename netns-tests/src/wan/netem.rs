@@ -61,8 +61,8 @@ impl Netem {
         let mut rules = format!("table inet {CUT_TABLE} {{}}\ndelete table inet {CUT_TABLE}\n");
         if cut {
             rules += &format!(
-                "table inet {CUT_TABLE} {{ chain c_cut {{ type filter hook prerouting priority -400; \
-                 iifname \"{}\" drop; }} }}\n",
+                "table inet {CUT_TABLE} {{\n  chain c_cut {{\n    type filter hook prerouting priority -400;\n    \
+                 iifname \"{}\" drop\n  }}\n}}\n",
                 exit.device
             );
         }
@@ -209,5 +209,39 @@ mod tests {
         );
         assert!(rules.contains("oifname \"wan\" meta l4proto 17 th sport 4433 counter name out0 accept"));
         assert!(rules.contains("oifname \"wan\" counter name out1 accept"));
+    }
+
+    /// Everything but the qdisc itself, which the kernel may not have.
+    #[test]
+    fn the_veth_pair_counts_and_cuts() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: network namespaces need root");
+            return;
+        }
+        let lab = crate::cleanup::Lab::start().unwrap();
+        let end = |role: &str| WanEnd { namespace: lab.namespace(role).unwrap(), device: "wan".to_owned() };
+        let classes = vec![PacketClass::new("gateways", PacketMatch::udp_port(4433))];
+        let netem = Netem::build(end("near"), end("far"), classes).unwrap();
+        netem.near.namespace.ip(&["addr add 198.18.0.1/30 dev wan"]).unwrap();
+        netem.far.namespace.ip(&["addr add 198.18.0.2/30 dev wan"]).unwrap();
+        let target: std::net::SocketAddr = "198.18.0.2:4433".parse().unwrap();
+        let from = netem.near.namespace.udp_socket("198.18.0.1:0".parse().unwrap()).unwrap();
+        let to = netem.far.namespace.udp_socket(target).unwrap();
+        to.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let arrives = || {
+            from.send_to(&[0; 100], target).unwrap();
+            to.recv(&mut [0; 200]).is_ok()
+        };
+        netem.reset_counters().unwrap();
+        assert!(arrives());
+        netem.set_cut(Direction::ToFar, true).unwrap();
+        assert!(!arrives());
+        netem.set_cut(Direction::ToFar, false).unwrap();
+        assert!(arrives());
+        let counters = netem.counters(Direction::ToFar).unwrap();
+        let class = counters.class("gateways").unwrap();
+        assert_eq!((class.offered, class.delivered.packets), (Tally { packets: 3, bytes: 384 }, 2));
+        assert_eq!(netem.counters(Direction::ToNear).unwrap().class("gateways").unwrap().offered.packets, 0);
+        assert_eq!(lab.close(), Vec::<String>::new());
     }
 }
