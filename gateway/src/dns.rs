@@ -149,21 +149,15 @@ impl Names {
             return Ok(());
         }
         let from = found.epoch();
-        let swap = Swap::new(
-            name,
-            wanted.old.to_vec(),
-            wanted.new.to_vec(),
-            wanted.ttl_s,
-            wanted.owner.as_str(),
-        )
-        .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
-        .observed(register);
+        let swap =
+            Swap::new(name, wanted.old.to_vec(), wanted.new.to_vec(), wanted.ttl_s, wanted.owner.as_str())
+                .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
+                .observed(register);
         match self.updater.swap(&swap).await? {
             Outcome::Won => Ok(()),
-            Outcome::Lost { current } => Err(NamesError::Lost {
-                name: wanted.name.to_owned(),
-                current: list(&current.addresses),
-            }),
+            Outcome::Lost { current } => {
+                Err(NamesError::Lost { name: wanted.name.to_owned(), current: list(&current.addresses) })
+            }
         }
     }
 }

@@ -55,7 +55,12 @@ pub fn page(figures: &Figures) -> String {
     gauge(&mut registry, "migrations_running", "Migrations under way", figures.migrations_running);
     gauge(&mut registry, "anchors", "Machines that left and whose connections pass here", figures.anchors);
     gauge(&mut registry, "tunnel_packets_out", "Guests' packets sent to peers", figures.tunnel_packets_out);
-    gauge(&mut registry, "tunnel_packets_in", "Guests' packets received from peers", figures.tunnel_packets_in);
+    gauge(
+        &mut registry,
+        "tunnel_packets_in",
+        "Guests' packets received from peers",
+        figures.tunnel_packets_in,
+    );
     gauge(&mut registry, "tunnel_packets_dropped", "Guests' packets dropped", figures.tunnel_dropped);
     let up = Family::<Peer, Gauge>::default();
     let rtt = Family::<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
@@ -91,8 +96,7 @@ mod tests {
 
     #[test]
     fn the_page_names_unit_and_peer() {
-        let link =
-            LinkFigures { peer: "b".into(), up: true, rtt_s: 0.1, sent_bytes: 7, received_bytes: 9 };
+        let link = LinkFigures { peer: "b".into(), up: true, rtt_s: 0.1, sent_bytes: 7, received_bytes: 9 };
         let text = page(&Figures { links: vec![link], anchors: 2, ..Figures::default() });
         assert!(text.contains("longhaul_link_rtt_seconds{peer=\"b\"} 0.1"), "{text}");
         assert!(text.contains("longhaul_anchors 2") && text.ends_with("# EOF\n"), "{text}");

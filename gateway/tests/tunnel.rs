@@ -42,10 +42,12 @@ async fn open_connections_survive_a_move_and_new_ones_leave_locally() {
 
     let pause = sites.move_guest(&lab, visit_request(neighbours)).await;
 
-    if std::env::var("DBG").is_ok() { std::thread::sleep(std::time::Duration::from_secs(2));
-    println!("A {:?}", *sites.a.tunnel.status().borrow());
-    println!("B {:?}", *sites.b.tunnel.status().borrow());
-    println!("{}", lab.script("x gb nft list ruleset; x gb ip route; x gb ip rule; x gb ip route show table 7100; x gb ip neigh; x gb ip -d link show tapb; x ga ip route; x ga ip neigh; x ga bridge fdb; x vm ip neigh; x ra ip neigh; x r nft list ruleset; x ra nft list ruleset; x gb nstat -az | grep -v ' 0 '; x gb conntrack -L || true")); }
+    if std::env::var("DBG").is_ok() {
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        println!("A {:?}", *sites.a.tunnel.status().borrow());
+        println!("B {:?}", *sites.b.tunnel.status().borrow());
+        println!("{}", lab.script("x gb nft list ruleset; x gb ip route; x gb ip rule; x gb ip route show table 7100; x gb ip neigh; x gb ip -d link show tapb; x ga ip route; x ga ip neigh; x ga bridge fdb; x vm ip neigh; x ra ip neigh; x r nft list ruleset; x ra nft list ruleset; x gb nstat -az | grep -v ' 0 '; x gb conntrack -L || true"));
+    }
     records.wait_for(20);
     let outcome = records.finish();
     println!("guest unplugged for {pause:?}; {outcome:?}");

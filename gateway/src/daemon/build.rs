@@ -13,9 +13,7 @@ use longhaul_core::units::Rate;
 
 use crate::config::Config;
 use crate::dns::Names;
-use crate::hypervisor::{
-    AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange,
-};
+use crate::hypervisor::{AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange};
 use crate::identity::Identity;
 use crate::journal::Journal;
 use crate::link::{DatagramSender, Link, LinkConfig, LinkEvent, PeerConfig};
@@ -35,13 +33,14 @@ pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiv
             .with_context(|| format!("Cannot make {}", folder.display()))?;
     }
     let journal = Journal::open(&config.site.state_dir.join("journal.redb"))?;
-    let identity = Identity::load(&config.site.key_file)
-        .with_context(|| format!("Cannot use {}; `longhaul key` makes a key", config.site.key_file.display()))?;
+    let identity = Identity::load(&config.site.key_file).with_context(|| {
+        format!("Cannot use {}; `longhaul key` makes a key", config.site.key_file.display())
+    })?;
     let hypervisor = Hypervisor::new(hypervisor(&config)?)?;
     let names = config.dns.as_ref().map(Names::open).transpose()?.map(Arc::new);
     let tunnel_config = Arc::new(tunnel(&config));
     let tunnel = Tunnel::start((*tunnel_config).clone()).await.context("Cannot start the tunnel")?;
-    let (link, events) = Link::open(link(&config)?, identity).await.context("Cannot start the link")?;
+    let (link, events) = Link::open(link(&config)?, &identity).await.context("Cannot start the link")?;
     for peer in link.peers() {
         let path = Arc::new(LinkPath(peer.datagram_sender()));
         tunnel.add_peer(peer.name().clone(), path, peer.take_datagrams()).await?;
@@ -50,7 +49,7 @@ pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiv
         config: Arc::new(config),
         journal,
         hypervisor: Arc::new(hypervisor),
-        link,
+        link: Arc::new(link),
         tunnel,
         tunnel_config,
         names,
@@ -122,6 +121,6 @@ impl DatagramPath for LinkPath {
     }
 
     fn max_len(&self) -> usize {
-        self.0.max_len()
+        self.0.max_len().unwrap_or(0)
     }
 }

@@ -12,8 +12,8 @@ use longhaul_core::wire::Message;
 use tokio::sync::mpsc;
 
 use super::{Admitted, Daemon, Ended, MAX_ACCEPTED, Running};
-use crate::api::types::{MigrateRequest, Started};
 use crate::api::RequestError;
+use crate::api::types::{MigrateRequest, Started};
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
 
@@ -25,7 +25,9 @@ impl Daemon {
     pub(super) async fn migrate(&mut self, request: MigrateRequest) -> Result<Started, RequestError> {
         let vm = &request.vm;
         let Some(machine) = self.machines.get(vm) else {
-            return Err(RequestError::NotFound(format!("No machine {vm} at this site; `longhaul vm list` lists them")));
+            return Err(RequestError::NotFound(format!(
+                "No machine {vm} at this site; `longhaul vm list` lists them"
+            )));
         };
         let config = &self.edges.config;
         let Some(peer) = config.peer(&request.to) else {
@@ -49,7 +51,9 @@ impl Daemon {
             return Err(RequestError::Conflict(text));
         }
         let Some(guest) = machine.guest.clone() else {
-            return Err(RequestError::Conflict(format!("Machine {vm} is not running; start it, or copy its disk")));
+            return Err(RequestError::Conflict(format!(
+                "Machine {vm} is not running; start it, or copy its disk"
+            )));
         };
         let attempt = Attempt {
             id: MigrationId(rand::random()),
@@ -64,8 +68,15 @@ impl Daemon {
         let (inbox, outbox) = mpsc::channel(INBOX);
         let row = machine.row.clone();
         let anchors = self.anchors.clone();
-        let driver =
-            SourceDriver::new(self.edges.clone(), attempt.clone(), Some(guest), row, options, outbox, anchors);
+        let driver = SourceDriver::new(
+            self.edges.clone(),
+            attempt.clone(),
+            Some(guest),
+            row,
+            options,
+            outbox,
+            anchors,
+        );
         let viewer = driver.viewer();
         let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
         if !up {
@@ -136,7 +147,9 @@ impl Daemon {
         match message {
             MigrationMessage::Propose(proposal) => self.on_proposal(id, peer, proposal),
             MigrationMessage::Reserve { .. } => self.on_reserve(id, peer).await,
-            MigrationMessage::Commit { .. } | MigrationMessage::Abort { .. } => self.answer_from_journal(id, peer).await,
+            MigrationMessage::Commit { .. } | MigrationMessage::Abort { .. } => {
+                self.answer_from_journal(id, peer).await
+            }
             // An answer to a driver that has ended.
             MigrationMessage::Accept
             | MigrationMessage::Reserved(_)
@@ -171,7 +184,8 @@ impl Daemon {
                 Some(Refusal::Busy(format!("site {} has a machine {vm} of its own", self.edges.site())))
             }
             Ok(Some(Ownership::Away { .. } | Ownership::Arriving { .. }) | None) => {
-                let anchored = self.anchor_views.borrow().get(vm).is_some_and(|view| view.closed_ms.is_none());
+                let anchored =
+                    self.anchor_views.borrow().get(vm).is_some_and(|view| view.closed_ms.is_none());
                 anchored.then(|| {
                     Refusal::Busy(format!(
                         "site {} still holds old connections of {vm}; this version takes it back when they have ended",
@@ -222,7 +236,8 @@ impl Daemon {
         };
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch: proposal.epoch.next() };
         let (inbox, outbox) = mpsc::channel(INBOX);
-        let driver = DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
+        let driver =
+            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
         let viewer = driver.viewer();
         tracing::info!(%vm, from = %peer, %id, "machine is coming");
         self.spawn(attempt, inbox, viewer, async move { driver.run().await.err() });
@@ -244,7 +259,10 @@ impl Daemon {
             Some((epoch, Record::Destination(DestinationRecord::Refused { why }))) => {
                 MigrationMessage::Refused { epoch, why: why.clone() }
             }
-            Some((_, Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded))) => {
+            Some((
+                _,
+                Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded),
+            )) => {
                 // Its driver is being restored and will answer.
                 return;
             }
@@ -267,7 +285,8 @@ impl Daemon {
             let refused = history.entries.last().is_some_and(|entry| {
                 matches!(entry.record, Record::Destination(DestinationRecord::Refused { .. }))
             });
-            let away = matches!(self.edges.journal.ownership(&history.attempt.vm), Ok(Some(Ownership::Away { .. })));
+            let away =
+                matches!(self.edges.journal.ownership(&history.attempt.vm), Ok(Some(Ownership::Away { .. })));
             if refused || away {
                 continue;
             }

@@ -23,7 +23,11 @@ impl Daemon {
         if let Some(vm) = vm
             && !self.machines.contains_key(&vm)
         {
-            findings.push(bad(&format!("machine {vm}"), "this site does not have it", "`longhaul vm list` lists machines"));
+            findings.push(bad(
+                &format!("machine {vm}"),
+                "this site does not have it",
+                "`longhaul vm list` lists machines",
+            ));
         }
         findings
     }
@@ -89,13 +93,12 @@ impl Daemon {
         };
         let mut findings = Vec::new();
         match guest.what_cannot_travel().await {
-            Ok(travel) if travel.obstacles.is_empty() => findings.push(good(&check, "nothing in it is bound to this host".into())),
-            Ok(travel) => findings.extend(
-                travel
-                    .obstacles
-                    .iter()
-                    .map(|obstacle| bad(&check, &obstacle.to_string(), "take it out of the machine before the move")),
-            ),
+            Ok(travel) if travel.obstacles.is_empty() => {
+                findings.push(good(&check, "nothing in it is bound to this host".into()))
+            }
+            Ok(travel) => findings.extend(travel.obstacles.iter().map(|obstacle| {
+                bad(&check, &obstacle.to_string(), "take it out of the machine before the move")
+            })),
             Err(error) => findings.push(bad(&check, &chain(&error), "check its QEMU")),
         }
         findings.extend(self.names(machine).await);
@@ -108,8 +111,13 @@ impl Daemon {
         let Some(names) = &self.edges.names else {
             return Some(bad(&check, "this site has no [dns]", "add it, or move with --without-dns"));
         };
-        let home: Vec<_> =
-            machine.row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect();
+        let home: Vec<_> = machine
+            .row
+            .definition
+            .nics
+            .iter()
+            .flat_map(|nic| nic.home.iter().map(|home| home.addr))
+            .collect();
         Some(match names.check(name, &home).await {
             Ok(standing) => good(&check, format!("can follow; TTL {} s", standing.ttl_s)),
             Err(error) => bad(&check, &chain(&error), "check server, key and update policy"),

@@ -15,7 +15,7 @@ use super::{Daemon, Machine};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Request, RequestError};
 use crate::hypervisor::{DiskFile, DiskFormat, Guest, Placement, RunState, StartMode, parse_definition};
-use crate::migration::MachineRow;
+use crate::migration::{MachineRow, TAP_OWNER};
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
 
@@ -45,7 +45,8 @@ impl Daemon {
         self.expect_unknown(&vm)?;
         let volumes = definition.volumes().count();
         if request.disks.len() != volumes {
-            let text = format!("The definition has {volumes} volumes, {} images were given", request.disks.len());
+            let text =
+                format!("The definition has {volumes} volumes, {} images were given", request.disks.len());
             return Err(RequestError::Invalid(text));
         }
         for image in &request.disks {
@@ -72,9 +73,9 @@ impl Daemon {
     fn expect_unknown(&self, vm: &VmName) -> Result<(), RequestError> {
         match self.edges.journal.ownership(vm) {
             Ok(None) => Ok(()),
-            Ok(Some(Ownership::Here { .. })) => {
-                Err(RequestError::Conflict(format!("Machine {vm} is defined; `longhaul vm undefine {vm}` forgets it")))
-            }
+            Ok(Some(Ownership::Here { .. })) => Err(RequestError::Conflict(format!(
+                "Machine {vm} is defined; `longhaul vm undefine {vm}` forgets it"
+            ))),
             Ok(Some(Ownership::Away { site, .. })) => Err(RequestError::Conflict(format!(
                 "Machine {vm} left for site {site}; `longhaul vm undefine {vm}` forgets that it was here"
             ))),
@@ -142,25 +143,32 @@ impl Daemon {
 
     async fn launch(&self, row: &MachineRow) -> Result<Guest, RequestError> {
         let definition = &row.definition;
-        let user = self.edges.hypervisor.user(definition);
         let mut taps = std::collections::BTreeMap::new();
         for nic in &definition.nics {
-            let key = PortKey { vm: definition.name.clone(), nic: nic.name.clone() };
+            let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
             let lan = self.edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
-                RequestError::Invalid(format!("This site has no [lan.{}], which NIC {} wants", nic.lan, nic.name))
+                RequestError::Invalid(format!(
+                    "This site has no [lan.{}], which NIC {} wants",
+                    nic.lan, nic.name
+                ))
             })?;
             let visiting = row.handover.is_some();
             let bridge = (!visiting).then(|| lan.bridge.clone());
-            let tap = self.edges.tunnel.create_tap(key.clone(), user, bridge).await.map_err(|error| failed(&error))?;
+            let tap = self
+                .edges
+                .tunnel
+                .create_tap(key.clone(), TAP_OWNER, bridge)
+                .await
+                .map_err(|error| failed(&error))?;
             if !visiting {
                 self.edges.tunnel.sample_begin(key, tap.clone()).await.map_err(|error| failed(&error))?;
             }
             taps.insert(nic.name.clone(), tap);
         }
         let names = definition.volumes().map(|volume| volume.name.clone());
-        let disks = names.zip(&row.images).map(|(name, path)| {
-            (name, DiskFile { path: path.clone(), format: format_of(path) })
-        });
+        let disks = names
+            .zip(&row.images)
+            .map(|(name, path)| (name, DiskFile { path: path.clone(), format: format_of(path) }));
         let placement = Placement { disks: disks.collect(), taps };
         self.edges
             .hypervisor
@@ -195,7 +203,7 @@ impl Daemon {
         }
         if let Some(machine) = self.machines.remove(vm) {
             for nic in &machine.row.definition.nics {
-                let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
+                let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
                 if let Err(error) = self.edges.tunnel.remove_tap(key).await {
                     tracing::debug!(%vm, %error, "tap was not removed");
                 }
@@ -249,7 +257,11 @@ impl Daemon {
 
 /// An image's format by its name: what is not called `.qcow2` is raw.
 fn format_of(path: &Path) -> DiskFormat {
-    if path.extension().is_some_and(|extension| extension == "qcow2") { DiskFormat::Qcow2 } else { DiskFormat::Raw }
+    if path.extension().is_some_and(|extension| extension == "qcow2") {
+        DiskFormat::Qcow2
+    } else {
+        DiskFormat::Raw
+    }
 }
 
 fn parse(text: &str) -> Result<MachineDefinition, RequestError> {

@@ -99,7 +99,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     api.abort();
     // A socket that nobody answers is worse than none.
     drop(std::fs::remove_file(&socket));
-    daemon.edges.link.clone().close().await;
+    daemon.edges.link.close().await;
     Ok(())
 }
 
@@ -155,7 +155,10 @@ impl Daemon {
                 self.tell_migrations_with(&peer, || Inbound::LinkDown).await;
             }
             LinkEvent::Control { peer, message } => self.on_message(peer, message).await,
-            LinkEvent::Refused { .. } => {}
+            LinkEvent::Unreachable { peer, reason } => {
+                tracing::warn!(%peer, reason, "peer cannot be reached")
+            }
+            LinkEvent::Refused { key } => tracing::warn!(?key, "somebody with an unknown key was refused"),
         }
     }
 

@@ -74,7 +74,8 @@ impl Daemon {
             DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => false,
             DestinationRecord::Activated { .. } => {
                 let known = self.machines.contains_key(&attempt.vm);
-                let away = self.ownership(&attempt.vm).map_or(true, |ownership| ownership.epoch() > attempt.epoch);
+                let away =
+                    self.ownership(&attempt.vm).map_or(true, |ownership| ownership.epoch() > attempt.epoch);
                 known || away
             }
             DestinationRecord::Refused { .. } => guest.is_none() || self.machines.contains_key(&attempt.vm),
@@ -117,7 +118,9 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
             Some(((**proposal).clone(), reservation.clone()))
         }
         Record::Destination(
-            DestinationRecord::Loaded | DestinationRecord::Activated { .. } | DestinationRecord::Refused { .. },
+            DestinationRecord::Loaded
+            | DestinationRecord::Activated { .. }
+            | DestinationRecord::Refused { .. },
         )
         | Record::Source(_) => None,
     })

@@ -18,11 +18,16 @@ impl Daemon {
         }
         StatusView {
             site: self.edges.site().clone(),
-            peers: self.edges.link.peers().map(|peer| {
-                let up = peer.is_up();
-                let rtt_ms = up.then(|| peer.stats().rtt.as_secs_f64() * 1e3);
-                PeerView { name: peer.name().clone(), up, rtt_ms }
-            }).collect(),
+            peers: self
+                .edges
+                .link
+                .peers()
+                .map(|peer| {
+                    let up = peer.is_up();
+                    let rtt_ms = up.then(|| peer.stats().rtt.as_secs_f64() * 1e3);
+                    PeerView { name: peer.name().clone(), up, rtt_ms }
+                })
+                .collect(),
             machines,
             migrations: self.migrations.values().map(|running| running.viewer.current()).collect(),
             anchors: self.anchor_views.borrow().values().cloned().collect(),
@@ -105,8 +110,13 @@ impl Daemon {
         page(&Figures {
             links: links.collect(),
             machines_running: self.machines.values().filter(|machine| machine.guest.is_some()).count() as u64,
-            migrations_running: self.migrations.values().filter(|each| running(&each.viewer.current())).count() as u64,
-            anchors: self.anchor_views.borrow().values().filter(|view| view.closed_ms.is_none()).count() as u64,
+            migrations_running: self
+                .migrations
+                .values()
+                .filter(|each| running(&each.viewer.current()))
+                .count() as u64,
+            anchors: self.anchor_views.borrow().values().filter(|view| view.closed_ms.is_none()).count()
+                as u64,
             tunnel_packets_out: tunnel.packets_out,
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,

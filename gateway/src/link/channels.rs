@@ -14,7 +14,8 @@ use std::ops::Bound;
 
 use bytes::Bytes;
 use longhaul_core::bulk::{
-    Acknowledged, Admission, BulkId, Channel, ChunkHeader, Delivery, ReceiveError, Receiver, SendWindow, Sender,
+    Acknowledged, Admission, BulkId, Channel, ChunkHeader, Delivery, ReceiveError, Receiver, SendWindow,
+    Sender,
 };
 use longhaul_core::ids::MigrationId;
 use longhaul_core::wire::Message;
@@ -296,7 +297,8 @@ impl Channels {
         let earlier = self.senders.keys().copied().take(self.senders.len() - later.len());
         let turn: Vec<BulkId> = later.iter().copied().chain(earlier).collect();
         for id in turn.into_iter().filter(|id| Class::of(id.channel) == class) {
-            let Some(outgoing) = self.senders.get_mut(&id).and_then(|side| side.sender.poll_transmit()) else {
+            let Some(outgoing) = self.senders.get_mut(&id).and_then(|side| side.sender.poll_transmit())
+            else {
                 continue;
             };
             self.last_served = Some(id);

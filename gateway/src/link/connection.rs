@@ -247,11 +247,7 @@ async fn accept_chunks(
     }
 }
 
-async fn read_chunk(
-    mut stream: RecvStream,
-    reports: mpsc::Sender<ConnectionEvent>,
-    counters: Arc<Counters>,
-) {
+async fn read_chunk(mut stream: RecvStream, reports: mpsc::Sender<ConnectionEvent>, counters: Arc<Counters>) {
     let mut header = [0; ChunkHeader::LEN];
     if stream.read_exact(&mut header).await.is_err() {
         return; // broke off before it said what it is

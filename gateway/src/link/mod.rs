@@ -199,7 +199,8 @@ pub struct Link {
     endpoint: Endpoint,
     peers: Arc<BTreeMap<SiteName, PeerHandle>>,
     tasks: TaskTracker,
-    stop: DropGuard,
+    stop: CancellationToken,
+    _stop_on_drop: DropGuard,
 }
 
 impl Link {
@@ -243,7 +244,8 @@ impl Link {
         let acceptor = Acceptor { config: config.clone(), introduction, accepted: Arc::new(accepted) };
         tasks.spawn(stop.clone().run_until_cancelled_owned(acceptor.run(endpoint.clone())));
         tasks.spawn(stop.clone().run_until_cancelled_owned(report_refused_keys(refusals, events)));
-        let link = Self { endpoint, peers: Arc::new(peers), tasks, stop: stop.drop_guard() };
+        let guard = stop.clone().drop_guard();
+        let link = Self { endpoint, peers: Arc::new(peers), tasks, stop, _stop_on_drop: guard };
         Ok((link, event_receiver))
     }
 
@@ -263,8 +265,8 @@ impl Link {
     }
 
     /// Takes leave of all peers and waits until that is sent, at most a second.
-    pub async fn close(self) {
-        drop(self.stop);
+    pub async fn close(&self) {
+        self.stop.cancel();
         self.tasks.close();
         let idle = async {
             self.tasks.wait().await;

@@ -353,7 +353,9 @@ impl Peer {
     fn transmit(&mut self) {
         let Some(link) = &mut self.link else { return };
         while let Ok(slot) = link.running.control.try_reserve() {
-            let Some(message) = self.channels.poll_message().or_else(|| self.outbox.pop_front()) else { break };
+            let Some(message) = self.channels.poll_message().or_else(|| self.outbox.pop_front()) else {
+                break;
+            };
             slot.send(message);
         }
         let window_bytes = self.context.config.window_bytes();

@@ -41,7 +41,7 @@ pub(super) async fn run(
     }
     leaf.report(Event::Activated).await;
     for nic in &proposal.definition.nics {
-        let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
+        let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
         if let Err(error) = leaf.edges.tunnel.visit_resumed(key).await {
             tracing::warn!(%vm, error = chain(&error), "care-of address could not be announced");
         }
@@ -54,7 +54,7 @@ pub(super) async fn run(
 /// The flows of before the move, so that the guest's own packets find the tunnel.
 async fn install_flows(leaf: &DestinationLeaf, vm: &VmName, handover: &Handover) {
     for nic in &handover.nics {
-        let key = PortKey { vm: vm.clone(), nic: nic.nic.clone() };
+        let key = PortKey { machine: vm.clone(), nic: nic.nic.clone() };
         if let Err(error) = leaf.edges.tunnel.visit_flows(key, nic.flows.clone()).await {
             // The machine must run; flows that it opened itself by UDP may change their address.
             tracing::warn!(%vm, error = chain(&error), "flows of before the move could not be installed");
@@ -76,7 +76,7 @@ async fn find(leaf: &DestinationLeaf, vm: &VmName) -> Option<Guest> {
 async fn mark_disks(leaf: &DestinationLeaf, guest: &Guest, proposal: &Proposal) {
     let name = format!("longhaul-e{}", leaf.attempt.epoch);
     for volume in proposal.definition.volumes() {
-        if let Err(error) = guest.dirty_bitmap_add(volume.name, &name, 65536, false).await {
+        if let Err(error) = guest.dirty_bitmap_add(volume.name, &name, 65536).await {
             tracing::debug!(vm = %leaf.attempt.vm, error = chain(&error), "bitmap was not added");
         }
     }

@@ -63,7 +63,11 @@ pub fn check_room(config: &Config, room: Room, proposal: &Proposal) -> Result<()
 }
 
 /// A care-of address for every home address that can have one, none of them `taken`.
-pub fn reserve(config: &Config, taken: &BTreeSet<IpAddr>, proposal: &Proposal) -> Result<Reservation, Refusal> {
+pub fn reserve(
+    config: &Config,
+    taken: &BTreeSet<IpAddr>,
+    proposal: &Proposal,
+) -> Result<Reservation, Refusal> {
     let mut taken = taken.clone();
     let mut care_of = Vec::new();
     for nic in &proposal.definition.nics {
@@ -104,10 +108,7 @@ pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Resul
     check_policy(&edges.config, peer, proposal)?;
     check_room(&edges.config, room(edges)?, proposal)?;
     let host = edges.hypervisor.capabilities().await.map_err(super::hypervisor_failed)?;
-    proposal
-        .definition
-        .check(&host)
-        .map_err(|error| Refusal::Incompatible(Refusal::text(error.to_string())))
+    proposal.definition.check(&host).map_err(|error| Refusal::Incompatible(Refusal::text(error.to_string())))
 }
 
 fn room(edges: &Edges) -> Result<Room, Refusal> {

@@ -152,7 +152,7 @@ impl Anchor {
         self.nics
             .iter()
             .map(|nic| {
-                let key = PortKey { vm: self.vm.clone(), nic: nic.nic.clone() };
+                let key = PortKey { machine: self.vm.clone(), nic: nic.nic.clone() };
                 HoldRequest {
                     port: edges.tap_name(&key),
                     key,
@@ -199,7 +199,10 @@ pub async fn run(
 ) {
     let mut names: BTreeMap<VmName, watch::Sender<bool>> = BTreeMap::new();
     let rows: Vec<(VmName, Anchor)> = edges.journal.anchors().unwrap_or_else(|error| {
-        tracing::error!(error = chain(&error), "anchors could not be read; old connections of machines that left stall");
+        tracing::error!(
+            error = chain(&error),
+            "anchors could not be read; old connections of machines that left stall"
+        );
         Vec::new()
     });
     for (vm, anchor) in rows {
@@ -274,11 +277,10 @@ impl AnchorTask {
         if self.told.wait_for(|runs| *runs).await.is_err() {
             return;
         }
+        let mut told = self.told.clone();
         tokio::select! {
-            ended = self.told.clone().wait_for(|runs| !*runs) => {
-                drop(ended);
-                return;
-            }
+            // The sender is dropped when the machine came back.
+            _ = told.wait_for(|runs| !*runs) => return,
             () = self.settle() => {}
         }
         self.end().await;
@@ -383,7 +385,10 @@ impl AnchorTask {
             let (flows, may_end) = {
                 let status = status.borrow_and_update();
                 let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
-                (ports.iter().filter_map(|port| port.flows_alive).sum(), ports.iter().all(|port| port.may_end))
+                (
+                    ports.iter().filter_map(|port| port.flows_alive).sum(),
+                    ports.iter().all(|port| port.may_end),
+                )
             };
             self.show(|view| view.flows = flows);
             if may_end || status.changed().await.is_err() {
@@ -434,7 +439,7 @@ pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Resul
             let lan = edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
                 Refusal::Incompatible(format!("site {} has no [lan.{}]", edges.site(), nic.lan))
             })?;
-            let key = PortKey { vm: attempt.vm.clone(), nic: nic.name.clone() };
+            let key = PortKey { machine: attempt.vm.clone(), nic: nic.name.clone() };
             Ok(HoldRequest {
                 port: edges.tap_name(&key),
                 key,
@@ -462,10 +467,11 @@ pub(super) fn visits(
             let lan = edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
                 Refusal::Incompatible(format!("site {} has no [lan.{}]", edges.site(), nic.lan))
             })?;
-            let handed = nics.iter().find(|handed| handed.nic == nic.name).cloned().ok_or_else(|| {
-                Refusal::PeerMisbehaved(format!("nothing was said about NIC {}", nic.name))
-            })?;
-            let key = PortKey { vm: definition.name.clone(), nic: nic.name.clone() };
+            let handed =
+                nics.iter().find(|handed| handed.nic == nic.name).cloned().ok_or_else(|| {
+                    Refusal::PeerMisbehaved(format!("nothing was said about NIC {}", nic.name))
+                })?;
+            let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
             let care_of = reservation
                 .care_of
                 .iter()

@@ -84,7 +84,11 @@ impl DestinationDriver {
         self.drive(machine, step).await
     }
 
-    async fn drive(mut self, mut machine: Destination, mut step: Step<Action>) -> Result<Outcome, JournalError> {
+    async fn drive(
+        mut self,
+        mut machine: Destination,
+        mut step: Step<Action>,
+    ) -> Result<Outcome, JournalError> {
         loop {
             for action in self.leaf.edges.journal.commit(&self.leaf.attempt, step).await? {
                 self.perform(action).await;

@@ -31,7 +31,7 @@ pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Hel
         peer.close_bulk(leaf.attempt.id).await;
     }
     for nic in &proposal.definition.nics {
-        let key = PortKey { vm: vm.clone(), nic: nic.name.clone() };
+        let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
         if let Err(error) = leaf.edges.tunnel.visit_undo(key.clone()).await {
             tracing::warn!(%vm, error = chain(&error), "routes of the visit could not be removed");
         }
@@ -43,7 +43,9 @@ pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Hel
         match std::fs::remove_file(&image) {
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "partial disk could not be removed"),
+            Err(error) => {
+                tracing::warn!(%vm, image = %image.display(), %error, "partial disk could not be removed")
+            }
         }
     }
     leaf.report(Event::Discarded).await;

@@ -20,7 +20,7 @@ mod preflight;
 mod prepare;
 mod release;
 mod rollback;
-mod source;
+pub mod source;
 pub mod view;
 
 use std::path::PathBuf;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
@@ -44,6 +44,7 @@ use crate::link::{Link, PeerHandle};
 use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
 
 pub use destination::DestinationDriver;
+pub use prepare::TAP_OWNER;
 pub use source::SourceDriver;
 use view::Viewer;
 
@@ -57,7 +58,7 @@ pub struct Edges {
     /// QEMU.
     pub hypervisor: Arc<Hypervisor>,
     /// The other sites.
-    pub link: Link,
+    pub link: Arc<Link>,
     /// Guests' packets.
     pub tunnel: Tunnel,
     /// How the tunnel was configured: it names the taps.
@@ -101,7 +102,6 @@ pub enum Inbound {
 }
 
 /// What a leaf works with: the edges, what is attempted, and the ways back.
-#[derive(Clone)]
 pub(crate) struct Leaf<E> {
     pub edges: Edges,
     pub attempt: Attempt,
@@ -149,6 +149,17 @@ impl Edges {
     }
 }
 
+impl<E> Clone for Leaf<E> {
+    fn clone(&self) -> Self {
+        Self {
+            edges: self.edges.clone(),
+            attempt: self.attempt.clone(),
+            viewer: self.viewer.clone(),
+            events: self.events.clone(),
+        }
+    }
+}
+
 impl<E> Leaf<E> {
     /// Reports to the driver; a driver that is gone needs no reports.
     pub async fn report(&self, event: E) {
@@ -156,6 +167,12 @@ impl<E> Leaf<E> {
             tracing::debug!(vm = %self.attempt.vm, "event after the end of the migration");
         }
     }
+}
+
+/// Waits until a leaf is told to hand on what it works with.
+pub(crate) async fn told_to_stop(stop: &mut watch::Receiver<bool>) {
+    // A driver that is gone will not tell any more, and wants nothing more either.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// A hypervisor's failure, as the other side may hear of it.

@@ -15,7 +15,7 @@ use longhaul_core::tunnel::handover::NicHandover;
 
 use super::precopy::{Transfer, disk_failed, memory_failed, show_memory};
 use super::source::SourceLeaf;
-use super::{MachineRow, chain, hypervisor_failed};
+use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::hypervisor::{Guest, MigrationStatus, RunState};
 use crate::memory::SourceMode;
 use crate::migration::anchor::ports;
@@ -33,7 +33,7 @@ pub(super) async fn run(
 ) -> Transfer {
     let parked = tokio::select! {
         biased;
-        _ = stop.wait_for(|stop| *stop) => return transfer,
+        () = told_to_stop(&mut stop) => return transfer,
         parked = park(&leaf, &guest, &row, &mut transfer) => parked,
     };
     let event = match parked {
@@ -61,6 +61,7 @@ async fn park(
     leaf.viewer.paused();
     leaf.report(Event::GuestStopped).await;
     guest.stop().await.map_err(hypervisor_failed)?;
+    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
     let waiting = |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover;
     expect(guest, waiting, MigrationStatus::PreSwitchover).await?;
     for (name, disk) in &mut transfer.disks {

@@ -25,7 +25,7 @@ use longhaul_core::units::{Bytes, Rate};
 
 use super::source::SourceLeaf;
 use super::view::round;
-use super::{MachineRow, chain, hypervisor_failed};
+use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::disk::nbd::NbdServer;
 use crate::disk::{DiskSource, DiskSourceConfig};
 use crate::hypervisor::{Access, Guest, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters};
@@ -42,7 +42,6 @@ const GOODPUT_WINDOW: usize = 20;
 pub(super) struct Transfer {
     pub disks: Vec<(DeviceName, DiskSource)>,
     pub server: Option<NbdServer>,
-    pub exports: Vec<String>,
     pub memory: Option<SourceHandle>,
 }
 
@@ -57,7 +56,7 @@ pub(super) async fn run(
 ) -> Transfer {
     tokio::select! {
         biased;
-        _ = stop.wait_for(|stop| *stop) => return transfer,
+        () = told_to_stop(&mut stop) => return transfer,
         result = begin(&leaf, &guest, &row, ttl_before_s, &mut transfer) => {
             if let Err(why) = result {
                 leaf.report(Event::Failed(why)).await;
@@ -67,7 +66,7 @@ pub(super) async fn run(
     }
     let ended = tokio::select! {
         biased;
-        _ = stop.wait_for(|stop| *stop) => Ok(()),
+        () = told_to_stop(&mut stop) => Ok(()),
         result = copy(&leaf, &guest, &row, &mut transfer) => result,
     };
     if let Err(why) = ended {
@@ -108,9 +107,8 @@ async fn begin(
         // The mirror first: a write between the two would be in neither.
         let export_name = name.as_str();
         guest.mirror_start(name, &path, export_name, MirrorMode::None).await.map_err(hypervisor_failed)?;
-        let export = guest.export(name, Access::ReadOnly, &[]).await.map_err(hypervisor_failed)?;
-        transfer.exports.push(export.clone());
-        disk.begin(&reading, &export).await.map_err(disk_failed)?;
+        guest.export(name, Access::Read, &[]).await.map_err(hypervisor_failed)?;
+        disk.begin(&reading, name.as_str()).await.map_err(disk_failed)?;
     }
     Ok(())
 }
@@ -133,12 +131,14 @@ async fn copy(
             start_memory(leaf, guest, &peer, transfer).await?;
         }
         let memory = match &mut transfer.memory {
-            Some(handle) => Some((handle.progress().borrow().clone(), guest.migration().await.map_err(hypervisor_failed)?)),
+            Some(handle) => {
+                let pump = handle.progress().borrow().clone();
+                Some((pump, guest.migration().await.map_err(hypervisor_failed)?))
+            }
             None => None,
         };
         let rate = goodput.look(&peer);
-        let unacknowledged = disks.unacknowledged
-            + memory.as_ref().map_or(0, |(pump, _)| pump.backlog.0);
+        let unacknowledged = disks.unacknowledged + memory.as_ref().map_or(0, |(pump, _)| pump.backlog.0);
         let mut progress = Progress {
             goodput: rate,
             unacknowledged: Bytes(unacknowledged),
@@ -169,7 +169,10 @@ fn check_memory(info: &MigrationInfo) -> Result<(), Refusal> {
         return Ok(());
     }
     let detail = info.error.clone().unwrap_or_default();
-    Err(Refusal::Hypervisor(Refusal::text(format!("the migration of memory ended early: {} {detail}", info.status))))
+    Err(Refusal::Hypervisor(Refusal::text(format!(
+        "the migration of memory ended early: {} {detail}",
+        info.status
+    ))))
 }
 
 async fn start_memory(
@@ -189,7 +192,11 @@ async fn start_memory(
     let source = MemorySource::bind(&path, SourceConfig::default()).map_err(memory_failed)?;
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
-    guest.prepare_outgoing(&OutgoingParameters::default()).await.map_err(hypervisor_failed)?;
+    // Reduction makes room for more than the link's rate, but a limit that nothing reaches makes QEMU
+    // believe that nothing is left and stop the guest by itself.
+    let limit = Rate(Rate::mbit(config.rate_mbit).0 * 4);
+    let parameters = OutgoingParameters { max_bandwidth: Some(limit), auto_converge: false };
+    guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;
     guest.migrate_to(&path).await.map_err(hypervisor_failed)
 }
 
@@ -198,7 +205,8 @@ async fn lower_ttl(
     row: &MachineRow,
     ttl_before_s: Option<watch::Sender<Option<u32>>>,
 ) -> Result<(), Refusal> {
-    let (Some(name), Some(names), Some(ttl)) = (&row.definition.dns_name, &leaf.edges.names, ttl_before_s) else {
+    let (Some(name), Some(names), Some(ttl)) = (&row.definition.dns_name, &leaf.edges.names, ttl_before_s)
+    else {
         return Ok(());
     };
     let before = names.lower_ttl(name).await.map_err(|error| Refusal::Names(Refusal::text(chain(&error))))?;
@@ -230,7 +238,8 @@ fn look_at_disks(transfer: &Transfer) -> Result<Disks, Refusal> {
 }
 
 fn show(leaf: &SourceLeaf, progress: &Progress, disks: &Disks, memory_total: u64) {
-    let remaining = if progress.round == 0 { memory_total } else { progress.memory_remaining.0.min(memory_total) };
+    let remaining =
+        if progress.round == 0 { memory_total } else { progress.memory_remaining.0.min(memory_total) };
     let total = (disks.total + memory_total).max(1);
     let done = disks.copied + memory_total - remaining;
     let rest = (disks.total - disks.copied.min(disks.total)) + remaining + progress.unacknowledged.0;

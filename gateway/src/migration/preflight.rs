@@ -33,6 +33,7 @@ async fn check(
         return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));
     }
     check_names(leaf, row, options).await?;
+    let host = leaf.edges.hypervisor.capabilities().await.map_err(hypervisor_failed)?;
     let status = guest.status().await.map_err(hypervisor_failed)?;
     let mut nics = Vec::new();
     for nic in &row.definition.nics {
@@ -48,7 +49,7 @@ async fn check(
     Ok(Proposal {
         definition: row.definition.clone(),
         home_site: row.home_site.clone(),
-        hypervisor: leaf.edges.hypervisor.version().to_string(),
+        hypervisor: host.qemu.to_string(),
         epoch: Epoch(leaf.attempt.epoch.0 - 1),
         running: status.is_running(),
         commit: CommitMode::Confirmed,
@@ -62,7 +63,8 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
         return Ok(());
     }
     let Some(names) = &leaf.edges.names else {
-        let text = format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
+        let text =
+            format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
         return Err(Refusal::Names(text));
     };
     let here: Vec<_> = if row.care_of.is_empty() {
@@ -78,9 +80,9 @@ async fn neighbours(
     row: &MachineRow,
     nic: &longhaul_core::machine::Nic,
 ) -> Result<Vec<longhaul_core::tunnel::handover::Neighbour>, Refusal> {
-    if let Some(known) = row.handover.as_ref().and_then(|handover| {
-        handover.nics.iter().find(|handed| handed.nic == nic.name)
-    }) {
+    if let Some(known) =
+        row.handover.as_ref().and_then(|handover| handover.nics.iter().find(|handed| handed.nic == nic.name))
+    {
         return Ok(known.neighbours.clone());
     }
     let Some(lan) = leaf.edges.config.lan.get(nic.lan.as_str()) else {
@@ -102,8 +104,8 @@ fn home_prefixes(leaf: &SourceLeaf, home: &[Prefix]) -> Result<Vec<Prefix>, Refu
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, Refusal> {
-    let parsed = text.split_once('/').and_then(|(addr, len)| {
-        Some(Prefix { addr: addr.parse().ok()?, len: len.parse().ok()? })
-    });
+    let parsed = text
+        .split_once('/')
+        .and_then(|(addr, len)| Some(Prefix { addr: addr.parse().ok()?, len: len.parse().ok()? }));
     parsed.ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
 }

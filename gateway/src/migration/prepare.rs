@@ -23,9 +23,9 @@ use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
 use super::destination::DestinationLeaf;
 use super::park::tunnel_failed;
 use super::precopy::{disk_failed, guest_socket, memory_failed};
-use super::{chain, hypervisor_failed};
-use crate::disk::nbd::NbdClient;
+use super::{chain, hypervisor_failed, told_to_stop};
 use crate::disk::DiskTarget;
+use crate::disk::nbd::NbdClient;
 use crate::hypervisor::{
     Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
 };
@@ -33,6 +33,8 @@ use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
 use crate::migration::anchor::{pool_images, visits};
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
+/// QEMU opens its taps before it becomes the machine's user.
+pub const TAP_OWNER: u32 = 0;
 
 /// What is held for a machine that comes.
 #[derive(Default)]
@@ -40,7 +42,6 @@ pub(super) struct Held {
     pub guest: Option<Guest>,
     pub images: Vec<PathBuf>,
     disks: Vec<DiskTarget>,
-    exports: Vec<String>,
     memory: Option<TargetHandle>,
 }
 
@@ -54,7 +55,7 @@ pub(super) async fn run(
 ) -> Held {
     let done = tokio::select! {
         biased;
-        _ = stop.wait_for(|stop| *stop) => return held,
+        () = told_to_stop(&mut stop) => return held,
         done = prepare_and_load(&leaf, &proposal, &reservation, &mut held) => done,
     };
     if let Err(why) = done {
@@ -88,10 +89,9 @@ async fn prepare(
         return Err(Refusal::Busy(format!("a QEMU of {} runs at site {}", definition.name, edges.site())));
     }
     make_images(leaf, proposal, held)?;
-    let user = edges.hypervisor.user(definition);
     let mut taps = std::collections::BTreeMap::new();
     for visit in visits(edges, definition, reservation, &proposal.nics, &leaf.attempt.peer)? {
-        edges.tunnel.create_tap(visit.key.clone(), user, None).await.map_err(tunnel_failed)?;
+        edges.tunnel.create_tap(visit.key.clone(), TAP_OWNER, None).await.map_err(tunnel_failed)?;
         taps.insert(visit.key.nic.clone(), visit.port.clone());
         edges.tunnel.visit_prepare(visit).await.map_err(tunnel_failed)?;
     }
@@ -140,9 +140,8 @@ async fn receive(
     let filling = guest_socket(guest, &own, "filling.sock");
     guest.nbd_start(&filling).await.map_err(hypervisor_failed)?;
     for (index, volume) in proposal.definition.volumes().enumerate() {
-        let export = guest.export(volume.name, Access::Writable, &[]).await.map_err(hypervisor_failed)?;
-        let client = NbdClient::connect(&filling, &export).await.map_err(disk_failed)?;
-        held.exports.push(export);
+        guest.export(volume.name, Access::Write, &[]).await.map_err(hypervisor_failed)?;
+        let client = NbdClient::connect(&filling, volume.name.as_str()).await.map_err(disk_failed)?;
         let id = BulkId { migration, channel: Channel::Disk(index as u8) };
         let channel = peer.bulk_receiver(id, window).await.map_err(disk_failed)?;
         let target = DiskTarget::spawn(volume.size_bytes, MirrorConfig::default(), channel, client)
@@ -169,7 +168,7 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     };
     let loaded = async {
         match memory.ended().await {
-            MemoryEnd::Proven { bytes, .. } => tracing::debug!(?bytes, "memory proven"),
+            MemoryEnd::Proven(end) => tracing::debug!(?end, "memory proven"),
             other => return Err(Refusal::Verification(Refusal::text(format!("memory: {other:?}")))),
         }
         let info = guest.wait_migration(|_| false, QEMU_LIMIT).await.map_err(hypervisor_failed)?;

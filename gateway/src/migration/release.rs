@@ -16,7 +16,12 @@ use crate::hypervisor::Guest;
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
 
 /// Forgets the guest and keeps its disks aside.
-pub(super) async fn run(leaf: SourceLeaf, guest: Option<Guest>, row: MachineRow, transfer: Transfer) -> Transfer {
+pub(super) async fn run(
+    leaf: SourceLeaf,
+    guest: Option<Guest>,
+    row: MachineRow,
+    transfer: Transfer,
+) -> Transfer {
     let vm = &leaf.attempt.vm;
     drop(transfer);
     if let Some(guest) = guest

@@ -37,7 +37,9 @@ pub(super) async fn run(
                 tracing::warn!(%vm, error = chain(&error), "the guest could not be resumed");
             }
         }
-        None => tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk"),
+        None => {
+            tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk")
+        }
     }
     match ports(&leaf.edges, &row, &leaf.attempt) {
         Ok(holds) => {
@@ -72,11 +74,7 @@ async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), crate:
     Ok(())
 }
 
-async fn resume(
-    guest: &Guest,
-    permit: RunPermit,
-    wanted: bool,
-) -> Result<(), crate::hypervisor::QmpError> {
+async fn resume(guest: &Guest, permit: RunPermit, wanted: bool) -> Result<(), crate::hypervisor::QmpError> {
     match guest.status().await? {
         RunState::Paused | RunState::Postmigrate | RunState::FinishMigrate if wanted => {
             guest.resume(permit).await
@@ -120,8 +118,7 @@ async fn end_disks(leaf: &SourceLeaf, guest: &Guest, row: &MachineRow, transfer:
 }
 
 async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, before_s: Option<u32>) {
-    let (Some(ttl_s), Some(name), Some(names)) =
-        (before_s, &row.definition.dns_name, &leaf.edges.names)
+    let (Some(ttl_s), Some(name), Some(names)) = (before_s, &row.definition.dns_name, &leaf.edges.names)
     else {
         return;
     };

@@ -24,6 +24,7 @@ use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release,
 use crate::api::types::{Progressing, WanBytes};
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
+use crate::link::PeerHandle;
 use crate::migration::anchor::{self, Anchor, AnchorCommand};
 
 /// What the source's leaves work with.
@@ -75,7 +76,19 @@ impl SourceDriver {
         let (sender, events) = mpsc::channel(64);
         let wan_before = edges.peer(&attempt.peer).map(|peer| wan_bytes(&peer)).unwrap_or_default();
         let leaf = Leaf { edges, attempt, viewer, events: sender };
-        let work = Work::Idle(Box::default());
+        Self {
+            leaf,
+            guest,
+            row,
+            options,
+            inbox,
+            events,
+            anchors,
+            work: Work::Idle(Box::default()),
+            reservation: None,
+            ttl_before_s: watch::Sender::new(None),
+            wan_before,
+        }
     }
 
     /// What it shows of itself.
@@ -91,7 +104,11 @@ impl SourceDriver {
     }
 
     /// Goes on with one that a restart of the gateway interrupted, from what its journal holds.
-    pub async fn resume(mut self, reservation: Option<Reservation>, last: SourceRecord) -> Result<Outcome, JournalError> {
+    pub async fn resume(
+        mut self,
+        reservation: Option<Reservation>,
+        last: SourceRecord,
+    ) -> Result<Outcome, JournalError> {
         let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
         self.reservation = reservation;
         let site = self.leaf.edges.site().clone();
@@ -178,7 +195,9 @@ impl SourceDriver {
                 anchor::tell(&self.anchors, AnchorCommand::Forget(vm)).await;
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
                 let ttl = self.ttl_before_s.clone();
-                self.replace_work(move |transfer, _stop| rollback::run(leaf, guest, row, ttl, transfer, permit));
+                self.replace_work(move |transfer, _stop| {
+                    rollback::run(leaf, guest, row, ttl, transfer, permit)
+                });
             }
         }
     }
@@ -280,5 +299,17 @@ impl SourceDriver {
             pause,
             ..defaults
         }
+    }
+}
+
+/// What this gateway has put on the link, as an observer of UDP payload counts it, by what caused it.
+pub fn wan_bytes(peer: &PeerHandle) -> WanBytes {
+    let stats = peer.stats();
+    let shares = stats.sent.scaled_to(stats.udp_sent.payload_bytes);
+    WanBytes {
+        memory: shares.memory_bytes,
+        disk: shares.disk_bytes,
+        tunnel: shares.datagram_bytes,
+        control: shares.control_bytes,
     }
 }

@@ -111,7 +111,8 @@ impl Changes {
 
     /// Undoes everything, and removes what an earlier gateway has left.
     pub(super) async fn sweep(&mut self, config: &TunnelConfig) -> Result<(), TunnelError> {
-        let owners: Vec<Owner> = self.plans.keys().filter(|owner| **owner != Owner::Gateway).cloned().collect();
+        let owners: Vec<Owner> =
+            self.plans.keys().filter(|owner| **owner != Owner::Gateway).cloned().collect();
         let mut result = Ok(());
         for owner in owners {
             result = result.and(self.undo(&owner).await);

@@ -106,7 +106,9 @@ impl TunnelConfig {
             return Err(TunnelError::Config("prefix must be 1 to 4 lower-case letters"));
         }
         if self.mark_local == 0 || self.mark_tunnel == 0 || self.mark_local == self.mark_tunnel {
-            return Err(TunnelError::Config("mark_local and mark_tunnel must differ from each other and from 0"));
+            return Err(TunnelError::Config(
+                "mark_local and mark_tunnel must differ from each other and from 0",
+            ));
         }
         if matches!(self.route_table, 0 | 253..=255) {
             return Err(TunnelError::Config("route_table must be one of our own, not 0 or 253 to 255"));

@@ -327,7 +327,8 @@ impl Control {
         let care_of: Vec<IpAddr> = visit.request.care_of.iter().map(|pair| pair.care_of).collect();
         let announcements = self.announcements(&visit.request.lan.clone(), &care_of).await?;
         let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
-        if let Some(earlier) = self.visits.get_mut(key).and_then(|visit| visit.announcing.replace(announcing)) {
+        if let Some(earlier) = self.visits.get_mut(key).and_then(|visit| visit.announcing.replace(announcing))
+        {
             earlier.abort();
         }
         info!(port = %key, "visitor runs");

@@ -63,7 +63,8 @@ struct ChannelPath {
 impl DatagramPath for ChannelPath {
     fn try_send(&self, datagram: Bytes) -> bool {
         assert!(datagram.len() <= DATAGRAM);
-        self.is_up.load(Ordering::Relaxed) && self.datagrams.try_send((Instant::now() + ONE_WAY, datagram)).is_ok()
+        self.is_up.load(Ordering::Relaxed)
+            && self.datagrams.try_send((Instant::now() + ONE_WAY, datagram)).is_ok()
     }
 
     fn max_len(&self) -> usize {
@@ -77,7 +78,10 @@ pub fn unavailable() -> Option<String> {
         return Some("network namespaces need root".to_owned());
     }
     let missing = ["ip", "bridge", "nft"].into_iter().find(|tool| {
-        !Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().is_ok_and(|o| o.status.success())
+        !Command::new("sh")
+            .args(["-c", &format!("command -v {tool}")])
+            .output()
+            .is_ok_and(|o| o.status.success())
     });
     missing.map(|tool| format!("{tool} is not installed"))
 }
@@ -102,7 +106,8 @@ impl Lab {
             .env("P", &self.prefix)
             .output()
             .expect("sh runs");
-        let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let (stdout, stderr) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{script}: {stderr}");
         stdout.into_owned()
     }

@@ -216,7 +216,8 @@ fn protocol_down(event: &LinkEvent) -> Option<DownReason> {
 }
 
 async fn settle(a: &mut Site, b: &mut Site) {
-    let (mut sent, is_control) = (0, |event: &LinkEvent| matches!(event, LinkEvent::Control { .. }).then_some(()));
+    let (mut sent, is_control) =
+        (0, |event: &LinkEvent| matches!(event, LinkEvent::Control { .. }).then_some(()));
     loop {
         sent += 1;
         let _ = a.peer("b").send(message(sent, b"settled?")).await;

@@ -69,7 +69,8 @@ async fn a_long_lossy_path_is_filled_without_a_queue_and_the_counters_are_right(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_and_control_pass_before_disks() {
     let mut path = None;
-    let (a, mut b) = pair_with(for_wan, for_wan, |address| path.insert(Path::to(address, wan())).address).await;
+    let (a, mut b) =
+        pair_with(for_wan, for_wan, |address| path.insert(Path::to(address, wan())).address).await;
     let window_bytes = 8 << 20;
     let disk = bulk_id(1, Channel::Disk(0));
     let memory = bulk_id(1, Channel::Memory);
@@ -85,7 +86,9 @@ async fn memory_and_control_pass_before_disks() {
     });
     // The path is full of disk data before memory begins.
     for number in 0..16 {
-        assert!(timeout(PATIENCE, disk_receiver.recv()).await.unwrap().unwrap() == chunk(number, CHUNK_BYTES));
+        assert!(
+            timeout(PATIENCE, disk_receiver.recv()).await.unwrap().unwrap() == chunk(number, CHUNK_BYTES)
+        );
     }
     let drain = tokio::spawn(async move { while disk_receiver.recv().await.is_some() {} });
     let sent_before_bytes = a.peer("b").stats().sent.disk_bytes;
@@ -107,7 +110,9 @@ async fn memory_and_control_pass_before_disks() {
     let memory_took = began.elapsed();
     let memory_mbit = (chunks as usize * CHUNK_BYTES) as f64 * 8.0 / 1e6 / memory_took.as_secs_f64();
     let disk_bytes = a.peer("b").stats().sent.disk_bytes - sent_before_bytes;
-    println!("control took {control_took:?}; memory {memory_mbit:.1} Mbit/s beside a busy disk ({disk_bytes} bytes)");
+    println!(
+        "control took {control_took:?}; memory {memory_mbit:.1} Mbit/s beside a busy disk ({disk_bytes} bytes)"
+    );
     assert!(control_took < Duration::from_millis(400), "{control_took:?}");
     assert!(memory_mbit > 60.0, "{memory_mbit:.1} Mbit/s");
     a.peer("b").close_bulk(MigrationId(1)).await;
