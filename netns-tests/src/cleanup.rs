@@ -34,6 +34,9 @@ use crate::netns::{self, LAB_VARIABLE, LabId, Namespace};
 /// One folder per live lab; tmpfs on Debian, so a reboot leaves nothing.
 pub const STATE_FOLDER: &str = "/run/longhaul-lab";
 
+/// How long the kernel may take to release the lock of a process that is gone (a tenth of a second seen on a busy machine).
+const RELEASE_TIME: Duration = Duration::from_secs(2);
+
 /// How long processes have after SIGTERM, and then after SIGKILL.
 const TERM_TIME: Duration = Duration::from_secs(3);
 const KILL_TIME: Duration = Duration::from_secs(5);
@@ -68,7 +71,8 @@ impl Lab {
         let scratch = std::path::absolute(parent)?.join(format!("longhaul-{id}"));
         let before = Snapshot::take()?;
         create_private(&state_folder(&id))?;
-        let lock = lock_file(&lock_path(&id), FlockArg::LockExclusiveNonblock)?;
+        let mut lock = lock_file(&lock_path(&id), FlockArg::LockExclusiveNonblock)?;
+        write!(lock, "{}", std::process::id())?;
         std::fs::write(state_folder(&id).join("scratch"), scratch.as_os_str().as_encoded_bytes())?;
         std::fs::create_dir_all(parent)?;
         std::fs::DirBuilder::new().mode(0o755).create(&scratch)?;
@@ -150,7 +154,7 @@ pub fn recover_crashed() -> Result<Vec<LabId>> {
         let Some(id) = entry.file_name().to_str().and_then(LabId::parse) else {
             continue;
         };
-        if let Ok(_lock) = lock_file(&lock_path(&id), FlockArg::LockExclusiveNonblock) {
+        if let Some(_lock) = take_over(&id) {
             remove(&id).with_context(|| format!("Cannot remove the crashed laboratory {id}"))?;
             recovered.push(id);
         }
@@ -215,6 +219,23 @@ fn remove(id: &LabId) -> Result<()> {
 fn remove_empty_states() {
     if let Ok(_lock) = lock_states(FlockArg::LockExclusiveNonblock) {
         let _ = std::fs::remove_dir(STATE_FOLDER);
+    }
+}
+
+/// The lock of a lab whose process is gone; `None` if it lives.
+fn take_over(id: &LabId) -> Option<Flock<File>> {
+    let path = lock_path(id);
+    let owner = || std::fs::read_to_string(&path).unwrap_or_default();
+    let lives = |pid: String| pid.is_empty() || Path::new("/proc").join(pid).exists();
+    let deadline = Instant::now() + RELEASE_TIME;
+    loop {
+        if let Ok(lock) = lock_file(&path, FlockArg::LockExclusiveNonblock) {
+            return Some(lock);
+        }
+        if lives(owner()) || Instant::now() > deadline {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

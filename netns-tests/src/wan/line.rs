@@ -167,9 +167,10 @@ impl Carrier {
     }
 }
 
-/// Both are best effort: without them delays are right on average but vary more on a busy machine.
+/// Puts the calling thread before all ordinary work. Best effort: without it delays are right on average but vary more
+/// on a busy machine.
 #[allow(unsafe_code)]
-fn raise_priority() {
+pub(super) fn raise_priority() {
     let _ = nix::sys::prctl::set_timerslack(1);
     let parameter = libc::sched_param { sched_priority: 10 };
     // SAFETY: `parameter` outlives the call; 0 is the calling thread.

@@ -1,5 +1,6 @@
 //! Measures an emulated WAN from outside the emulator, with its own packets, before anybody relies on it: the round
-//! trip by echoed datagrams, the rate by a paced blast a little above the rate asked for.
+//! trip by echoed datagrams, the rate by a paced blast a little above the rate asked for. Its threads run with real-time
+//! priority like the emulator's: the network is measured, not how busy the machine is.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{setsockopt, sockopt};
 
+use super::line::raise_priority;
 use super::{Wan, WanProfile};
 
 /// Echoed datagrams; the median counts.
@@ -58,7 +60,8 @@ fn measure_rtt(wan: &Wan, near: IpAddr, far: IpAddr) -> Result<Duration> {
     let done = AtomicBool::new(false);
     let mut times = std::thread::scope(|scope| {
         scope.spawn(|| echo(&there, &done));
-        let times = collect_echoes(&here);
+        let collecting = scope.spawn(|| collect_echoes(&here));
+        let times = collecting.join().unwrap_or_else(|_| bail!("The echoing thread panicked"));
         done.store(true, Ordering::Relaxed);
         times
     })?;
@@ -70,6 +73,7 @@ fn measure_rtt(wan: &Wan, near: IpAddr, far: IpAddr) -> Result<Duration> {
 }
 
 fn echo(socket: &UdpSocket, done: &AtomicBool) {
+    raise_priority();
     let mut buffer = [0; 64];
     // Without a timeout a lost datagram would leave this thread waiting for ever.
     if socket.set_read_timeout(Some(Duration::from_millis(50))).is_err() {
@@ -84,6 +88,7 @@ fn echo(socket: &UdpSocket, done: &AtomicBool) {
 
 /// Sends numbered datagrams at a steady pace and notes when each is back.
 fn collect_echoes(socket: &UdpSocket) -> Result<Vec<Duration>> {
+    raise_priority();
     let start = Instant::now();
     let sent_at = |number: u64| ECHO_INTERVAL * number as u32;
     let mut times = Vec::new();
@@ -124,7 +129,8 @@ fn measure_rate(wan: &Wan, near: IpAddr, far: IpAddr, bits_per_second: f64, rtt:
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let counting = scope.spawn(|| count(&there, &done, rtt));
-        let sent = blast(&here, bits_per_second, offloaded);
+        let blasting = scope.spawn(|| blast(&here, bits_per_second, offloaded));
+        let sent = blasting.join().unwrap_or_else(|_| bail!("The sending thread panicked"));
         done.store(true, Ordering::Relaxed);
         let counted = counting.join().unwrap_or_else(|_| bail!("The counting thread panicked"));
         sent.and(counted)
@@ -133,6 +139,7 @@ fn measure_rate(wan: &Wan, near: IpAddr, far: IpAddr, bits_per_second: f64, rtt:
 
 /// Sends at a steady rate, catching up when it was held up; bursts last at most a millisecond of line time.
 fn blast(socket: &UdpSocket, bits_per_second: f64, offloaded: bool) -> Result<()> {
+    raise_priority();
     let packet_seconds = ((PAYLOAD_BYTES + HEADER_BYTES) * 8) as f64 / bits_per_second;
     let burst = ((1e-3 / packet_seconds) as usize).clamp(1, if offloaded { 44 } else { 1 });
     let data = vec![0x4c; burst * PAYLOAD_BYTES];
@@ -156,6 +163,7 @@ fn blast(socket: &UdpSocket, bits_per_second: f64, offloaded: bool) -> Result<()
 
 /// Counts what arrives after the warm-up, until the sender is done and the line is silent.
 fn count(socket: &UdpSocket, done: &AtomicBool, rtt: Duration) -> Result<f64> {
+    raise_priority();
     let silence = rtt.max(Duration::from_millis(100));
     socket.set_read_timeout(Some(silence))?;
     let mut buffer = vec![0; 65_536];
