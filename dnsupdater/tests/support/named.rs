@@ -112,10 +112,9 @@ impl Drop for Named {
 fn primary_zones(secondary: SocketAddr) -> String {
     let notify = match secondary.port() {
         0 => "notify no;".to_owned(),
-        port => format!(
-            "notify explicit; also-notify {{ {} port {port}; }}; notify-delay 0;",
-            secondary.ip()
-        ),
+        port => {
+            format!("notify explicit; also-notify {{ {} port {port}; }}; notify-delay 0;", secondary.ip())
+        }
     };
     format!(
         r#"zone "vm.example" {{ type primary; file "vm.zone"; {notify} update-policy {{
