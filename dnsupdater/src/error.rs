@@ -208,17 +208,18 @@ pub(crate) enum Failure {
     Suspicious(&'static str),
     /// An error reply whose authenticity cannot be proven, as servers send it when they do not know the key.
     Denied { rcode: ResponseCode, tsig: Option<TsigFault> },
-    /// The clocks differ; `there_s` if the server said its time.
-    Clock { here_s: u64, there_s: Option<u64> },
+    /// The clocks differ; `there_s` if the server said its time. Refused: the server noticed and did nothing.
+    Clock { here_s: u64, there_s: Option<u64>, refused: bool },
 }
 
 impl Failure {
     /// Whether the server may have acted on the request all the same.
     ///
-    /// An unauthenticated denial is in: on its own it proves nothing. A signed BADTIME comes before any action.
+    /// An unauthenticated denial is in: on its own it proves nothing. A signed BADTIME precedes any action.
     pub(crate) fn may_have_acted(&self) -> bool {
         match self {
-            Self::NotSent(_) | Self::Clock { .. } => false,
+            Self::NotSent(_) => false,
+            Self::Clock { refused, .. } => !refused,
             Self::NoAnswer(_) | Self::Suspicious(_) | Self::Denied { .. } => true,
         }
     }
@@ -241,7 +242,7 @@ impl Failure {
                 Error::KeyOrPolicy { server, rcode, tsig, authenticated: false }
             }
             Self::Denied { rcode, tsig: _ } => Error::Server { server, rcode },
-            Self::Clock { here_s, there_s } => Error::Clock { server, here_s, there_s, fudge_s },
+            Self::Clock { here_s, there_s, refused: _ } => Error::Clock { server, here_s, there_s, fudge_s },
         }
     }
 }

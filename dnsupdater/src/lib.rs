@@ -28,7 +28,7 @@
 //! **What is trusted.** Of the primary, answers signed with the key over this very request. An unsigned error may
 //! stop an operation but never counts as proof: a swap is then read back. Secondaries are read unsigned, for display.
 //! hickory-dns 0.26 as shipped signs answers to updates only, not to queries; for it set
-//! [`UpdaterConfig::signed_reads`] to false. The [`test_server`](crate) of this crate signs both.
+//! [`UpdaterConfig::signed_reads`] to false. The module `test_server` (feature `test-server`) signs both.
 //!
 //! **What it needs of the server.** A single primary that applies updates one after the other and keeps them over a
 //! crash (BIND, Knot with its defaults, PowerDNS with `pragma-synchronous=2`). The stock hickory server compares
@@ -42,6 +42,7 @@ mod key;
 mod name;
 pub mod ownership;
 mod records;
+mod settle;
 mod signing;
 #[cfg(feature = "test-server")]
 pub mod test_server;

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use hickory_proto::rr::Name;
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// An absolute domain name (RFC 1035), lower case, without escapes; written with or without its final dot.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct DnsName(Name);
+pub struct DnsName(Arc<Name>);
 
 /// A text that is no usable domain name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,7 +36,7 @@ impl DnsName {
 
     /// The reverse name of an address, in `in-addr.arpa` or `ip6.arpa` (RFC 1035 section 3.5, RFC 3596).
     pub fn reverse(address: std::net::IpAddr) -> DnsName {
-        DnsName(Name::from(address).to_lowercase())
+        DnsName(Arc::new(Name::from(address).to_lowercase()))
     }
 
     pub(crate) fn as_name(&self) -> &Name {
@@ -45,7 +46,7 @@ impl DnsName {
     pub(crate) fn from_wire(name: &Name) -> DnsName {
         let mut name = name.to_lowercase();
         name.set_fqdn(true);
-        DnsName(name)
+        DnsName(Arc::new(name))
     }
 }
 
@@ -60,7 +61,7 @@ impl FromStr for DnsName {
         }
         let mut name = Name::from_ascii(labels).map_err(|_| refused())?.to_lowercase();
         name.set_fqdn(true);
-        Ok(Self(name))
+        Ok(Self(Arc::new(name)))
     }
 }
 

@@ -158,11 +158,9 @@ impl Reading<'_> {
         let (mut addresses, (six_addresses, aaaa_ttl_s)) =
             (a_addresses, self.addresses(six, RecordType::AAAA));
         addresses.extend(six_addresses);
-        let cname = four.iter().chain(six).find_map(|record| match &record.data {
-            RData::CNAME(target) if record.name == *self.name.as_name() => {
-                Some(DnsName::from_wire(&target.0))
-            }
-            _ => None,
+        let cname = four.iter().chain(six).find_map(|record| {
+            let RData::CNAME(target) = &record.data else { return None };
+            (record.name == *self.name.as_name()).then(|| DnsName::from_wire(&target.0))
         });
         Ok(Published { addresses, a_ttl_s, aaaa_ttl_s, cname, serial, primary })
     }
@@ -181,25 +179,22 @@ impl Reading<'_> {
 
     /// The answer section, if the reply is an authoritative one.
     fn answer<'m>(&self, reply: &'m Message) -> Result<&'m [Record], Error> {
-        match reply.response_code {
-            ResponseCode::NoError | ResponseCode::NXDomain if reply.authoritative => Ok(&reply.answers),
-            ResponseCode::NoError | ResponseCode::NXDomain => {
-                Err(self.not_zone("its answer is not authoritative"))
-            }
-            ResponseCode::Refused | ResponseCode::NotAuth => {
-                Err(self.not_zone("it refuses to answer for it"))
-            }
-            rcode => Err(Error::Server { server: self.server, rcode }),
+        let rcode = reply.response_code;
+        if rcode == ResponseCode::Refused || rcode == ResponseCode::NotAuth {
+            return Err(self.not_zone("it refuses to answer for it"));
         }
+        if rcode != ResponseCode::NoError && rcode != ResponseCode::NXDomain {
+            return Err(Error::Server { server: self.server, rcode });
+        }
+        if !reply.authoritative {
+            return Err(self.not_zone("its answer is not authoritative"));
+        }
+        Ok(&reply.answers)
     }
 
     fn soa_of(&self, record: &Record) -> Option<(DnsName, u32)> {
-        match &record.data {
-            RData::SOA(soa) if record.name == *self.zone.as_name() => {
-                Some((DnsName::from_wire(&soa.mname), soa.serial))
-            }
-            _ => None,
-        }
+        let RData::SOA(soa) = &record.data else { return None };
+        (record.name == *self.zone.as_name()).then(|| (DnsName::from_wire(&soa.mname), soa.serial))
     }
 
     fn addresses(&self, answers: &[Record], record_type: RecordType) -> (Vec<IpAddr>, Option<u32>) {
@@ -222,13 +217,14 @@ impl Reading<'_> {
 }
 
 fn txt_of(record: &Record, name: &Name) -> Option<String> {
-    match &record.data {
-        RData::TXT(txt) if record.name == *name => Some(match &*txt.txt_data {
-            [one] => String::from_utf8_lossy(one).into_owned(),
-            several => several.iter().map(|part| format!("{:?}", String::from_utf8_lossy(part))).collect(),
-        }),
-        _ => None,
+    let RData::TXT(txt) = &record.data else { return None };
+    if record.name != *name {
+        return None;
     }
+    Some(match &*txt.txt_data {
+        [one] => String::from_utf8_lossy(one).into_owned(),
+        several => several.iter().map(|part| format!("{:?}", String::from_utf8_lossy(part))).collect(),
+    })
 }
 
 fn foreign(value: &str) -> Register {

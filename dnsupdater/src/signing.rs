@@ -105,8 +105,9 @@ impl Seal {
             .map(|[a, b, c, d, e, f]| u64::from_be_bytes([0, 0, a, b, c, d, e, f]));
         let there_s = told.unwrap_or(tsig.time);
         let apart = here_s.abs_diff(there_s) > u64::from(self.signer.fudge());
-        if tsig.error == Some(TsigError::BadTime) || apart {
-            return Err(Rejected::Final(Failure::Clock { here_s, there_s: Some(there_s) }));
+        let refused = tsig.error == Some(TsigError::BadTime);
+        if refused || apart {
+            return Err(Rejected::Final(Failure::Clock { here_s, there_s: Some(there_s), refused }));
         }
         Ok(())
     }
@@ -142,5 +143,101 @@ fn unsigned(rcode: ResponseCode, tsig: Option<TsigFault>) -> Rejected {
         Rejected::Final(Failure::Denied { rcode, tsig })
     } else {
         Rejected::Stray("it is not signed")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::rr::{Name, Record, RecordType, TSigResponseContext};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::change::query;
+    use crate::key::{Algorithm, Key};
+
+    fn seal() -> Seal {
+        let name = "site-a".parse().expect("a name");
+        let key = Key::new(name, Algorithm::HmacSha256, vec![7; 32]).expect("long enough");
+        Seal { signer: key.signer(300).expect("usable"), clock_offset_s: 0 }
+    }
+
+    fn question() -> Message {
+        query(&Name::from_ascii("app.vm.example.").expect("a name"), RecordType::A)
+    }
+
+    /// A reply signed as a server signs it, `late_s` seconds after now.
+    fn reply(seal: &Seal, sealed: &Sealed, late_s: i64, error: Option<TsigError>) -> Vec<u8> {
+        let mut message = Message::response(sealed.id, OpCode::Query);
+        message.queries.clone_from(&sealed.request.queries);
+        let name = sealed.request.queries[0].name().clone();
+        message.add_answer(Record::from_rdata(name, 30, std::net::IpAddr::from([192, 0, 2, 1]).into()));
+        let bare = message.to_vec().expect("encodable");
+        let at_s = seal.now_s().saturating_add_signed(late_s);
+        let mac = sealed.mac.clone().expect("signed");
+        let context = TSigResponseContext::new(sealed.id, at_s, seal.signer.clone(), mac, error);
+        message.set_signature(context.sign(&bare).expect("signable"));
+        message.to_vec().expect("encodable")
+    }
+
+    #[test]
+    fn a_signed_reply_is_opened_and_tells_the_servers_time() {
+        let seal = seal();
+        let sealed = seal.seal(question(), true).expect("sealed");
+        let opened = seal.open(&sealed, &reply(&seal, &sealed, 100, None)).expect("genuine");
+        assert!(opened.signed_at_s.expect("signed").abs_diff(seal.now_s() + 100) <= 1);
+    }
+
+    #[test]
+    fn a_reply_outside_the_fudge_is_a_matter_of_clocks() {
+        let seal = seal();
+        let sealed = seal.seal(question(), true).expect("sealed");
+        for (late_s, error) in [(-302, None), (302, None), (0, Some(TsigError::BadTime))] {
+            let opened = seal.open(&sealed, &reply(&seal, &sealed, late_s, error));
+            assert!(matches!(opened, Err(Rejected::Final(Failure::Clock { .. }))), "{late_s} {opened:?}");
+        }
+        seal.open(&sealed, &reply(&seal, &sealed, 299, None)).expect("within the fudge");
+    }
+
+    #[test]
+    fn a_reply_to_another_request_is_a_stray_even_with_the_right_id() {
+        let seal = seal();
+        let sealed = seal.seal(question(), true).expect("sealed");
+        let mut other = seal.seal(question(), true).expect("sealed");
+        other.id = sealed.id;
+        other.mac = Some(vec![1; 32]);
+        let opened = seal.open(&sealed, &reply(&seal, &other, 0, None));
+        assert!(matches!(opened, Err(Rejected::Stray(_))), "{opened:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_opening_panic(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            let seal = seal();
+            let sealed = seal.seal(question(), true).expect("sealed");
+            prop_assert!(seal.open(&sealed, &bytes).is_err());
+        }
+
+        /// Case of names and the id are outside the MAC's canonical form only where the parser has checked them.
+        #[test]
+        fn no_changed_byte_passes_for_another_answer(at: prop::sample::Index, flip in 1_u8..) {
+            let seal = seal();
+            let sealed = seal.seal(question(), true).expect("sealed");
+            let mut bytes = reply(&seal, &sealed, 0, None);
+            let genuine = Message::from_vec(&bytes).expect("genuine");
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            if let Ok(opened) = seal.open(&sealed, &bytes) {
+                prop_assert_eq!(&opened.message.answers, &genuine.answers);
+                prop_assert_eq!(opened.message.metadata, genuine.metadata);
+            }
+        }
+
+        #[test]
+        fn a_cut_reply_is_never_believed(keep: prop::sample::Index) {
+            let seal = seal();
+            let sealed = seal.seal(question(), true).expect("sealed");
+            let bytes = reply(&seal, &sealed, 0, None);
+            prop_assert!(seal.open(&sealed, &bytes[..keep.index(bytes.len())]).is_err());
+        }
     }
 }

@@ -1,33 +1,22 @@
 //! The updater: reads a name, swaps it, takes a swap back, changes its time to live; always at the primary alone.
 //!
-//! ```text
-//!             +--------- sent, no answer, register unchanged ----------+
-//!             v                                                        |
-//! read --> update --NOERROR, signed------------------------> Won       |
-//!   |         |--prerequisite failed, signed--> read back --own txn--> Won
-//!   |         |--no answer / denied unsigned--> read back --own txn--> Won
-//!   |         |                                    |--another txn----> Lost
-//!   |         |--denied, signed--> error           |--no answer------> OutcomeUnknown
-//!   +--not as expected--> Lost
-//! ```
-//!
-//! Never a second primary: two servers cannot order two swaps. Verification of the others is in `verify`.
+//! Never a second primary: two servers cannot order two swaps. How one update comes to its outcome is in `settle`, the
+//! verification of all servers in `verify`.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Message, ResponseCode};
-use rand::Rng;
-use tracing::{debug, info, warn};
+use hickory_proto::op::ResponseCode;
+use tracing::info;
 
 use crate::change::{Before, Change, PtrSwap, Swap, check_in_zone, check_ttl, ptr_message, record_type};
 use crate::config::{Transport, UpdaterConfig};
-use crate::error::{Error, Failure, Shape};
+use crate::error::{Error, Shape};
 use crate::exchange::Conversation;
 use crate::name::DnsName;
-use crate::ownership::Ownership;
-use crate::records::{Reading, Records, Register};
-use crate::signing::{Reply, Seal};
+use crate::records::{Reading, Records};
+use crate::settle::{Answer, Update};
+use crate::signing::Seal;
 
 /// Changes names at one primary, as [`UpdaterConfig`] says. Holds no connection; cheap to clone, `&self` everywhere.
 #[derive(Clone)]
@@ -187,18 +176,18 @@ impl Updater {
             let started = Instant::now();
             let reply = self.tell(&mut conversation, &message).await?;
             let round_trip = started.elapsed().min(records.round_trip);
-            match reply.message.response_code {
-                ResponseCode::NoError => {
+            match Answer::of(&reply) {
+                Answer::Applied => {
                     self.check_single_primary(&records).await?;
                     return Ok(Preflight { records, round_trip });
                 }
-                rcode if prerequisite_failed(rcode) => {
+                Answer::NotAsExpected => {
                     let again = self.read_in(&mut conversation, name).await?;
                     if again.has(&records.addresses) && again.register == records.register {
                         return Err(Error::Shape { name: name.clone(), shape: Shape::Wildcard });
                     }
                 }
-                rcode => return Err(self.refused(name, rcode)),
+                Answer::Failed(rcode) => return Err(self.refused(name, rcode)),
             }
         }
         Err(Error::Config(format!("{name} changes faster than it can be looked at; who else updates it?")))
@@ -223,10 +212,10 @@ impl Updater {
         let name = DnsName::reverse(swap.address);
         check_in_zone(&name, &swap.zone)?;
         let reply = self.tell(&mut self.conversation(), &ptr_message(swap)).await?;
-        match reply.message.response_code {
-            ResponseCode::NoError => Ok(PtrOutcome::Done),
-            rcode if prerequisite_failed(rcode) => Ok(PtrOutcome::Lost),
-            rcode => Err(self.refused_in(&swap.zone, &name, rcode)),
+        match Answer::of(&reply) {
+            Answer::Applied => Ok(PtrOutcome::Done),
+            Answer::NotAsExpected => Ok(PtrOutcome::Lost),
+            Answer::Failed(rcode) => Err(self.refused_in(&swap.zone, &name, rcode)),
         }
     }
 
@@ -253,61 +242,13 @@ impl Updater {
             .into_message();
         // Repeating it is harmless: it sets the same addresses to the same time to live.
         let reply = self.tell(&mut conversation, &message).await?;
-        match reply.message.response_code {
-            ResponseCode::NoError => Ok(TtlOutcome::Changed { from_s, to_s: ttl_s }),
-            rcode if prerequisite_failed(rcode) => {
+        match Answer::of(&reply) {
+            Answer::Applied => Ok(TtlOutcome::Changed { from_s, to_s: ttl_s }),
+            Answer::NotAsExpected => {
                 let current = self.read_in(&mut conversation, name).await?;
                 Ok(TtlOutcome::Lost { current: Box::new(current) })
             }
-            rcode => Err(self.refused(name, rcode)),
-        }
-    }
-
-    /// Sends an update until its outcome is known, or cannot be.
-    async fn settle(
-        &self,
-        conversation: &mut Conversation<'_>,
-        update: &Update<'_>,
-    ) -> Result<Outcome, Error> {
-        let mut may_be_applied = false;
-        let mut attempt = 0;
-        loop {
-            let failure = match self.once(conversation, &update.message, true).await? {
-                Ok(reply) => match reply.message.response_code {
-                    ResponseCode::NoError => return Ok(Outcome::Won),
-                    rcode if prerequisite_failed(rcode) => {
-                        return match self.read_in(conversation, update.name).await {
-                            Ok(current) => Ok(update.judge(current)),
-                            Err(error) => Err(self.unknown(update, &error)),
-                        };
-                    }
-                    // Signed, so it comes from the server; SERVFAIL alone may come after the zone was changed.
-                    ResponseCode::ServFail => Failure::Denied { rcode: ResponseCode::ServFail, tsig: None },
-                    rcode => return Err(self.refused(update.name, rcode)),
-                },
-                Err(failure) => failure,
-            };
-            may_be_applied |= failure.may_have_acted();
-            warn!(name = %update.name, server = %self.primary, attempt, ?failure, "No trustworthy answer to an update");
-            if may_be_applied {
-                match self.read_in(conversation, update.name).await {
-                    Ok(current) if update.still_open(&current) => {}
-                    Ok(current) => return Ok(update.judge(current)),
-                    // Whoever does not know the key answers neither: what was denied was not done.
-                    Err(error @ (Error::KeyOrPolicy { .. } | Error::Clock { .. })) if is_denial(&failure) => {
-                        return Err(error);
-                    }
-                    Err(error) => return Err(self.unknown(update, &error)),
-                }
-            }
-            if attempt >= self.config.retries || !failure.is_transient() {
-                let error = failure.into_error(self.primary, self.config.fudge_s);
-                let lasting =
-                    matches!(error, Error::KeyOrPolicy { .. } | Error::Clock { .. } | Error::Server { .. });
-                return Err(if may_be_applied && !lasting { self.unknown(update, &error) } else { error });
-            }
-            self.pause(attempt).await;
-            attempt += 1;
+            Answer::Failed(rcode) => Err(self.refused(name, rcode)),
         }
     }
 
@@ -342,54 +283,6 @@ impl Updater {
         })
     }
 
-    /// Sends one update whose repetition is harmless.
-    async fn tell(&self, conversation: &mut Conversation<'_>, message: &Message) -> Result<Reply, Error> {
-        let mut replies = self.persist(conversation, std::slice::from_ref(message), true).await?;
-        replies.pop().ok_or(Error::Protocol { server: self.primary, reason: "an answer is missing" })
-    }
-
-    /// Repeats an exchange that may be repeated.
-    pub(crate) async fn persist(
-        &self,
-        conversation: &mut Conversation<'_>,
-        messages: &[Message],
-        sign: bool,
-    ) -> Result<Vec<Reply>, Error> {
-        let mut attempt = 0;
-        loop {
-            let sealed: Result<Vec<_>, _> =
-                messages.iter().map(|message| self.seal.seal(message.clone(), sign)).collect();
-            let failure = match conversation.ask(&sealed?).await {
-                Ok(replies) => return Ok(replies),
-                Err(failure) => failure,
-            };
-            debug!(server = %conversation.server, attempt, ?failure, "Exchange failed");
-            if attempt >= self.config.retries || !failure.is_transient() {
-                return Err(failure.into_error(conversation.server, self.config.fudge_s));
-            }
-            self.pause(attempt).await;
-            attempt += 1;
-        }
-    }
-
-    async fn once(
-        &self,
-        conversation: &mut Conversation<'_>,
-        message: &Message,
-        sign: bool,
-    ) -> Result<Result<Reply, Failure>, Error> {
-        let sealed = [self.seal.seal(message.clone(), sign)?];
-        let missing = Failure::Suspicious("an answer is missing");
-        Ok(conversation.ask(&sealed).await.and_then(|mut replies| replies.pop().ok_or(missing)))
-    }
-
-    /// 0.2 s, doubling, at most 2 s, plus or minus a fifth so that many do not come back at once.
-    async fn pause(&self, attempt: u32) {
-        let base_ms = 200_u64.saturating_mul(1 << attempt.min(4)).min(2_000);
-        let pause_ms = rand::rng().random_range(base_ms * 4 / 5..=base_ms * 6 / 5);
-        tokio::time::sleep(Duration::from_millis(pause_ms)).await;
-    }
-
     pub(crate) fn conversation(&self) -> Conversation<'_> {
         self.conversation_with(self.primary, self.config.transport)
     }
@@ -398,64 +291,20 @@ impl Updater {
         Conversation::new(server, transport, self.config.timeout, &self.seal)
     }
 
-    fn refused(&self, name: &DnsName, rcode: ResponseCode) -> Error {
+    pub(crate) fn refused(&self, name: &DnsName, rcode: ResponseCode) -> Error {
         self.refused_in(&self.config.zone, name, rcode)
     }
 
     /// A signed error reply: the key is right.
     fn refused_in(&self, zone: &DnsName, name: &DnsName, rcode: ResponseCode) -> Error {
         let server = self.primary;
-        match rcode {
-            ResponseCode::Refused => Error::KeyOrPolicy { server, rcode, tsig: None, authenticated: true },
-            ResponseCode::NotAuth | ResponseCode::NotZone => Error::NotZone {
-                server,
-                zone: zone.clone(),
-                name: name.clone(),
-                reason: format!("it says {rcode}"),
-            },
-            rcode => Error::Server { server, rcode },
+        if rcode == ResponseCode::Refused {
+            return Error::KeyOrPolicy { server, rcode, tsig: None, authenticated: true };
         }
-    }
-
-    fn unknown(&self, update: &Update<'_>, error: &Error) -> Error {
-        Error::OutcomeUnknown { server: self.primary, txn: update.after.txn(), detail: error.to_string() }
-    }
-}
-
-/// An update on its way: what it expects and what it makes of the register.
-struct Update<'a> {
-    name: &'a DnsName,
-    before: Option<&'a Ownership>,
-    after: &'a Ownership,
-    message: Message,
-}
-
-impl Update<'_> {
-    /// A register with our own value says that we won, whatever the answer was.
-    fn judge(&self, current: Records) -> Outcome {
-        if current.ownership() == Some(self.after) {
-            return Outcome::Won;
+        if rcode == ResponseCode::NotAuth || rcode == ResponseCode::NotZone {
+            let reason = format!("it says {rcode}");
+            return Error::NotZone { server, zone: zone.clone(), name: name.clone(), reason };
         }
-        Outcome::Lost { current: Box::new(current) }
+        Error::Server { server, rcode }
     }
-
-    /// Whether the update may still be applied: the register is as it expects.
-    fn still_open(&self, current: &Records) -> bool {
-        match &current.register {
-            Register::Held(ownership) => Some(ownership) == self.before,
-            Register::Absent => self.before.is_none(),
-            Register::Foreign(_) => false,
-        }
-    }
-}
-
-fn is_denial(failure: &Failure) -> bool {
-    matches!(failure, Failure::Denied { rcode: ResponseCode::Refused | ResponseCode::NotAuth, .. })
-}
-
-/// The response codes of an update whose prerequisites do not hold (RFC 2136 section 3.2).
-fn prerequisite_failed(rcode: ResponseCode) -> bool {
-    let codes =
-        [ResponseCode::NXRRSet, ResponseCode::YXRRSet, ResponseCode::NXDomain, ResponseCode::YXDomain];
-    codes.contains(&rcode)
 }

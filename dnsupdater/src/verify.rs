@@ -201,9 +201,9 @@ impl Updater {
         let question = query(self.config.zone.as_name(), RecordType::NS);
         let replies = self.persist(&mut self.conversation(), &[question], self.config.signed_reads).await?;
         let records = replies.iter().flat_map(|reply| &reply.message.answers);
-        let hosts = records.filter_map(|record| match &record.data {
-            RData::NS(host) => Some(DnsName::from_wire(&host.0)),
-            _ => None,
+        let hosts = records.filter_map(|record| {
+            let RData::NS(host) = &record.data else { return None };
+            Some(DnsName::from_wire(&host.0))
         });
         Ok(hosts.take(MAX_SERVERS).collect())
     }

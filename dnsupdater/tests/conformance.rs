@@ -39,6 +39,7 @@ on_both_servers!(
     a_swap_from_some_of_the_addresses_loses_at_the_server,
     the_same_swap_given_twice_is_won_twice_and_applied_once,
     of_twenty_racing_swaps_exactly_one_wins,
+    of_twenty_racing_claims_that_change_no_address_exactly_one_wins,
     both_families_move_in_one_update,
     a_name_without_records_can_be_created_but_not_twice,
     udp_does_the_same,
@@ -125,6 +126,15 @@ async fn the_same_swap_given_twice_is_won_twice_and_applied_once(world: &World) 
 }
 
 async fn of_twenty_racing_swaps_exactly_one_wins(world: &World) {
+    race(world, |racer| ips(&[&format!("203.0.113.{}", 100 + racer)])).await;
+}
+
+/// Here the ownership record alone can order them.
+async fn of_twenty_racing_claims_that_change_no_address_exactly_one_wins(world: &World) {
+    race(world, |_| ips(&[AWAY])).await;
+}
+
+async fn race(world: &World, new: impl Fn(u32) -> Vec<std::net::IpAddr>) {
     let first = first_swap();
     won(&world.updater(site_a()), &first).await;
     let mut racers = JoinSet::new();
@@ -133,7 +143,7 @@ async fn of_twenty_racing_swaps_exactly_one_wins(world: &World) {
         let transport = if racer % 4 < 2 { Transport::Tcp } else { Transport::Udp };
         let updater = Updater::new(UpdaterConfig { transport, ..world.config(key) }).expect("valid");
         let mut swap = second_swap().observed(Some(first.ownership().expect("valid")));
-        (swap.new, swap.owner) = (ips(&[&format!("203.0.113.{}", 100 + racer)]), format!("racer-{racer}"));
+        (swap.new, swap.owner) = (new(racer), format!("racer-{racer}"));
         racers.spawn(async move { (updater.swap(&swap).await.expect("answered"), swap) });
     }
     let ended = racers.join_all().await;
@@ -142,13 +152,11 @@ async fn of_twenty_racing_swaps_exactly_one_wins(world: &World) {
     let found = world.updater(site_a()).read(&app()).await.expect("readable");
     assert_eq!(found.register, Register::Held(winner.ownership().expect("valid")));
     assert_eq!(found.addresses, winner.new);
-    let told: BTreeSet<_> = ended
-        .iter()
-        .filter_map(|(outcome, _)| match outcome {
-            Outcome::Won => None,
-            Outcome::Lost { current } => Some(current.ownership().expect("held").owner().to_owned()),
-        })
-        .collect();
+    let told = |outcome: &Outcome| match outcome {
+        Outcome::Won => None,
+        Outcome::Lost { current } => Some(current.ownership().expect("held").owner().to_owned()),
+    };
+    let told: BTreeSet<_> = ended.iter().filter_map(|(outcome, _)| told(outcome)).collect();
     assert_eq!(told, BTreeSet::from([winner.owner.clone()]));
 }
 
