@@ -1,0 +1,197 @@
+//! One site's gateway as its operator runs it: a configuration file, a key, the daemon as a process.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use gateway::api::client::Client;
+use gateway::identity::Identity;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::options::SceneOptions;
+use crate::guest::GuestImage;
+use crate::netns::Namespace;
+use crate::topology::{BRIDGE, SiteSpec};
+
+/// The gateways' UDP port.
+pub const PORT: u16 = 4789;
+
+/// What belongs to one site before its daemon runs.
+pub struct SiteFiles {
+    /// The site.
+    pub spec: SiteSpec,
+    /// Its folder: key, configuration, state, sockets, disks, log.
+    pub folder: PathBuf,
+    /// Its key.
+    pub identity: Identity,
+}
+
+/// A running gateway.
+pub struct Gateway {
+    /// Its files.
+    pub folder: PathBuf,
+    namespace: Namespace,
+    program: PathBuf,
+    child: Option<Child>,
+}
+
+impl SiteFiles {
+    /// Makes a site's folder and key.
+    pub fn make(spec: &SiteSpec, parent: &Path) -> Result<Self> {
+        let folder = parent.join(&spec.name);
+        // Machines' users go through to their own folders.
+        for each in [folder.clone(), folder.join("disks"), folder.join("state")] {
+            std::fs::create_dir_all(&each)?;
+            let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            std::fs::set_permissions(&each, open)?;
+        }
+        let identity = Identity::generate()?;
+        identity.save(&folder.join("key"))?;
+        Ok(Self { spec: spec.clone(), folder, identity })
+    }
+
+    /// Writes the site's configuration; `dns_key` where it updates names.
+    pub fn configure(
+        &self,
+        others: &[&SiteFiles],
+        image: &GuestImage,
+        options: &SceneOptions,
+        dns_key: Option<&Path>,
+    ) -> Result<()> {
+        let folder = self.folder.display();
+        let care_of = format!("{}-{}", self.spec.address(200), self.spec.address(209));
+        let rate = options.rate_mbit.max(1.0) as u64;
+        let mut text = format!(
+            "[site]\nname = \"{name}\"\nkey_file = \"{folder}/key\"\nstate_dir = \"{folder}/state\"\n\
+             run_dir = \"{folder}/run\"\n\
+             [link]\nlisten = \"{host}:{PORT}\"\nrate_mbit = {rate}\n\
+             [lan.lan]\nbridge = \"{BRIDGE}\"\ncare_of = [\"{care_of}\"]\n\
+             [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
+             [hypervisor]\nuid_base = 200000\n\
+             [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
+             [tunnel]\nquiet_s = 3\n",
+            name = self.spec.name,
+            host = self.spec.host_address(),
+            kernel = image.kernel.display(),
+            initrd = image.initrd.display(),
+        );
+        if !options.migration.is_empty() {
+            writeln!(text, "[migration]\n{}", options.migration.join("\n"))?;
+        }
+        if let Some(key) = dns_key {
+            let server = super::names::Names::address();
+            writeln!(
+                text,
+                "[dns]\nservers = [\"{server}\"]\nzone = \"{}.\"\nkey_file = \"{}\"\nmove_ttl_s = 2",
+                super::names::ZONE,
+                key.display()
+            )?;
+        }
+        for other in others {
+            let address = SocketAddr::new(other.spec.host_address().into(), PORT);
+            writeln!(
+                text,
+                "[[peer]]\nname = \"{}\"\nkey = \"{}\"\naddress = \"{address}\"\nmay_send = [\"*\"]\n\
+                 may_receive = [\"*\"]\nmax_memory_mib = 16384\nmax_disk_gib = 100",
+                other.spec.name,
+                other.identity.public_key()
+            )?;
+        }
+        std::fs::write(self.folder.join("site.toml"), text)?;
+        Ok(())
+    }
+}
+
+impl Gateway {
+    /// Starts the daemon and waits until its API answers.
+    pub async fn start(namespace: &Namespace, program: &Path, folder: &Path) -> Result<Self> {
+        let mut gateway = Self {
+            folder: folder.to_owned(),
+            namespace: namespace.clone(),
+            program: program.to_owned(),
+            child: None,
+        };
+        gateway.launch().await?;
+        Ok(gateway)
+    }
+
+    /// Starts it again after [`Self::kill`].
+    pub async fn launch(&mut self) -> Result<()> {
+        let log = File::options().create(true).append(true).open(self.log())?;
+        let mut command = Command::new(&self.program);
+        command.arg("serve").arg("--config").arg(self.folder.join("site.toml"));
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.env("LONGHAUL_LOG", std::env::var("LONGHAUL_LOG").unwrap_or_else(|_| "info,gateway=debug".into()));
+        let mut child = self.namespace.spawn(&mut command)?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            if self.client().status().await.is_ok() {
+                break;
+            }
+            if let Some(status) = child.try_wait()? {
+                bail!("The gateway ended at once ({status}):\n{}", self.log_tail());
+            }
+            if Instant::now() > deadline {
+                bail!("The gateway's API does not answer:\n{}", self.log_tail());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// The API's client.
+    pub fn client(&self) -> Client {
+        Client::new(&self.socket())
+    }
+
+    /// The API's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("run/api.sock")
+    }
+
+    /// The daemon's log.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("gateway.log")
+    }
+
+    /// Its last lines.
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(self.log()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
+    /// The second monitor's socket of a machine's QEMU here.
+    pub fn observer(&self, vm: &str) -> PathBuf {
+        self.folder.join("run/vm").join(vm).join("observer.sock")
+    }
+
+    /// The machine's console here.
+    pub fn console(&self, vm: &str) -> PathBuf {
+        self.folder.join("run/vm").join(vm).join("console.log")
+    }
+
+    /// Kills the daemon without warning; machines live on.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Asks the daemon to end, and waits until it has.
+    pub fn stop(&mut self) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).context("The gateway is gone")?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+}

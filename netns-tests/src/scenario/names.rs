@@ -1,0 +1,150 @@
+//! The scene's name server: hickory in this process, or Debian's BIND as a process of its own, both on
+//! sockets in the name server's namespace.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use dnsupdater::test_server::{Grant, TestServer, TestZone};
+use dnsupdater::{DnsName, Key, Records, Updater, UpdaterConfig};
+
+use super::options::DnsServer;
+use crate::netns::Namespace;
+use crate::topology::NAME_SERVER;
+
+/// The zone of every scene.
+pub const ZONE: &str = "example.net";
+/// The TSIG key's name.
+pub const KEY_NAME: &str = "longhaul-a";
+/// Its secret, known to this laboratory only.
+const KEY_SECRET: &str = "bGFib3JhdG9yeS1vbmx5LXNlY3JldC1rZXktMzItYnl0ZXM=";
+const PORT: u16 = 53;
+
+/// A running name server.
+pub struct Names {
+    server: Running,
+    namespace: Namespace,
+    key_file: PathBuf,
+}
+
+enum Running {
+    Hickory(Option<TestServer>),
+    Bind9(Child),
+}
+
+impl Names {
+    /// Starts it with `name` pointing at `address`.
+    pub fn start(
+        kind: DnsServer,
+        namespace: &Namespace,
+        folder: &Path,
+        name: &str,
+        address: IpAddr,
+        ttl_s: u32,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let key_file = folder.join("key");
+        let text =
+            format!("key \"{KEY_NAME}\" {{\n  algorithm hmac-sha256;\n  secret \"{KEY_SECRET}\";\n}};\n");
+        std::fs::write(&key_file, text)?;
+        let label = name.strip_suffix(&format!(".{ZONE}")).context("The name is outside the zone")?;
+        let zone = format!(
+            "$TTL 300\n@ IN SOA ns1 admin 1 3600 600 86400 5\n@ IN NS ns1\nns1 IN A {NAME_SERVER}\n\
+             {label} {ttl_s} IN A {address}\n"
+        );
+        let server = match kind {
+            DnsServer::Hickory => Running::Hickory(Some(hickory(namespace, &key_file, zone)?)),
+            DnsServer::Bind9 => Running::Bind9(bind9(namespace, folder, &zone)?),
+        };
+        let names = Self { server, namespace: namespace.clone(), key_file };
+        Ok(names)
+    }
+
+    /// Where it answers.
+    pub fn address() -> SocketAddr {
+        SocketAddr::new(NAME_SERVER.into(), PORT)
+    }
+
+    /// The key as a file.
+    pub fn key_file(&self) -> &Path {
+        &self.key_file
+    }
+
+    /// What it says of `name`, asked from beside it.
+    pub fn read(&self, name: &str) -> Result<Records> {
+        let key = Key::from_file(&self.key_file)?;
+        let zone: DnsName = ZONE.parse()?;
+        let name: DnsName = name.parse()?;
+        self.namespace.run(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let updater = Updater::new(UpdaterConfig::new(vec![Self::address()], zone, key))?;
+            runtime.block_on(async { Ok(updater.read(&name).await?) })
+        })?
+    }
+
+    /// Waits until it answers.
+    pub fn wait(&self, name: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.read(name) {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > deadline => return Err(error.context("The name server does not answer")),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+
+    /// Stops it: updates and questions meet nobody.
+    pub fn stop(&mut self) -> Result<()> {
+        match &mut self.server {
+            Running::Hickory(server) => drop(server.take()),
+            Running::Bind9(child) => {
+                child.kill()?;
+                child.wait()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        // Nothing to do about a name server that cannot be stopped: the namespace goes with it.
+        let _ = self.stop();
+    }
+}
+
+fn hickory(namespace: &Namespace, key_file: &Path, zone: String) -> Result<TestServer> {
+    let address = Names::address();
+    let udp = namespace.udp_socket_async(address)?;
+    let tcp = namespace.tcp_listener_async(address)?;
+    let zone = TestZone { origin: ZONE.parse()?, text: zone };
+    Ok(TestServer::start_on(udp, tcp, &[zone], &[Grant::everything(Key::from_file(key_file)?)])?)
+}
+
+fn bind9(namespace: &Namespace, folder: &Path, zone: &str) -> Result<Child> {
+    let folder = folder.canonicalize()?;
+    std::fs::write(folder.join("zone"), zone)?;
+    let configuration = format!(
+        "include \"{key}\";\noptions {{ directory \"{folder}\"; pid-file none; session-keyfile none; lock-file none;\n  \
+         listen-on port {PORT} {{ {NAME_SERVER}; }}; listen-on-v6 {{ none; }}; recursion no;\n  \
+         dnssec-validation no; allow-transfer {{ none; }}; notify no; }};\ncontrols {{ }};\n\
+         zone \"{ZONE}\" {{ type primary; file \"{folder}/zone\";\n  \
+         update-policy {{ grant {KEY_NAME} zonesub A AAAA TXT; }}; }};\n",
+        key = folder.join("key").display(),
+        folder = folder.display(),
+    );
+    let path = folder.join("named.conf");
+    std::fs::write(&path, configuration)?;
+    let log = std::fs::File::create(folder.join("named.log"))?;
+    let mut command = Command::new("named");
+    command.args(["-c", &path.display().to_string(), "-g", "-n", "1"]).stderr(log).stdout(Stdio::null());
+    let mut child = namespace.spawn(&mut command)?;
+    std::thread::sleep(Duration::from_millis(50));
+    if let Some(status) = child.try_wait()? {
+        bail!("named ended at once ({status}); see {}", folder.join("named.log").display());
+    }
+    Ok(child)
+}

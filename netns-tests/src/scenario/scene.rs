@@ -1,0 +1,249 @@
+//! A whole scene: built, ready, taken down.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use gateway::api::types::{DefineRequest, MigrateRequest, MigrationView, Progressing};
+
+use super::gateway::{Gateway, PORT, SiteFiles};
+use super::names::{Names, ZONE};
+use super::options::SceneOptions;
+use super::programs::Programs;
+use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
+use crate::cleanup::Lab;
+use crate::guest::boot::{BootOptions, FAILED, Nic, READY};
+use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
+use crate::topology::{World, WorldSpec};
+use crate::wan::{Emulator, Measured, measure};
+
+/// The machine that moves.
+pub const VM: &str = "web1";
+/// The number of its home address on site a's LAN.
+pub const VM_NUMBER: u8 = 10;
+
+/// Two sites, their gateways, a guest at site a, a name server.
+pub struct Scene {
+    /// Namespaces and WAN.
+    pub world: World,
+    /// Site a's gateway.
+    pub a: Gateway,
+    /// Site b's gateway.
+    pub b: Gateway,
+    /// The name server.
+    pub names: Names,
+    /// The options it was built with.
+    pub options: SceneOptions,
+    /// What emulates the WAN.
+    pub emulator: Emulator,
+    /// The programs.
+    pub programs: Programs,
+    /// The guest's image.
+    pub image: GuestImage,
+    /// The guest's disks at site a.
+    pub disks: Vec<PathBuf>,
+    /// Logs and reports.
+    pub folder: PathBuf,
+}
+
+impl Scene {
+    /// Builds it, up to gateways that see each other. The guest is not started.
+    pub async fn build(options: SceneOptions, programs: &Programs) -> Result<Self> {
+        let image = GuestImage::ensure(&ImageSpec {
+            disk_bytes: options.disk_bytes,
+            second_disk_bytes: options.two_of_each.then_some(256 << 20),
+            ..ImageSpec::new(&programs.guest_agent)
+        })?;
+        let emulator = Emulator::detect()?;
+        let mut spec = WorldSpec::two_sites(options.wan(), emulator, PORT);
+        spec.open_tcp_ports = vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT];
+        let world = World::build(Lab::start()?, &spec)?;
+        let folder = lab_folder().join(&options.name);
+        std::fs::create_dir_all(&folder)?;
+        let scratch = world.lab.scratch().to_owned();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&scratch, open)?;
+        let home = world.site("a")?.spec.address(VM_NUMBER);
+        let name = Self::name();
+        let names =
+            Names::start(options.dns, &world.dns, &scratch.join("dns"), &name, home.into(), options.ttl_s)?;
+        names.wait(&name)?;
+        let a = SiteFiles::make(&world.site("a")?.spec, &scratch)?;
+        let b = SiteFiles::make(&world.site("b")?.spec, &scratch)?;
+        a.configure(&[&b], &image, &options, Some(names.key_file()))?;
+        b.configure(&[&a], &image, &options, None)?;
+        let disks = image.copy_disks(&a.folder.join("disks"))?;
+        let disks = [Some(disks.root), disks.second].into_iter().flatten().collect();
+        let gateway_a = Gateway::start(&world.site("a")?.host, &programs.longhaul, &a.folder).await?;
+        let gateway_b = Gateway::start(&world.site("b")?.host, &programs.longhaul, &b.folder).await?;
+        let scene = Self {
+            world,
+            a: gateway_a,
+            b: gateway_b,
+            names,
+            options,
+            emulator,
+            programs: programs.clone(),
+            image,
+            disks,
+            folder,
+        };
+        scene.wait_for_link().await?;
+        Ok(scene)
+    }
+
+    /// The machine's name in the DNS.
+    pub fn name() -> String {
+        format!("{VM}.{ZONE}")
+    }
+
+    /// The machine's home address.
+    pub fn home(&self) -> Result<IpAddr> {
+        Ok(self.world.site("a")?.spec.address(VM_NUMBER).into())
+    }
+
+    /// Measures the emulated WAN.
+    pub fn measure(&self) -> Result<Measured> {
+        let (near, far) = self.world.wan_addresses()?;
+        measure(&self.world.wan, &self.options.wan(), near, far)
+    }
+
+    /// Defines the guest at site a, starts it and waits until it serves.
+    pub async fn start_guest(&self) -> Result<Duration> {
+        let definition = self.definition()?;
+        std::fs::write(self.folder.join("web1.toml"), &definition)?;
+        let client = self.a.client();
+        client.define(&DefineRequest { definition, disks: self.disks.clone() }).await?;
+        let started = Instant::now();
+        client.start(&VM.parse()?).await?;
+        let console = self.a.console(VM);
+        let limit = Duration::from_secs(120);
+        loop {
+            let text = std::fs::read_to_string(&console).unwrap_or_default();
+            if text.contains(READY) {
+                return Ok(started.elapsed());
+            }
+            if text.contains(FAILED) || started.elapsed() > limit {
+                bail!("The guest does not come up; its console:\n{text}\n{}", self.a.log_tail());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// The guest's definition, as its operator writes it.
+    pub fn definition(&self) -> Result<String> {
+        let site = &self.world.site("a")?.spec;
+        let mut agent = vec![
+            format!("--memory-kib-per-s={}", self.options.dirty_memory_kib_per_s),
+            format!("--disk-kib-per-s={}", self.options.dirty_disk_kib_per_s),
+        ];
+        let mut nics = vec![Nic::new("eth0", self.home()?, site.lan_prefix, Some(site.router_address().into()))];
+        let mut devices = format!(
+            "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n\
+             [[nics]]\nname = \"lan\"\nmac = \"52:54:00:aa:00:10\"\nhome = [\"{}/{}\"]\nlan = \"lan\"\n\
+             pci = \"05.0\"\n",
+            self.options.disk_bytes,
+            self.home()?,
+            site.lan_prefix
+        );
+        if self.options.two_of_each {
+            let second = site.address(VM_NUMBER + 1);
+            agent.push("--second-log=/srv/second/log".to_owned());
+            nics.push(Nic::new("eth1", second.into(), site.lan_prefix, None));
+            devices += &format!(
+                "[[disks]]\nname = \"data\"\nsize_bytes = {}\npci = \"04.0\"\n\
+                 [[nics]]\nname = \"second\"\nmac = \"52:54:00:aa:00:11\"\nhome = [\"{second}/{}\"]\n\
+                 lan = \"lan\"\npci = \"06.0\"\n",
+                256u64 << 20,
+                site.lan_prefix
+            );
+        }
+        let cmdline = BootOptions { nics, agent, ..BootOptions::default() }.cmdline();
+        Ok(format!(
+            "name = \"{VM}\"\nmachine = \"pc-q35-7.2\"\ncpu = \"qemu64\"\nvcpus = 1\nmemory_mib = {}\n\
+             dns_name = \"{}\"\ndns_ttl_s = {}\n{devices}\
+             [firmware.kernel]\nname = \"lab\"\ncmdline = \"{cmdline}\"\nkernel_sha256 = \"{}\"\n\
+             initrd_sha256 = \"{}\"\n",
+            self.options.memory_mib,
+            Self::name(),
+            self.options.ttl_s,
+            self.image.kernel_sha256,
+            self.image.initrd_sha256,
+        ))
+    }
+
+    async fn wait_for_link(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let up = |view: &gateway::api::types::StatusView| view.peers.iter().all(|peer| peer.up);
+            if up(&self.a.client().status().await?) && up(&self.b.client().status().await?) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "The gateways do not see each other\na: {}\nb: {}",
+                    self.a.log_tail(),
+                    self.b.log_tail()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Begins to move the guest to site b.
+    pub async fn begin_move(&self) -> Result<String> {
+        let request = MigrateRequest {
+            vm: VM.parse()?,
+            to: "b".parse()?,
+            without_dns: false,
+            max_downtime_ms: None,
+        };
+        Ok(self.a.client().migrate(&request).await?.id)
+    }
+
+    /// Waits until a migration is over.
+    pub async fn wait_move(&self, id: &str, limit: Duration) -> Result<MigrationView> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let view = self.a.client().migration(id).await?;
+            if view.progressing != Progressing::Running {
+                return Ok(view);
+            }
+            if Instant::now() > deadline {
+                bail!("The migration is not over after {limit:?}: {view:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Keeps what helps to find out what went wrong.
+    pub fn keep_logs(&self) {
+        for (site, gateway) in [("a", &self.a), ("b", &self.b)] {
+            let kept = |what: &str| self.folder.join(format!("{site}-{what}"));
+            copy_if_there(&gateway.log(), &kept("gateway.log"));
+            copy_if_there(&gateway.console(VM), &kept("console.log"));
+            copy_if_there(&gateway.folder.join("site.toml"), &kept("site.toml"));
+            copy_if_there(&gateway.folder.join("run/vm").join(VM).join("qemu.log"), &kept("qemu.log"));
+        }
+    }
+
+    /// Takes everything down and says what is left nevertheless.
+    pub fn close(mut self) -> Vec<String> {
+        self.keep_logs();
+        // A gateway that does not end by itself is ended with its namespace.
+        let _ = self.a.stop();
+        let _ = self.b.stop();
+        let Self { world, names, .. } = self;
+        drop(names);
+        world.close()
+    }
+}
+
+fn copy_if_there(from: &Path, to: &Path) {
+    if from.exists()
+        && let Err(error) = std::fs::copy(from, to).with_context(|| format!("copy {}", from.display()))
+    {
+        eprintln!("{error:#}");
+    }
+}
