@@ -40,7 +40,9 @@ pub enum IdentityError {
         source: io::Error,
     },
     /// Others than the owner may read the file.
-    #[error("The key file {path} may be read by others (mode {mode:04o}); run chmod 600 {path} and consider a new key")]
+    #[error(
+        "The key file {path} may be read by others (mode {mode:04o}); run chmod 600 {path} and consider a new key"
+    )]
     ReadableByOthers {
         /// The file.
         path: PathBuf,

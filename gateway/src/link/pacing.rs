@@ -159,7 +159,9 @@ impl AsyncUdpSocket for PacedSocket {
 
 impl fmt::Debug for PacedSocket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PacedSocket").field("bytes_per_second", &self.bytes_per_second).finish_non_exhaustive()
+        f.debug_struct("PacedSocket")
+            .field("bytes_per_second", &self.bytes_per_second)
+            .finish_non_exhaustive()
     }
 }
 

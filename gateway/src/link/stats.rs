@@ -32,7 +32,8 @@ impl Traffic {
     /// retransmissions are then counted with what caused most of them.
     pub fn scaled_to(&self, total_bytes: u64) -> Self {
         let payload_bytes = self.total_bytes().max(1);
-        let scale = |bytes: u64| (u128::from(bytes) * u128::from(total_bytes) / u128::from(payload_bytes)) as u64;
+        let scale =
+            |bytes: u64| (u128::from(bytes) * u128::from(total_bytes) / u128::from(payload_bytes)) as u64;
         Self {
             control_bytes: scale(self.control_bytes),
             memory_bytes: scale(self.memory_bytes),

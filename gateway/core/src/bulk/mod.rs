@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::MigrationId;
 
-pub use receiver::{Admission, Delivery, Receiver, ReceiveError};
+pub use receiver::{Admission, Delivery, ReceiveError, Receiver};
 pub use sender::{Acknowledged, Outgoing, SendError, SendWindow, Sender};
 
 /// The largest chunk in bytes. With its header it stays below 1 MiB, so that it fits one short QUIC

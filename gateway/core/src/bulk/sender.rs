@@ -75,7 +75,9 @@ pub enum SendError {
         queued: u64,
     },
     /// The peer wants to begin where this end no longer can.
-    #[error("The peer asks for chunk {next} again, which it had acknowledged; it lost its state, retry the migration")]
+    #[error(
+        "The peer asks for chunk {next} again, which it had acknowledged; it lost its state, retry the migration"
+    )]
     Forgotten {
         /// What the peer wants.
         next: u64,

@@ -118,7 +118,11 @@ impl Channelled {
         if remove {
             self.sender.handle_sent(chunk.number);
         }
-        assert!(self.receiver.held_bytes() <= WINDOW_BYTES, "the receiver holds {}", self.receiver.held_bytes());
+        assert!(
+            self.receiver.held_bytes() <= WINDOW_BYTES,
+            "the receiver holds {}",
+            self.receiver.held_bytes()
+        );
     }
 
     fn take(&mut self) {

@@ -176,7 +176,10 @@ mod tests {
     #[test]
     fn a_mismatch_names_both_sides() {
         let error = negotiate(range(1, 2), range(3, 4)).unwrap_err().to_string();
-        assert!(error.contains("this side speaks 1 to 2") && error.contains("the peer speaks 3 to 4"), "{error}");
+        assert!(
+            error.contains("this side speaks 1 to 2") && error.contains("the peer speaks 3 to 4"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use crate::bulk::BulkId;
 use crate::ids::MigrationId;
 
-pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, encode_frame};
+pub use frame::{FRAME_PREFIX_BYTES, FrameDecoder, FrameError, MAX_FRAME_BYTES, encode_frame};
 pub use hello::{
-    Hello, HelloError, InvalidSoftware, Software, SUPPORTED, Version, VersionMismatch, VersionRange,
+    Hello, HelloError, InvalidSoftware, SUPPORTED, Software, Version, VersionMismatch, VersionRange,
     negotiate,
 };
 
@@ -153,12 +153,12 @@ mod tests {
         let opaque = prop::collection::vec(any::<u8>(), 0..2000)
             .prop_map(|bytes| Opaque::try_from(bytes).expect("short"));
         prop_oneof![
-            (bulk_id(), any::<u64>(), any::<u64>(), any::<u64>())
-                .prop_map(|(id, taken, next, window_bytes)| Message::BulkOpen { id, taken, next, window_bytes }),
+            (bulk_id(), any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+                |(id, taken, next, window_bytes)| Message::BulkOpen { id, taken, next, window_bytes }
+            ),
             (bulk_id(), any::<u64>()).prop_map(|(id, taken)| Message::BulkAck { id, taken }),
             bulk_id().prop_map(|id| Message::BulkClose { id }),
-            (any::<u128>(), opaque)
-                .prop_map(|(id, body)| Message::Migration { id: MigrationId(id), body }),
+            (any::<u128>(), opaque).prop_map(|(id, body)| Message::Migration { id: MigrationId(id), body }),
         ]
     }
 
