@@ -4,6 +4,7 @@
 //!  register receiver -> BulkOpen ------------------> peer's sender may send from `next`
 //!  connection lost   -> nothing may be sent --> connected -> BulkOpen again, for every open receiver
 //!  consumer leaves   -> BulkClose (now and on every connection) -> peer's sender is closed
+//!  BulkOpen of a channel that was closed here -> BulkClose
 //! ```
 //!
 //! A channel whose receiving end is not registered holds nothing here: its chunks are refused before they
@@ -20,6 +21,7 @@ use longhaul_core::bulk::{
 use longhaul_core::ids::MigrationId;
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::bulk::{BulkCommand, BulkReceiver, BulkSender, Delivered, ReceiveEnd};
 use super::connection::{Outcome, ProtocolError, Verdict};
@@ -78,6 +80,18 @@ pub(super) struct Channels {
 struct SendSide {
     sender: Sender,
     acknowledged: watch::Sender<Acknowledged>,
+    /// Breaks off what is under way when the channel is closed.
+    closed: CancellationToken,
+    _close: DropGuard,
+}
+
+/// A chunk to be sent now.
+#[derive(Debug)]
+pub(super) struct Transmit {
+    pub(super) header: ChunkHeader,
+    pub(super) bytes: Bytes,
+    /// Cancelled when the channel is closed before the chunk is through.
+    pub(super) closed: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -115,7 +129,9 @@ impl Channels {
     pub(super) fn open_sender(&mut self, id: BulkId, window_bytes: u64) -> Result<BulkSender, BulkError> {
         self.check(id, self.senders.len(), self.senders.contains_key(&id))?;
         let (acknowledged, watched) = watch::channel(Acknowledged::default());
-        self.senders.insert(id, SendSide { sender: Sender::new(), acknowledged });
+        let closed = CancellationToken::new();
+        let _close = closed.clone().drop_guard();
+        self.senders.insert(id, SendSide { sender: Sender::new(), acknowledged, closed, _close });
         if let Some(announced) = self.announced.get(&id).copied() {
             self.handle_open(id, announced);
         }
@@ -167,7 +183,7 @@ impl Channels {
             BulkCommand::Abandon { id } => {
                 let Some(side) = self.receivers.get_mut(&id) else { return };
                 side.consumer = None;
-                self.messages.push_back(Message::BulkClose { id });
+                self.announce_close(id);
             }
         }
     }
@@ -186,7 +202,7 @@ impl Channels {
     pub(super) fn handle_disconnected(&mut self) {
         self.connected = false;
         self.announced.clear();
-        self.messages.clear();
+        self.messages.retain(|message| matches!(message, Message::BulkClose { .. }));
         self.acks.clear();
         for side in self.senders.values_mut() {
             side.sender.handle_disconnected();
@@ -210,7 +226,10 @@ impl Channels {
         }
         let announced = Announced { taken, next, window_bytes };
         self.announced.insert(id, announced);
-        self.handle_open(id, announced);
+        match self.retired.contains(&id) {
+            true => self.announce_close(id),
+            false => self.handle_open(id, announced),
+        }
         Ok(())
     }
 
@@ -291,20 +310,18 @@ impl Channels {
     }
 
     /// The next chunk of this class, channel after channel.
-    pub(super) fn poll_transmit(&mut self, class: Class) -> Option<(ChunkHeader, Bytes)> {
+    pub(super) fn poll_transmit(&mut self, class: Class) -> Option<Transmit> {
         let after = self.last_served.map_or(Bound::Unbounded, Bound::Excluded);
         let later: Vec<BulkId> = self.senders.range((after, Bound::Unbounded)).map(|(id, _)| *id).collect();
         let earlier = self.senders.keys().copied().take(self.senders.len() - later.len());
         let turn: Vec<BulkId> = later.iter().copied().chain(earlier).collect();
         for id in turn.into_iter().filter(|id| Class::of(id.channel) == class) {
-            let Some(outgoing) = self.senders.get_mut(&id).and_then(|side| side.sender.poll_transmit())
-            else {
-                continue;
-            };
+            let Some(side) = self.senders.get_mut(&id) else { continue };
+            let Some(outgoing) = side.sender.poll_transmit() else { continue };
             self.last_served = Some(id);
             let length_bytes = outgoing.bytes.len() as u32;
             let header = ChunkHeader { id, number: outgoing.number, length_bytes, end: outgoing.end };
-            return Some((header, outgoing.bytes));
+            return Some(Transmit { header, bytes: outgoing.bytes, closed: side.closed.clone() });
         }
         None
     }
@@ -364,8 +381,16 @@ impl Channels {
     }
 
     fn close(&mut self, id: BulkId) {
-        self.messages.push_back(Message::BulkClose { id });
+        self.announce_close(id);
         self.forget(id);
+    }
+
+    /// Also kept for the next connection, within a bound.
+    fn announce_close(&mut self, id: BulkId) {
+        if !self.connected && self.messages.len() >= RETIRED_LIMIT {
+            self.messages.pop_front();
+        }
+        self.messages.push_back(Message::BulkClose { id });
     }
 
     fn forget(&mut self, id: BulkId) {

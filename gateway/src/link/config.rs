@@ -43,7 +43,7 @@ pub struct LinkConfig {
     /// Too low limits the rate to `window_bytes` per true round trip; too high costs memory.
     pub rtt: Duration,
     /// Bytes that bulk data of one kind (memory, disk) may have under way in QUIC. Default: two round
-    /// trips at `rate` and at least 4 MiB. It costs at most that much memory, twice, at either side.
+    /// trips at `rate` and at least 2 MiB. It costs at most that much memory, twice, at either side.
     pub window_bytes: Option<u64>,
     /// The UDP socket's buffers in bytes. Default 8 MiB each way; beyond `net.core.rmem_max` it takes
     /// CAP_NET_ADMIN. Small ones lose packets while the gateway is not scheduled.
@@ -120,7 +120,7 @@ impl LinkConfig {
     /// Bytes that one kind of bulk data may have under way: as set, else two round trips at the rate.
     pub fn window_bytes(&self) -> u64 {
         let two_round_trips = self.rate.bytes_in(2 * self.rtt).0;
-        self.window_bytes.unwrap_or_else(|| two_round_trips.max(Bytes::mib(4).0))
+        self.window_bytes.unwrap_or_else(|| two_round_trips.max(Bytes::mib(2).0))
     }
 
     /// The largest UDP payload that may ever be used, in bytes.
@@ -176,14 +176,17 @@ mod tests {
     fn the_defaults_are_valid_and_two_round_trips_fit_the_window() {
         let mut config = config();
         assert_eq!(config.check(), Ok(()));
-        assert_eq!(config.window_bytes(), Bytes::mib(4).0);
+        assert_eq!(config.window_bytes(), 2_500_000);
+        config.rate = Rate::mbit(5);
+        assert_eq!(config.window_bytes(), Bytes::mib(2).0);
         config.rate = Rate::mbit(1000);
         assert_eq!(config.window_bytes(), 25_000_000);
     }
 
     #[test]
     fn wrong_values_are_named() {
-        let wrong: [(fn(&mut LinkConfig), &str); 5] = [
+        type Spoil = fn(&mut LinkConfig);
+        let wrong: [(Spoil, &str); 5] = [
             (|config| config.rate = Rate(999), "rate"),
             (|config| config.mtu_bytes = 1199, "mtu"),
             (|config| config.window_bytes = Some(1000), "window"),

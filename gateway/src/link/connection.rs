@@ -14,10 +14,11 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use longhaul_core::bulk::{BulkId, Channel, ChunkHeader, HeaderError};
-use longhaul_core::wire::{Message, WireError};
+use longhaul_core::wire::{FRAME_PREFIX_BYTES, Message, WireError};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::handshake::{ControlReader, Established};
 use super::stats::{Counters, Kind};
@@ -33,6 +34,9 @@ const STOP_UNWANTED: u32 = 1;
 
 /// A stream was stopped because its chunk is here already.
 const STOP_DUPLICATE: u32 = 2;
+
+/// A stream was broken off because its channel was closed.
+const RESET_CLOSED: u32 = 3;
 
 /// What to do with a chunk that begins to arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,13 +121,14 @@ impl Running {
         Self { connection, events, control, reports, counters: counters.clone(), _tasks: tasks }
     }
 
-    /// Sends one chunk on a stream of its own; what became of it arrives as an event.
-    pub(super) fn send_chunk(&self, header: ChunkHeader, bytes: Bytes) {
+    /// Sends one chunk on a stream of its own; what became of it arrives as an event. When `closed` is
+    /// cancelled the stream is broken off.
+    pub(super) fn send_chunk(&self, header: ChunkHeader, bytes: Bytes, closed: CancellationToken) {
         let (connection, reports, counters) =
             (self.connection.clone(), self.reports.clone(), self.counters.clone());
         tokio::spawn(async move {
             let stream_bytes = stream_bytes(&bytes);
-            let outcome = carry(&connection, &header, bytes, &counters).await;
+            let outcome = carry(&connection, &header, bytes, &counters, &closed).await;
             let done =
                 ConnectionEvent::ChunkDone { id: header.id, number: header.number, stream_bytes, outcome };
             let _ = reports.send(done).await; // nobody listens any more: the connection was replaced
@@ -136,41 +141,49 @@ pub(super) fn stream_bytes(bytes: &Bytes) -> u64 {
     (ChunkHeader::LEN + bytes.len()) as u64
 }
 
-async fn carry(connection: &Connection, header: &ChunkHeader, bytes: Bytes, counters: &Counters) -> Outcome {
-    match write_chunk(connection, header, bytes, counters).await {
-        // Acknowledged by the other end's QUIC in full, or stopped by the gateway there.
-        Some(stream) => match stream.stopped().await {
-            Ok(None) => Outcome::Sent,
-            Ok(Some(code)) => outcome_of(code),
-            Err(_lost) => Outcome::Lost,
-        },
-        None => Outcome::Lost,
-    }
-}
-
-/// Writes header and bytes; a stream that was stopped meanwhile is given back too.
-async fn write_chunk(
+async fn carry(
     connection: &Connection,
     header: &ChunkHeader,
     bytes: Bytes,
     counters: &Counters,
-) -> Option<SendStream> {
-    let mut stream = connection.open_uni().await.ok()?;
+    closed: &CancellationToken,
+) -> Outcome {
+    let Some(Ok(mut stream)) = closed.run_until_cancelled(connection.open_uni()).await else {
+        return Outcome::Lost;
+    };
+    let carried = closed.run_until_cancelled(write_chunk(&mut stream, header, bytes, counters)).await;
+    carried.unwrap_or_else(|| {
+        let _ = stream.reset(VarInt::from_u32(RESET_CLOSED)); // it may have ended just now
+        Outcome::Lost
+    })
+}
+
+async fn write_chunk(
+    stream: &mut SendStream,
+    header: &ChunkHeader,
+    bytes: Bytes,
+    counters: &Counters,
+) -> Outcome {
     let _ = stream.set_priority(priority(header.id.channel));
     let mut parts = [Bytes::copy_from_slice(&header.encode()), bytes];
     let length: usize = parts.iter().map(Bytes::len).sum();
     match stream.write_all_chunks(&mut parts).await {
         Ok(()) => {
             counters.sent(Kind::from(header.id.channel), length);
-            let _ = stream.finish();
-            Some(stream)
+            let _ = stream.finish(); // fails only for a stream that was stopped, as seen below
         }
-        Err(quinn::WriteError::Stopped(_)) => Some(stream),
+        Err(quinn::WriteError::Stopped(code)) => return outcome_of(code),
         Err(
             quinn::WriteError::ConnectionLost(_)
             | quinn::WriteError::ClosedStream
             | quinn::WriteError::ZeroRttRejected,
-        ) => None,
+        ) => return Outcome::Lost,
+    }
+    // Acknowledged by the other end's QUIC in full, or stopped by the gateway there.
+    match stream.stopped().await {
+        Ok(None) => Outcome::Sent,
+        Ok(Some(code)) => outcome_of(code),
+        Err(_lost) => Outcome::Lost,
     }
 }
 
@@ -197,7 +210,7 @@ async fn read_control(
     loop {
         let event = match control.next_frame().await {
             Ok(Some(body)) => {
-                counters.received(Kind::Control, body.len());
+                counters.received(Kind::Control, FRAME_PREFIX_BYTES + body.len());
                 match Message::decode(&body) {
                     Ok(message) => ConnectionEvent::Message(message),
                     Err(error) => ConnectionEvent::Broken(error.into()),

@@ -1,12 +1,12 @@
 //! The congestion controller: a window from the configured rate and the measured round trip.
 //!
 //! ```text
-//!   window = rate * (1.25 * shortest round trip + 10 ms), reached by adding what is acknowledged
+//!   window = rate * (1.25 * shortest round trip + 10 ms)
 //! ```
 //!
 //! How fast packets leave is decided by [`super::pacing`], not here; this only sees to it that enough
 //! is in flight to keep that pace, and not so much that a path slower than configured queues without
-//! end. Losses are no signal: on a long path random loss would otherwise decide the rate. It does not
+//! end. There is no slow start: the pace is known. Losses are no signal: on a long path random loss would otherwise decide the rate. It does not
 //! estimate the path's rate; the operator gives it.
 
 use std::any::Any;
@@ -40,11 +40,10 @@ struct RateController {
     config: RateWindow,
     mtu_bytes: u64,
     window_bytes: u64,
-    target_bytes: u64,
 }
 
 impl RateWindow {
-    fn target_bytes(&self, shortest_rtt: Duration, mtu_bytes: u64) -> u64 {
+    fn window_bytes(&self, shortest_rtt: Duration, mtu_bytes: u64) -> u64 {
         let time = shortest_rtt.mul_f64(GAIN) + SLACK;
         self.rate.bytes_in(time).0.max(MIN_PACKETS * mtu_bytes)
     }
@@ -53,17 +52,17 @@ impl RateWindow {
 impl ControllerFactory for RateWindow {
     fn build(self: Arc<Self>, _now: Instant, current_mtu: u16) -> Box<dyn Controller> {
         let mtu_bytes = u64::from(current_mtu);
-        let target_bytes = self.target_bytes(self.rtt, mtu_bytes);
-        // A quarter at first, in case the round trip is far shorter than configured.
-        let window_bytes = (target_bytes / 4).max(MIN_PACKETS * mtu_bytes);
-        Box::new(RateController { config: *self, mtu_bytes, window_bytes, target_bytes })
+        Box::new(RateController {
+            config: *self,
+            mtu_bytes,
+            window_bytes: self.window_bytes(self.rtt, mtu_bytes),
+        })
     }
 }
 
 impl Controller for RateController {
-    fn on_ack(&mut self, _now: Instant, _sent: Instant, bytes: u64, _app_limited: bool, rtt: &RttEstimator) {
-        self.target_bytes = self.config.target_bytes(rtt.min(), self.mtu_bytes);
-        self.window_bytes = (self.window_bytes + bytes).min(self.target_bytes);
+    fn on_ack(&mut self, _now: Instant, _sent: Instant, _bytes: u64, _app_limited: bool, rtt: &RttEstimator) {
+        self.window_bytes = self.config.window_bytes(rtt.min(), self.mtu_bytes);
     }
 
     fn on_congestion_event(&mut self, _now: Instant, _sent: Instant, _persistent: bool, _lost_bytes: u64) {}
@@ -105,11 +104,10 @@ mod tests {
         let config = RateWindow { rate: Rate::mbit(100), rtt: Duration::from_millis(100) };
         let mut controller = Arc::new(config).build(Instant::now(), 1400);
         let started = controller.window();
-        assert!((400_000..450_000).contains(&started), "{started}");
+        assert_eq!(started, 1_687_500);
         let now = Instant::now();
         controller.on_congestion_event(now, now, true, 1 << 20);
         assert_eq!(controller.window(), started);
-        assert_eq!(config.target_bytes(Duration::from_millis(100), 1400), 1_687_500);
     }
 
     #[test]

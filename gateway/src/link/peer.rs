@@ -229,8 +229,7 @@ impl Peer {
         self.last_failure = None;
         let restarted = self.peer_instance.replace(peer.instance).is_some_and(|known| known != peer.instance);
         tracing::info!(peer = %self.name(), %remote, %version, software = peer.software.as_str(), "Link is up");
-        let event = LinkEvent::Up { peer: self.name().clone(), version, remote, restarted };
-        self.event_queue.push_back(event);
+        self.tell(LinkEvent::Up { peer: self.name().clone(), version, remote, restarted });
     }
 
     fn disconnect(&mut self, reason: DownReason) {
@@ -244,7 +243,7 @@ impl Peer {
         self.outbox.clear();
         self.schedule_first_dial();
         tracing::info!(peer = %self.name(), %reason, "Link is down");
-        self.event_queue.push_back(LinkEvent::Down { peer: self.name().clone(), reason });
+        self.tell(LinkEvent::Down { peer: self.name().clone(), reason });
     }
 
     fn handle_connection_event(&mut self, event: ConnectionEvent) {
@@ -309,6 +308,14 @@ impl Peer {
         self.close(CloseCode::Overrun, "Too many control messages", DownReason::Overrun);
     }
 
+    /// Tells the gateway about the link. If it does not listen, only the last such event is kept for it.
+    fn tell(&mut self, event: LinkEvent) {
+        if self.event_queue.len() > self.context.config.control_queue {
+            self.event_queue.retain(|queued| matches!(queued, LinkEvent::Control { .. }));
+        }
+        self.event_queue.push_back(event);
+    }
+
     fn handle_broken(&mut self, error: &ProtocolError) {
         let Some(link) = &self.link else { return };
         // The control stream also ends when the connection does; then that is the reason.
@@ -363,10 +370,10 @@ impl Peer {
         for class in Class::BY_URGENCY {
             let under_way = &mut link.under_way[class as usize];
             while under_way.streams < stream_limit && under_way.bytes < window_bytes {
-                let Some((header, bytes)) = self.channels.poll_transmit(class) else { break };
+                let Some(chunk) = self.channels.poll_transmit(class) else { break };
                 under_way.streams += 1;
-                under_way.bytes += stream_bytes(&bytes);
-                link.running.send_chunk(header, bytes);
+                under_way.bytes += stream_bytes(&chunk.bytes);
+                link.running.send_chunk(chunk.header, chunk.bytes, chunk.closed);
             }
         }
     }
@@ -417,7 +424,7 @@ impl Peer {
             false => tracing::info!(peer = %self.name(), reason, "The peer does not answer yet"),
         }
         self.last_failure = Some(reason.clone());
-        self.event_queue.push_back(LinkEvent::Unreachable { peer: self.name().clone(), reason });
+        self.tell(LinkEvent::Unreachable { peer: self.name().clone(), reason });
     }
 
     fn refresh_max_datagram_len(&mut self) {

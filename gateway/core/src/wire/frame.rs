@@ -6,7 +6,8 @@
 /// The longest frame body in bytes. Larger things are bulk data.
 pub const MAX_FRAME_BYTES: usize = 256 << 10;
 
-const PREFIX_BYTES: usize = 4;
+/// The length before a body, in bytes.
+pub const FRAME_PREFIX_BYTES: usize = 4;
 
 /// A frame that was refused. The stream cannot be used any further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,7 +26,7 @@ pub enum FrameError {
 /// `body` behind its length.
 pub fn encode_frame(body: &[u8]) -> Result<Vec<u8>, FrameError> {
     check_length(body.len() as u64)?;
-    let mut frame = Vec::with_capacity(PREFIX_BYTES + body.len());
+    let mut frame = Vec::with_capacity(FRAME_PREFIX_BYTES + body.len());
     frame.extend_from_slice(&(body.len() as u32).to_be_bytes());
     frame.extend_from_slice(body);
     Ok(frame)
@@ -57,7 +58,7 @@ impl FrameDecoder {
     /// The next whole body; `None` while it is incomplete.
     pub fn next_frame(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
         let pending = &self.buffer[self.consumed..];
-        let Some((prefix, rest)) = pending.split_first_chunk::<PREFIX_BYTES>() else {
+        let Some((prefix, rest)) = pending.split_first_chunk::<FRAME_PREFIX_BYTES>() else {
             return Ok(None);
         };
         let length = u32::from_be_bytes(*prefix);
@@ -66,7 +67,7 @@ impl FrameDecoder {
             return Ok(None);
         };
         let body = body.to_vec();
-        self.consumed += PREFIX_BYTES + body.len();
+        self.consumed += FRAME_PREFIX_BYTES + body.len();
         Ok(Some(body))
     }
 

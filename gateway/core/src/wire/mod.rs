@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::bulk::BulkId;
 use crate::ids::MigrationId;
 
-pub use frame::{FrameDecoder, FrameError, MAX_FRAME_BYTES, encode_frame};
+pub use frame::{FRAME_PREFIX_BYTES, FrameDecoder, FrameError, MAX_FRAME_BYTES, encode_frame};
 pub use hello::{
     Hello, HelloError, InvalidSoftware, SUPPORTED, Software, Version, VersionMismatch, VersionRange,
     negotiate,

@@ -167,6 +167,28 @@ async fn closing_a_migration_closes_its_channels_at_both_sites_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_migration_that_one_site_closed_during_a_cut_is_closed_at_the_other_afterwards() {
+    let mut path = None;
+    let hasty = |config: &mut LinkConfig| config.idle_timeout = Duration::from_millis(600);
+    let via = |address| path.insert(Path::to(address, Shape::clear())).address;
+    let (mut a, mut b) = pair_with(hasty, hasty, via).await;
+    let path = path.unwrap();
+    let (forth, back) = (bulk_id(1, Channel::Memory), bulk_id(1, Channel::Disk(0)));
+    let mut sender = a.peer("b").bulk_sender(forth, WINDOW_BYTES).await.unwrap();
+    let mut receiver = a.peer("b").bulk_receiver(back, WINDOW_BYTES).await.unwrap();
+    let _receiver = b.peer("a").bulk_receiver(forth, WINDOW_BYTES).await.unwrap();
+    let _sender = b.peer("a").bulk_sender(back, WINDOW_BYTES).await.unwrap();
+    path.set_cut(true);
+    a.down().await;
+    b.down().await;
+    b.peer("a").close_bulk(MigrationId(1)).await;
+    path.set_cut(false);
+    assert_eq!(timeout(PATIENCE, until_closed(&mut sender)).await.unwrap(), ChunkClosed);
+    assert_eq!(timeout(PATIENCE, receiver.recv()).await.unwrap(), None);
+    assert_eq!(receiver.end(), ReceiveEnd::Broken);
+}
+
+#[tokio::test]
 async fn a_consumer_that_leaves_closes_the_sender() {
     let (a, b) = pair().await;
     let id = bulk_id(1, Channel::Memory);

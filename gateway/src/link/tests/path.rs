@@ -49,9 +49,7 @@ pub(super) struct Passed {
 /// A running path; it ends when dropped.
 pub(super) struct Path {
     pub(super) address: SocketAddr,
-    /// Dialler to listener.
-    pub(super) forth: Arc<Passed>,
-    /// Listener to dialler.
+    /// What went from the listener to the dialler.
     pub(super) back: Arc<Passed>,
     cut: Arc<AtomicBool>,
     _stop: DropGuard,
@@ -61,16 +59,16 @@ impl Path {
     /// A path whose one end is `address` and whose other end is `to`.
     pub(super) fn to(to: SocketAddr, shape: Shape) -> Self {
         let stop = CancellationToken::new();
-        let (forth, back) = (Arc::new(Passed::default()), Arc::new(Passed::default()));
+        let back = Arc::new(Passed::default());
         let cut = Arc::new(AtomicBool::new(false));
         let (near, far) = (socket(), socket());
         let address = near.local_addr().unwrap();
-        let (stopped, counts, switch) = (stop.clone(), (forth.clone(), back.clone()), cut.clone());
+        let (stopped, counted, switch) = (stop.clone(), back.clone(), cut.clone());
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(stopped.run_until_cancelled(carry(near, far, to, shape, counts, switch)));
+            runtime.block_on(stopped.run_until_cancelled(carry(near, far, to, shape, counted, switch)));
         });
-        Self { address, forth, back, cut, _stop: stop.drop_guard() }
+        Self { address, back, cut, _stop: stop.drop_guard() }
     }
 
     /// From now on nothing passes, or everything again.
@@ -94,7 +92,7 @@ async fn carry(
     far: std::net::UdpSocket,
     to: SocketAddr,
     shape: Shape,
-    (forth, back): (Arc<Passed>, Arc<Passed>),
+    back: Arc<Passed>,
     cut: Arc<AtomicBool>,
 ) {
     let near = Arc::new(UdpSocket::from_std(near).unwrap());
@@ -107,7 +105,7 @@ async fn carry(
         to: far.clone(),
         address: listener_address,
         shape,
-        passed: forth,
+        passed: Arc::default(),
         cut: cut.clone(),
         seed: 1,
     };

@@ -18,47 +18,69 @@ fn wan() -> Shape {
     }
 }
 
-fn for_wan(config: &mut LinkConfig) {
-    config.rate = wan().rate;
-    config.rtt = 2 * wan().one_way;
+fn fit(config: &mut LinkConfig, shape: &Shape) {
+    config.rate = shape.rate;
+    config.rtt = 2 * shape.one_way;
     config.idle_timeout = Duration::from_secs(6);
+}
+
+/// What a transfer showed.
+#[derive(Debug)]
+struct Figures {
+    goodput_mbit: f64,
+    /// Of the second half alone.
+    later_mbit: f64,
+    longest_queue: Duration,
+    dropped: u64,
+    seen_bytes: u64,
+    stats: LinkStats,
+}
+
+/// Sends chunks over a path of that shape, with the link configured for it.
+async fn transfer(shape: Shape, chunks: u64, chunk_bytes: usize) -> Figures {
+    let mut path = None;
+    let via = |address| path.insert(Path::to(address, shape)).address;
+    let (a, b) = pair_with(|a| fit(a, &shape), |b| fit(b, &shape), via).await;
+    let path = path.unwrap();
+    let id = bulk_id(1, Channel::Memory);
+    let window_bytes = (3 * shape.rate.bytes_in(2 * shape.one_way).0).max(2 << 20);
+    let mut sender = a.peer("b").bulk_sender(id, window_bytes).await.unwrap();
+    let mut receiver = b.peer("a").bulk_receiver(id, window_bytes).await.unwrap();
+    let began = Instant::now();
+    let producer = tokio::spawn(async move {
+        for number in 0..chunks {
+            sender.send(chunk(number, chunk_bytes)).await.unwrap();
+        }
+        sender.drained().await.unwrap();
+    });
+    let mut half = began;
+    for number in 0..chunks {
+        let received = timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap();
+        assert_eq!(received.len(), chunk_bytes);
+        if number + 1 == chunks / 2 {
+            half = Instant::now();
+        }
+    }
+    let total_bytes = chunks as usize * chunk_bytes;
+    let goodput_mbit = mbit_per_second(total_bytes, began.elapsed());
+    let later_mbit = mbit_per_second(total_bytes / 2, half.elapsed());
+    assert_eq!(timeout(PATIENCE, receiver.recv()).await.ok(), Some(None));
+    timeout(PATIENCE, producer).await.unwrap().unwrap();
+    let figures = Figures {
+        goodput_mbit,
+        later_mbit,
+        longest_queue: Duration::from_micros(path.back.longest_queue_us.load(Ordering::Relaxed)),
+        dropped: path.back.dropped.load(Ordering::Relaxed),
+        seen_bytes: path.back.bytes.load(Ordering::Relaxed),
+        stats: a.peer("b").stats(),
+    };
+    println!("{figures:#?}");
+    figures
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_lossy_path_is_filled_without_a_queue_and_the_counters_are_right() {
-    let mut path = None;
-    let (a, b) = pair_with(for_wan, for_wan, |address| path.insert(Path::to(address, wan())).address).await;
-    let path = path.unwrap();
-    let id = bulk_id(1, Channel::Memory);
-    let window_bytes = 8 << 20;
-    let mut sender = a.peer("b").bulk_sender(id, window_bytes).await.unwrap();
-    let mut receiver = b.peer("a").bulk_receiver(id, window_bytes).await.unwrap();
-    let total_bytes = 40 << 20;
-    let began = Instant::now();
-    let producer = tokio::spawn(async move {
-        for number in 0..(total_bytes / CHUNK_BYTES) as u64 {
-            sender.send(chunk(number, CHUNK_BYTES)).await.unwrap();
-        }
-        sender.drained().await.unwrap();
-    });
-    let mut received_bytes = 0;
-    while received_bytes < total_bytes {
-        received_bytes += timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap().len();
-    }
-    let goodput_mbit = received_bytes as f64 * 8.0 / 1e6 / began.elapsed().as_secs_f64();
-    assert_eq!(timeout(PATIENCE, receiver.recv()).await.ok(), Some(None));
-    timeout(PATIENCE, producer).await.unwrap().unwrap();
-
-    let stats = a.peer("b").stats();
-    let (seen_bytes, seen_datagrams) =
-        (path.back.bytes.load(Ordering::Relaxed), path.back.datagrams.load(Ordering::Relaxed));
-    let queue_ms = path.back.longest_queue_us.load(Ordering::Relaxed) as f64 / 1000.0;
-    let dropped = path.back.dropped.load(Ordering::Relaxed);
-    println!(
-        "goodput {goodput_mbit:.1} Mbit/s, round trip {:?}, longest queue {queue_ms:.1} ms, \
-         {dropped} of {seen_datagrams} packets dropped, {} taken for lost, {} UDP bytes counted, {seen_bytes} seen",
-        stats.rtt, stats.lost_packets, stats.udp_sent.payload_bytes
-    );
+    let Figures { goodput_mbit, dropped, seen_bytes, stats, .. } = transfer(wan(), 160, CHUNK_BYTES).await;
     assert!(goodput_mbit > 80.0, "goodput {goodput_mbit:.1} Mbit/s");
     assert!(dropped > 0, "the path loses packets");
     assert!(stats.rtt < Duration::from_millis(150), "{:?}", stats.rtt);
@@ -67,10 +89,18 @@ async fn a_long_lossy_path_is_filled_without_a_queue_and_the_counters_are_right(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn memory_and_control_pass_before_disks() {
+async fn a_slow_path_is_filled_too() {
+    let shape = Shape { rate: Rate::mbit(5), ..wan() };
+    let Figures { later_mbit, longest_queue, .. } = transfer(shape, 32, 64 << 10).await;
+    assert!(later_mbit > 4.0, "goodput {later_mbit:.1} of 5 Mbit/s");
+    assert!(longest_queue < Duration::from_millis(60), "{longest_queue:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_control_and_datagrams_pass_before_disks() {
     let mut path = None;
-    let (a, mut b) =
-        pair_with(for_wan, for_wan, |address| path.insert(Path::to(address, wan())).address).await;
+    let via = |address| path.insert(Path::to(address, wan())).address;
+    let (a, mut b) = pair_with(|a| fit(a, &wan()), |b| fit(b, &wan()), via).await;
     let window_bytes = 8 << 20;
     let disk = bulk_id(1, Channel::Disk(0));
     let memory = bulk_id(1, Channel::Memory);
@@ -98,23 +128,34 @@ async fn memory_and_control_pass_before_disks() {
         for number in 0..chunks {
             memory_sender.send(chunk(number, CHUNK_BYTES)).await.unwrap();
         }
-        memory_sender.drained().await.unwrap();
+        memory_sender.drained().await
     });
     a.peer("b").send(message(1, b"urgent")).await.unwrap();
     assert!(matches!(b.event().await, LinkEvent::Control { .. }));
     let control_took = began.elapsed();
+    let mut datagrams = b.peer("a").take_datagrams();
+    let sent = Instant::now();
+    a.peer("b").datagram_sender().try_send(Bytes::from_static(b"a guest's packet")).unwrap();
+    timeout(PATIENCE, datagrams.recv()).await.unwrap().unwrap();
+    let datagram_took = sent.elapsed();
     for number in 0..chunks {
         let received = timeout(PATIENCE, memory_receiver.recv()).await.unwrap().unwrap();
         assert!(received == chunk(number, CHUNK_BYTES));
     }
     let memory_took = began.elapsed();
-    let memory_mbit = (chunks as usize * CHUNK_BYTES) as f64 * 8.0 / 1e6 / memory_took.as_secs_f64();
+    let memory_mbit = mbit_per_second(chunks as usize * CHUNK_BYTES, memory_took);
     let disk_bytes = a.peer("b").stats().sent.disk_bytes - sent_before_bytes;
     println!(
-        "control took {control_took:?}; memory {memory_mbit:.1} Mbit/s beside a busy disk ({disk_bytes} bytes)"
+        "control took {control_took:?}, a datagram {datagram_took:?}; memory {memory_mbit:.1} Mbit/s beside a busy disk ({disk_bytes} bytes)"
     );
+    assert!(datagram_took < Duration::from_millis(400), "{datagram_took:?}");
     assert!(control_took < Duration::from_millis(400), "{control_took:?}");
     assert!(memory_mbit > 60.0, "{memory_mbit:.1} Mbit/s");
     a.peer("b").close_bulk(MigrationId(1)).await;
-    let _ = tokio::join!(disks, drain, producer);
+    let (disks, drain, _drained_or_closed) = tokio::join!(disks, drain, producer);
+    disks.and(drain).unwrap();
+}
+
+fn mbit_per_second(bytes: usize, time: Duration) -> f64 {
+    bytes as f64 * 8.0 / 1e6 / time.as_secs_f64()
 }
