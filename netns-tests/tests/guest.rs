@@ -1,18 +1,20 @@
 //! The guest, its service, the traffic against it, and the report: each on its own, without a gateway.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::Message;
 use hickory_proto::rr::{RData, Record};
+use netns_tests::agent::UDP_PORT;
 use netns_tests::agent::client::{ask, fetch};
 use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::dirt::{self, DirtVerdict};
@@ -25,7 +27,8 @@ use netns_tests::guest::tree::{INDEX_HTML, STATIC_FILE, STATIC_SEED};
 use netns_tests::guest::verify::{BlockOwners, Owner, root_disk};
 use netns_tests::guest::{BootOptions, GuestDisks, GuestImage, ImageSpec, Nic, READY, disk};
 use netns_tests::report::{Report, Round, Series, Stage};
-use netns_tests::traffic::{Event, Order, Outcome, TrafficPlan, TrafficReport, run, run_in};
+use netns_tests::traffic::command::ClientArguments;
+use netns_tests::traffic::{Event, Order, Outcome, TrafficPlan, TrafficReport, client_main, run, run_in};
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
@@ -189,6 +192,7 @@ impl Drop for Machine {
 struct NameServer {
     second: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
+    asked: Arc<AtomicU64>,
     thread: Option<thread::JoinHandle<()>>,
     address: SocketAddr,
 }
@@ -198,11 +202,13 @@ impl NameServer {
         let (second, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let address = socket.local_addr().unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        let (switched, stopped) = (Arc::clone(&second), Arc::clone(&stop));
+        let asked = Arc::new(AtomicU64::new(0));
+        let (switched, stopped, counter) = (Arc::clone(&second), Arc::clone(&stop), Arc::clone(&asked));
         let thread = thread::spawn(move || {
             let mut datagram = [0; 1024];
             while !stopped.load(Ordering::Relaxed) {
                 let Ok((length, peer)) = socket.recv_from(&mut datagram) else { continue };
+                counter.fetch_add(1, Ordering::Relaxed);
                 let question = Message::from_vec(&datagram[..length]).unwrap();
                 let IpAddr::V4(address) = (if switched.load(Ordering::Relaxed) { then } else { first })
                 else {
@@ -214,7 +220,7 @@ impl NameServer {
                 socket.send_to(&answer.to_vec().unwrap(), peer).unwrap();
             }
         });
-        Self { second, stop, thread: Some(thread), address }
+        Self { second, stop, asked, thread: Some(thread), address }
     }
 
     fn switch(&self) {
@@ -331,7 +337,7 @@ fn a_guest_serves_everything_and_keeps_its_log_over_a_reset_and_a_clean_end() {
     assert_eq!(answer, b"\"poweroff\"");
     machine.wait_for_end();
     assert!(machine.console().contains(&format!("{DOWN} disks=clean")), "{}", machine.console());
-    let verdict = root_disk(&disks.root, work.path()).unwrap();
+    let (verdict, _) = root_disk(&disks.root, work.path()).unwrap();
     println!("disk: {verdict:?}");
     assert!(verdict.sound() && verdict.dirt.rewritten > 0 && verdict.log.boots == 2, "{verdict:?}");
 }
@@ -341,6 +347,15 @@ fn web_server_answers(namespace: &Namespace) {
     assert_eq!(index, INDEX_HTML.as_bytes());
     let file = namespace.run(|| fetch((guest(), 80).into(), STATIC_FILE.0, 20 * SECOND)).unwrap();
     assert!(file == pattern::stream_bytes(STATIC_SEED, STATIC_FILE.1));
+    let echo = namespace.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(5 * SECOND)).unwrap();
+        socket.send_to(b"hello", (guest(), UDP_PORT)).unwrap();
+        let mut datagram = [0; 16];
+        let length = socket.recv(&mut datagram).unwrap();
+        datagram[..length].to_vec()
+    });
+    assert_eq!(echo, b"hello");
 }
 
 fn traffic_flows(namespace: &Namespace) -> TrafficReport {
@@ -362,6 +377,10 @@ fn traffic_flows(namespace: &Namespace) -> TrafficReport {
     next_event(&mut events, |event| matches!(event, Event::Report(_)));
     let report = client.join().unwrap().unwrap();
     traffic_is_right(&report);
+    // With a TTL of one second, a resolver that honours it asks once a second and no more.
+    let seconds = (report.end_ms - report.start_ms) / 1000;
+    let asked = names.asked.load(Ordering::Relaxed);
+    assert!((2..=seconds + 2).contains(&asked), "{asked} questions in {seconds} s");
     report
 }
 
@@ -422,6 +441,86 @@ fn a_second_disk_and_a_second_interface_come_up_and_the_power_button_ends_the_gu
     machine.wait_for_end();
     assert!(machine.console().contains(&format!("{DOWN} disks=clean")), "{}", machine.console());
     disk::check(disks.second.as_ref().unwrap()).unwrap();
+}
+
+#[test]
+fn a_killed_guest_leaves_a_disk_whose_every_changed_block_is_accounted_for() {
+    if needs_root() {
+        return;
+    }
+    let work = tempfile::tempdir().unwrap();
+    let image = GuestImage::ensure(&ImageSpec::new(AGENT)).unwrap();
+    let disks = image.copy_disks(work.path()).unwrap();
+    let namespace = Namespace::new("c", &[("tap0", "10.77.0.1/24")]);
+    let boot = BootOptions {
+        nics: vec![Nic::new("eth0", guest(), 24, None)],
+        agent: ["--disk-kib-per-s", "2048", "--log-per-s", "100"].map(str::to_owned).to_vec(),
+        ..BootOptions::default()
+    };
+    let mut machine = Machine::start(work.path(), &namespace, &image, &disks, &boot, &["tap0"]);
+    machine.wait_for(READY, 1);
+    wait_until("a hundred dirty blocks", 60 * SECOND, || {
+        let status = namespace.run(|| ask::<AgentStatus>(guest(), "/status", 5 * SECOND));
+        status.is_ok_and(|status| status.disk_written_bytes > 2 << 20)
+    });
+    drop(machine);
+    let (verdict, owners) = root_disk(&disks.root, work.path()).unwrap();
+    assert!(verdict.sound() && verdict.dirt.rewritten > 100 && verdict.log.records > 10, "{verdict:?}");
+    let (before, after) = (fs::read(&image.root_template).unwrap(), fs::read(&disks.root).unwrap());
+    let mut changed = BTreeMap::<String, u64>::new();
+    for (block, (old, new)) in (0..).zip(before.chunks(4096).zip(after.chunks(4096))) {
+        if old != new {
+            let owner = format!("{:?}", owners.owner(block));
+            *changed.entry(owner.split('(').next().unwrap().to_owned()).or_default() += 1;
+        }
+    }
+    println!("changed blocks by owner: {changed:?}");
+    assert!(changed["Log"] > 0, "{changed:?}");
+    assert_eq!(changed["Dirt"], verdict.dirt.rewritten - verdict.dirt.unfinished);
+}
+
+#[test]
+fn a_guest_without_a_root_disk_says_so_and_powers_off() {
+    if needs_root() {
+        return;
+    }
+    let work = tempfile::tempdir().unwrap();
+    let image = GuestImage::ensure(&ImageSpec::new(AGENT)).unwrap();
+    let disks = image.copy_disks(work.path()).unwrap();
+    fs::write(&disks.root, vec![0; 1 << 20]).unwrap();
+    let namespace = Namespace::new("d", &[]);
+    let mut machine = Machine::start(work.path(), &namespace, &image, &disks, &BootOptions::default(), &[]);
+    machine.wait_for("LONGHAUL-GUEST FAILED cannot mount /dev/vda", 1);
+    machine.wait_for_end();
+}
+
+/// What the test below starts as a process of its own: nothing unless it finds a plan in its environment.
+#[test]
+fn client_process() {
+    let Some(plan) = std::env::var_os("LAB_TEST_PLAN") else { return };
+    client_main(&ClientArguments { plan: plan.into() }).unwrap();
+}
+
+#[test]
+fn the_client_runs_as_a_process_that_takes_words_and_gives_lines() {
+    use std::io::{BufRead, BufReader, Write};
+    let work = tempfile::tempdir().unwrap();
+    let path = work.path().join("plan.json");
+    fs::write(&path, serde_json::to_vec(&TrafficPlan::new(unix_ms())).unwrap()).unwrap();
+    let mut client = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "client_process", "--nocapture"])
+        .env("LAB_TEST_PLAN", &path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    client.stdin.take().unwrap().write_all(b"report\nfinish\n").unwrap();
+    let reports = BufReader::new(client.stdout.take().unwrap())
+        .lines()
+        .filter(|line| matches!(serde_json::from_str(line.as_ref().unwrap()), Ok(Event::Report(_))))
+        .count();
+    assert!(client.wait().unwrap().success());
+    assert_eq!(reports, 2);
 }
 
 #[test]

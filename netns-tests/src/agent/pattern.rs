@@ -6,7 +6,7 @@
 /// Size of a disk block and of a memory page, in bytes.
 pub const BLOCK_BYTES: usize = 4096;
 
-/// A deterministic byte stream that can be continued from any multiple of 8.
+/// A deterministic byte stream.
 #[derive(Debug, Clone)]
 pub struct Stream {
     seed: u64,
@@ -20,11 +20,16 @@ impl Stream {
         Self { seed, offset_bytes: 0 }
     }
 
-    /// Fills `buffer` with the next bytes. Its length must be a multiple of 8, except for the last call.
+    /// Fills `buffer` with the next bytes.
     pub fn fill(&mut self, buffer: &mut [u8]) {
-        debug_assert!(self.offset_bytes.is_multiple_of(8), "only the last part may be odd");
-        for (index, word) in buffer.chunks_mut(8).enumerate() {
-            let position = self.offset_bytes / 8 + index as u64;
+        // What is left of a word that the last call began.
+        let begun = usize::try_from(self.offset_bytes % 8).expect("below 8");
+        let head = if begun == 0 { 0 } else { (8 - begun).min(buffer.len()) };
+        let (head, rest) = buffer.split_at_mut(head);
+        let first = self.offset_bytes / 8;
+        head.copy_from_slice(&mix(self.seed, first).to_le_bytes()[begun..begun + head.len()]);
+        let first = (self.offset_bytes + head.len() as u64) / 8;
+        for (position, word) in (first..).zip(rest.chunks_mut(8)) {
             word.copy_from_slice(&mix(self.seed, position).to_le_bytes()[..word.len()]);
         }
         self.offset_bytes += buffer.len() as u64;
@@ -77,8 +82,9 @@ mod tests {
         let whole = stream_bytes(5, 1003);
         let mut stream = Stream::new(5);
         let mut parts = vec![0; 1003];
-        stream.fill(&mut parts[..512]);
-        stream.fill(&mut parts[512..]);
+        for part in [0..3, 3..5, 5..512, 512..901, 901..1003] {
+            stream.fill(&mut parts[part]);
+        }
         assert_eq!(whole, parts);
         assert_ne!(whole, stream_bytes(6, 1003));
     }

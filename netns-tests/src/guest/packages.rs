@@ -84,16 +84,28 @@ fn download_all(folder: &Path) -> Result<Packages> {
     let mut names: BTreeSet<String> = NAMED.iter().map(|name| (*name).to_owned()).collect();
     names.insert(kernel_package()?);
     add_libraries(&mut names)?;
+    let fresh = tempfile::tempdir_in(folder)?;
+    run(Command::new("apt-get")
+        .current_dir(fresh.path())
+        // apt's unprivileged user may not write here; without this it warns and goes on as root anyway.
+        .args(["-o", "APT::Sandbox::User=root", "-qq", "download"])
+        .args(&names))
+    .context("Cannot fetch the guest's packages")?;
     let mut manifest = BTreeMap::new();
-    for name in &names {
-        manifest.insert(name.clone(), download(folder, name)?);
+    for entry in fs::read_dir(fresh.path())? {
+        let file = entry?.file_name().to_string_lossy().into_owned();
+        let name = file.split('_').next().unwrap_or_default().to_owned();
+        fs::rename(fresh.path().join(&file), folder.join(&file))?;
+        manifest.insert(name, file);
     }
+    let missing: Vec<_> = names.iter().filter(|name| !manifest.contains_key(*name)).collect();
+    ensure!(missing.is_empty(), "apt-get download left no file for {missing:?}");
     fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?;
     cached(folder).context("Packages vanished while they were fetched")
 }
 
 fn kernel_package() -> Result<String> {
-    depends(KERNEL_META)?
+    depends(&[KERNEL_META.to_owned()])?
         .into_iter()
         .find(|name| name.starts_with("linux-image-"))
         .with_context(|| format!("{KERNEL_META} names no kernel package"))
@@ -101,16 +113,13 @@ fn kernel_package() -> Result<String> {
 
 /// Adds the closure of library packages.
 fn add_libraries(names: &mut BTreeSet<String>) -> Result<()> {
-    let mut pending: Vec<String> = vec!["nginx".into(), "libc6".into()];
-    while let Some(name) = pending.pop() {
-        for dependency in depends(&name)? {
-            if is_library(&dependency) && names.insert(dependency.clone()) {
-                pending.push(dependency);
-            }
-        }
-    }
     // The laboratory's own service is linked against the unwinder, as every Rust program is.
     names.insert("libgcc-s1".into());
+    let mut pending: Vec<String> = vec!["nginx".into(), "libc6".into(), "libgcc-s1".into()];
+    while !pending.is_empty() {
+        let found = depends(&pending)?;
+        pending = found.into_iter().filter(|name| is_library(name) && names.insert(name.clone())).collect();
+    }
     Ok(())
 }
 
@@ -118,43 +127,24 @@ fn is_library(package: &str) -> bool {
     package.starts_with("lib") || package.starts_with("zlib")
 }
 
-fn depends(package: &str) -> Result<Vec<String>> {
-    let text = run(Command::new("apt-cache").args([
-        "depends",
-        "--no-recommends",
-        "--no-suggests",
-        "--no-conflicts",
-        "--no-breaks",
-        "--no-replaces",
-        "--no-enhances",
-        package,
-    ]))?;
+/// What any of `packages` depends on, without alternatives that no package carries.
+fn depends(packages: &[String]) -> Result<Vec<String>> {
+    let text = run(Command::new("apt-cache")
+        .args([
+            "depends",
+            "--no-recommends",
+            "--no-suggests",
+            "--no-conflicts",
+            "--no-breaks",
+            "--no-replaces",
+        ])
+        .arg("--no-enhances")
+        .args(packages))?;
     Ok(text
         .lines()
         .filter_map(|line| line.trim_start_matches([' ', '|']).split_once("Depends: "))
         .map(|(_, name)| name.trim().to_owned())
         .filter(|name| !name.starts_with('<'))
-        .collect())
-}
-
-fn download(folder: &Path, name: &str) -> Result<String> {
-    let before = debs_of(folder, name)?;
-    run(Command::new("apt-get")
-        .current_dir(folder)
-        // apt's unprivileged user may not write here; without this it warns and goes on as root anyway.
-        .args(["-o", "APT::Sandbox::User=root", "-qq", "download", name]))
-    .with_context(|| format!("Cannot fetch the package {name}"))?;
-    let after = debs_of(folder, name)?;
-    let newest = after.difference(&before).next().or_else(|| after.iter().next_back());
-    ensure!(newest.is_some(), "apt-get download {name} left no file");
-    Ok(newest.cloned().unwrap_or_default())
-}
-
-fn debs_of(folder: &Path, name: &str) -> Result<BTreeSet<String>> {
-    let prefix = format!("{name}_");
-    Ok(fs::read_dir(folder)?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|file| file.starts_with(&prefix) && file.ends_with(".deb"))
         .collect())
 }
 

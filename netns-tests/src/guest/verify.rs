@@ -60,7 +60,8 @@ pub struct BlockOwners {
 }
 
 impl BlockOwners {
-    /// Reads them from the file system in `image`, which should have been checked or be at rest.
+    /// Reads them from the file system in `image`. Its journal must have been replayed: blocks that files got since
+    /// the last checkpoint are known there only. [`root_disk`] does it.
     ///
     /// # Errors
     /// `debugfs` is missing or cannot read the image.
@@ -89,13 +90,13 @@ impl BlockOwners {
     }
 }
 
-/// Checks a copy of the root disk at `image` in `work`, a folder of the caller's.
+/// Checks a copy of the root disk at `image` in `work`, a folder of the caller's, and says whose its blocks are.
 ///
 /// The image may be one whose machine was just killed: the journal is replayed in the copy first, as a boot would.
 ///
 /// # Errors
 /// The service's files are missing, or a tool is. Damage is no error but part of the verdict.
-pub fn root_disk(image: &Path, work: &Path) -> Result<DiskVerdict> {
+pub fn root_disk(image: &Path, work: &Path) -> Result<(DiskVerdict, BlockOwners)> {
     let copy = work.join("checked.img");
     disk::copy(image, &copy)?;
     let verdict = checked_copy(&copy, work);
@@ -103,7 +104,7 @@ pub fn root_disk(image: &Path, work: &Path) -> Result<DiskVerdict> {
     verdict
 }
 
-fn checked_copy(copy: &Path, work: &Path) -> Result<DiskVerdict> {
+fn checked_copy(copy: &Path, work: &Path) -> Result<(DiskVerdict, BlockOwners)> {
     let file_system = disk::check(copy).err().map(|error| error.to_string());
     let extract = |name: &str| -> Result<std::path::PathBuf> {
         let target = work.join(format!("checked.{name}"));
@@ -119,5 +120,5 @@ fn checked_copy(copy: &Path, work: &Path) -> Result<DiskVerdict> {
     for path in [log, data, index] {
         fs::remove_file(path)?;
     }
-    Ok(verdict)
+    Ok((verdict, BlockOwners::read(copy)?))
 }

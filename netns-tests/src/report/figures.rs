@@ -62,7 +62,7 @@ pub fn timeline(report: &Report, series: &Series, window: Window) -> String {
     if !series.wan_rate.is_empty() {
         rate_plot(&mut svg, report, series, &x, rate);
     }
-    mark_moments(&mut svg, series, &x, stages.bottom + 4.0, last.bottom);
+    mark_moments(&mut svg, series, &x, latency.top, last.bottom);
     time_axis(&mut svg, last, &x, "time since the start of the scenario, s");
     wrap(
         &svg,
@@ -100,9 +100,17 @@ fn stage_bar(svg: &mut String, report: &Report, x: &Scale, area: Area) {
                 .end_ms
                 .map_or_else(|| "did not end".to_owned(), |end| duration((end - stage.start_ms) as f64)),
         );
-        // About 6.6 units a letter: a name that does not fit stays in the table below.
+        // About 6.6 units a letter; of a name that does not fit the number stays, and the whole is in the table below.
         if to - from > stage.stage.len() as f64 * 6.6 + 12.0 {
             text(svg, from + 8.0, area.top + 21.0, "on-stage", &stage.stage);
+        } else if to - from > 22.0 {
+            text(
+                svg,
+                from + 7.0,
+                area.top + 21.0,
+                "on-stage",
+                stage.stage.split(' ').next().unwrap_or_default(),
+            );
         }
     }
 }
@@ -116,11 +124,12 @@ fn latency_plot(svg: &mut String, report: &Report, series: &Series, x: &Scale, a
     let y = Scale::logarithmic(low, high, area.bottom, area.top);
     vertical_axis(svg, area, &y, "latency of a new request by name, ms (logarithmic)", 5.0);
     latency_legend(svg, report, area);
+    let radius = if shown.len() < 200 { 3.2 } else { 2.0 };
     for probe in shown {
         let (at, height) = (x.at(probe.at_ms as f64 / 1000.0), y.at(probe.latency_ms));
         let place = place_of(report, probe.address);
         if probe.outcome == Outcome::Ok {
-            let _ = write!(svg, r#"<circle class="{place}" cx="{at:.1}" cy="{height:.1}" r="2.2"/>"#);
+            let _ = write!(svg, r#"<circle class="{place}" cx="{at:.1}" cy="{height:.1}" r="{radius}"/>"#);
         } else {
             let (l, r, t, b) = (at - 3.5, at + 3.5, height - 3.5, height + 3.5);
             let _ = write!(
@@ -134,7 +143,7 @@ fn latency_plot(svg: &mut String, report: &Report, series: &Series, x: &Scale, a
 }
 
 fn latency_legend(svg: &mut String, report: &Report, area: Area) {
-    let (y, mut at) = (area.top - 14.0, area.right - 430.0);
+    let (y, mut at) = (area.top - 14.0, area.right - 470.0);
     let name =
         |address: Option<IpAddr>| address.map_or_else(|| "?".to_owned(), |address| address.to_string());
     for (class, label) in [
@@ -143,7 +152,7 @@ fn latency_legend(svg: &mut String, report: &Report, area: Area) {
     ] {
         let _ = write!(svg, r#"<circle class="{class}" cx="{at:.1}" cy="{y:.1}" r="4"/>"#);
         text(svg, at + 10.0, y + 4.0, "legend", &label);
-        at += 185.0;
+        at += 205.0;
     }
     let _ = write!(svg, r#"<path class="failed" d="M{at} {0}l7 7m-7 0l7 -7"/>"#, y - 3.5);
     text(svg, at + 14.0, y + 4.0, "legend", "failed");
@@ -228,7 +237,7 @@ pub fn rounds(report: &Report) -> String {
     let area = Area { left: LEFT, right: RIGHT, top: 34.0, bottom: 214.0 };
     let mib = |amount: u64| amount as f64 / f64::from(1 << 20);
     let most = report.rounds.iter().map(|round| mib(round.bytes)).fold(0.0, f64::max);
-    let y = Scale::linear(0.0, (most * 1.1).max(0.01), area.bottom, area.top);
+    let y = Scale::linear(0.0, (most * 1.2).max(0.01), area.bottom, area.top);
     let mut svg = String::new();
     vertical_axis(&mut svg, area, &y, "bytes sent in a round of memory, MiB", 4.0);
     let step = (area.right - area.left) / report.rounds.len().max(1) as f64;

@@ -27,13 +27,13 @@ pub async fn download(
     close: watch::Receiver<bool>,
     events: Sender<Event>,
 ) -> DownloadReport {
-    let mut body = Body { hash: Sha256::new(), bytes: 0, told: Instant::now() };
+    let mut body = Body::new(plan.seed);
     let result = tokio::select! {
         result = body.fetch(&plan, clock, open, &events) => result,
         () = too_late(close, close_timeout) => Err(io::Error::new(io::ErrorKind::TimedOut, "The body did not end")),
     };
-    let sha256 = hex::encode(body.hash.finalize());
-    let expected_sha256 = expected(plan.seed, plan.bytes).await;
+    let (sha256, expected_sha256) =
+        (hex::encode(body.hash.finalize()), hex::encode(body.expected_hash.finalize()));
     let content_ok = result.is_ok() && body.bytes == plan.bytes && sha256 == expected_sha256;
     DownloadReport {
         bytes: body.bytes,
@@ -50,13 +50,34 @@ async fn too_late(mut close: watch::Receiver<bool>, limit: Duration) {
     sleep(limit).await;
 }
 
+/// The body as it comes, and beside it the body as it should come: hashing both as they go leaves no work for the
+/// end, when the other measurements still run.
 struct Body {
     hash: Sha256,
+    expected: Stream,
+    expected_hash: Sha256,
     bytes: u64,
     told: Instant,
 }
 
 impl Body {
+    fn new(seed: u64) -> Self {
+        Self {
+            hash: Sha256::new(),
+            expected: Stream::new(seed),
+            expected_hash: Sha256::new(),
+            bytes: 0,
+            told: Instant::now(),
+        }
+    }
+
+    fn take(&mut self, part: &mut [u8]) {
+        self.hash.update(&*part);
+        self.bytes += part.len() as u64;
+        self.expected.fill(part);
+        self.expected_hash.update(&*part);
+    }
+
     async fn fetch(
         &mut self,
         plan: &DownloadPlan,
@@ -77,8 +98,7 @@ impl Body {
             if count == 0 {
                 break;
             }
-            self.hash.update(&part[..count]);
-            self.bytes += count as u64;
+            self.take(&mut part[..count]);
             if self.told.elapsed() >= PROGRESS_EVERY {
                 self.told = Instant::now();
                 let _ = events.send(Event::Progress { at_ms: clock.now_ms(), bytes: self.bytes }).await;
@@ -106,21 +126,4 @@ async fn skip_head(stream: &mut BufReader<TcpStream>) -> io::Result<()> {
             return Ok(());
         }
     }
-}
-
-/// SHA-256 of the body that `seed` and `bytes` describe, hex, computed in a thread of its own.
-pub async fn expected(seed: u64, bytes: u64) -> String {
-    let work = tokio::task::spawn_blocking(move || {
-        let (mut hash, mut stream) = (Sha256::new(), Stream::new(seed));
-        let mut part = vec![0; 64 << 10];
-        let mut left = bytes;
-        while left > 0 {
-            let length = usize::try_from(left).unwrap_or(usize::MAX).min(part.len());
-            stream.fill(&mut part[..length]);
-            hash.update(&part[..length]);
-            left -= length as u64;
-        }
-        hex::encode(hash.finalize())
-    });
-    work.await.unwrap_or_default()
 }

@@ -141,7 +141,7 @@ pub struct DownloadReport {
     pub ended_ms: u64,
     /// SHA-256 of what came.
     pub sha256: String,
-    /// SHA-256 of what should have come.
+    /// SHA-256 of what should have come, as far as it came.
     pub expected_sha256: String,
     /// The two are equal and the length is right.
     pub content_ok: bool,
