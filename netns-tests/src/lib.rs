@@ -1,9 +1,15 @@
-//! The laboratory as a library: namespaces, an emulated WAN, two sites and what runs in them.
-//! What a scenario does with it is decided in the `lab` binary and in the tests.
+//! The laboratory as a library: namespaces, an emulated WAN, two sites, a guest, a client, and scenes
+//! made of them. What is shown and what is tested is decided in the `lab` binary and in the tests.
 
+pub mod agent;
 pub mod cleanup;
 pub mod exec;
+pub mod guest;
 pub mod install;
 pub mod netns;
+pub mod report;
+pub mod scenario;
+pub mod suite;
 pub mod topology;
+pub mod traffic;
 pub mod wan;

@@ -1,3 +1,122 @@
-//! The `lab` binary.
+//! The `lab` binary: shows, tests and measures Longhaul on one machine.
 
-fn main() {}
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use netns_tests::scenario::options::{DnsServer, parse_rate, parse_share, parse_time};
+use netns_tests::scenario::programs::Programs;
+use netns_tests::scenario::{SceneOptions, demo};
+use netns_tests::traffic::command::{ClientArguments, client_main};
+use netns_tests::{cleanup, install, suite};
+
+/// Longhaul's laboratory: two sites, a WAN, clients, name servers and real QEMU guests on one machine
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab")]
+struct Lab {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Move a running web server from site a to site b while a client uses it
+    Demo(DemoArgs),
+    /// Install what is missing and run every test
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Build the demo's world and guest, and open a shell in it
+    Shell(DemoArgs),
+    /// The client of the laboratory
+    #[command(hide = true)]
+    Traffic(ClientArguments),
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct DemoArgs {
+    /// Rate of the WAN
+    #[arg(long, default_value = "100mbit", value_parser = parse_rate)]
+    rate: f64,
+    /// Round trip of the WAN
+    #[arg(long, default_value = "100ms", value_parser = parse_time)]
+    rtt: Duration,
+    /// Random loss on the WAN
+    #[arg(long, default_value = "0.1%", value_parser = parse_share)]
+    loss: f64,
+    /// Jitter of the WAN, one way
+    #[arg(long, default_value = "0ms", value_parser = parse_time)]
+    jitter: Duration,
+    /// Guest memory in MiB
+    #[arg(long, default_value_t = 256)]
+    memory: u64,
+    /// The guest's disk in MiB
+    #[arg(long, default_value_t = 1024)]
+    disk: u64,
+    /// KiB of memory that the guest dirties per second
+    #[arg(long, default_value_t = 1024)]
+    dirty_memory: u64,
+    /// KiB of disk that the guest rewrites per second
+    #[arg(long, default_value_t = 128)]
+    dirty_disk: u64,
+    /// The name server
+    #[arg(long, value_enum, default_value = "hickory")]
+    dns: DnsServer,
+}
+
+impl DemoArgs {
+    fn options(&self) -> SceneOptions {
+        SceneOptions {
+            rate_mbit: self.rate,
+            rtt: self.rtt,
+            loss: self.loss,
+            jitter: self.jitter,
+            memory_mib: self.memory,
+            disk_bytes: self.disk << 20,
+            dirty_memory_kib_per_s: self.dirty_memory,
+            dirty_disk_kib_per_s: self.dirty_disk,
+            dns: self.dns,
+            ..SceneOptions::default()
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let lab = Lab::parse();
+    match run(lab.command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<bool> {
+    if let Command::Traffic(arguments) = &command {
+        client_main(arguments)?;
+        return Ok(true);
+    }
+    install::ensure_root();
+    install::ensure(install::LAB_NEEDS)?;
+    match command {
+        Command::Demo(args) => {
+            cleanup::remove_on_signals()?;
+            let programs = Programs::build()?;
+            runtime()?.block_on(demo::run(args.options(), &programs))
+        }
+        Command::Test { filter } => suite::run(filter.as_deref()),
+        Command::Shell(args) => {
+            cleanup::remove_on_signals()?;
+            let programs = Programs::build()?;
+            runtime()?.block_on(demo::shell(args.options(), &programs))
+        }
+        Command::Traffic(_) => Ok(true),
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}

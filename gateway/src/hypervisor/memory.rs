@@ -7,7 +7,7 @@
 //!   destination  incoming --> active (inmigrate) --> completed (paused)
 //! ```
 //!
-//! QEMU never chooses the moment of the pause: `downtime-limit` stays 0 and `pause-before-switchover` is
+//! QEMU never chooses the moment of the pause: `downtime-limit` stays 1 ms (at 0, QEMU 7.2 makes one pass and stops) and `pause-before-switchover` is
 //! on. The return path is off, so that no byte waits for a round trip; therefore *`completed` at the
 //! source proves nothing* about the destination: it only says that the bytes went into the socket. What
 //! was loaded, the destination's own status says. Facts measured on QEMU 7.2: a cut after
@@ -181,7 +181,7 @@ impl From<Reply> for MigrationInfo {
 impl Guest {
     /// Makes this QEMU ready to send its machine. QMP `migrate-set-capabilities` (events and
     /// pause-before-switchover on, everything else off, the return path with it) and
-    /// `migrate-set-parameters` (`downtime-limit` 0).
+    /// `migrate-set-parameters` (`downtime-limit` 1 ms).
     pub async fn prepare_outgoing(&self, parameters: &OutgoingParameters) -> Result<(), QmpError> {
         let mut wanted = vec!["events", "pause-before-switchover"];
         if parameters.auto_converge {
@@ -195,7 +195,7 @@ impl Guest {
     /// `migrate-set-parameters`.
     pub async fn limit_bandwidth(&self, rate: Option<Rate>) -> Result<(), QmpError> {
         let bandwidth = rate.map_or(UNLIMITED, |rate| rate.0);
-        let parameters = json!({ "downtime-limit": 0, "max-bandwidth": bandwidth });
+        let parameters = json!({ "downtime-limit": 1, "max-bandwidth": bandwidth });
         self.qmp.execute("migrate-set-parameters", parameters).await.map(drop)
     }
 

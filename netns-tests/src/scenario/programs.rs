@@ -32,7 +32,7 @@ impl Programs {
         if !status.success() {
             bail!("The gateway does not build");
         }
-        let folder = crate::guest::lab_folder()
+        let folder = crate::guest::image::lab_folder()
             .parent()
             .map(|target| target.join(profile))
             .context("There is no target folder")?;
