@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use nix::sys::stat::Mode;
 
 use super::packages::run;
 use crate::agent::pattern;
@@ -109,6 +108,7 @@ pub fn compose(root: &Path, unpacked: &[PathBuf], agent: &Path, dirt_bytes: u64)
     let file = format!("srv/www{}", STATIC_FILE.0);
     write(root, &file, &pattern::stream_bytes(STATIC_SEED, STATIC_FILE.1), 0o644)?;
     crate::agent::dirt::create(&root.join(&STATE_FOLDER[1..]), dirt_bytes)?;
+    open_folders(root)?;
     libraries_present(root, "usr/sbin/nginx")?;
     libraries_present(root, "usr/bin/guest-agent")
 }
@@ -171,11 +171,21 @@ fn busybox_commands(root: &Path) -> Result<()> {
 }
 
 fn write(root: &Path, path: &str, content: &[u8], permissions: u32) -> Result<()> {
-    // Whatever umask the laboratory was started with must not make the guest's files unreadable to its web server.
-    debug_assert!(Mode::from_bits(permissions).is_some());
     let path = root.join(path);
     fs::write(&path, content).with_context(|| format!("Cannot write {}", path.display()))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(permissions))?;
+    Ok(())
+}
+
+/// Whatever umask the laboratory was started with must not hide folders from the guest's web server.
+fn open_folders(folder: &Path) -> Result<()> {
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755))?;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_folders(&entry.path())?;
+        }
+    }
     Ok(())
 }
 

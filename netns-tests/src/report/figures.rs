@@ -1,6 +1,5 @@
 //! The figures of a report's page, each one SVG: the time line, the rounds, the bytes on the WAN.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::net::IpAddr;
 
@@ -29,9 +28,9 @@ impl Window {
         let samples = series.probes.iter().map(|probe| probe.at_ms);
         let gaps = series.gaps.iter().flat_map(|gap| [gap.start_ms, gap.end_ms]);
         let rates = series.wan_rate.iter().map(|sample| sample.at_ms);
-        let all: BTreeSet<u64> = stages.chain(samples).chain(gaps).chain(rates).collect();
-        let first = all.first().copied().unwrap_or(0);
-        Self { from_ms: first as f64, to_ms: all.last().copied().unwrap_or(1).max(first + 1) as f64 }
+        let all: Vec<u64> = stages.chain(samples).chain(gaps).chain(rates).collect();
+        let first = all.iter().min().copied().unwrap_or(0);
+        Self { from_ms: first as f64, to_ms: all.iter().max().copied().unwrap_or(0).max(first + 1) as f64 }
     }
 
     /// The pause and what lies around it, or nothing if there was none.
