@@ -47,7 +47,8 @@ impl FrameSocket {
             socket.set_nonblocking(true)?;
             Ok(socket)
         };
-        let socket = open().map_err(TunnelError::io("open a packet socket; CAP_NET_RAW is needed at the start"))?;
+        let socket =
+            open().map_err(TunnelError::io("open a packet socket; CAP_NET_RAW is needed at the start"))?;
         Ok(Self { socket })
     }
 
@@ -89,12 +90,22 @@ impl FrameSocket {
     }
 }
 
-/// Repeats announcements: the burst, then every second, then rarely, until aborted.
+/// Announcements that are being repeated; they end when this is dropped.
+#[derive(Debug)]
+pub(super) struct Repeating(AbortHandle);
+
+impl Drop for Repeating {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Repeats announcements: the burst, then every second, then rarely.
 pub(super) fn repeat(
     socket: Arc<FrameSocket>,
     announcements: Vec<Announcement>,
     config: AnnounceConfig,
-) -> AbortHandle {
+) -> Repeating {
     let task = tokio::spawn(async move {
         let mut last = Duration::ZERO;
         for offset in &config.burst {
@@ -111,7 +122,7 @@ pub(super) fn repeat(
             announce_all(&socket, &announcements);
         }
     });
-    task.abort_handle()
+    Repeating(task.abort_handle())
 }
 
 /// The burst alone, then silence.
@@ -141,7 +152,14 @@ enum ArpOperation {
     Reply = 2,
 }
 
-fn arp(op: ArpOperation, to: Mac, sender: Mac, sender_ip: Ipv4Addr, target: Mac, target_ip: Ipv4Addr) -> Vec<u8> {
+fn arp(
+    op: ArpOperation,
+    to: Mac,
+    sender: Mac,
+    sender_ip: Ipv4Addr,
+    target: Mac,
+    target_ip: Ipv4Addr,
+) -> Vec<u8> {
     let mut body = vec![0, 1, 8, 0, 6, 4, 0, op as u8];
     body.extend_from_slice(&sender.0);
     body.extend_from_slice(&sender_ip.octets());
@@ -222,7 +240,10 @@ mod tests {
         let bytes = arp(ArpOperation::Request, BROADCAST, MAC, address, Mac([0; 6]), address);
         assert_eq!(bytes.len(), 42);
         assert_eq!(bytes[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
-        assert_eq!((&bytes[22..28], &bytes[28..32], &bytes[38..42]), (&MAC.0[..], &[198, 51, 100, 10][..], &[198, 51, 100, 10][..]));
+        assert_eq!(
+            (&bytes[22..28], &bytes[28..32], &bytes[38..42]),
+            (&MAC.0[..], &[198, 51, 100, 10][..], &[198, 51, 100, 10][..])
+        );
     }
 
     #[test]

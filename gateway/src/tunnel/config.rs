@@ -1,6 +1,7 @@
 //! Names, numbers and limits of the tunnel, with their defaults and what they cost.
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use longhaul_core::tunnel::datapath::DatapathConfig;
@@ -44,6 +45,10 @@ pub struct TunnelConfig {
     pub udp_flow_timeout: Duration,
     /// Flows sampled and handed over per NIC. Default 65535, about 8 MiB of kernel memory when full.
     pub max_flows: u32,
+    /// A file that says what sysctls were before they were set, so that the gateway that follows one that
+    /// crashed can put them back. Default none: they then stay set after a crash. Choose one under `/run`,
+    /// as a reboot resets them anyway; its folder must exist.
+    pub switches_file: Option<PathBuf>,
     /// When addresses are announced.
     pub announce: AnnounceConfig,
     /// How often the status is published while nothing happens. Default 200 ms.
@@ -82,6 +87,7 @@ impl Default for TunnelConfig {
             tcp_flow_timeout: Duration::from_secs(7440),
             udp_flow_timeout: Duration::from_secs(300),
             max_flows: 65_535,
+            switches_file: None,
             announce: AnnounceConfig::default(),
             status_interval: Duration::from_millis(200),
             datapath: DatapathConfig::default(),
@@ -106,7 +112,9 @@ impl TunnelConfig {
             return Err(TunnelError::Config("prefix must be 1 to 4 lower-case letters"));
         }
         if self.mark_local == 0 || self.mark_tunnel == 0 || self.mark_local == self.mark_tunnel {
-            return Err(TunnelError::Config("mark_local and mark_tunnel must differ from each other and from 0"));
+            return Err(TunnelError::Config(
+                "mark_local and mark_tunnel must differ from each other and from 0",
+            ));
         }
         if matches!(self.route_table, 0 | 253..=255) {
             return Err(TunnelError::Config("route_table must be one of our own, not 0 or 253 to 255"));

@@ -14,11 +14,10 @@ use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::announce::{self, Announcement, FrameSocket};
+use super::announce::{self, Announcement, FrameSocket, Repeating};
 use super::change::{Changes, Owner};
 use super::config::{TunnelConfig, check_device_name};
 use super::device::{Command as Move, PeerPath};
@@ -26,6 +25,7 @@ use super::error::TunnelError;
 use super::nft;
 use super::plan::{self, CareOf, HoldRequest, Kernel, VisitRequest};
 use super::routes::{self, Netlink};
+use super::sysctl::Switches;
 use super::tap;
 
 /// Neighbours sampled per LAN.
@@ -71,12 +71,12 @@ struct Away {
     request: HoldRequest,
     /// Since when the home address is attracted; `None` while it is only held.
     attracted: Option<Instant>,
-    announcing: Option<AbortHandle>,
+    announcing: Option<Repeating>,
 }
 
 struct Visit {
     request: VisitRequest,
-    announcing: Option<AbortHandle>,
+    announcing: Option<Repeating>,
 }
 
 /// The owner task's state.
@@ -100,10 +100,11 @@ impl Control {
         moves: mpsc::Sender<Move>,
     ) -> Self {
         let force_forwarding = Path::new("/proc/sys/net/ipv6/conf/all/force_forwarding").exists();
+        let switches = Switches::open(config.switches_file.clone());
         Self {
             config,
             kernel: Kernel { force_forwarding },
-            changes: Changes::new(netlink.clone()),
+            changes: Changes::new(netlink.clone(), switches),
             netlink,
             frames: Arc::new(frames),
             moves,
@@ -238,8 +239,8 @@ impl Control {
         let request = away.request.clone();
         let announcements = self.announcements(&request.lan, &request.home).await?;
         let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
-        if let Some(earlier) = self.away.get_mut(&key).and_then(|away| away.announcing.replace(announcing)) {
-            earlier.abort();
+        if let Some(away) = self.away.get_mut(&key) {
+            away.announcing = Some(announcing);
         }
         info!(port = %key, old_flows, "attracting the home address");
         Ok(())
@@ -248,15 +249,17 @@ impl Control {
     /// The guest runs here again: what was kept is delivered, first before and then after the capture
     /// ends, so that nothing overtakes it.
     async fn hold_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        let Some(away) = self.away.remove(key) else { return self.end(key).await.map(drop) };
-        abort(&away.announcing);
+        let Some(Away { request, announcing, .. }) = self.away.remove(key) else {
+            return self.end(key).await.map(drop);
+        };
+        drop(announcing);
         let port = key.clone();
         let kept = self.tell(|done| Move::TakeKept { key: port, done }).await?;
-        self.redeliver(&away.request, kept).await?;
+        self.redeliver(&request, kept).await?;
         let undone = self.changes.undo(&Owner::Away(key.clone())).await;
         let kept = self.end(key).await?;
-        self.redeliver(&away.request, kept).await?;
-        self.announce_guest(&away.request).await?;
+        self.redeliver(&request, kept).await?;
+        self.announce_guest(&request).await?;
         info!(port = %key, "hold undone");
         undone
     }
@@ -264,9 +267,7 @@ impl Control {
     async fn attract_end(&mut self, key: &PortKey) -> Result<AnchorClosed, TunnelError> {
         let away = self.away.remove(key);
         let open_for = away.as_ref().and_then(|away| away.attracted).map(|since| since.elapsed());
-        if let Some(away) = &away {
-            abort(&away.announcing);
-        }
+        drop(away);
         let undone = self.changes.undo(&Owner::Away(key.clone())).await;
         self.end(key).await?;
         undone?;
@@ -327,17 +328,15 @@ impl Control {
         let care_of: Vec<IpAddr> = visit.request.care_of.iter().map(|pair| pair.care_of).collect();
         let announcements = self.announcements(&visit.request.lan.clone(), &care_of).await?;
         let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
-        if let Some(earlier) = self.visits.get_mut(key).and_then(|visit| visit.announcing.replace(announcing)) {
-            earlier.abort();
+        if let Some(visit) = self.visits.get_mut(key) {
+            visit.announcing = Some(announcing);
         }
         info!(port = %key, "visitor runs");
         Ok(())
     }
 
     async fn visit_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        if let Some(visit) = self.visits.remove(key) {
-            abort(&visit.announcing);
-        }
+        drop(self.visits.remove(key));
         let undone = self.changes.undo(&Owner::Visit(key.clone())).await;
         self.end(key).await?;
         undone
@@ -362,6 +361,7 @@ impl Control {
 
     async fn stop(&mut self) -> Result<(), TunnelError> {
         let undone = self.undo_all().await;
+        let undone = undone.and(self.changes.undo(&Owner::Gateway).await);
         let deleted = self.netlink.delete_link(&self.config.device).await;
         undone.and(deleted)
     }
@@ -393,12 +393,18 @@ impl Control {
         Ok(())
     }
 
+    /// Tells the LAN the guest's own address: on every port of the bridge but the guest's, as a frame
+    /// with the guest's address as its source must not come back to where the guest is.
     async fn announce_guest(&self, request: &HoldRequest) -> Result<(), TunnelError> {
-        let device = self.netlink.link(&request.lan).await?.index;
-        let announcements = request
-            .home
-            .iter()
-            .map(|address| Announcement { device, address: *address, mac: request.mac })
+        let lan = self.netlink.link(&request.lan).await?.index;
+        let own = self.netlink.find_link(&request.port).await?.map(|port| port.index);
+        let ports = self.netlink.ports(lan).await?;
+        let devices = if ports.is_empty() { vec![lan] } else { ports };
+        let announcement = |device, address| Announcement { device, address, mac: request.mac };
+        let announcements = devices
+            .into_iter()
+            .filter(|device| Some(*device) != own)
+            .flat_map(|device| request.home.iter().map(move |address| announcement(device, *address)))
             .collect();
         announce::burst(self.frames.clone(), announcements, &self.config.announce);
         Ok(())
@@ -416,12 +422,6 @@ impl Control {
         let (done, answer) = oneshot::channel();
         self.moves.send(command(done)).await.map_err(|_| TunnelError::Stopped)?;
         answer.await.map_err(|_| TunnelError::Stopped)
-    }
-}
-
-fn abort(task: &Option<AbortHandle>) {
-    if let Some(task) = task {
-        task.abort();
     }
 }
 

@@ -61,14 +61,45 @@ pub(super) struct PeerPath {
 
 /// What the datapath is told to do.
 pub(super) enum Command {
-    AddPeer { site: SiteName, path: PeerPath, done: oneshot::Sender<()> },
-    BeginHold { key: PortKey, peer: SiteName, home: Vec<IpAddr>, done: oneshot::Sender<Result<(), AddressTaken>> },
-    Attract { key: PortKey, flows: Vec<FlowTuple>, done: oneshot::Sender<Result<(), UnknownPort>> },
-    Visit { key: PortKey, peer: SiteName, home: Vec<IpAddr>, done: oneshot::Sender<Result<(), AddressTaken>> },
-    Resumed { key: PortKey, done: oneshot::Sender<Result<(), UnknownPort>> },
-    NamesExpire { key: PortKey, after: Duration, done: oneshot::Sender<Result<(), UnknownPort>> },
-    TakeKept { key: PortKey, done: oneshot::Sender<Vec<Bytes>> },
-    End { key: PortKey, done: oneshot::Sender<Vec<Bytes>> },
+    AddPeer {
+        site: SiteName,
+        path: PeerPath,
+        done: oneshot::Sender<()>,
+    },
+    BeginHold {
+        key: PortKey,
+        peer: SiteName,
+        home: Vec<IpAddr>,
+        done: oneshot::Sender<Result<(), AddressTaken>>,
+    },
+    Attract {
+        key: PortKey,
+        flows: Vec<FlowTuple>,
+        done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    Visit {
+        key: PortKey,
+        peer: SiteName,
+        home: Vec<IpAddr>,
+        done: oneshot::Sender<Result<(), AddressTaken>>,
+    },
+    Resumed {
+        key: PortKey,
+        done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    NamesExpire {
+        key: PortKey,
+        after: Duration,
+        done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    TakeKept {
+        key: PortKey,
+        done: oneshot::Sender<Vec<Bytes>>,
+    },
+    End {
+        key: PortKey,
+        done: oneshot::Sender<Vec<Bytes>>,
+    },
 }
 
 /// The device, the links and the state between them.

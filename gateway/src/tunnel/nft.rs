@@ -32,7 +32,9 @@ impl Table {
     /// The transaction that makes the table exactly this one.
     pub(super) fn install(&self) -> String {
         let Self { family, name, body } = self;
-        format!("add table {family} {name}\ndelete table {family} {name}\ntable {family} {name} {{\n{body}}}\n")
+        format!(
+            "add table {family} {name}\ndelete table {family} {name}\ntable {family} {name} {{\n{body}}}\n"
+        )
     }
 
     /// The transaction that removes the table, there or not.
@@ -99,7 +101,9 @@ pub(super) fn preflows(table: &str, flows: &[FlowTuple]) -> String {
         let elements: Vec<String> = flows
             .iter()
             .filter(|flow| flow.remote.is_ipv6() == v6 && flow.local.is_ipv6() == v6)
-            .map(|flow| format!("{} . {} . {} . {}", flow.protocol, flow.remote, flow.remote_port, flow.local_port))
+            .map(|flow| {
+                format!("{} . {} . {} . {}", flow.protocol, flow.remote, flow.remote_port, flow.local_port)
+            })
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect();
@@ -222,7 +226,9 @@ fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
         }
         let _ = match own.is_empty() {
             true => writeln!(body, "\t\tiifname \"{port}\" meta protocol {ip} counter drop"),
-            false => writeln!(body, "\t\tiifname \"{port}\" {ip} saddr != {{ {} }} counter drop", own.join(", ")),
+            false => {
+                writeln!(body, "\t\tiifname \"{port}\" {ip} saddr != {{ {} }} counter drop", own.join(", "))
+            }
         };
     }
     body.push_str("\t}\n");
@@ -241,7 +247,10 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     );
     for (ip, v6) in [("ip", false), ("ip6", true)] {
         for home in family_of(visit.home, v6) {
-            let _ = writeln!(body, "\t\tiifname \"{tun}\" {ip} daddr {home} ct state new ct mark set {tunnel:#x}");
+            let _ = writeln!(
+                body,
+                "\t\tiifname \"{tun}\" {ip} daddr {home} ct state new ct mark set {tunnel:#x}"
+            );
         }
         for (_, care_of) in visit.care_of.iter().filter(|(_, care_of)| care_of.is_ipv6() == v6) {
             let _ = writeln!(
@@ -279,7 +288,10 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
         }
         body.push_str("\t}\n");
     }
-    let _ = writeln!(body, "\tchain {prefix}_out {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;");
+    let _ = writeln!(
+        body,
+        "\tchain {prefix}_out {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;"
+    );
     for (home, care_of) in &visit.care_of {
         let ip = if care_of.is_ipv6() { "ip6" } else { "ip" };
         let _ = writeln!(
@@ -378,8 +390,10 @@ mod tests {
 
     #[test]
     fn flows_that_were_closed_are_not_handed_over() {
-        let flow = |port: u16| serde_json::json!({"elem": {"val": {"concat":
-            ["tcp", "198.51.100.10", 80, "192.0.2.1", port]}, "timeout": 7440, "expires": 7000}});
+        let flow = |port: u16| {
+            serde_json::json!({"elem": {"val": {"concat":
+            ["tcp", "198.51.100.10", 80, "192.0.2.1", port]}, "timeout": 7440, "expires": 7000}})
+        };
         let multicast = serde_json::json!({"elem": {"val": {"concat":
             [17, "198.51.100.10", 5353, "224.0.0.251", 5353]}}});
         let listed = serde_json::json!({"nftables": [

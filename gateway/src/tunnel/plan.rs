@@ -19,9 +19,9 @@
 
 use std::net::IpAddr;
 
+use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::handover::{Mac, Neighbour, NicHandover, Prefix};
 use longhaul_core::tunnel::policy::PortKey;
-use longhaul_core::ids::SiteName;
 
 use super::change::Change;
 use super::config::TunnelConfig;
@@ -164,7 +164,9 @@ fn port_changes(request: &VisitRequest) -> Vec<Change> {
     if let Some(mac) = router_mac(&nic.neighbours) {
         plan.push(Change::OwnAddress { device: port.clone(), mac });
     }
-    for (name, value) in [("forwarding", "1"), ("proxy_arp", "1"), ("rp_filter", "2"), ("send_redirects", "0")] {
+    for (name, value) in
+        [("forwarding", "1"), ("proxy_arp", "1"), ("rp_filter", "2"), ("send_redirects", "0")]
+    {
         plan.push(sysctl(format!("net/ipv4/conf/{port}/{name}"), value));
     }
     plan.push(sysctl(format!("net/ipv4/neigh/{port}/proxy_delay"), "0"));
@@ -238,7 +240,11 @@ mod tests {
 
     #[test]
     fn frames_are_taken_off_the_bridge_only_when_their_route_stands() {
-        let plan = hold_plan(&TunnelConfig::default(), Kernel { force_forwarding: true }, &request(&["198.51.100.10"]));
+        let plan = hold_plan(
+            &TunnelConfig::default(),
+            Kernel { force_forwarding: true },
+            &request(&["198.51.100.10"]),
+        );
         let bridge = plan.iter().position(|change| matches!(change, Change::BridgeAddress { .. }));
         assert_eq!(bridge, Some(plan.len() - 1));
     }
@@ -247,7 +253,8 @@ mod tests {
     fn ipv6_is_switched_for_the_whole_host_only_where_the_kernel_knows_no_other_way() {
         let for_all = sysctl("net/ipv6/conf/all/forwarding".to_owned(), "1");
         let has = |home: &str, force_forwarding| {
-            hold_plan(&TunnelConfig::default(), Kernel { force_forwarding }, &request(&[home])).contains(&for_all)
+            hold_plan(&TunnelConfig::default(), Kernel { force_forwarding }, &request(&[home]))
+                .contains(&for_all)
         };
         assert!(has("2001:db8::10", false));
         assert!(!has("2001:db8::10", true));
@@ -256,8 +263,16 @@ mod tests {
 
     #[test]
     fn the_taps_address_is_the_ipv4_routers() {
-        let neighbour = |addr: &str, last, router| Neighbour { addr: addr.parse().unwrap(), mac: Mac([0, 0, 0, 0, 0, last]), router };
-        let neighbours = [neighbour("2001:db8::1", 1, true), neighbour("198.51.100.1", 2, true), neighbour("198.51.100.9", 3, false)];
+        let neighbour = |addr: &str, last, router| Neighbour {
+            addr: addr.parse().unwrap(),
+            mac: Mac([0, 0, 0, 0, 0, last]),
+            router,
+        };
+        let neighbours = [
+            neighbour("2001:db8::1", 1, true),
+            neighbour("198.51.100.1", 2, true),
+            neighbour("198.51.100.9", 3, false),
+        ];
         assert_eq!(router_mac(&neighbours), Some(Mac([0, 0, 0, 0, 0, 2])));
         assert_eq!(router_mac(&neighbours[2..]), None);
     }

@@ -49,7 +49,8 @@ pub(super) struct Netlink {
 impl Netlink {
     /// Connects. What is added carries `protocol`.
     pub(super) fn open(protocol: u8) -> Result<Self, TunnelError> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(TunnelError::io("open rtnetlink"))?;
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(TunnelError::io("open rtnetlink"))?;
         tokio::spawn(connection);
         Ok(Self { handle, protocol })
     }
@@ -92,6 +93,20 @@ impl Netlink {
             None => change.nocontroller(),
         };
         self.change_link(change.build(), format!("set the bridge of device {index}")).await
+    }
+
+    /// The ports of a bridge; a device that is no bridge has none.
+    pub(super) async fn ports(&self, bridge: u32) -> Result<Vec<u32>, TunnelError> {
+        let links: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(TunnelError::netlink("list the devices"))?;
+        let links = links.iter().map(read_link);
+        Ok(links.filter(|link| link.bridge == Some(bridge)).map(|link| link.index).collect())
     }
 
     /// Removes a device.
@@ -143,7 +158,8 @@ impl Netlink {
     /// Removes a policy rule.
     pub(super) async fn delete_rule(&self, rule: &PolicyRule) -> Result<(), TunnelError> {
         let deleted = self.handle.rule().del(self.rule(rule)).execute().await;
-        gone_is_fine(deleted).map_err(TunnelError::netlink(format!("delete the policy rule for {}", rule.input)))
+        gone_is_fine(deleted)
+            .map_err(TunnelError::netlink(format!("delete the policy rule for {}", rule.input)))
     }
 
     /// Answers for `address` on `device` (proxy ARP or NDP).
@@ -171,7 +187,8 @@ impl Netlink {
 
     /// Frames to `mac` on `bridge` go up to the host, whatever port the bridge had learned it on.
     pub(super) async fn add_bridge_address(&self, mac: Mac, bridge: u32) -> Result<(), TunnelError> {
-        self.add_neighbour(bridge_address(mac, bridge), "take a machine's frames off the bridge".to_owned()).await
+        self.add_neighbour(bridge_address(mac, bridge), "take a machine's frames off the bridge".to_owned())
+            .await
     }
 
     /// The bridge learns `mac` again like any other.
@@ -182,10 +199,9 @@ impl Netlink {
     /// The default routers reached through `device`.
     pub(super) async fn default_routers(&self, device: u32) -> Result<Vec<IpAddr>, TunnelError> {
         let mut routers = Vec::new();
-        for query in [
-            RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        ] {
+        for query in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
             let mut routes = self.handle.route().get(query).execute();
             while let Some(route) =
                 routes.try_next().await.map_err(TunnelError::netlink("list the routes"))?
@@ -202,7 +218,9 @@ impl Netlink {
     pub(super) async fn neighbours(&self, device: u32) -> Result<Vec<(IpAddr, Mac)>, TunnelError> {
         let mut known = Vec::new();
         let mut entries = self.handle.neighbours().get().execute();
-        while let Some(entry) = entries.try_next().await.map_err(TunnelError::netlink("list the neighbours"))? {
+        while let Some(entry) =
+            entries.try_next().await.map_err(TunnelError::netlink("list the neighbours"))?
+        {
             if entry.header.ifindex == device {
                 known.extend(read_neighbour(&entry));
             }
@@ -220,10 +238,9 @@ impl Netlink {
     }
 
     async fn sweep_routes(&self) -> Result<(), TunnelError> {
-        for query in [
-            RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        ] {
+        for query in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
             let routes: Vec<RouteMessage> = self
                 .handle
                 .route()

@@ -42,6 +42,56 @@ fn echo(mut stream: TcpStream) {
     }
 }
 
+/// Serves TCP and UDP on [`PORT`] in a namespace and answers with the address that asked.
+pub fn serve_who_am_i(lab: &Lab, namespace: &str) {
+    let bound = lab.within(namespace, || {
+        let tcp = TcpListener::bind("0.0.0.0:7000").expect("the port is free");
+        let udp = UdpSocket::bind("0.0.0.0:7000").expect("the port is free");
+        std::thread::spawn(move || {
+            for mut stream in tcp.incoming().flatten() {
+                std::thread::spawn(move || {
+                    let peer = stream.peer_addr().expect("it is connected").to_string();
+                    let mut question = [0];
+                    while stream.read_exact(&mut question).is_ok() {
+                        let _ = stream.write_all(format!("{peer:>21}").as_bytes());
+                    }
+                });
+            }
+        });
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((_, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(from.to_string().as_bytes(), from);
+            }
+        });
+    });
+    bound.join().expect("the server starts");
+}
+
+/// Asks over TCP which address the server sees.
+pub fn ask_tcp(stream: &mut TcpStream) -> String {
+    stream.write_all(&[1]).expect("the question leaves");
+    let mut answer = [0; 21];
+    stream.read_exact(&mut answer).expect("an answer");
+    String::from_utf8_lossy(&answer).trim().to_owned()
+}
+
+/// Asks over UDP which address the server sees.
+pub fn ask_udp(socket: &UdpSocket) -> String {
+    let mut answer = [0; 64];
+    socket.send(&[1]).expect("the question leaves");
+    let len = socket.recv(&mut answer).expect("an answer");
+    String::from_utf8_lossy(&answer[..len]).into_owned()
+}
+
+/// A UDP socket that speaks to `server` and does not wait for ever.
+pub fn udp_to(server: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+    socket.connect(server).expect("a route");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a limit");
+    socket
+}
+
 /// What a connection of numbered records saw.
 #[derive(Debug)]
 pub struct Outcome {
