@@ -348,6 +348,33 @@ async fn a_machine_that_comes_home_keeps_its_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_visitor_that_plugs_into_its_tap_after_the_rules_stand_is_reached_and_heard() {
+    let lab = lab_or_skip!();
+    let site = lab.start_site("gb", TunnelConfig::default());
+    let port = site.tunnel.create_tap(key(), 0, None).await.unwrap();
+    let mut visit = visit_request(Vec::new());
+    visit.port = port.clone();
+    site.tunnel.visit_prepare(visit).await.unwrap();
+    let (device, tap) = (port.clone(), lab.within("gb", move || plug_into(&port)).join().unwrap());
+    // Until the kernel has noticed the plug it drops what is sent; a real machine waits here for its memory.
+    lab.script(&format!("for i in $(seq 500); do x gb ip -o link show {device} | grep -q 'state UP' && exit; sleep 0.01; done; exit 1"));
+    site.tunnel.visit_resumed(key()).await.unwrap();
+    let client = lab.within("c", || udp_to(server(CARE_OF))).join().unwrap();
+
+    client.send(b"who is there?").unwrap();
+    let question = frame_with(&tap, b"who is there?");
+    assert_eq!((&question[..6], &question[30..34]), (&GUEST_MAC.0[..], &[198, 51, 100, 10][..]));
+    let stale_router = [0x02, 0xde, 0xad, 0, 0, 1];
+    tap.send(&echo_of(&question, stale_router)).unwrap();
+    let mut answer = [0; 64];
+    let len = client.recv(&mut answer).unwrap();
+    assert_eq!(&answer[..len], b"who is there?");
+    site.tunnel.clone().stop().await.unwrap();
+    assert!(lab.network("gb").contains("lh-web1-net0"), "a machine's tap stays");
+    lab.script("ip -n ${P}gb link del lh-web1-net0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_flows_are_handed_over() {
     let lab = lab_or_skip!();
     let site = lab.start_site("gb", TunnelConfig::default());

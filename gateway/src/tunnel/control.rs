@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -18,7 +17,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::announce::{self, Announcement, FrameSocket, Repeating};
-use super::change::{Changes, Owner};
+use super::change::{Change, Changes, Owner};
 use super::config::{TunnelConfig, check_device_name};
 use super::device::{Command as Move, PeerPath};
 use super::error::TunnelError;
@@ -82,7 +81,6 @@ struct Visit {
 /// The owner task's state.
 pub(super) struct Control {
     config: TunnelConfig,
-    kernel: Kernel,
     netlink: Netlink,
     frames: Arc<FrameSocket>,
     changes: Changes,
@@ -99,11 +97,9 @@ impl Control {
         frames: FrameSocket,
         moves: mpsc::Sender<Move>,
     ) -> Self {
-        let force_forwarding = Path::new("/proc/sys/net/ipv6/conf/all/force_forwarding").exists();
         let switches = Switches::open(config.switches_file.clone());
         Self {
             config,
-            kernel: Kernel { force_forwarding },
             changes: Changes::new(netlink.clone(), switches),
             netlink,
             frames: Arc::new(frames),
@@ -220,8 +216,8 @@ impl Control {
         let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.home.clone());
         self.tell(|done| Move::BeginHold { key, peer, home, done }).await??;
         let owner = Owner::Away(request.key.clone());
-        let plan = plan::hold_plan(&self.config, self.kernel, &request);
-        if let Err(error) = self.changes.apply(&owner, plan).await {
+        let plan = Kernel::probe(&request.lan).map(|kernel| plan::hold_plan(&self.config, kernel, &request));
+        if let Err(error) = self.apply(&owner, plan).await {
             self.end(&request.key).await?;
             return Err(error);
         }
@@ -304,8 +300,8 @@ impl Control {
         let home = request.nic.home.iter().map(|prefix| prefix.addr).collect();
         self.tell(|done| Move::Visit { key, peer, home, done }).await??;
         let owner = Owner::Visit(request.key.clone());
-        let plan = plan::visit_plan(&self.config, self.kernel, &request);
-        if let Err(error) = self.changes.apply(&owner, plan).await {
+        let plan = Kernel::probe(&request.lan).map(|kernel| plan::visit_plan(&self.config, kernel, &request));
+        if let Err(error) = self.apply(&owner, plan).await {
             self.end(&request.key).await?;
             return Err(error);
         }
@@ -368,6 +364,14 @@ impl Control {
 
     fn is_only_held(&self, key: &PortKey) -> bool {
         self.away.get(key).is_some_and(|away| away.attracted.is_none())
+    }
+
+    async fn apply(
+        &mut self,
+        owner: &Owner,
+        plan: Result<Vec<Change>, TunnelError>,
+    ) -> Result<(), TunnelError> {
+        self.changes.apply(owner, plan?).await
     }
 
     async fn end(&self, key: &PortKey) -> Result<Vec<Bytes>, TunnelError> {

@@ -67,7 +67,8 @@ impl Switches {
     }
 }
 
-fn read(key: &str) -> Result<Option<String>, TunnelError> {
+/// What `key` says now; `None` if this kernel has no such key.
+pub(super) fn read(key: &str) -> Result<Option<String>, TunnelError> {
     match std::fs::read_to_string(path(key)) {
         Ok(value) => Ok(Some(value.trim().to_owned())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -69,7 +69,7 @@ impl DatagramPath for ChannelPath {
     }
 
     fn max_len(&self) -> usize {
-        DATAGRAM
+        if self.is_up.load(Ordering::Relaxed) { DATAGRAM } else { 0 }
     }
 }
 
@@ -212,7 +212,7 @@ impl Drop for Site {
 }
 
 impl Sites {
-    /// The lead's sequence: hold, stop, commit, rules, resume, attract. Returns how long the guest was
+    /// The order of a migration: rules, hold, stop, flows, attract, resume. Returns how long the guest was
     /// unplugged.
     pub async fn move_guest(&self, lab: &Lab, visit: VisitRequest) -> Duration {
         let begun = Instant::now();

@@ -178,3 +178,39 @@ pub fn exchange(stream: &mut TcpStream, len: usize) {
     writing.join().expect("no panic").expect("all was sent");
     assert!(answer == bytes, "what came back differs");
 }
+
+/// Attaches to a tap as a machine does.
+pub fn plug_into(name: &str) -> tun::Device {
+    let mut configuration = tun::Configuration::default();
+    configuration.tun_name(name).layer(tun::Layer::L2);
+    configuration.platform_config(|platform| {
+        platform.ensure_root_privileges(false);
+    });
+    tun::create(&configuration).expect("the tap is free")
+}
+
+/// The next frame a tap gets that ends with `text`.
+pub fn frame_with(tap: &tun::Device, text: &[u8]) -> Vec<u8> {
+    let begun = Instant::now();
+    let mut frame = [0; 2048];
+    while begun.elapsed() < PATIENCE {
+        let len = tap.recv_timeout(&mut frame, PATIENCE).expect("a frame");
+        if frame[..len].ends_with(text) {
+            return frame[..len].to_vec();
+        }
+    }
+    panic!("no such frame");
+}
+
+/// A UDP frame sent back to where it came from, to a link-layer address of the guest's choice.
+pub fn echo_of(question: &[u8], to: [u8; 6]) -> Vec<u8> {
+    let mut answer = question.to_vec();
+    answer[..6].copy_from_slice(&to);
+    answer[6..12].copy_from_slice(&question[..6]);
+    // Swapping both pairs leaves the checksums right.
+    answer[26..30].copy_from_slice(&question[30..34]);
+    answer[30..34].copy_from_slice(&question[26..30]);
+    answer[34..36].copy_from_slice(&question[36..38]);
+    answer[36..38].copy_from_slice(&question[34..36]);
+    answer
+}
