@@ -305,7 +305,7 @@ async fn the_tunnel_ends_by_itself_after_the_last_old_connection() {
 async fn the_sampler_lists_open_flows_and_not_closed_ones() {
     let lab = lab_or_skip!();
     serve_echo(&lab, "vm");
-    let (sites, _) = begin(&lab).await;
+    let (mut sites, _) = begin(&lab).await;
     let mut open = lab.within("c", || connect(server(HOME)).unwrap()).join().unwrap();
     exchange(&mut open, 10);
     lab.within("c", || exchange(&mut connect(server(HOME)).unwrap(), 10)).join().unwrap();
@@ -313,7 +313,10 @@ async fn the_sampler_lists_open_flows_and_not_closed_ones() {
     udp.send(&[1]).unwrap();
     udp.recv(&mut [0; 8]).unwrap();
 
-    let flows = sites.a.tunnel.sample(key()).await.unwrap();
+    // The next gateway reads what this one has begun.
+    sites.a.crash();
+    let site = lab.start_site("ga", TunnelConfig::default());
+    let flows = site.tunnel.sample(key()).await.unwrap();
 
     let mut expected = [(6, open.local_addr().unwrap().port()), (17, udp.local_addr().unwrap().port())];
     let mut listed: Vec<_> = flows.iter().map(|flow| (flow.protocol, flow.remote_port)).collect();
@@ -321,6 +324,8 @@ async fn the_sampler_lists_open_flows_and_not_closed_ones() {
     listed.sort();
     assert_eq!(listed, expected);
     assert!(flows.iter().all(|flow| flow.local == address(HOME) && flow.local_port == PORT));
+    site.tunnel.sample_end(key()).await.unwrap();
+    assert!(matches!(site.tunnel.sample(key()).await, Err(TunnelError::NotSampled(_))));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -87,7 +87,6 @@ pub(super) struct Control {
     moves: mpsc::Sender<Move>,
     away: BTreeMap<PortKey, Away>,
     visits: BTreeMap<PortKey, Visit>,
-    samplers: BTreeMap<PortKey, nft::Table>,
 }
 
 impl Control {
@@ -106,7 +105,6 @@ impl Control {
             moves,
             away: BTreeMap::new(),
             visits: BTreeMap::new(),
-            samplers: BTreeMap::new(),
         }
     }
 
@@ -147,10 +145,7 @@ impl Control {
                 drop(reply.send(self.sample_begin(key, &port).await));
             }
             Command::Sample { key, reply } => drop(reply.send(self.sample(&key).await)),
-            Command::SampleEnd { key, reply } => {
-                self.samplers.remove(&key);
-                drop(reply.send(self.changes.undo(&Owner::Sampler(key)).await));
-            }
+            Command::SampleEnd { key, reply } => drop(reply.send(self.sample_end(key).await)),
             Command::HomeNeighbours { lan, reply } => drop(reply.send(self.home_neighbours(&lan).await)),
             Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
             Command::HoldEndAttract { key, flows, reply } => {
@@ -182,15 +177,22 @@ impl Control {
     async fn sample_begin(&mut self, key: PortKey, port: &str) -> Result<(), TunnelError> {
         check_device_name(port)?;
         let plan = plan::sampler_plan(&self.config, &key, port);
-        self.changes.apply(&Owner::Sampler(key.clone()), plan).await?;
-        let table = nft::sampler_table(&self.config, &tap::port_id(&key), port);
-        self.samplers.insert(key, table);
-        Ok(())
+        self.changes.apply(&Owner::Sampler(key), plan).await
     }
 
+    /// Reads the table that this gateway or the one before it has made.
     async fn sample(&self, key: &PortKey) -> Result<Vec<FlowTuple>, TunnelError> {
-        let table = self.samplers.get(key).ok_or_else(|| TunnelError::NotSampled(key.clone()))?;
-        nft::sampled(table, self.config.max_flows as usize).await
+        let table = nft::sampler_name(&self.config, &tap::port_id(key));
+        match nft::sampled(&table, self.config.max_flows as usize).await {
+            Err(TunnelError::Nft { .. }) => Err(TunnelError::NotSampled(key.clone())),
+            other => other,
+        }
+    }
+
+    async fn sample_end(&mut self, key: PortKey) -> Result<(), TunnelError> {
+        let table = nft::sampler_name(&self.config, &tap::port_id(&key));
+        self.changes.undo(&Owner::Sampler(key)).await?;
+        nft::run(&nft::remove("netdev", &table)).await
     }
 
     /// The LAN's neighbours, default routers first and asked for if they are not known.
@@ -351,7 +353,6 @@ impl Control {
         for key in visits {
             self.visit_undo(&key).await?;
         }
-        self.samplers.clear();
         self.changes.sweep(&self.config).await
     }
 
