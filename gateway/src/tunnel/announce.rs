@@ -90,12 +90,22 @@ impl FrameSocket {
     }
 }
 
-/// Repeats announcements: the burst, then every second, then rarely, until aborted.
+/// Announcements that are being repeated; they end when this is dropped.
+#[derive(Debug)]
+pub(super) struct Repeating(AbortHandle);
+
+impl Drop for Repeating {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Repeats announcements: the burst, then every second, then rarely.
 pub(super) fn repeat(
     socket: Arc<FrameSocket>,
     announcements: Vec<Announcement>,
     config: AnnounceConfig,
-) -> AbortHandle {
+) -> Repeating {
     let task = tokio::spawn(async move {
         let mut last = Duration::ZERO;
         for offset in &config.burst {
@@ -112,7 +122,7 @@ pub(super) fn repeat(
             announce_all(&socket, &announcements);
         }
     });
-    task.abort_handle()
+    Repeating(task.abort_handle())
 }
 
 /// The burst alone, then silence.

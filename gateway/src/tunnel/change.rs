@@ -2,8 +2,8 @@
 //!
 //! A plan is a list of changes. Several NICs may want the same change (a route table's default, a
 //! switch on the LAN's bridge): it is made for the first and undone with the last. What was there
-//! before is remembered and put back. After a crash that memory is gone: then [`sweep`](Changes::sweep)
-//! removes what carries our names and numbers, and sysctls stay as they were set.
+//! before is remembered and put back. After a crash that memory is gone, but for sysctls: then
+//! [`sweep`](Changes::sweep) removes what carries our names and numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use super::config::TunnelConfig;
 use super::error::TunnelError;
 use super::nft::{self, Table};
 use super::routes::{Netlink, PolicyRule};
-use super::sysctl;
+use super::sysctl::Switches;
 
 /// One change to the host's network.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,7 +54,6 @@ pub(super) enum Owner {
 #[derive(Debug, Clone)]
 enum Before {
     Nothing,
-    Value(String),
     Address(Mac),
     Bridge(Option<u32>),
 }
@@ -68,13 +67,14 @@ struct InForce {
 /// The changes in force.
 pub(super) struct Changes {
     netlink: Netlink,
+    switches: Switches,
     in_force: BTreeMap<Change, InForce>,
     plans: BTreeMap<Owner, Vec<Change>>,
 }
 
 impl Changes {
-    pub(super) fn new(netlink: Netlink) -> Self {
-        Self { netlink, in_force: BTreeMap::new(), plans: BTreeMap::new() }
+    pub(super) fn new(netlink: Netlink, switches: Switches) -> Self {
+        Self { netlink, switches, in_force: BTreeMap::new(), plans: BTreeMap::new() }
     }
 
     /// Makes the changes of `plan`, in order. A failure undoes what the owner had in force.
@@ -125,7 +125,21 @@ impl Changes {
         if !script.is_empty() {
             nft::run(&script).await?;
         }
-        result
+        result.and(self.restore_left_switches())
+    }
+
+    /// Puts back the sysctls that an earlier gateway had set and nobody now needs.
+    fn restore_left_switches(&mut self) -> Result<(), TunnelError> {
+        for left in self.switches.keys() {
+            let needed = self
+                .in_force
+                .keys()
+                .any(|change| matches!(change, Change::Sysctl { key, .. } if *key == left));
+            if !needed {
+                self.switches.restore(&left)?;
+            }
+        }
+        Ok(())
     }
 
     async fn apply_one(&mut self, owner: &Owner, change: Change) -> Result<(), TunnelError> {
@@ -146,12 +160,12 @@ impl Changes {
 
     async fn remember(&self, change: &Change) -> Result<Before, TunnelError> {
         Ok(match change {
-            Change::Sysctl { key, .. } => sysctl::read(key)?.map_or(Before::Nothing, Before::Value),
             Change::OwnAddress { device, .. } => {
                 self.netlink.link(device).await?.mac.map_or(Before::Nothing, Before::Address)
             }
             Change::Routed { device } => Before::Bridge(self.netlink.link(device).await?.bridge),
-            Change::Table(_)
+            Change::Sysctl { .. }
+            | Change::Table(_)
             | Change::Route { .. }
             | Change::Rule(_)
             | Change::Proxy { .. }
@@ -160,10 +174,10 @@ impl Changes {
         })
     }
 
-    async fn make(&self, change: &Change) -> Result<(), TunnelError> {
+    async fn make(&mut self, change: &Change) -> Result<(), TunnelError> {
         let netlink = &self.netlink;
         match change {
-            Change::Sysctl { key, value } => sysctl::write(key, value),
+            Change::Sysctl { key, value } => self.switches.set(key, value),
             Change::Table(table) => nft::run(&table.install()).await,
             Change::Route { to, device, table } => {
                 netlink.add_route(*to, netlink.link(device).await?.index, *table).await
@@ -188,13 +202,10 @@ impl Changes {
         }
     }
 
-    async fn take_back(&self, change: &Change, before: Before) -> Result<(), TunnelError> {
+    async fn take_back(&mut self, change: &Change, before: Before) -> Result<(), TunnelError> {
         let netlink = &self.netlink;
         match change {
-            Change::Sysctl { key, .. } => match before {
-                Before::Value(value) => sysctl::write(key, &value),
-                Before::Nothing | Before::Address(_) | Before::Bridge(_) => Ok(()),
-            },
+            Change::Sysctl { key, .. } => self.switches.restore(key),
             Change::Table(table) => nft::run(&table.remove()).await,
             Change::Route { to, table, .. } => netlink.delete_route(*to, *table).await,
             Change::Rule(rule) => netlink.delete_rule(rule).await,
@@ -223,7 +234,7 @@ impl Changes {
         match before {
             Before::Address(mac) => self.netlink.set_mac(index, mac).await,
             Before::Bridge(bridge) => self.netlink.set_bridge(index, bridge).await,
-            Before::Nothing | Before::Value(_) => Ok(()),
+            Before::Nothing => Ok(()),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Names, numbers and limits of the tunnel, with their defaults and what they cost.
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use longhaul_core::tunnel::datapath::DatapathConfig;
@@ -44,6 +45,10 @@ pub struct TunnelConfig {
     pub udp_flow_timeout: Duration,
     /// Flows sampled and handed over per NIC. Default 65535, about 8 MiB of kernel memory when full.
     pub max_flows: u32,
+    /// A file that says what sysctls were before they were set, so that the gateway that follows one that
+    /// crashed can put them back. Default none: they then stay set after a crash. Choose one under `/run`,
+    /// as a reboot resets them anyway; its folder must exist.
+    pub switches_file: Option<PathBuf>,
     /// When addresses are announced.
     pub announce: AnnounceConfig,
     /// How often the status is published while nothing happens. Default 200 ms.
@@ -82,6 +87,7 @@ impl Default for TunnelConfig {
             tcp_flow_timeout: Duration::from_secs(7440),
             udp_flow_timeout: Duration::from_secs(300),
             max_flows: 65_535,
+            switches_file: None,
             announce: AnnounceConfig::default(),
             status_interval: Duration::from_millis(200),
             datapath: DatapathConfig::default(),

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -14,18 +13,18 @@ use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::announce::{self, Announcement, FrameSocket};
-use super::change::{Changes, Owner};
+use super::announce::{self, Announcement, FrameSocket, Repeating};
+use super::change::{Change, Changes, Owner};
 use super::config::{TunnelConfig, check_device_name};
 use super::device::{Command as Move, PeerPath};
 use super::error::TunnelError;
 use super::nft;
 use super::plan::{self, CareOf, HoldRequest, Kernel, VisitRequest};
 use super::routes::{self, Netlink};
+use super::sysctl::Switches;
 use super::tap;
 
 /// Neighbours sampled per LAN.
@@ -71,25 +70,23 @@ struct Away {
     request: HoldRequest,
     /// Since when the home address is attracted; `None` while it is only held.
     attracted: Option<Instant>,
-    announcing: Option<AbortHandle>,
+    announcing: Option<Repeating>,
 }
 
 struct Visit {
     request: VisitRequest,
-    announcing: Option<AbortHandle>,
+    announcing: Option<Repeating>,
 }
 
 /// The owner task's state.
 pub(super) struct Control {
     config: TunnelConfig,
-    kernel: Kernel,
     netlink: Netlink,
     frames: Arc<FrameSocket>,
     changes: Changes,
     moves: mpsc::Sender<Move>,
     away: BTreeMap<PortKey, Away>,
     visits: BTreeMap<PortKey, Visit>,
-    samplers: BTreeMap<PortKey, nft::Table>,
 }
 
 impl Control {
@@ -99,17 +96,15 @@ impl Control {
         frames: FrameSocket,
         moves: mpsc::Sender<Move>,
     ) -> Self {
-        let force_forwarding = Path::new("/proc/sys/net/ipv6/conf/all/force_forwarding").exists();
+        let switches = Switches::open(config.switches_file.clone());
         Self {
             config,
-            kernel: Kernel { force_forwarding },
-            changes: Changes::new(netlink.clone()),
+            changes: Changes::new(netlink.clone(), switches),
             netlink,
             frames: Arc::new(frames),
             moves,
             away: BTreeMap::new(),
             visits: BTreeMap::new(),
-            samplers: BTreeMap::new(),
         }
     }
 
@@ -150,10 +145,7 @@ impl Control {
                 drop(reply.send(self.sample_begin(key, &port).await));
             }
             Command::Sample { key, reply } => drop(reply.send(self.sample(&key).await)),
-            Command::SampleEnd { key, reply } => {
-                self.samplers.remove(&key);
-                drop(reply.send(self.changes.undo(&Owner::Sampler(key)).await));
-            }
+            Command::SampleEnd { key, reply } => drop(reply.send(self.sample_end(key).await)),
             Command::HomeNeighbours { lan, reply } => drop(reply.send(self.home_neighbours(&lan).await)),
             Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
             Command::HoldEndAttract { key, flows, reply } => {
@@ -185,15 +177,22 @@ impl Control {
     async fn sample_begin(&mut self, key: PortKey, port: &str) -> Result<(), TunnelError> {
         check_device_name(port)?;
         let plan = plan::sampler_plan(&self.config, &key, port);
-        self.changes.apply(&Owner::Sampler(key.clone()), plan).await?;
-        let table = nft::sampler_table(&self.config, &tap::port_id(&key), port);
-        self.samplers.insert(key, table);
-        Ok(())
+        self.changes.apply(&Owner::Sampler(key), plan).await
     }
 
+    /// Reads the table that this gateway or the one before it has made.
     async fn sample(&self, key: &PortKey) -> Result<Vec<FlowTuple>, TunnelError> {
-        let table = self.samplers.get(key).ok_or_else(|| TunnelError::NotSampled(key.clone()))?;
-        nft::sampled(table, self.config.max_flows as usize).await
+        let table = nft::sampler_name(&self.config, &tap::port_id(key));
+        match nft::sampled(&table, self.config.max_flows as usize).await {
+            Err(TunnelError::Nft { .. }) => Err(TunnelError::NotSampled(key.clone())),
+            other => other,
+        }
+    }
+
+    async fn sample_end(&mut self, key: PortKey) -> Result<(), TunnelError> {
+        let table = nft::sampler_name(&self.config, &tap::port_id(&key));
+        self.changes.undo(&Owner::Sampler(key)).await?;
+        nft::run(&nft::remove("netdev", &table)).await
     }
 
     /// The LAN's neighbours, default routers first and asked for if they are not known.
@@ -219,8 +218,8 @@ impl Control {
         let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.home.clone());
         self.tell(|done| Move::BeginHold { key, peer, home, done }).await??;
         let owner = Owner::Away(request.key.clone());
-        let plan = plan::hold_plan(&self.config, self.kernel, &request);
-        if let Err(error) = self.changes.apply(&owner, plan).await {
+        let plan = Kernel::probe(&request.lan).map(|kernel| plan::hold_plan(&self.config, kernel, &request));
+        if let Err(error) = self.apply(&owner, plan).await {
             self.end(&request.key).await?;
             return Err(error);
         }
@@ -238,8 +237,8 @@ impl Control {
         let request = away.request.clone();
         let announcements = self.announcements(&request.lan, &request.home).await?;
         let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
-        if let Some(earlier) = self.away.get_mut(&key).and_then(|away| away.announcing.replace(announcing)) {
-            earlier.abort();
+        if let Some(away) = self.away.get_mut(&key) {
+            away.announcing = Some(announcing);
         }
         info!(port = %key, old_flows, "attracting the home address");
         Ok(())
@@ -248,15 +247,17 @@ impl Control {
     /// The guest runs here again: what was kept is delivered, first before and then after the capture
     /// ends, so that nothing overtakes it.
     async fn hold_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        let Some(away) = self.away.remove(key) else { return self.end(key).await.map(drop) };
-        abort(&away.announcing);
+        let Some(Away { request, announcing, .. }) = self.away.remove(key) else {
+            return self.end(key).await.map(drop);
+        };
+        drop(announcing);
         let port = key.clone();
         let kept = self.tell(|done| Move::TakeKept { key: port, done }).await?;
-        self.redeliver(&away.request, kept).await?;
+        self.redeliver(&request, kept).await?;
         let undone = self.changes.undo(&Owner::Away(key.clone())).await;
         let kept = self.end(key).await?;
-        self.redeliver(&away.request, kept).await?;
-        self.announce_guest(&away.request).await?;
+        self.redeliver(&request, kept).await?;
+        self.announce_guest(&request).await?;
         info!(port = %key, "hold undone");
         undone
     }
@@ -264,9 +265,7 @@ impl Control {
     async fn attract_end(&mut self, key: &PortKey) -> Result<AnchorClosed, TunnelError> {
         let away = self.away.remove(key);
         let open_for = away.as_ref().and_then(|away| away.attracted).map(|since| since.elapsed());
-        if let Some(away) = &away {
-            abort(&away.announcing);
-        }
+        drop(away);
         let undone = self.changes.undo(&Owner::Away(key.clone())).await;
         self.end(key).await?;
         undone?;
@@ -303,8 +302,8 @@ impl Control {
         let home = request.nic.home.iter().map(|prefix| prefix.addr).collect();
         self.tell(|done| Move::Visit { key, peer, home, done }).await??;
         let owner = Owner::Visit(request.key.clone());
-        let plan = plan::visit_plan(&self.config, self.kernel, &request);
-        if let Err(error) = self.changes.apply(&owner, plan).await {
+        let plan = Kernel::probe(&request.lan).map(|kernel| plan::visit_plan(&self.config, kernel, &request));
+        if let Err(error) = self.apply(&owner, plan).await {
             self.end(&request.key).await?;
             return Err(error);
         }
@@ -327,18 +326,15 @@ impl Control {
         let care_of: Vec<IpAddr> = visit.request.care_of.iter().map(|pair| pair.care_of).collect();
         let announcements = self.announcements(&visit.request.lan.clone(), &care_of).await?;
         let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
-        if let Some(earlier) = self.visits.get_mut(key).and_then(|visit| visit.announcing.replace(announcing))
-        {
-            earlier.abort();
+        if let Some(visit) = self.visits.get_mut(key) {
+            visit.announcing = Some(announcing);
         }
         info!(port = %key, "visitor runs");
         Ok(())
     }
 
     async fn visit_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        if let Some(visit) = self.visits.remove(key) {
-            abort(&visit.announcing);
-        }
+        drop(self.visits.remove(key));
         let undone = self.changes.undo(&Owner::Visit(key.clone())).await;
         self.end(key).await?;
         undone
@@ -357,18 +353,26 @@ impl Control {
         for key in visits {
             self.visit_undo(&key).await?;
         }
-        self.samplers.clear();
         self.changes.sweep(&self.config).await
     }
 
     async fn stop(&mut self) -> Result<(), TunnelError> {
         let undone = self.undo_all().await;
+        let undone = undone.and(self.changes.undo(&Owner::Gateway).await);
         let deleted = self.netlink.delete_link(&self.config.device).await;
         undone.and(deleted)
     }
 
     fn is_only_held(&self, key: &PortKey) -> bool {
         self.away.get(key).is_some_and(|away| away.attracted.is_none())
+    }
+
+    async fn apply(
+        &mut self,
+        owner: &Owner,
+        plan: Result<Vec<Change>, TunnelError>,
+    ) -> Result<(), TunnelError> {
+        self.changes.apply(owner, plan?).await
     }
 
     async fn end(&self, key: &PortKey) -> Result<Vec<Bytes>, TunnelError> {
@@ -394,12 +398,18 @@ impl Control {
         Ok(())
     }
 
+    /// Tells the LAN the guest's own address: on every port of the bridge but the guest's, as a frame
+    /// with the guest's address as its source must not come back to where the guest is.
     async fn announce_guest(&self, request: &HoldRequest) -> Result<(), TunnelError> {
-        let device = self.netlink.link(&request.lan).await?.index;
-        let announcements = request
-            .home
-            .iter()
-            .map(|address| Announcement { device, address: *address, mac: request.mac })
+        let lan = self.netlink.link(&request.lan).await?.index;
+        let own = self.netlink.find_link(&request.port).await?.map(|port| port.index);
+        let ports = self.netlink.ports(lan).await?;
+        let devices = if ports.is_empty() { vec![lan] } else { ports };
+        let announcement = |device, address| Announcement { device, address, mac: request.mac };
+        let announcements = devices
+            .into_iter()
+            .filter(|device| Some(*device) != own)
+            .flat_map(|device| request.home.iter().map(move |address| announcement(device, *address)))
             .collect();
         announce::burst(self.frames.clone(), announcements, &self.config.announce);
         Ok(())
@@ -417,12 +427,6 @@ impl Control {
         let (done, answer) = oneshot::channel();
         self.moves.send(command(done)).await.map_err(|_| TunnelError::Stopped)?;
         answer.await.map_err(|_| TunnelError::Stopped)
-    }
-}
-
-fn abort(task: &Option<AbortHandle>) {
-    if let Some(task) = task {
-        task.abort();
     }
 }
 

@@ -40,7 +40,7 @@ pub trait DatagramPath: Send + Sync {
     /// wait nor make room by dropping an earlier one.
     fn try_send(&self, datagram: Bytes) -> bool;
 
-    /// The largest datagram the link takes at the moment, in bytes.
+    /// The largest datagram the link takes at the moment, in bytes; 0 while it is down.
     fn max_len(&self) -> usize;
 }
 
@@ -288,7 +288,11 @@ impl Mover {
 
     fn send(&mut self, peer: PeerSlot, packet: &Bytes) -> Result<(), DropReason> {
         let path = &self.peers.get(&peer).ok_or(DropReason::LinkBusy)?.path;
-        let parts = self.datapath.split(peer, packet, path.max_len()).ok_or(DropReason::TooLarge)?;
+        let max_len = path.max_len();
+        if max_len == 0 {
+            return Err(DropReason::LinkBusy);
+        }
+        let parts = self.datapath.split(peer, packet, max_len).ok_or(DropReason::TooLarge)?;
         for part in parts {
             if !path.try_send(part) {
                 return Err(DropReason::LinkBusy);

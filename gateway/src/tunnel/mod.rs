@@ -199,7 +199,8 @@ impl Tunnel {
 
     /// Ends every tunnel and removes everything of ours that is found, that of an earlier gateway
     /// included: by the prefix of nft tables and by the protocol number of routes, rules and neighbours.
-    /// Taps stay, as machines may be plugged in, and so do sysctls that an earlier gateway had set.
+    /// Sysctls that an earlier gateway had set are put back if there is a `switches_file`. Taps stay, as
+    /// machines may be plugged in.
     pub async fn undo_all(&self) -> Result<(), TunnelError> {
         self.ask(|reply| Command::UndoAll { reply }).await
     }

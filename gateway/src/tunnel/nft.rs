@@ -146,12 +146,17 @@ pub(super) fn sampler_table(config: &TunnelConfig, id: &str, port: &str) -> Tabl
         );
     }
     body.push_str("\t}\n");
-    Table { family: "netdev", name: format!("{}_flow_{id}", config.prefix), body }
+    Table { family: "netdev", name: sampler_name(config, id), body }
+}
+
+/// The name of a sampler's table.
+pub(super) fn sampler_name(config: &TunnelConfig, id: &str) -> String {
+    format!("{}_flow_{id}", config.prefix)
 }
 
 /// The flows a sampler's table remembers as open, at most `max`.
-pub(super) async fn sampled(table: &Table, max: usize) -> Result<Vec<FlowTuple>, TunnelError> {
-    let listed = nft(&["-j", "list", "table", table.family, &table.name], "").await?;
+pub(super) async fn sampled(table: &str, max: usize) -> Result<Vec<FlowTuple>, TunnelError> {
+    let listed = nft(&["-j", "list", "table", "netdev", table], "").await?;
     let listed: Value = serde_json::from_str(&listed).map_err(TunnelError::NftOutput)?;
     Ok(read_sampled(&listed, max))
 }

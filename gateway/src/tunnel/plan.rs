@@ -15,6 +15,7 @@
 //! | `conf/DEVICE/send_redirects` | 0 | a visitor must not be told a shorter way |
 //! | `neigh/DEVICE/proxy_delay` | 0 | the kernel waits up to 0.8 s before it answers for another |
 //! | `netfilter/nf_conntrack_tcp_loose` | 1 | connections of before the move are tracked from their middle |
+//! | IPv6 `conf/LAN/accept_ra` | 2 | the host keeps its own default route while it forwards |
 //! | IPv6 `proxy_ndp`, `accept_dad`, `force_forwarding` or `all/forwarding` | | the same for IPv6 |
 
 use std::net::IpAddr;
@@ -25,8 +26,10 @@ use longhaul_core::tunnel::policy::PortKey;
 
 use super::change::Change;
 use super::config::TunnelConfig;
+use super::error::TunnelError;
 use super::nft;
 use super::routes::PolicyRule;
+use super::sysctl;
 use super::tap::port_id;
 
 const MAIN_TABLE: u32 = 254;
@@ -79,17 +82,30 @@ pub struct VisitRequest {
 pub(super) struct Kernel {
     /// IPv6 can be forwarded per device (Linux 6.17 and newer).
     pub force_forwarding: bool,
+    /// The host takes its own IPv6 routes from announcements on the LAN.
+    pub lan_accepts_ra: bool,
+}
+
+impl Kernel {
+    /// Looks at the switches of the running kernel.
+    pub(super) fn probe(lan: &str) -> Result<Self, TunnelError> {
+        let accept_ra = sysctl::read(&format!("net/ipv6/conf/{lan}/accept_ra"))?;
+        Ok(Self {
+            force_forwarding: sysctl::read("net/ipv6/conf/all/force_forwarding")?.is_some(),
+            lan_accepts_ra: accept_ra.is_some_and(|value| value != "0"),
+        })
+    }
 }
 
 /// What the tunnel device needs, once.
 pub(super) fn device_plan(config: &TunnelConfig) -> Vec<Change> {
     let device = &config.device;
     vec![
-        sysctl(format!("net/ipv4/conf/{device}/forwarding"), "1"),
-        sysctl(format!("net/ipv4/conf/{device}/rp_filter"), "2"),
-        sysctl(format!("net/ipv4/conf/{device}/send_redirects"), "0"),
-        sysctl(format!("net/ipv6/conf/{device}/addr_gen_mode"), "1"),
-        sysctl(format!("net/ipv6/conf/{device}/accept_ra"), "0"),
+        switch(format!("net/ipv4/conf/{device}/forwarding"), "1"),
+        switch(format!("net/ipv4/conf/{device}/rp_filter"), "2"),
+        switch(format!("net/ipv4/conf/{device}/send_redirects"), "0"),
+        switch(format!("net/ipv6/conf/{device}/addr_gen_mode"), "1"),
+        switch(format!("net/ipv6/conf/{device}/accept_ra"), "0"),
     ]
 }
 
@@ -98,6 +114,7 @@ pub(super) fn hold_plan(config: &TunnelConfig, kernel: Kernel, request: &HoldReq
     let HoldRequest { key, mac, home, lan, .. } = request;
     let mut plan = lan_switches(lan);
     if home.iter().any(IpAddr::is_ipv6) {
+        plan.extend(keep_ra(kernel, lan));
         plan.extend(ipv6_switches(kernel, [lan, &config.device]));
     }
     plan.push(Change::Table(nft::attract_table(config, &port_id(key), *mac, lan)));
@@ -117,11 +134,11 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
     let mut plan = port_changes(request);
     plan.extend(lan_switches(lan));
     if has_v6 {
-        plan.extend(ipv6_switches(kernel, [lan, port]));
-        plan.extend(ipv6_switches(kernel, [&config.device]));
+        plan.extend(keep_ra(kernel, lan));
+        plan.extend(ipv6_switches(kernel, [lan, port, &config.device]));
     }
     plan.extend(visit_tables(config, request, &home));
-    plan.push(sysctl("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1"));
+    plan.push(switch("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1"));
     for v6 in [false, true].into_iter().filter(|v6| !v6 || has_v6) {
         let unspecified: IpAddr = if v6 { [0; 16].into() } else { [0; 4].into() };
         let (device, table) = (config.device.clone(), config.route_table);
@@ -157,8 +174,8 @@ pub(super) fn visit_table_name(config: &TunnelConfig, key: &PortKey) -> String {
 fn port_changes(request: &VisitRequest) -> Vec<Change> {
     let VisitRequest { port, nic, .. } = request;
     let mut plan = vec![
-        sysctl(format!("net/ipv6/conf/{port}/accept_dad"), "0"),
-        sysctl(format!("net/ipv6/conf/{port}/accept_ra"), "0"),
+        switch(format!("net/ipv6/conf/{port}/accept_dad"), "0"),
+        switch(format!("net/ipv6/conf/{port}/accept_ra"), "0"),
     ];
     plan.push(Change::Routed { device: port.clone() });
     if let Some(mac) = router_mac(&nic.neighbours) {
@@ -167,9 +184,9 @@ fn port_changes(request: &VisitRequest) -> Vec<Change> {
     for (name, value) in
         [("forwarding", "1"), ("proxy_arp", "1"), ("rp_filter", "2"), ("send_redirects", "0")]
     {
-        plan.push(sysctl(format!("net/ipv4/conf/{port}/{name}"), value));
+        plan.push(switch(format!("net/ipv4/conf/{port}/{name}"), value));
     }
-    plan.push(sysctl(format!("net/ipv4/neigh/{port}/proxy_delay"), "0"));
+    plan.push(switch(format!("net/ipv4/neigh/{port}/proxy_delay"), "0"));
     plan
 }
 
@@ -187,23 +204,29 @@ fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) 
 
 fn lan_switches(lan: &str) -> Vec<Change> {
     vec![
-        sysctl(format!("net/ipv4/conf/{lan}/forwarding"), "1"),
-        sysctl(format!("net/ipv4/neigh/{lan}/proxy_delay"), "0"),
+        switch(format!("net/ipv4/conf/{lan}/forwarding"), "1"),
+        switch(format!("net/ipv4/neigh/{lan}/proxy_delay"), "0"),
     ]
+}
+
+/// A device that forwards ignores router announcements unless told otherwise, and the host would lose
+/// its own default route.
+fn keep_ra(kernel: Kernel, lan: &str) -> Option<Change> {
+    kernel.lan_accepts_ra.then(|| switch(format!("net/ipv6/conf/{lan}/accept_ra"), "2"))
 }
 
 fn ipv6_switches<'a>(kernel: Kernel, devices: impl IntoIterator<Item = &'a String>) -> Vec<Change> {
     let mut plan = Vec::new();
     if !kernel.force_forwarding {
-        plan.push(sysctl("net/ipv6/conf/all/forwarding".to_owned(), "1"));
+        plan.push(switch("net/ipv6/conf/all/forwarding".to_owned(), "1"));
     }
     for device in devices {
-        plan.push(sysctl(format!("net/ipv6/conf/{device}/forwarding"), "1"));
+        plan.push(switch(format!("net/ipv6/conf/{device}/forwarding"), "1"));
         if kernel.force_forwarding {
-            plan.push(sysctl(format!("net/ipv6/conf/{device}/force_forwarding"), "1"));
+            plan.push(switch(format!("net/ipv6/conf/{device}/force_forwarding"), "1"));
         }
-        plan.push(sysctl(format!("net/ipv6/conf/{device}/proxy_ndp"), "1"));
-        plan.push(sysctl(format!("net/ipv6/neigh/{device}/proxy_delay"), "0"));
+        plan.push(switch(format!("net/ipv6/conf/{device}/proxy_ndp"), "1"));
+        plan.push(switch(format!("net/ipv6/neigh/{device}/proxy_delay"), "0"));
     }
     plan
 }
@@ -219,13 +242,17 @@ fn host(addr: IpAddr) -> Prefix {
     Prefix { addr, len: if addr.is_ipv6() { 128 } else { 32 } }
 }
 
-fn sysctl(key: String, value: &'static str) -> Change {
+fn switch(key: String, value: &'static str) -> Change {
     Change::Sysctl { key, value }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn kernel(force_forwarding: bool) -> Kernel {
+        Kernel { force_forwarding, lan_accepts_ra: true }
+    }
 
     fn request(home: &[&str]) -> HoldRequest {
         HoldRequest {
@@ -240,20 +267,16 @@ mod tests {
 
     #[test]
     fn frames_are_taken_off_the_bridge_only_when_their_route_stands() {
-        let plan = hold_plan(
-            &TunnelConfig::default(),
-            Kernel { force_forwarding: true },
-            &request(&["198.51.100.10"]),
-        );
+        let plan = hold_plan(&TunnelConfig::default(), kernel(true), &request(&["198.51.100.10"]));
         let bridge = plan.iter().position(|change| matches!(change, Change::BridgeAddress { .. }));
         assert_eq!(bridge, Some(plan.len() - 1));
     }
 
     #[test]
     fn ipv6_is_switched_for_the_whole_host_only_where_the_kernel_knows_no_other_way() {
-        let for_all = sysctl("net/ipv6/conf/all/forwarding".to_owned(), "1");
+        let for_all = switch("net/ipv6/conf/all/forwarding".to_owned(), "1");
         let has = |home: &str, force_forwarding| {
-            hold_plan(&TunnelConfig::default(), Kernel { force_forwarding }, &request(&[home]))
+            hold_plan(&TunnelConfig::default(), kernel(force_forwarding), &request(&[home]))
                 .contains(&for_all)
         };
         assert!(has("2001:db8::10", false));

@@ -95,6 +95,20 @@ impl Netlink {
         self.change_link(change.build(), format!("set the bridge of device {index}")).await
     }
 
+    /// The ports of a bridge; a device that is no bridge has none.
+    pub(super) async fn ports(&self, bridge: u32) -> Result<Vec<u32>, TunnelError> {
+        let links: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(TunnelError::netlink("list the devices"))?;
+        let links = links.iter().map(read_link);
+        Ok(links.filter(|link| link.bridge == Some(bridge)).map(|link| link.index).collect())
+    }
+
     /// Removes a device.
     pub(super) async fn delete_link(&self, name: &str) -> Result<(), TunnelError> {
         let Some(link) = self.find_link(name).await? else { return Ok(()) };

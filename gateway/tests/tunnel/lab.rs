@@ -10,6 +10,7 @@
 //! The guest hangs on a bridge in `plug`, which is connected to the port of one site or the other: like
 //! a real machine it never sees its link go down, and the ports exist at both sites all the time.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
 use std::process::Command;
@@ -68,7 +69,7 @@ impl DatagramPath for ChannelPath {
     }
 
     fn max_len(&self) -> usize {
-        DATAGRAM
+        if self.is_up.load(Ordering::Relaxed) { DATAGRAM } else { 0 }
     }
 }
 
@@ -158,17 +159,29 @@ impl Lab {
     }
 
     /// All that a gateway may have changed at a host, as text.
-    pub fn snapshot(&self, name: &str) -> String {
+    pub fn look(&self, host: &str) -> String {
+        self.network(host) + &self.switches(host)
+    }
+
+    /// Routes, rules, neighbours, links and nft rules of a host, as text.
+    pub fn network(&self, name: &str) -> String {
         self.script(&format!(
-            "x {name} ip -j route show table all; echo; x {name} ip -6 -j route show table all; echo
-             x {name} ip -j rule; echo; x {name} ip -6 -j rule; echo
-             x {name} ip -j neigh show proxy; echo; x {name} ip -6 -j neigh show proxy; echo
-             x {name} ip -j neigh show nud permanent; echo; x {name} ip -6 -j neigh show nud permanent; echo
+            "x {name} ip route show table all; echo; x {name} ip -6 route show table all; echo
+             x {name} ip rule; echo; x {name} ip -6 rule; echo
+             x {name} ip neigh show proxy; echo; x {name} ip -6 neigh show proxy; echo
+             x {name} ip neigh show nud permanent; echo; x {name} ip -6 neigh show nud permanent; echo
              x {name} bridge fdb show | grep permanent | sort
              x {name} ip -o link | sed 's/ state [A-Z]*//;s/<[^>]*>//'
-             x {name} nft -s list ruleset
-             x {name} sh -c 'cd /proc/sys/net; grep -rs . ipv4/conf ipv4/neigh ipv6/conf ipv6/neigh netfilter/nf_conntrack_tcp_loose ipv4/ip_forward' \
-               | grep -vE 'retrans|stable_secret|_expires|lh0|router_solicitations|(base_)?reachable_time' | sort"
+             x {name} nft -s -t list ruleset"
+        ))
+    }
+
+    /// The kernel switches of a host's network, as text.
+    pub fn switches(&self, name: &str) -> String {
+        self.script(&format!(
+            "x {name} sh -c 'cd /proc/sys/net; grep -rs . ipv4/conf ipv4/neigh ipv4/ip_forward \\
+               ipv6/conf ipv6/neigh netfilter/nf_conntrack_tcp_loose' \\
+               | grep -vE 'stable_secret|expires|/lh0/' | sort"
         ))
     }
 }
@@ -199,13 +212,20 @@ impl Drop for Site {
 }
 
 impl Sites {
-    /// The lead's sequence: hold, stop, commit, rules, resume, attract. Returns how long the guest was
+    /// The order of a migration: rules, hold, stop, flows, attract, resume. Returns how long the guest was
     /// unplugged.
     pub async fn move_guest(&self, lab: &Lab, visit: VisitRequest) -> Duration {
-        let flows = self.a.tunnel.sample(key()).await.unwrap_or_default();
+        let begun = Instant::now();
         self.b.tunnel.visit_prepare(visit).await.unwrap();
+        let prepared = begun.elapsed();
+        let flows = self.a.tunnel.sample(key()).await.unwrap_or_default();
+        let sampled = begun.elapsed() - prepared;
         self.a.tunnel.hold_begin(hold_request()).await.unwrap();
         let stopped = Instant::now();
+        println!(
+            "prepared in {prepared:?}, sampled in {sampled:?}, held in {:?}",
+            begun.elapsed() - sampled - prepared
+        );
         lab.unplug_guest();
         self.b.tunnel.visit_flows(key(), flows.clone()).await.unwrap();
         self.a.tunnel.hold_end_attract(key(), flows).await.unwrap();
@@ -213,6 +233,14 @@ impl Sites {
         self.b.tunnel.visit_resumed(key()).await.unwrap();
         stopped.elapsed()
     }
+}
+
+/// Fails with the lines that differ.
+pub fn assert_same(now: &str, before: &str) {
+    let (now, before): (BTreeSet<_>, BTreeSet<_>) = (now.lines().collect(), before.lines().collect());
+    let added: Vec<_> = now.difference(&before).collect();
+    let gone: Vec<_> = before.difference(&now).collect();
+    assert!(added.is_empty() && gone.is_empty(), "added {added:#?}\ngone {gone:#?}");
 }
 
 pub fn key() -> PortKey {

@@ -42,6 +42,56 @@ fn echo(mut stream: TcpStream) {
     }
 }
 
+/// Serves TCP and UDP on [`PORT`] in a namespace and answers with the address that asked.
+pub fn serve_who_am_i(lab: &Lab, namespace: &str) {
+    let bound = lab.within(namespace, || {
+        let tcp = TcpListener::bind("0.0.0.0:7000").expect("the port is free");
+        let udp = UdpSocket::bind("0.0.0.0:7000").expect("the port is free");
+        std::thread::spawn(move || {
+            for mut stream in tcp.incoming().flatten() {
+                std::thread::spawn(move || {
+                    let peer = stream.peer_addr().expect("it is connected").to_string();
+                    let mut question = [0];
+                    while stream.read_exact(&mut question).is_ok() {
+                        let _ = stream.write_all(format!("{peer:>21}").as_bytes());
+                    }
+                });
+            }
+        });
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((_, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(from.to_string().as_bytes(), from);
+            }
+        });
+    });
+    bound.join().expect("the server starts");
+}
+
+/// Asks over TCP which address the server sees.
+pub fn ask_tcp(stream: &mut TcpStream) -> String {
+    stream.write_all(&[1]).expect("the question leaves");
+    let mut answer = [0; 21];
+    stream.read_exact(&mut answer).expect("an answer");
+    String::from_utf8_lossy(&answer).trim().to_owned()
+}
+
+/// Asks over UDP which address the server sees.
+pub fn ask_udp(socket: &UdpSocket) -> String {
+    let mut answer = [0; 64];
+    socket.send(&[1]).expect("the question leaves");
+    let len = socket.recv(&mut answer).expect("an answer");
+    String::from_utf8_lossy(&answer[..len]).into_owned()
+}
+
+/// A UDP socket that speaks to `server` and does not wait for ever.
+pub fn udp_to(server: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+    socket.connect(server).expect("a route");
+    socket.set_read_timeout(Some(PATIENCE)).expect("a limit");
+    socket
+}
+
 /// What a connection of numbered records saw.
 #[derive(Debug)]
 pub struct Outcome {
@@ -127,4 +177,40 @@ pub fn exchange(stream: &mut TcpStream, len: usize) {
     stream.read_exact(&mut answer).expect("an answer");
     writing.join().expect("no panic").expect("all was sent");
     assert!(answer == bytes, "what came back differs");
+}
+
+/// Attaches to a tap as a machine does.
+pub fn plug_into(name: &str) -> tun::Device {
+    let mut configuration = tun::Configuration::default();
+    configuration.tun_name(name).layer(tun::Layer::L2);
+    configuration.platform_config(|platform| {
+        platform.ensure_root_privileges(false);
+    });
+    tun::create(&configuration).expect("the tap is free")
+}
+
+/// The next frame a tap gets that ends with `text`.
+pub fn frame_with(tap: &tun::Device, text: &[u8]) -> Vec<u8> {
+    let begun = Instant::now();
+    let mut frame = [0; 2048];
+    while begun.elapsed() < PATIENCE {
+        let len = tap.recv_timeout(&mut frame, PATIENCE).expect("a frame");
+        if frame[..len].ends_with(text) {
+            return frame[..len].to_vec();
+        }
+    }
+    panic!("no such frame");
+}
+
+/// A UDP frame sent back to where it came from, to a link-layer address of the guest's choice.
+pub fn echo_of(question: &[u8], to: [u8; 6]) -> Vec<u8> {
+    let mut answer = question.to_vec();
+    answer[..6].copy_from_slice(&to);
+    answer[6..12].copy_from_slice(&question[..6]);
+    // Swapping both pairs leaves the checksums right.
+    answer[26..30].copy_from_slice(&question[30..34]);
+    answer[30..34].copy_from_slice(&question[26..30]);
+    answer[34..36].copy_from_slice(&question[36..38]);
+    answer[36..38].copy_from_slice(&question[34..36]);
+    answer
 }
