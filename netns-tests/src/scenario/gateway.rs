@@ -126,7 +126,10 @@ impl Gateway {
         let mut command = Command::new(&self.program);
         command.arg("serve").arg("--config").arg(self.folder.join("site.toml"));
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        command.env("LONGHAUL_LOG", std::env::var("LONGHAUL_LOG").unwrap_or_else(|_| "info,gateway=debug".into()));
+        command.env(
+            "LONGHAUL_LOG",
+            std::env::var("LONGHAUL_LOG").unwrap_or_else(|_| "info,gateway=debug".into()),
+        );
         let mut child = self.namespace.spawn(&mut command)?;
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {

@@ -90,7 +90,9 @@ impl Names {
         loop {
             match self.read(name) {
                 Ok(_) => return Ok(()),
-                Err(error) if Instant::now() > deadline => return Err(error.context("The name server does not answer")),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error.context("The name server does not answer"));
+                }
                 Err(_) => std::thread::sleep(Duration::from_millis(50)),
             }
         }

@@ -60,7 +60,7 @@ impl Default for SceneOptions {
             dirty_memory_kib_per_s: 1024,
             dirty_disk_kib_per_s: 128,
             dns: DnsServer::Hickory,
-            ttl_s: 300,
+            ttl_s: 20,
             migration: Vec::new(),
         }
     }

@@ -36,8 +36,7 @@ impl Programs {
             .parent()
             .map(|target| target.join(profile))
             .context("There is no target folder")?;
-        let programs =
-            Self { longhaul: folder.join("longhaul"), guest_agent: folder.join("guest-agent") };
+        let programs = Self { longhaul: folder.join("longhaul"), guest_agent: folder.join("guest-agent") };
         for path in [&programs.longhaul, &programs.guest_agent] {
             if !path.exists() {
                 bail!("{} was not built", path.display());

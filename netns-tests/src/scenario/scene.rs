@@ -138,7 +138,8 @@ impl Scene {
             format!("--memory-kib-per-s={}", self.options.dirty_memory_kib_per_s),
             format!("--disk-kib-per-s={}", self.options.dirty_disk_kib_per_s),
         ];
-        let mut nics = vec![Nic::new("eth0", self.home()?, site.lan_prefix, Some(site.router_address().into()))];
+        let mut nics =
+            vec![Nic::new("eth0", self.home()?, site.lan_prefix, Some(site.router_address().into()))];
         let mut devices = format!(
             "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n\
              [[nics]]\nname = \"lan\"\nmac = \"52:54:00:aa:00:10\"\nhome = [\"{}/{}\"]\nlan = \"lan\"\n\
@@ -193,12 +194,8 @@ impl Scene {
 
     /// Begins to move the guest to site b.
     pub async fn begin_move(&self) -> Result<String> {
-        let request = MigrateRequest {
-            vm: VM.parse()?,
-            to: "b".parse()?,
-            without_dns: false,
-            max_downtime_ms: None,
-        };
+        let request =
+            MigrateRequest { vm: VM.parse()?, to: "b".parse()?, without_dns: false, max_downtime_ms: None };
         Ok(self.a.client().migrate(&request).await?.id)
     }
 

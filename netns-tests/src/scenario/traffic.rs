@@ -58,7 +58,9 @@ impl Client {
     pub async fn close_old(&mut self) -> Result<()> {
         self.orders.send(Order::Close).await.map_err(|_| anyhow!("The client is gone"))?;
         let closed = self.seen.wait_for(|seen| seen.closed);
-        tokio::time::timeout(Duration::from_secs(300), closed).await.context("Old connections do not end")??;
+        tokio::time::timeout(Duration::from_secs(300), closed)
+            .await
+            .context("Old connections do not end")??;
         Ok(())
     }
 
