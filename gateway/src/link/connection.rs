@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::handshake::{ControlReader, Established};
+use super::handshake::{CONTROL_PRIORITY, ControlReader, Established};
 use super::stats::{Counters, Kind};
 
 /// How many events of one connection may wait for the peer's task.
@@ -86,6 +86,8 @@ pub(super) enum ProtocolError {
     Header(#[from] HeaderError),
     #[error(transparent)]
     Receive(#[from] longhaul_core::bulk::ReceiveError),
+    #[error("The peer sends a chunk that is longer or shorter than its header says")]
+    ChunkLength,
     #[error("The peer closed its control stream")]
     ControlClosed,
     #[error("The peer announces more than {limit} bulk channels")]
@@ -100,6 +102,7 @@ pub(super) struct Running {
     pub(super) control: mpsc::Sender<Message>,
     reports: mpsc::Sender<ConnectionEvent>,
     counters: Arc<Counters>,
+    chunks_begun: i32,
     _tasks: JoinSet<()>,
 }
 
@@ -118,17 +121,20 @@ impl Running {
         tasks.spawn(write_control(established.control_send, frames, counters.clone()));
         tasks.spawn(accept_chunks(connection.clone(), reports.clone(), counters.clone()));
         tasks.spawn(read_datagrams(connection.clone(), datagrams, counters.clone()));
-        Self { connection, events, control, reports, counters: counters.clone(), _tasks: tasks }
+        let counters = counters.clone();
+        Self { connection, events, control, reports, counters, chunks_begun: 0, _tasks: tasks }
     }
 
     /// Sends one chunk on a stream of its own; what became of it arrives as an event. When `closed` is
     /// cancelled the stream is broken off.
-    pub(super) fn send_chunk(&self, header: ChunkHeader, bytes: Bytes, closed: CancellationToken) {
+    pub(super) fn send_chunk(&mut self, header: ChunkHeader, bytes: Bytes, closed: CancellationToken) {
+        let priority = priority(header.id.channel, self.chunks_begun);
+        self.chunks_begun = self.chunks_begun.saturating_add(1);
         let (connection, reports, counters) =
             (self.connection.clone(), self.reports.clone(), self.counters.clone());
         tokio::spawn(async move {
             let stream_bytes = stream_bytes(&bytes);
-            let outcome = carry(&connection, &header, bytes, &counters, &closed).await;
+            let outcome = carry(&connection, priority, &header, bytes, &counters, &closed).await;
             let done =
                 ConnectionEvent::ChunkDone { id: header.id, number: header.number, stream_bytes, outcome };
             let _ = reports.send(done).await; // nobody listens any more: the connection was replaced
@@ -143,6 +149,7 @@ pub(super) fn stream_bytes(bytes: &Bytes) -> u64 {
 
 async fn carry(
     connection: &Connection,
+    priority: i32,
     header: &ChunkHeader,
     bytes: Bytes,
     counters: &Counters,
@@ -151,6 +158,7 @@ async fn carry(
     let Some(Ok(mut stream)) = closed.run_until_cancelled(connection.open_uni()).await else {
         return Outcome::Lost;
     };
+    let _ = stream.set_priority(priority); // fails only for a stream that has ended
     let carried = closed.run_until_cancelled(write_chunk(&mut stream, header, bytes, counters)).await;
     carried.unwrap_or_else(|| {
         let _ = stream.reset(VarInt::from_u32(RESET_CLOSED)); // it may have ended just now
@@ -164,7 +172,6 @@ async fn write_chunk(
     bytes: Bytes,
     counters: &Counters,
 ) -> Outcome {
-    let _ = stream.set_priority(priority(header.id.channel));
     let mut parts = [Bytes::copy_from_slice(&header.encode()), bytes];
     let length: usize = parts.iter().map(Bytes::len).sum();
     match stream.write_all_chunks(&mut parts).await {
@@ -188,18 +195,21 @@ async fn write_chunk(
 }
 
 fn outcome_of(code: VarInt) -> Outcome {
-    match code == VarInt::from_u32(STOP_DUPLICATE) {
-        true => Outcome::Sent,
-        false => Outcome::Refused,
+    match u32::try_from(code.into_inner()) {
+        Ok(STOP_DUPLICATE) => Outcome::Sent,
+        Ok(STOP_UNWANTED) => Outcome::Refused,
+        Ok(_) | Err(_) => Outcome::Lost,
     }
 }
 
-/// Memory before disks; control is above both.
-fn priority(channel: Channel) -> i32 {
-    match channel {
-        Channel::Memory => 10,
-        Channel::Disk(_) => 0,
-    }
+/// Memory before disks, and within a class what began earlier first: then retransmissions of an old chunk,
+/// for which the consumer waits, are not queued behind everything newer. Control is above all.
+fn priority(channel: Channel, chunks_begun: i32) -> i32 {
+    let top = match channel {
+        Channel::Memory => CONTROL_PRIORITY - 1,
+        Channel::Disk(_) => -1,
+    };
+    top.saturating_sub(chunks_begun)
 }
 
 async fn read_control(
@@ -282,14 +292,34 @@ async fn read_chunk(mut stream: RecvStream, reports: mpsc::Sender<ConnectionEven
         Ok(Verdict::Unwanted) | Err(_) => return stop(&mut stream, STOP_UNWANTED),
     }
     let mut bytes = BytesMut::zeroed(header.length_bytes as usize);
-    let event = match stream.read_exact(&mut bytes).await {
+    let event = match read_body(&mut stream, &mut bytes).await {
         Ok(()) => {
             counters.received(Kind::from(header.id.channel), ChunkHeader::LEN + bytes.len());
             ConnectionEvent::Chunk { header, bytes: bytes.freeze() }
         }
-        Err(_broke_off) => ConnectionEvent::ChunkBroke { header },
+        Err(BodyError::BrokeOff) => ConnectionEvent::ChunkBroke { header },
+        Err(BodyError::Length) => ConnectionEvent::Broken(ProtocolError::ChunkLength),
     };
     let _ = reports.send(event).await; // nobody listens any more: the connection was replaced
+}
+
+enum BodyError {
+    BrokeOff,
+    Length,
+}
+
+/// Reads a chunk's bytes and the end of its stream. Without the latter quinn would tell the sender that the
+/// stream was stopped, which looks like a refusal when the last acknowledgement is lost.
+async fn read_body(stream: &mut RecvStream, bytes: &mut [u8]) -> Result<(), BodyError> {
+    stream.read_exact(bytes).await.map_err(|error| match error {
+        quinn::ReadExactError::FinishedEarly(_) => BodyError::Length,
+        quinn::ReadExactError::ReadError(_) => BodyError::BrokeOff,
+    })?;
+    match stream.read(&mut [0]).await {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err(BodyError::Length),
+        Err(_broke_off) => Err(BodyError::BrokeOff),
+    }
 }
 
 fn stop(stream: &mut RecvStream, code: u32) {

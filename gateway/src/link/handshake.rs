@@ -24,7 +24,7 @@ use crate::identity::PublicKey;
 pub(super) const CONTROL_STREAMS: u32 = 1;
 
 /// The control stream passes before everything else that is a stream.
-pub(super) const CONTROL_PRIORITY: i32 = 100;
+pub(super) const CONTROL_PRIORITY: i32 = i32::MAX;
 
 /// How long a refused dialler gets to read why.
 const FAREWELL: Duration = Duration::from_secs(2);

@@ -63,6 +63,7 @@ pub(super) fn client_config(crypto: QuicClientConfig, transport: &Arc<TransportC
 pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfig>, LinkError> {
     let too_long = |_bounds| LinkError::Config { expected: "idle_timeout is too long".to_owned() };
     let idle_timeout = IdleTimeout::try_from(config.idle_timeout).map_err(too_long)?;
+    // send_fairness stays on: without it quinn finishes a stream it has begun before a more urgent one.
     // Room for both kinds of bulk data, each with a window of its own, and for control.
     let connection_window_bytes = 2 * config.window_bytes() + 2 * u64::from(STREAM_WINDOW_BYTES);
     let mut acks = AckFrequencyConfig::default();
@@ -77,7 +78,6 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u64(connection_window_bytes).unwrap_or(VarInt::MAX))
         .send_window(connection_window_bytes)
-        .send_fairness(false)
         .datagram_send_buffer_size(config.datagram_buffer_bytes)
         .keep_alive_interval(Some(config.keep_alive))
         .max_idle_timeout(Some(idle_timeout))

@@ -33,6 +33,8 @@ async fn sixty_four_mebibytes_arrive_intact_and_in_order() {
     let (sent, got) = (a.peer("b").stats().sent.memory_bytes, b.peer("a").stats().received.memory_bytes);
     assert_eq!(sent, got);
     assert!(sent > 64 << 20);
+    let current = a.peer("b").state.borrow().current.clone().unwrap();
+    assert_eq!(current.connection.stats().frame_rx.stop_sending, 0, "no chunk looks refused");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -260,15 +260,6 @@ async fn settle(a: &mut Site, b: &mut Site) {
     }
 }
 
-async fn wait_until(condition: impl Fn() -> bool) {
-    let wait = async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, wait).await.expect("the condition comes true");
-}
-
 /// Speaks the protocol up to the hello by hand, with a known identity, as if that site had restarted.
 async fn dial_raw(to: &Site, identity: &Identity) -> Established {
     let (refused, _refusals) = mpsc::channel(1);

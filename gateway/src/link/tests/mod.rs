@@ -140,3 +140,12 @@ fn chunk(number: u64, length: usize) -> Bytes {
     hasher.finalize_xof().fill(&mut bytes);
     Bytes::from(bytes)
 }
+
+async fn wait_until(condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, wait).await.expect("the condition comes true");
+}
