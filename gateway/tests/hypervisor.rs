@@ -17,7 +17,10 @@ use gateway::hypervisor::{
     MigrationStatus, MirrorMode, OutgoingParameters, QmpClient, QmpConfig, QmpError, RunState, StartMode,
     Travel, UidRange,
 };
-use longhaul_core::machine::{Firmware, Incompatible, KernelBoot, MachineDefinition, UefiFirmware};
+use longhaul_core::machine::{
+    Firmware, Incompatible, KernelBoot, MachineDefinition, Nic, PciAddress, UefiFirmware,
+};
+use longhaul_core::tunnel::handover::Mac;
 use longhaul_core::units::{Bytes, Rate};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::Command;
@@ -184,6 +187,46 @@ async fn a_machine_boots_the_kernel_that_this_site_has_under_its_name() {
     assert!(error.contains("firmware.kernel.cmdline: the definition has \"quiet\""), "{error}");
     let error = site.hypervisor.adopt(&socket, &web1()).await.unwrap_err().to_string();
     assert!(error.contains("firmware: the definition has BIOS, QEMU has a kernel of its own"), "{error}");
+}
+
+#[tokio::test]
+async fn two_interfaces_sit_on_taps_that_this_site_gives_them() {
+    let range = UidRange { first: 64_100, count: 1 };
+    let Some(site) = Site::with(|config| config.uids = Some(range)).await else { return };
+    if !has("ip").await {
+        return;
+    }
+    // This thread, and what it starts, gets a network of its own that ends with the test.
+    if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).is_err()
+        || !Path::new("/dev/net/tun").exists()
+    {
+        println!("skipped: no network namespace or no /dev/net/tun");
+        return;
+    }
+    fs::set_permissions(site.dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let mut definition = web1();
+    let mut placement = site.place(&definition);
+    for (at, name) in ["lan", "backup"].into_iter().enumerate() {
+        let tap = format!("lhhyp{at}");
+        let arguments = ["tuntap", "add", &tap, "mode", "tap", "user", "64100"];
+        assert!(Command::new("ip").args(arguments).status().await.unwrap().success());
+        definition.nics.push(Nic {
+            name: disk(name),
+            mac: Mac([0x52, 0x54, 0, 0, 0, at as u8]),
+            home: Vec::new(),
+            lan: "servers".parse().unwrap(),
+            pci: PciAddress::new(8, at as u8).unwrap(),
+        });
+        placement.taps.insert(disk(name), tap);
+    }
+    assert_eq!(definition.validate(), Ok(()));
+    let guest = site.hypervisor.start(&definition, &placement, StartMode::Boot).await.unwrap();
+    guest.announce_self().await.unwrap();
+    let socket = guest.observer_socket().unwrap();
+    drop(site.hypervisor.adopt(&socket, &definition).await.unwrap());
+    definition.nics[1].mac = Mac([0x52, 0x54, 0, 0, 0, 9]);
+    let error = site.hypervisor.adopt(&socket, &definition).await.unwrap_err().to_string();
+    assert!(error.contains("nics[1].mac: the definition has 52:54:00:00:00:09"), "{error}");
 }
 
 #[tokio::test]
