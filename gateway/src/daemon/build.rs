@@ -86,6 +86,7 @@ fn hypervisor(config: &Config) -> anyhow::Result<HypervisorConfig> {
 fn tunnel(config: &Config) -> TunnelConfig {
     let section = &config.tunnel;
     let mut tunnel = TunnelConfig { device: section.device.clone(), ..TunnelConfig::default() };
+    tunnel.switches_file = Some(config.site.run_dir.join("tunnel-switches"));
     tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
     tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
     tunnel.datapath.flows.tcp_idle = Duration::from_secs(section.idle_s);

@@ -2,7 +2,6 @@
 
 use longhaul_core::ids::MigrationId;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::units::Bytes;
 
 use super::{Daemon, Machine};
 use crate::api::RequestError;
@@ -54,7 +53,7 @@ impl Daemon {
             at,
             epoch: ownership.map_or(0, |ownership| ownership.epoch().0),
             state,
-            memory_bytes: Bytes::mib(definition.memory_mib).0,
+            memory_bytes: definition.memory().0,
             disk_bytes: definition.volumes().map(|volume| volume.size_bytes).collect(),
             home: definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect(),
             care_of: row.care_of.iter().map(|care_of| care_of.addr).collect(),

@@ -103,7 +103,8 @@ impl Comparison<'_> {
         }
         let memory: Memory = qmp.query("query-memory-size-summary", json!({})).await?;
         let total = memory.base_memory + memory.plugged_memory;
-        self.equal("memory_mib", definition.memory_mib, total >> 20);
+        let kib = |bytes: u64| format!("{} KiB", bytes >> 10);
+        self.equal("memory_mib, memory_trim_kib", kib(definition.memory().0), kib(total));
         if memory.plugged_memory > 0 {
             self.differs(
                 "memory_mib",

@@ -198,7 +198,7 @@ impl Line {
         let cpu = &definition.cpu;
         self.add("-cpu", if cpu.as_str() == "host" { cpu.to_string() } else { format!("{cpu},enforce") });
         self.add("-smp", definition.vcpus.to_string());
-        self.add("-m", format!("{}M", definition.memory_mib));
+        self.add("-m", format!("{}K", definition.memory().0 >> 10));
         self.add("-uuid", definition.uuid().to_string());
         Ok(())
     }
@@ -392,7 +392,7 @@ mod tests {
         let line = command_line(&web1(), &placement(), &host(Path::new("/run/lh")), StartMode::Boot).unwrap();
         assert_eq!(value(&line, "-machine", ""), "pc-q35-7.2,accel=tcg");
         assert_eq!(value(&line, "-cpu", ""), "qemu64,enforce");
-        assert_eq!((value(&line, "-smp", ""), value(&line, "-m", "")), ("2", "256M"));
+        assert_eq!((value(&line, "-smp", ""), value(&line, "-m", "")), ("2", "262136K"));
         assert_eq!(value(&line, "-uuid", ""), web1().uuid().to_string());
         assert_eq!(
             value(&line, "-device", "virtio-blk-pci,drive=disk-root"),

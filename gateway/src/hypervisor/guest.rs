@@ -181,10 +181,8 @@ impl Guest {
     }
 
     /// Lets the guest run. The permit is used up, also when QEMU refuses. QMP `cont`.
-    pub async fn resume(&self, permit: RunPermit) -> Result<(), QmpError> {
-        let result = self.qmp.execute("cont", json!({})).await.map(drop);
-        drop(permit);
-        result
+    pub async fn resume(&self, _permit: RunPermit) -> Result<(), QmpError> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
     }
 
     /// Resets the guest as its reset button would. QMP `system_reset`.

@@ -21,6 +21,7 @@ use std::time::Duration;
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::{Firmware, HostCapabilities, KernelFiles, MachineDefinition, Sha256Digest};
 use longhaul_core::units::Bytes;
+use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
 
@@ -75,9 +76,12 @@ impl Hypervisor {
         let probed = probe::probe(&self.config.qemu, accelerator, &self.config.qmp).await?;
         let mut kernels = BTreeMap::new();
         for (name, paths) in &self.config.kernels {
-            let initrd_sha256 = paths.initrd.as_deref().map(sha256).transpose()?;
-            kernels
-                .insert(name.clone(), KernelFiles { kernel_sha256: sha256(&paths.kernel)?, initrd_sha256 });
+            let kernel_sha256 = sha256(&paths.kernel).await?;
+            let initrd_sha256 = match &paths.initrd {
+                Some(initrd) => Some(sha256(initrd).await?),
+                None => None,
+            };
+            kernels.insert(name.clone(), KernelFiles { kernel_sha256, initrd_sha256 });
         }
         let size = |path: &PathBuf| fs::metadata(path).map(|it| Bytes(it.len())).map_err(files("read", path));
         Ok(HostCapabilities {
@@ -282,11 +286,18 @@ impl Hypervisor {
     }
 }
 
-fn sha256(path: &Path) -> Result<Sha256Digest, HypervisorError> {
-    let content = fs::read(path).map_err(files("read", path))?;
-    let digest = ring::digest::digest(&ring::digest::SHA256, &content);
+async fn sha256(path: &Path) -> Result<Sha256Digest, HypervisorError> {
+    let mut file = tokio::fs::File::open(path).await.map_err(files("read", path))?;
+    let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut piece).await.map_err(files("read", path))? {
+            0 => break,
+            length => digest.update(&piece[..length]),
+        }
+    }
     let mut bytes = [0; 32];
-    bytes.copy_from_slice(digest.as_ref());
+    bytes.copy_from_slice(digest.finish().as_ref());
     Ok(Sha256Digest(bytes))
 }
 

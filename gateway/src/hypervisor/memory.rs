@@ -7,8 +7,9 @@
 //!   destination  incoming --> active (inmigrate) --> completed (paused)
 //! ```
 //!
-//! QEMU never chooses the moment of the pause: `downtime-limit` stays 1 ms (at 0, QEMU 7.2 makes one pass and stops) and `pause-before-switchover` is
-//! on. The return path is off, so that no byte waits for a round trip; therefore *`completed` at the
+//! QEMU hardly ever chooses the moment of the pause: `downtime-limit` stays at 1 ms, its least useful
+//! value, and `pause-before-switchover` is on. An idle guest gets to `pre-switchover` all the same and
+//! waits there, stopped. The return path is off, so that no byte waits for a round trip; therefore *`completed` at the
 //! source proves nothing* about the destination: it only says that the bytes went into the socket. What
 //! was loaded, the destination's own status says. Facts measured on QEMU 7.2: a cut after
 //! `continue_switchover` makes QEMU resume the source by itself unless `stop` was sent before; after such
@@ -37,6 +38,11 @@ pub struct OutgoingParameters {
 /// Faster than any socket takes it, for "as fast as it is taken". 2^40 bytes per second: zero means no
 /// limit in some versions only.
 const UNLIMITED: u64 = 1 << 40;
+
+/// The pause at which QEMU would go over by itself, in milliseconds. Not 0: QEMU 7.2 looks for newly dirtied
+/// pages only when less is left than can be sent in this time, so that with 0 it never looks, and every
+/// guest, however busy, is stopped after the first round (measured; `ram_save_pending` in migration/ram.c).
+const DOWNTIME_LIMIT_MS: u64 = 1;
 
 /// Where a migration is (`query-migrate`, `qapi/migration.json`).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,7 +187,7 @@ impl From<Reply> for MigrationInfo {
 impl Guest {
     /// Makes this QEMU ready to send its machine. QMP `migrate-set-capabilities` (events and
     /// pause-before-switchover on, everything else off, the return path with it) and
-    /// `migrate-set-parameters` (`downtime-limit` 1 ms).
+    /// `migrate-set-parameters` (`downtime-limit`).
     pub async fn prepare_outgoing(&self, parameters: &OutgoingParameters) -> Result<(), QmpError> {
         let mut wanted = vec!["events", "pause-before-switchover"];
         if parameters.auto_converge {
@@ -195,7 +201,7 @@ impl Guest {
     /// `migrate-set-parameters`.
     pub async fn limit_bandwidth(&self, rate: Option<Rate>) -> Result<(), QmpError> {
         let bandwidth = rate.map_or(UNLIMITED, |rate| rate.0);
-        let parameters = json!({ "downtime-limit": 1, "max-bandwidth": bandwidth });
+        let parameters = json!({ "downtime-limit": DOWNTIME_LIMIT_MS, "max-bandwidth": bandwidth });
         self.qmp.execute("migrate-set-parameters", parameters).await.map(drop)
     }
 

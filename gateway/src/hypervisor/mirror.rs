@@ -99,10 +99,12 @@ impl From<BlockJob> for MirrorStatus {
     }
 }
 
-/// How long the connection to the target may take, and how long a lost one is retried. The server is the
-/// gateway on this host: it answers at once, or it was restarted.
+/// How long the connection to the target may take, in seconds. The server is the gateway on this host.
+///
+/// A connection that is lost later is *not* waited for (`reconnect-delay` stays 0): while QEMU waited,
+/// `stop` and `blockdev-del` would hang, and with them the monitor. The mirror pauses instead, and
+/// [`Guest::mirror_resume`] connects anew.
 const CONNECT_S: u64 = 10;
-const RECONNECT_S: u64 = 60;
 
 fn job_id(disk: &DeviceName) -> String {
     format!("mirror-{disk}")
@@ -138,7 +140,6 @@ impl Guest {
                 "server": { "type": "unix", "path": path },
                 "export": export,
                 "open-timeout": CONNECT_S,
-                "reconnect-delay": RECONNECT_S,
             },
         });
         self.qmp.execute_within("blockdev-add", target, Duration::from_secs(CONNECT_S + 5)).await?;

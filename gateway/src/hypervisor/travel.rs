@@ -42,8 +42,8 @@ const BOUND_TO_HOST: [(&str, &str); 9] = [
 ];
 
 impl Guest {
-    /// What would hinder this machine's migration. QMP `query-status`, `query-migrate`, `query-tpm`,
-    /// `query-block`, `query-block-jobs`, `qom-list`.
+    /// What would hinder this machine's migration. QMP `query-status`, `query-migrate`, `query-kvm`,
+    /// `query-tpm`, `query-block`, `query-block-jobs`, `qom-list`.
     pub async fn what_cannot_travel(&self) -> Result<Travel, QmpError> {
         let mut travel = Travel::default();
         travel.state(self).await?;
@@ -77,8 +77,25 @@ impl Travel {
                 );
             }
         }
+        self.lost_writes(guest).await?;
         for reason in guest.migration().await?.blocked_reasons {
             self.against("QEMU", reason);
+        }
+        Ok(())
+    }
+
+    /// QEMU's own fault, see [`longhaul_core::machine::MachineDefinition::memory_trim_kib`].
+    async fn lost_writes(&mut self, guest: &Guest) -> Result<(), QmpError> {
+        let kvm: Value = guest.qmp.query("query-kvm", json!({})).await?;
+        let memory: Value = guest.qmp.query("query-memory-size-summary", json!({})).await?;
+        let bytes = memory["base-memory"].as_u64().unwrap_or(0);
+        let major = guest.qmp.version()["qemu"]["major"].as_u64().unwrap_or(0);
+        if kvm["enabled"] == false && major < 9 && bytes.is_multiple_of(256 << 10) {
+            self.against(
+                "memory",
+                "this QEMU loses writes while it migrates an emulated machine of this size; start the machine with \
+                 8 KiB less (memory_trim_kib = 8), or with KVM or QEMU 9 or newer",
+            );
         }
         Ok(())
     }

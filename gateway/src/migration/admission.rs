@@ -49,7 +49,7 @@ pub fn check_room(config: &Config, room: Room, proposal: &Proposal) -> Result<()
         wanted: wanted.to_string(),
         available: available.to_string(),
     };
-    let memory = Bytes::mib(proposal.definition.memory_mib);
+    let memory = proposal.definition.memory();
     let free = Bytes(room.memory.0.saturating_sub(config.hypervisor.keep_free_mib << 20));
     if memory > free {
         return Err(not_enough("memory", memory, free));

@@ -387,7 +387,7 @@ impl AnchorTask {
                 let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
                 (
                     ports.iter().filter_map(|port| port.flows_alive).sum(),
-                    ports.iter().all(|port| port.may_end),
+                    !ports.is_empty() && ports.iter().all(|port| port.may_end),
                 )
             };
             self.show(|view| view.flows = flows);

@@ -120,7 +120,7 @@ async fn copy(
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
     let mut goodput = Goodput::default();
-    let memory_total = row.definition.memory_mib << 20;
+    let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
     loop {
         ticks.tick().await;

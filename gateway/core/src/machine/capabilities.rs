@@ -152,7 +152,7 @@ impl MachineDefinition {
     }
 
     fn check_memory(&self, host: &HostCapabilities) -> Result<(), Mismatch> {
-        let needed = Bytes::mib(self.memory_mib);
+        let needed = self.memory();
         if needed <= host.free_memory {
             return Ok(());
         }

@@ -14,6 +14,7 @@ use super::values::{
 };
 use crate::ids::{DeviceName, VmName};
 use crate::tunnel::handover::{Mac, Prefix};
+use crate::units::Bytes;
 
 /// A guest as it sees itself: everything that must be equal at both ends of a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +32,17 @@ pub struct MachineDefinition {
     pub cpu: CpuModel,
     /// The number of virtual CPUs.
     pub vcpus: u16,
-    /// Memory in binary megabytes.
+    /// Memory in binary megabytes, less what is trimmed.
     pub memory_mib: u64,
+    /// KiB that are left off the end of the memory; 8 if nothing is said, 0 for an adopted machine that
+    /// has all of it.
+    ///
+    /// QEMU before 9.0, when it emulates, loses track of writes during a migration if the memory is a
+    /// whole number of 256 KiB: the guest arrives with stale pages (measured on 7.2.22, 121 of 128 busy
+    /// pages). Only then it takes a short cut through its dirty bitmap that forgets to reset the TLB
+    /// (`cpu_physical_memory_sync_dirty_bitmap`, mended in 2024). A few KiB less, and it does not.
+    #[serde(default = "default_trim")]
+    pub memory_trim_kib: u64,
     /// What starts the guest.
     #[serde(default)]
     pub firmware: Firmware,
@@ -142,6 +152,11 @@ impl MachineDefinition {
         self.uuid.unwrap_or_else(|| MachineUuid::of_name(self.name.as_str()))
     }
 
+    /// The guest's memory.
+    pub fn memory(&self) -> Bytes {
+        Bytes((self.memory_mib << 20).saturating_sub(self.memory_trim_kib << 10))
+    }
+
     /// Everything that is stored and has to travel: the disks, then the UEFI variables if there are any.
     pub fn volumes(&self) -> impl Iterator<Item = Volume<'_>> {
         let vars = match &self.firmware {
@@ -198,6 +213,10 @@ impl<'de> Deserialize<'de> for DefinitionDraft {
     }
 }
 
+fn default_trim() -> u64 {
+    8
+}
+
 fn default_cpu() -> CpuModel {
     "qemu64".parse().expect("the name is sound, as a test of this module shows")
 }
@@ -242,6 +261,7 @@ pub(super) mod tests {
         let web1 = web1();
         assert_eq!(web1.cpu, default_cpu());
         assert_eq!(web1.firmware, Firmware::Bios);
+        assert_eq!(web1.memory(), Bytes((256 << 20) - (8 << 10)));
         assert_eq!(web1.uuid(), MachineUuid::of_name("web1"));
         assert_eq!(web1.volumes().map(|volume| volume.size_bytes).collect::<Vec<_>>(), [1 << 30, 64 << 20]);
     }

@@ -67,6 +67,7 @@ fn definition() -> impl Strategy<Value = MachineDefinition> {
                 cpu: "qemu64".parse().unwrap(),
                 vcpus,
                 memory_mib,
+                memory_trim_kib: 16,
                 firmware,
                 rng: PciAddress::new(30, 0),
                 dns_name,

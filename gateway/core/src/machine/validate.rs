@@ -23,6 +23,8 @@ pub mod limits {
     pub const MIN_MEMORY_MIB: u64 = 8;
     /// The most memory, 16 TiB in MiB.
     pub const MAX_MEMORY_MIB: u64 = 16 << 20;
+    /// The most that is left off the memory, in KiB: less than what QEMU looks at in one step.
+    pub const MAX_TRIM_KIB: u64 = 248;
     /// The largest disk, 256 TiB in bytes.
     pub const MAX_DISK_BYTES: u64 = 256 << 40;
     /// The largest flash image, 16 MiB in bytes: QEMU maps them all below 4 GiB.
@@ -68,6 +70,10 @@ impl MachineDefinition {
         if !(limits::MIN_MEMORY_MIB..=limits::MAX_MEMORY_MIB).contains(&self.memory_mib) {
             let expected = format!("{} to {} MiB", limits::MIN_MEMORY_MIB, limits::MAX_MEMORY_MIB);
             return refuse("memory_mib", expected, self.memory_mib);
+        }
+        if self.memory_trim_kib > limits::MAX_TRIM_KIB || !self.memory_trim_kib.is_multiple_of(8) {
+            let expected = format!("a multiple of 8 up to {}", limits::MAX_TRIM_KIB);
+            return refuse("memory_trim_kib", expected, self.memory_trim_kib);
         }
         if self.disks.len() > limits::MAX_DISKS {
             return refuse("disks", format!("at most {} disks", limits::MAX_DISKS), self.disks.len());
@@ -215,6 +221,8 @@ mod tests {
     fn a_fault_is_reported_at_its_field() {
         refused(|it| it.vcpus = 0, "vcpus");
         refused(|it| it.memory_mib = 0, "memory_mib");
+        refused(|it| it.memory_trim_kib = 4, "memory_trim_kib");
+        refused(|it| it.memory_trim_kib = 256, "memory_trim_kib");
         refused(|it| it.disks[1].size_bytes = 513, "disks[1].size_bytes");
         refused(|it| it.disks[1].name = it.disks[0].name.clone(), "disks[1].name");
         refused(|it| it.nics[0].pci = it.disks[1].pci, "nics[0].pci");
