@@ -9,11 +9,12 @@ use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{MigrationMessage, Proposal, Refusal};
 use longhaul_core::migration::record::{DestinationRecord, Record};
 use longhaul_core::wire::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{Admitted, Daemon, Ended, MAX_ACCEPTED, Running};
 use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
+use crate::hypervisor::Guest;
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
 
@@ -77,13 +78,13 @@ impl Daemon {
             outbox,
             anchors,
         );
-        let viewer = driver.viewer();
+        let (viewer, guest) = (driver.viewer(), driver.guest());
         let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
         if !up {
             drop(inbox.try_send(Inbound::LinkDown));
         }
         tracing::info!(%vm, to = %request.to, id = %attempt.id, "migration begins");
-        self.spawn(attempt.clone(), inbox, viewer, async move { driver.run().await.err() });
+        self.spawn(attempt.clone(), inbox, viewer, guest, async move { driver.run().await.err() });
         Ok(Started { id: attempt.id.to_string() })
     }
 
@@ -107,6 +108,7 @@ impl Daemon {
         attempt: Attempt,
         inbox: mpsc::Sender<Inbound>,
         viewer: crate::migration::view::Viewer,
+        guest: watch::Receiver<Option<Guest>>,
         drive: impl Future<Output = Option<crate::journal::JournalError>> + Send + 'static,
     ) {
         let (id, ended) = (attempt.id, self.ended.clone());
@@ -119,7 +121,7 @@ impl Daemon {
             },
             span,
         ));
-        self.migrations.insert(id, Running { attempt, inbox: Some(inbox), viewer });
+        self.migrations.insert(id, Running { attempt, inbox: Some(inbox), viewer, guest });
     }
 
     /// A peer said something.
@@ -238,9 +240,9 @@ impl Daemon {
         let (inbox, outbox) = mpsc::channel(INBOX);
         let driver =
             DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
-        let viewer = driver.viewer();
+        let (viewer, guest) = (driver.viewer(), driver.guest());
         tracing::info!(%vm, from = %peer, %id, "machine is coming");
-        self.spawn(attempt, inbox, viewer, async move { driver.run().await.err() });
+        self.spawn(attempt, inbox, viewer, guest, async move { driver.run().await.err() });
     }
 
     /// A late word about a migration that has no driver any more.

@@ -128,8 +128,13 @@ impl Daemon {
                 guest.quit(QEMU_LIMIT).await.map_err(|error| failed(&error))?;
             }
         }
-        let row = machine.row.clone();
-        let guest = match self.edges.hypervisor.find(vm).await.map_err(|error| failed(&error))? {
+        let (row, known) = (machine.row.clone(), machine.guest.clone());
+        let known = known.filter(|guest| !guest.qmp().is_closed());
+        let found = match known {
+            Some(guest) => Some(guest),
+            None => self.edges.hypervisor.find(vm).await.map_err(|error| failed(&error))?,
+        };
+        let guest = match found {
             Some(guest) => guest,
             None => self.launch(&row).await?,
         };
@@ -229,16 +234,21 @@ impl Daemon {
         Ok(())
     }
 
-    /// What the journal and the hypervisor say of `vm` now, after something has happened to it.
-    pub(super) async fn refresh(&mut self, vm: &VmName) {
+    /// What the journal says of `vm` now, after something has happened to it, and the QEMU it runs in.
+    pub(super) async fn refresh(&mut self, vm: &VmName, guest: Option<Guest>) {
         let ownership = self.edges.journal.ownership(vm).unwrap_or_default();
+        let before = self.machines.remove(vm);
         if !matches!(ownership, Some(Ownership::Here { .. })) {
-            self.machines.remove(vm);
             return;
         }
         let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
         let Some((_, row)) = rows.into_iter().find(|(name, _)| name == vm) else { return };
-        let guest = self.find(&row).await;
+        // A monitor has one client: the handle that exists is kept as long as it works.
+        let known = guest.or_else(|| before.and_then(|machine| machine.guest));
+        let guest = match known.filter(|guest| !guest.qmp().is_closed()) {
+            Some(guest) => Some(guest),
+            None => self.find(&row).await,
+        };
         self.machines.insert(vm.clone(), Machine { row, guest });
     }
 

@@ -127,6 +127,7 @@ struct Running {
     /// `None` once it has ended.
     inbox: Option<mpsc::Sender<Inbound>>,
     viewer: Viewer,
+    guest: watch::Receiver<Option<Guest>>,
 }
 
 /// A driver has ended.
@@ -178,7 +179,8 @@ impl Daemon {
         let Some(running) = self.migrations.get_mut(&end.id) else { return Ok(()) };
         running.inbox = None;
         let vm = running.attempt.vm.clone();
-        self.refresh(&vm).await;
+        let guest = running.guest.borrow().clone();
+        self.refresh(&vm, guest).await;
         let shown: BTreeSet<MigrationId> = self
             .migrations
             .iter()

@@ -55,8 +55,14 @@ impl Daemon {
         let row = MachineRow { wanted: proposal.running, ..row };
         let driver =
             SourceDriver::new(self.edges.clone(), attempt.clone(), guest, row, options, outbox, anchors);
-        let viewer = driver.viewer();
-        self.spawn(attempt, inbox, viewer, async move { driver.resume(reservation, last).await.err() });
+        let (viewer, guest) = (driver.viewer(), driver.guest());
+        self.spawn(
+            attempt,
+            inbox,
+            viewer,
+            guest,
+            async move { driver.resume(reservation, last).await.err() },
+        );
     }
 
     /// A guest of an aborted attempt that still stands still was not resumed before the crash.
@@ -87,8 +93,8 @@ impl Daemon {
         let (inbox, outbox) = mpsc::channel(64);
         let driver =
             DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
-        let viewer = driver.viewer();
-        self.spawn(attempt, inbox, viewer, async move { driver.resume(last).await.err() });
+        let (viewer, guest) = (driver.viewer(), driver.guest());
+        self.spawn(attempt, inbox, viewer, guest, async move { driver.resume(last).await.err() });
     }
 }
 

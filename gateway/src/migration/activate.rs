@@ -39,6 +39,7 @@ pub(super) async fn run(
     if proposal.running {
         resume(&guest, &vm, permit).await;
     }
+    leaf.guest.send_replace(Some(guest));
     leaf.report(Event::Activated).await;
     for nic in &proposal.definition.nics {
         let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };

@@ -17,6 +17,7 @@ use super::prepare::Held;
 use super::view::Viewer;
 use super::{Edges, Inbound, Leaf, activate, discard, prepare};
 use crate::api::types::Progressing;
+use crate::hypervisor::Guest;
 use crate::journal::JournalError;
 
 /// What the destination's leaves work with.
@@ -49,13 +50,18 @@ impl DestinationDriver {
     ) -> Self {
         let viewer = Viewer::new(&attempt, &attempt.peer, edges.site());
         let (sender, events) = mpsc::channel(64);
-        let leaf = Leaf { edges, attempt, viewer, events: sender };
+        let leaf = Leaf { edges, attempt, viewer, events: sender, guest: watch::Sender::new(None) };
         Self { leaf, proposal, reservation, inbox, events, work: Work::Idle(Box::default()) }
     }
 
     /// What it shows of itself.
     pub fn viewer(&self) -> Viewer {
         self.leaf.viewer.clone()
+    }
+
+    /// The machine's QEMU here, once it runs.
+    pub fn guest(&self) -> watch::Receiver<Option<Guest>> {
+        self.leaf.guest.subscribe()
     }
 
     /// Runs a new migration to its end.

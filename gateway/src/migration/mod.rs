@@ -38,7 +38,7 @@ use longhaul_core::tunnel::policy::PortKey;
 
 use crate::config::Config;
 use crate::dns::Names;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Guest, Hypervisor};
 use crate::journal::Journal;
 use crate::link::{Link, PeerHandle};
 use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
@@ -107,6 +107,8 @@ pub(crate) struct Leaf<E> {
     pub attempt: Attempt,
     pub viewer: Viewer,
     pub events: mpsc::Sender<E>,
+    /// The machine's QEMU at this site, for whoever goes on after the migration.
+    pub guest: watch::Sender<Option<Guest>>,
 }
 
 impl Edges {
@@ -156,6 +158,7 @@ impl<E> Clone for Leaf<E> {
             attempt: self.attempt.clone(),
             viewer: self.viewer.clone(),
             events: self.events.clone(),
+            guest: self.guest.clone(),
         }
     }
 }

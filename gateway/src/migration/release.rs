@@ -24,6 +24,7 @@ pub(super) async fn run(
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
     drop(transfer);
+    leaf.guest.send_replace(None);
     if let Some(guest) = guest
         && let Err(error) = guest.quit(QEMU_LIMIT).await
     {

@@ -75,7 +75,7 @@ impl SourceDriver {
         let viewer = Viewer::new(&attempt, edges.site(), &attempt.peer);
         let (sender, events) = mpsc::channel(64);
         let wan_before = edges.peer(&attempt.peer).map(|peer| wan_bytes(&peer)).unwrap_or_default();
-        let leaf = Leaf { edges, attempt, viewer, events: sender };
+        let leaf = Leaf { edges, attempt, viewer, events: sender, guest: watch::Sender::new(guest.clone()) };
         Self {
             leaf,
             guest,
@@ -94,6 +94,11 @@ impl SourceDriver {
     /// What it shows of itself.
     pub fn viewer(&self) -> Viewer {
         self.leaf.viewer.clone()
+    }
+
+    /// The machine's QEMU here, as long as there is one.
+    pub fn guest(&self) -> watch::Receiver<Option<Guest>> {
+        self.leaf.guest.subscribe()
     }
 
     /// Runs a new migration to its end.

@@ -9,8 +9,8 @@ use gateway::hypervisor::{
     AcceleratorChoice, DiskFile, DiskFormat, Guest, Hypervisor, HypervisorConfig, Placement, StartMode,
 };
 use longhaul_core::ids::DeviceName;
-use longhaul_core::machine::MachineDefinition;
 use longhaul_core::ids::Epoch;
+use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::permit::RunPermit;
 use tokio::net::UnixStream;

@@ -148,10 +148,11 @@ async fn play(scene: &Scene) -> Result<Seen> {
 }
 
 async fn start_client(scene: &Scene, epoch_unix_ms: u64) -> Result<Client> {
-    // A tenth of the link, for longer than the move can take: about 220 MB travel.
+    // A fortieth of the link, for longer than the move can take: about 220 MB travel. Slow enough for a
+    // sender that takes the WAN's losses for congestion.
     let rate = scene.options.rate_mbit * 1e6 / 8.0;
     let expected_s = 220e6 / rate;
-    let download_rate = rate / 10.0;
+    let download_rate = rate / 40.0;
     let bytes = download_rate * (expected_s * 1.4 + 20.0);
     let plan = TrafficPlan::new(epoch_unix_ms)
         .with_old_connections(scene.home()?, bytes as u64, download_rate as u64)

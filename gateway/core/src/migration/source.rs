@@ -191,8 +191,8 @@ impl Source {
             State::PreCopy { .. } => Stage::PreCopy,
             State::Parking { .. } | State::Parked { .. } => Stage::StopAndCopy,
             State::Committed { .. } => Stage::Commitment,
-            State::Released => Stage::Activation,
-            State::Aborting { .. } | State::Done(_) => Stage::PreMigration,
+            State::Released | State::Done(Outcome::Moved) => Stage::Activation,
+            State::Aborting { .. } | State::Done(Outcome::Stayed(_)) => Stage::PreMigration,
         }
     }
 
