@@ -3,49 +3,75 @@
 //! The drivers are the same as in normal running; recovery only chooses the record to go on from. An
 //! attempt that never reached the journal was never promised to anybody and is forgotten.
 
-use longhaul_core::migration::message::{Proposal, Reservation};
+//! What a gateway does before it listens: takes up its machines, then every migration that is owed.
+//!
+//! The drivers are the same as in normal running; recovery only chooses the record to go on from. An
+//! attempt that never reached the journal was never promised to anybody and is forgotten.
+
+use std::collections::BTreeMap;
+
+use longhaul_core::ids::VmName;
+use longhaul_core::migration::Attempt;
+use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
+use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
 use super::{Daemon, Machine};
+use crate::hypervisor::Guest;
 use crate::journal::History;
+use crate::migration::anchor::visits;
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, MachineRow, SourceDriver};
+use crate::tunnel::TunnelError;
+
+/// Machines as the journal and the hypervisor know them, before anybody is given one. A monitor has one
+/// client, so each QEMU is looked for once and handed on.
+type Found = BTreeMap<VmName, (MachineRow, Option<Guest>)>;
 
 impl Daemon {
     /// Folds the journal and goes on.
     pub(super) async fn recover(&mut self) -> anyhow::Result<()> {
-        let rows: Vec<(_, MachineRow)> = self.edges.journal.machines()?;
-        for (vm, row) in rows {
+        let mut found = Found::new();
+        for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
             let guest = self.find(&row).await;
-            let found = guest.is_some();
-            tracing::info!(%vm, found, "machine taken up");
-            self.machines.insert(vm, Machine { row, guest });
+            found.insert(vm, (row, guest));
         }
         for history in self.edges.journal.histories()? {
             let Some(last) = history.entries.last().map(|entry| entry.record.clone()) else { continue };
             match last {
-                Record::Source(last) => self.recover_source(history, last).await,
-                Record::Destination(last) => self.recover_destination(history, last).await,
+                Record::Source(last) => self.recover_source(history, last, &found).await,
+                Record::Destination(last) => self.recover_destination(history, last, &found).await,
+            }
+        }
+        for (vm, (row, guest)) in found {
+            if matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. })) {
+                tracing::info!(%vm, runs = guest.is_some(), "machine taken up");
+                self.restore_network(&row).await;
+                self.machines.insert(vm, Machine { row, guest });
             }
         }
         Ok(())
     }
 
-    async fn recover_source(&mut self, history: History, last: SourceRecord) {
-        if matches!(last, SourceRecord::Returned { .. } | SourceRecord::Aborted { .. }) {
-            // Undone before or after the crash: the machine's own row says how it stands.
-            if !self.needs_rollback(&history).await {
-                return;
-            }
-        }
+    async fn recover_source(&mut self, history: History, last: SourceRecord, found: &Found) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation)) = source_facts(&history.entries) else { return };
-        let (guest, row) = match self.machines.get(&attempt.vm) {
-            Some(machine) => (machine.guest.clone(), machine.row.clone()),
-            None => return,
+        let Some((row, guest)) = found.get(&attempt.vm).cloned() else { return };
+        let owed = match &last {
+            SourceRecord::Reserved { .. }
+            | SourceRecord::PreCopy { .. }
+            | SourceRecord::Parked
+            | SourceRecord::Committed { .. } => true,
+            // The guest of a machine that left is ended once.
+            SourceRecord::Released => guest.is_some() && self.is_latest(&attempt),
+            // Undone before the crash or not: a guest that should run and stands still tells.
+            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
+                self.is_latest(&attempt) && stands_still(guest.as_ref()).await && proposal.running
+            }
         };
-        if matches!(last, SourceRecord::Released) && guest.is_none() {
+        if !owed {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
@@ -65,37 +91,80 @@ impl Daemon {
         );
     }
 
-    /// A guest of an aborted attempt that still stands still was not resumed before the crash.
-    async fn needs_rollback(&self, history: &History) -> bool {
-        let Some(machine) = self.machines.get(&history.attempt.vm) else { return false };
-        let Some(guest) = &machine.guest else { return false };
-        machine.row.wanted && guest.status().await.is_ok_and(|state| !state.is_running())
-    }
-
-    async fn recover_destination(&mut self, history: History, last: DestinationRecord) {
+    async fn recover_destination(&mut self, history: History, last: DestinationRecord, found: &Found) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation)) = destination_facts(&history.entries) else { return };
-        let guest = self.edges.hypervisor.find(&attempt.vm).await.ok().flatten();
-        let settled = match &last {
-            DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => false,
-            DestinationRecord::Activated { .. } => {
-                let known = self.machines.contains_key(&attempt.vm);
-                let away =
-                    self.ownership(&attempt.vm).map_or(true, |ownership| ownership.epoch() > attempt.epoch);
-                known || away
-            }
-            DestinationRecord::Refused { .. } => guest.is_none() || self.machines.contains_key(&attempt.vm),
+        let known = found.get(&attempt.vm).and_then(|(_, guest)| guest.clone());
+        // Before it was written down, a machine that comes is known to the hypervisor only.
+        let guest = match known {
+            Some(guest) => Some(guest),
+            None => self.edges.hypervisor.find(&attempt.vm).await.ok().flatten(),
         };
-        if settled {
+        let owed = match &last {
+            DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => true,
+            DestinationRecord::Activated { .. } => {
+                self.is_latest(&attempt) && stands_still(guest.as_ref()).await && proposal.running
+            }
+            DestinationRecord::Refused { .. } => self.is_latest(&attempt) && guest.is_some(),
+        };
+        if !owed {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
         let (inbox, outbox) = mpsc::channel(64);
         let driver =
             DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
-        let (viewer, guest) = (driver.viewer(), driver.guest());
-        self.spawn(attempt, inbox, viewer, guest, async move { driver.resume(last).await.err() });
+        let (viewer, shown) = (driver.viewer(), driver.guest());
+        self.spawn(attempt, inbox, viewer, shown, async move { driver.resume(guest, last).await.err() });
     }
+
+    /// Rules and samplers of a machine that runs here, before anybody can ask for anything new: its open
+    /// connections stall for the gateway's absence, they do not die of it.
+    async fn restore_network(&self, row: &MachineRow) {
+        let restored = match &row.handover {
+            Some(handover) => self.restore_visit(row, handover).await,
+            None => self.restore_home(row).await,
+        };
+        if let Err(error) = restored {
+            let error = crate::migration::chain(&error);
+            tracing::error!(vm = %row.definition.name, error, "the machine's network could not be restored");
+        }
+    }
+
+    async fn restore_visit(&self, row: &MachineRow, handover: &Handover) -> Result<(), TunnelError> {
+        let reservation = Reservation { care_of: row.care_of.clone() };
+        let visits = visits(&self.edges, &row.definition, &reservation, &handover.nics, &row.home_site);
+        for visit in visits.unwrap_or_default() {
+            let (key, flows) = (visit.key.clone(), visit.nic.flows.clone());
+            self.edges.tunnel.visit_prepare(visit).await?;
+            self.edges.tunnel.visit_flows(key.clone(), flows).await?;
+            self.edges.tunnel.visit_resumed(key).await?;
+        }
+        Ok(())
+    }
+
+    async fn restore_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
+        for nic in &row.definition.nics {
+            let key = PortKey { machine: row.definition.name.clone(), nic: nic.name.clone() };
+            let tap = self.edges.tap_name(&key);
+            if std::path::Path::new("/sys/class/net").join(&tap).exists() {
+                self.edges.tunnel.sample_begin(key, tap).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing has happened to the machine since this attempt.
+    fn is_latest(&self, attempt: &Attempt) -> bool {
+        let epoch = |ownership: &Ownership| ownership.epoch();
+        let known = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        known.as_ref().map(epoch).is_none_or(|epoch| epoch <= attempt.epoch)
+    }
+}
+
+async fn stands_still(guest: Option<&Guest>) -> bool {
+    let Some(guest) = guest else { return false };
+    guest.status().await.is_ok_and(|state| !state.is_running())
 }
 
 fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>)> {

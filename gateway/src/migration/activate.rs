@@ -8,6 +8,7 @@ use longhaul_core::ids::VmName;
 use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::permit::RunPermit;
+use longhaul_core::tunnel::handover::NicHandover;
 use longhaul_core::tunnel::policy::PortKey;
 
 use super::destination::DestinationLeaf;
@@ -47,7 +48,7 @@ pub(super) async fn run(
             tracing::warn!(%vm, error = chain(&error), "care-of address could not be announced");
         }
     }
-    remember(&leaf, &vm, proposal, reservation, handover);
+    remember(&leaf, &proposal, &reservation, Some(&handover));
     tracing::info!(%vm, "machine runs here");
     held
 }
@@ -107,33 +108,35 @@ async fn resume(guest: &Guest, vm: &VmName, permit: RunPermit) {
     }
 }
 
-fn remember(
+/// Writes down the machine as this site will run it. First when everything is held, so that a machine
+/// that runs is always known; again when its flows are.
+pub(super) fn remember(
     leaf: &DestinationLeaf,
-    vm: &VmName,
-    proposal: Proposal,
-    reservation: Reservation,
-    handover: Handover,
+    proposal: &Proposal,
+    reservation: &Reservation,
+    handover: Option<&Handover>,
 ) {
-    let images = super::anchor::pool_images(&leaf.edges, &leaf.attempt, &proposal);
+    let vm = &leaf.attempt.vm;
     let row = MachineRow {
-        definition: proposal.definition,
-        images,
-        home_site: proposal.home_site,
+        definition: proposal.definition.clone(),
+        images: super::anchor::pool_images(&leaf.edges, &leaf.attempt, proposal),
+        home_site: proposal.home_site.clone(),
         adopted: None,
-        care_of: reservation.care_of,
-        handover: Some(merge(proposal.nics, handover)),
+        care_of: reservation.care_of.clone(),
+        handover: Some(merge(&proposal.nics, handover)),
         wanted: proposal.running,
     };
     if let Err(error) = leaf.edges.journal.put_machine(vm, &row) {
-        tracing::error!(%vm, error = chain(&error), "the machine could not be written down; `vm list` will not show it after a restart");
+        tracing::error!(%vm, error = chain(&error), "the machine could not be written down; `vm list` will not show it");
     }
 }
 
 /// Neighbours and prefixes of the proposal, flows of the hand-over.
-fn merge(nics: Vec<longhaul_core::tunnel::handover::NicHandover>, handover: Handover) -> Handover {
-    let mut nics = nics;
+fn merge(nics: &[NicHandover], handover: Option<&Handover>) -> Handover {
+    let mut nics = nics.to_vec();
+    let handed = handover.map_or(&[][..], |handover| &handover.nics);
     for nic in &mut nics {
-        if let Some(handed) = handover.nics.iter().find(|handed| handed.nic == nic.nic) {
+        if let Some(handed) = handed.iter().find(|handed| handed.nic == nic.nic) {
             nic.flows.clone_from(&handed.flows);
         }
     }

@@ -453,7 +453,7 @@ pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Resul
 }
 
 /// What the tunnel is to prepare for a machine that visits.
-pub(super) fn visits(
+pub fn visits(
     edges: &Edges,
     definition: &MachineDefinition,
     reservation: &Reservation,

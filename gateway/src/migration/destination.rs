@@ -76,8 +76,13 @@ impl DestinationDriver {
         self.drive(machine, step).await
     }
 
-    /// Goes on with one that a restart of the gateway interrupted.
-    pub async fn resume(self, last: DestinationRecord) -> Result<Outcome, JournalError> {
+    /// Goes on with one that a restart of the gateway interrupted; `guest` is the QEMU that was found.
+    pub async fn resume(
+        mut self,
+        guest: Option<Guest>,
+        last: DestinationRecord,
+    ) -> Result<Outcome, JournalError> {
+        self.work = Work::Idle(Box::new(Held::found(guest)));
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Destination::recover(
             self.leaf.attempt.clone(),

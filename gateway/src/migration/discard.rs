@@ -48,6 +48,12 @@ pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Hel
             }
         }
     }
+    // A machine of an earlier stay that is away keeps its row; one that never came has none.
+    if matches!(leaf.edges.journal.ownership(vm), Ok(None))
+        && let Err(error) = leaf.edges.journal.remove_machine(vm)
+    {
+        tracing::warn!(%vm, error = chain(&error), "the machine could not be forgotten");
+    }
     leaf.report(Event::Discarded).await;
     Held::default()
 }

@@ -20,6 +20,7 @@ use longhaul_core::disk::TargetConfig as MirrorConfig;
 use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
 
+use super::activate::remember;
 use super::destination::DestinationLeaf;
 use super::park::tunnel_failed;
 use super::precopy::{disk_failed, guest_socket, memory_failed};
@@ -43,6 +44,13 @@ pub(super) struct Held {
     pub images: Vec<PathBuf>,
     disks: Vec<DiskTarget>,
     memory: Option<TargetHandle>,
+}
+
+impl Held {
+    /// What is left of it after a restart of the gateway: QEMU, if it was found.
+    pub(super) fn found(guest: Option<Guest>) -> Self {
+        Self { guest, ..Self::default() }
+    }
 }
 
 /// Prepares, then waits for the machine until it is loaded or it is told to stop.
@@ -109,6 +117,7 @@ async fn prepare(
         .await
         .map_err(hypervisor_failed)?;
     held.guest = Some(guest.clone());
+    remember(leaf, proposal, reservation, None);
     receive(leaf, proposal, &guest, held).await
 }
 
