@@ -157,7 +157,8 @@ impl SourceDriver {
 
     fn heard(&self, message: MigrationMessage) -> Event {
         if let MigrationMessage::Activated { .. } = message {
-            let rtt = self.leaf.edges.peer(&self.leaf.attempt.peer).map(|peer| peer.stats().rtt);
+            // The shortest round trip: what smoothing adds is queueing behind data that is no longer sent.
+            let rtt = self.leaf.edges.peer(&self.leaf.attempt.peer).map(|peer| peer.stats().min_rtt);
             self.leaf.viewer.resumed(rtt.unwrap_or_default() / 2);
         }
         Event::Peer(message)
