@@ -176,9 +176,9 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
         Ok::<(), Refusal>(())
     };
     let loaded = async {
-        match memory.ended().await {
-            MemoryEnd::Proven(end) => tracing::debug!(?end, "memory proven"),
-            other => return Err(Refusal::Verification(Refusal::text(format!("memory: {other:?}")))),
+        let end = memory.ended().await;
+        if !matches!(end, MemoryEnd::Proven(_)) {
+            return Err(Refusal::Verification(Refusal::text(format!("memory: {end}"))));
         }
         let info = guest.wait_migration(|_| false, QEMU_LIMIT).await.map_err(hypervisor_failed)?;
         if info.status == MigrationStatus::Completed {
@@ -196,9 +196,9 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
         Err(why) = gone => return Err(why),
     }
     close_disks(guest, &mut held.disks).await?;
-    match guest.status().await.map_err(hypervisor_failed)? {
-        RunState::Paused | RunState::Prelaunch => {}
-        other => return Err(Refusal::Hypervisor(format!("the loaded guest reads {other}"))),
+    let state = guest.status().await.map_err(hypervisor_failed)?;
+    if !matches!(state, RunState::Paused | RunState::Prelaunch) {
+        return Err(Refusal::Hypervisor(format!("the loaded guest reads {state}")));
     }
     tracing::info!(vm = %leaf.attempt.vm, "loaded");
     Ok(())
