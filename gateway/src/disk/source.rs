@@ -376,9 +376,12 @@ fn block_extents(extents: &[Extent], run_len: u64) -> Vec<(bool, u64)> {
     let mut zero = vec![true; known.div_ceil(BLOCK) as usize];
     let mut at = 0;
     for extent in extents {
-        let end = at + extent.len;
-        for block in at / BLOCK..end.div_ceil(BLOCK).min(zero.len() as u64) {
-            zero[block as usize] &= extent.zero;
+        // What lies behind the run says nothing of its last block, and an empty extent nothing at all.
+        let end = (at + extent.len).min(known);
+        if end > at {
+            for block in at / BLOCK..end.div_ceil(BLOCK) {
+                zero[block as usize] &= extent.zero;
+            }
         }
         at = end;
     }
