@@ -209,9 +209,15 @@ async fn lower_ttl(
     else {
         return Ok(());
     };
-    let before = names.lower_ttl(name).await.map_err(|error| Refusal::Names(Refusal::text(chain(&error))))?;
+    let found = names.ttl_s(name).await.map_err(names_failed)?;
+    // A name that is low already is so by a move that could not undo it.
+    let before = if found > names.move_ttl_s() { found } else { row.ttl_before_s.unwrap_or(found) };
+    // Known before it is lowered, also to a gateway that is killed meanwhile.
+    let row = MachineRow { ttl_before_s: Some(before), ..row.clone() };
+    let written = leaf.edges.journal.put_machine(&leaf.attempt.vm, &row);
+    written.map_err(|error| Refusal::Other(Refusal::text(chain(&error))))?;
     ttl.send_replace(Some(before));
-    Ok(())
+    names.lower_ttl(name).await.map_err(names_failed)
 }
 
 struct Disks {
@@ -320,6 +326,10 @@ pub(super) fn disk_failed(error: impl std::error::Error) -> Refusal {
 
 pub(super) fn memory_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Other(Refusal::text(format!("Memory copy failed: {}", chain(&error))))
+}
+
+fn names_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Names(Refusal::text(chain(&error)))
 }
 
 fn link_failed(error: impl std::error::Error) -> Refusal {
