@@ -108,7 +108,8 @@ impl Traces {
                 }
                 // Only a device's name: its state follows the traffic.
                 let link = arguments.contains(&"link");
-                let kept = if link { line.split_whitespace().next().unwrap_or_default() } else { line.trim() };
+                let kept =
+                    if link { line.split_whitespace().next().unwrap_or_default() } else { line.trim() };
                 lines.insert(format!("{program}: {kept}"));
             }
         }
@@ -245,11 +246,8 @@ async fn runs_at_b(scene: &Scene, view: &MigrationView) -> Result<()> {
 /// A client with a record connection to the guest.
 async fn record_client(scene: &Scene) -> Result<Client> {
     let mut plan = TrafficPlan::new(unix_ms());
-    plan.record = Some(RecordPlan {
-        address: (scene.home()?, RECORD_PORT).into(),
-        interval_ms: 10,
-        gap_ms: 50,
-    });
+    plan.record =
+        Some(RecordPlan { address: (scene.home()?, RECORD_PORT).into(), interval_ms: 10, gap_ms: 50 });
     Client::start(&scene.world.client, plan).await
 }
 
@@ -433,8 +431,7 @@ async fn the_destination_gateway_killed_in_pre_copy_refuses_when_it_is_back() {
 async fn a_minute_without_wan_and_a_reboot_in_pre_copy_delay_the_move_only() {
     let options = SceneOptions { dirty_disk_kib_per_s: 1024, ..small("fault-minute") };
     play(options, async |scene, _| {
-        let questions =
-            Questioner::start(Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?);
+        let questions = Questioner::start(Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?);
         let id = scene.begin_move().await?;
         disk_flows(scene, &id).await?;
         scene.world.wan.cut()?;

@@ -543,10 +543,9 @@ impl Source {
             State::Aborting { told: false, why, .. } => {
                 MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() }
             }
-            State::Preflight
-            | State::Released
-            | State::Aborting { told: true, .. }
-            | State::Done(_) => return Step::nothing(),
+            State::Preflight | State::Released | State::Aborting { told: true, .. } | State::Done(_) => {
+                return Step::nothing();
+            }
         };
         Step::act(vec![Action::Send(message)])
     }
