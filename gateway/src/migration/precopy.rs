@@ -98,6 +98,7 @@ async fn begin(
         transfer.disks.push((volume.name.clone(), disk));
     }
     let path = sockets.join("mirror.sock");
+    remove_stale(&path).map_err(socket_failed)?;
     let server = NbdServer::bind(&path, exports).map_err(disk_failed)?;
     guest.let_connect(server.path()).map_err(socket_failed)?;
     transfer.server = Some(server);
@@ -189,6 +190,7 @@ async fn start_memory(
     let window = (on_the_way * 3).clamp(256 << 10, config.window_mib << 20);
     let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
     let path = socket_dir(leaf)?.join("memory.sock");
+    remove_stale(&path).map_err(socket_failed)?;
     let source = MemorySource::bind(&path, SourceConfig::default()).map_err(memory_failed)?;
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
@@ -312,6 +314,14 @@ pub(super) fn socket_dir(leaf: &SourceLeaf) -> Result<PathBuf, Refusal> {
     let folder = leaf.edges.socket_dir(&leaf.attempt.vm);
     std::fs::create_dir_all(&folder).map_err(socket_failed)?;
     Ok(folder)
+}
+
+/// Removes the socket of a gateway that was killed: nobody listens on it, and a new one needs its name.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 fn peer(leaf: &SourceLeaf) -> Result<PeerHandle, Refusal> {
