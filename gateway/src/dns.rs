@@ -119,13 +119,17 @@ impl Names {
         Ok(standing)
     }
 
-    /// Lowers the name's TTL for the move; says what it was.
-    pub async fn lower_ttl(&self, name: &str) -> Result<u32, NamesError> {
-        let before = self.updater.read(&parse(name)?).await?.ttl_s().unwrap_or(self.move_ttl_s);
-        if before > self.move_ttl_s {
+    /// Lowers the name's TTL for the move.
+    pub async fn lower_ttl(&self, name: &str) -> Result<(), NamesError> {
+        if self.ttl_s(name).await? > self.move_ttl_s {
             self.set_ttl(name, self.move_ttl_s).await?;
         }
-        Ok(before)
+        Ok(())
+    }
+
+    /// The name's TTL in seconds; that of a move for a name without an address.
+    pub async fn ttl_s(&self, name: &str) -> Result<u32, NamesError> {
+        Ok(self.updater.read(&parse(name)?).await?.ttl_s().unwrap_or(self.move_ttl_s))
     }
 
     /// Sets the name's TTL, whatever it points at.

@@ -337,3 +337,33 @@ fn an_undisturbed_migration_moves_the_machine() {
     world.heal();
     assert!(world.runs_at_destination && !world.runs_at_source);
 }
+
+#[test]
+fn a_destination_that_refused_unheard_is_asked_when_the_link_is_back() {
+    let mut world = World::start();
+    world.local_source(0);
+    while let Some(message) = world.to_destination.pop() {
+        world.deliver_to_destination(message);
+        for message in std::mem::take(&mut world.to_source) {
+            world.source(SourceEvent::Peer(message));
+        }
+        world.local_destination(0);
+    }
+    for message in std::mem::take(&mut world.to_source) {
+        world.source(SourceEvent::Peer(message));
+    }
+    world.source(SourceEvent::LinkDown);
+    world.crash_destination();
+    world.to_source.clear();
+    world.destination(DestinationEvent::Discarded);
+    world.source(SourceEvent::LinkUp);
+    for message in std::mem::take(&mut world.to_destination) {
+        world.deliver_to_destination(message);
+    }
+    for message in std::mem::take(&mut world.to_source) {
+        world.source(SourceEvent::Peer(message));
+    }
+    let source = world.source.expect("an attempt");
+    assert!(source.aborting().is_some(), "{source:?}");
+    assert!(world.runs_at_source && !world.runs_at_destination);
+}

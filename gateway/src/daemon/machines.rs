@@ -102,6 +102,7 @@ impl Daemon {
             adopted,
             care_of: Vec::new(),
             handover: None,
+            ttl_before_s: None,
         };
         let failed = |error: crate::journal::JournalError| RequestError::Failed(error.to_string());
         self.edges.journal.put_machine(&vm, &row).map_err(failed)?;

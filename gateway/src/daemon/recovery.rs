@@ -3,11 +3,6 @@
 //! The drivers are the same as in normal running; recovery only chooses the record to go on from. An
 //! attempt that never reached the journal was never promised to anybody and is forgotten.
 
-//! What a gateway does before it listens: takes up its machines, then every migration that is owed.
-//!
-//! The drivers are the same as in normal running; recovery only chooses the record to go on from. An
-//! attempt that never reached the journal was never promised to anybody and is forgotten.
-
 use std::collections::BTreeMap;
 
 use longhaul_core::ids::VmName;
@@ -66,9 +61,10 @@ impl Daemon {
             | SourceRecord::Committed { .. } => true,
             // The guest of a machine that left is ended once.
             SourceRecord::Released => guest.is_some() && self.is_latest(&attempt),
-            // Undone before the crash or not: a guest that should run and stands still tells.
+            // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
             SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
-                self.is_latest(&attempt) && stands_still(guest.as_ref()).await && proposal.running
+                let stands = stands_still(guest.as_ref()).await && proposal.running;
+                self.is_latest(&attempt) && (stands || row.ttl_before_s.is_some())
             }
         };
         if !owed {

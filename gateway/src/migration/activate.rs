@@ -125,6 +125,7 @@ pub(super) fn remember(
         care_of: reservation.care_of.clone(),
         handover: Some(merge(&proposal.nics, handover)),
         wanted: proposal.running,
+        ttl_before_s: None,
     };
     if let Err(error) = leaf.edges.journal.put_machine(vm, &row) {
         tracing::error!(%vm, error = chain(&error), "the machine could not be written down; `vm list` will not show it");

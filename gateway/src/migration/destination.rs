@@ -156,7 +156,8 @@ impl DestinationDriver {
             }
             Action::Discard => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
-                self.replace_work(move |held, _stop| discard::run(leaf, proposal, held));
+                let reservation = self.reservation.clone();
+                self.replace_work(move |held, _stop| discard::run(leaf, proposal, reservation, held));
             }
         }
     }

@@ -5,10 +5,10 @@
 use std::time::Duration;
 
 use longhaul_core::migration::destination::Event;
-use longhaul_core::migration::message::Proposal;
+use longhaul_core::migration::message::{Proposal, Reservation};
 use longhaul_core::tunnel::policy::PortKey;
 
-use super::anchor::pool_images;
+use super::anchor::{pool_images, visits};
 use super::chain;
 use super::destination::DestinationLeaf;
 use super::prepare::Held;
@@ -16,8 +16,16 @@ use super::prepare::Held;
 const QEMU_LIMIT: Duration = Duration::from_secs(5);
 
 /// Gives back everything that was held.
-pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Held) -> Held {
+pub(super) async fn run(
+    leaf: DestinationLeaf,
+    proposal: Proposal,
+    reservation: Reservation,
+    mut held: Held,
+) -> Held {
     let vm = &leaf.attempt.vm;
+    if held.images.is_empty() {
+        know_visits(&leaf, &proposal, &reservation).await;
+    }
     let guest = match held.guest.take() {
         Some(guest) => Some(guest),
         None => leaf.edges.hypervisor.find(vm).await.unwrap_or_default(),
@@ -56,4 +64,15 @@ pub(super) async fn run(leaf: DestinationLeaf, proposal: Proposal, mut held: Hel
     }
     leaf.report(Event::Discarded).await;
     Held::default()
+}
+
+/// What a killed gateway installed can be undone only by a tunnel that knows it: it is prepared once more.
+async fn know_visits(leaf: &DestinationLeaf, proposal: &Proposal, reservation: &Reservation) {
+    let definition = &proposal.definition;
+    let known = visits(&leaf.edges, definition, reservation, &proposal.nics, &leaf.attempt.peer);
+    for visit in known.unwrap_or_default() {
+        if let Err(error) = leaf.edges.tunnel.visit_prepare(visit).await {
+            tracing::debug!(vm = %leaf.attempt.vm, error = chain(&error), "nothing of the visit was left");
+        }
+    }
 }

@@ -86,6 +86,9 @@ pub struct MachineRow {
     pub handover: Option<Handover>,
     /// It is meant to run.
     pub wanted: bool,
+    /// Its name's TTL before a move lowered it, until that is undone.
+    #[serde(default)]
+    pub ttl_before_s: Option<u32>,
 }
 
 /// What reaches a driver from outside its own leaves.

@@ -98,6 +98,7 @@ async fn begin(
         transfer.disks.push((volume.name.clone(), disk));
     }
     let path = sockets.join("mirror.sock");
+    remove_stale(&path).map_err(socket_failed)?;
     let server = NbdServer::bind(&path, exports).map_err(disk_failed)?;
     guest.let_connect(server.path()).map_err(socket_failed)?;
     transfer.server = Some(server);
@@ -189,6 +190,7 @@ async fn start_memory(
     let window = (on_the_way * 3).clamp(256 << 10, config.window_mib << 20);
     let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
     let path = socket_dir(leaf)?.join("memory.sock");
+    remove_stale(&path).map_err(socket_failed)?;
     let source = MemorySource::bind(&path, SourceConfig::default()).map_err(memory_failed)?;
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
@@ -209,9 +211,15 @@ async fn lower_ttl(
     else {
         return Ok(());
     };
-    let before = names.lower_ttl(name).await.map_err(|error| Refusal::Names(Refusal::text(chain(&error))))?;
+    let found = names.ttl_s(name).await.map_err(names_failed)?;
+    // A name that is low already is so by a move that could not undo it.
+    let before = if found > names.move_ttl_s() { found } else { row.ttl_before_s.unwrap_or(found) };
+    // Known before it is lowered, also to a gateway that is killed meanwhile.
+    let row = MachineRow { ttl_before_s: Some(before), ..row.clone() };
+    let written = leaf.edges.journal.put_machine(&leaf.attempt.vm, &row);
+    written.map_err(|error| Refusal::Other(Refusal::text(chain(&error))))?;
     ttl.send_replace(Some(before));
-    Ok(())
+    names.lower_ttl(name).await.map_err(names_failed)
 }
 
 struct Disks {
@@ -308,6 +316,14 @@ pub(super) fn socket_dir(leaf: &SourceLeaf) -> Result<PathBuf, Refusal> {
     Ok(folder)
 }
 
+/// Removes the socket of a gateway that was killed: nobody listens on it, and a new one needs its name.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 fn peer(leaf: &SourceLeaf) -> Result<PeerHandle, Refusal> {
     leaf.edges
         .peer(&leaf.attempt.peer)
@@ -320,6 +336,10 @@ pub(super) fn disk_failed(error: impl std::error::Error) -> Refusal {
 
 pub(super) fn memory_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Other(Refusal::text(format!("Memory copy failed: {}", chain(&error))))
+}
+
+fn names_failed(error: impl std::error::Error) -> Refusal {
+    Refusal::Names(Refusal::text(chain(&error)))
 }
 
 fn link_failed(error: impl std::error::Error) -> Refusal {

@@ -57,7 +57,7 @@ pub(super) async fn run(
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
     }
-    restore_ttl(&leaf, &row, ttl_before_s.send_replace(None)).await;
+    restore_ttl(&leaf, &row, ttl_before_s.send_replace(None).or(row.ttl_before_s)).await;
     leaf.report(Event::RolledBack).await;
     transfer
 }
@@ -124,5 +124,10 @@ async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, before_s: Option<u32>)
     };
     if let Err(error) = names.set_ttl(name, ttl_s).await {
         tracing::warn!(vm = %leaf.attempt.vm, name, ttl_s, error = chain(&error), "TTL could not be restored; set it by hand");
+        return;
+    }
+    let row = MachineRow { ttl_before_s: None, ..row.clone() };
+    if let Err(error) = leaf.edges.journal.put_machine(&leaf.attempt.vm, &row) {
+        tracing::warn!(vm = %leaf.attempt.vm, error = chain(&error), "the restored TTL could not be written down");
     }
 }

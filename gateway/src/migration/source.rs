@@ -219,7 +219,7 @@ impl SourceDriver {
 
     fn attract(&self, handover: &Handover) -> AnchorCommand {
         let follows = self.leaf.edges.names.is_some() && !self.options.without_dns;
-        let ttl_before_s = *self.ttl_before_s.borrow();
+        let ttl_before_s = self.ttl_before_s.borrow().or(self.row.ttl_before_s);
         let anchor = Anchor::new(
             &self.leaf.edges.config,
             &self.leaf.attempt,

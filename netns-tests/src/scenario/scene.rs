@@ -174,7 +174,8 @@ impl Scene {
         ))
     }
 
-    async fn wait_for_link(&self) -> Result<()> {
+    /// Waits until both gateways see each other.
+    pub async fn wait_for_link(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let up = |view: &gateway::api::types::StatusView| view.peers.iter().all(|peer| peer.up);

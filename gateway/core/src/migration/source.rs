@@ -531,20 +531,21 @@ impl Source {
         self.next_repeat = now + self.limits.repeat;
         let message = match &self.state {
             State::Proposed { proposal, .. } => MigrationMessage::Propose(proposal.clone()),
-            State::Reserving { .. } => MigrationMessage::Reserve { epoch: self.attempt.epoch },
+            // Past the reservation it asks whether that still holds: a destination that lost it while the
+            // link was down has nobody left who would say so unasked.
+            State::Reserving { .. }
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. } => MigrationMessage::Reserve { epoch: self.attempt.epoch },
             State::Committed { handover } => {
                 MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() }
             }
             State::Aborting { told: false, why, .. } => {
                 MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() }
             }
-            State::Preflight
-            | State::PreCopy { .. }
-            | State::Parking { .. }
-            | State::Parked { .. }
-            | State::Released
-            | State::Aborting { told: true, .. }
-            | State::Done(_) => return Step::nothing(),
+            State::Preflight | State::Released | State::Aborting { told: true, .. } | State::Done(_) => {
+                return Step::nothing();
+            }
         };
         Step::act(vec![Action::Send(message)])
     }

@@ -1,0 +1,529 @@
+//! Faults on real machines: cuts of the WAN, gateways and QEMU killed, at every stage of a move. Each test
+//! ends with exactly one copy that runs, its connections and its disk right, and nothing left behind.
+//! Without root every test is skipped. The tests take turns.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test's own preparation may end it; clippy exempts only the test functions"
+)]
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use gateway::api::types::{MigrationView, Progressing};
+use longhaul_core::migration::Stage;
+use netns_tests::agent::RECORD_PORT;
+use netns_tests::netns::Namespace;
+use netns_tests::scenario::demo::unix_ms;
+use netns_tests::scenario::disk_check;
+use netns_tests::scenario::gateway::Gateway;
+use netns_tests::scenario::monitor::{Monitor, connect_later};
+use netns_tests::scenario::programs::Programs;
+use netns_tests::scenario::scene::VM;
+use netns_tests::scenario::traffic::Client;
+use netns_tests::scenario::{Scene, SceneOptions};
+use netns_tests::traffic::{RecordPlan, TrafficPlan};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tokio::sync::Mutex;
+
+/// A whole move of a small guest, with room for a busy machine.
+const MOVE: Duration = Duration::from_secs(180);
+/// What a site gives back takes no longer.
+const TIDY: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(20);
+
+static TURN: Mutex<()> = Mutex::const_new(());
+
+fn small(name: &str) -> SceneOptions {
+    SceneOptions {
+        name: name.to_owned(),
+        rate_mbit: 100.0,
+        rtt: Duration::from_millis(20),
+        loss: 0.0,
+        memory_mib: 128,
+        disk_bytes: 512 << 20,
+        ..SceneOptions::default()
+    }
+}
+
+/// Builds a scene with its guest at site a, plays, and takes it down.
+async fn play(options: SceneOptions, act: impl AsyncFnOnce(&mut Scene, &Before) -> Result<()>) {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: network namespaces need root");
+        return;
+    }
+    let _turn = TURN.lock().await;
+    let started = Instant::now();
+    let programs = Programs::build().unwrap();
+    let mut scene = Scene::build(options, &programs).await.unwrap();
+    let played = async {
+        let before_start = Traces::of(&scene.world.site("b")?.host)?;
+        scene.start_guest().await?;
+        let before = Before { a: Traces::of(&scene.world.site("a")?.host)?, b: before_start };
+        act(&mut scene, &before).await
+    };
+    let played = played.await;
+    let logs = (scene.a.log_tail(), scene.b.log_tail());
+    let left = scene.close();
+    if let Err(error) = played {
+        panic!("{error:?}\nsite a's last words:\n{}\nsite b's last words:\n{}", logs.0, logs.1);
+    }
+    assert!(left.is_empty(), "left behind: {left:?}");
+    println!("played in {:.1?}", started.elapsed());
+}
+
+/// What the sites' hosts looked like before anything moved.
+struct Before {
+    a: Traces,
+    b: Traces,
+}
+
+/// What a machine leaves in a host's network: devices, routes, rules of both kinds.
+#[derive(Debug, PartialEq)]
+struct Traces {
+    lines: BTreeSet<String>,
+}
+
+impl Traces {
+    fn of(host: &Namespace) -> Result<Self> {
+        let mut lines = BTreeSet::new();
+        let commands: [(&str, &[&str]); 5] = [
+            ("ip", &["-br", "link"]),
+            ("ip", &["route", "show", "table", "all"]),
+            ("ip", &["rule"]),
+            ("ip", &["neigh", "show", "proxy"]),
+            ("nft", &["-s", "list", "ruleset"]),
+        ];
+        for (program, arguments) in commands {
+            for line in host.output(program, arguments)?.lines() {
+                // Sampled flows of a machine at home come with its clients and go by themselves.
+                if program == "nft" && line.contains(" timeout ") {
+                    continue;
+                }
+                // Only a device's name: its state follows the traffic.
+                let link = arguments.contains(&"link");
+                let kept =
+                    if link { line.split_whitespace().next().unwrap_or_default() } else { line.trim() };
+                lines.insert(format!("{program}: {kept}"));
+            }
+        }
+        Ok(Self { lines })
+    }
+
+    fn difference(&self, now: &Self) -> Vec<String> {
+        let gone = self.lines.difference(&now.lines).map(|line| format!("- {line}"));
+        let new = now.lines.difference(&self.lines).map(|line| format!("+ {line}"));
+        gone.chain(new).collect()
+    }
+}
+
+/// Waits until a host's network is as it was.
+async fn as_before(host: &Namespace, before: &Traces) -> Result<()> {
+    let deadline = Instant::now() + TIDY;
+    loop {
+        let difference = before.difference(&Traces::of(host)?);
+        if difference.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("{} is not as before: {difference:#?}", host.name());
+        }
+        tokio::time::sleep(LOOK * 5).await;
+    }
+}
+
+/// The run state of the machine's QEMU at a site, by the second monitor; `None` when there is no QEMU.
+fn run_state(gateway: &Gateway) -> Option<String> {
+    Monitor::connect(&gateway.observer(VM), Duration::ZERO).ok()?.state().ok()
+}
+
+/// Processes of QEMU that work in a gateway's folder.
+fn qemus(gateway: &Gateway) -> Vec<i32> {
+    let folder = gateway.folder.display().to_string();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        if line.starts_with("qemu-system") | line.contains("/qemu-system") && line.contains(&folder) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+/// The guest runs at a, and b has nothing of it: no QEMU, no disk, no tap, no route. Site a's network and
+/// the name's TTL are as before.
+async fn stayed(scene: &Scene, before: &Before) -> Result<()> {
+    let deadline = Instant::now() + TIDY;
+    let disks = || Ok::<_, std::io::Error>(std::fs::read_dir(scene.b.folder.join("disks"))?.count());
+    while !qemus(&scene.b).is_empty() || disks()? > 0 {
+        if Instant::now() > deadline {
+            bail!("Site b still has {:?} and {} disks", qemus(&scene.b), disks()?);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    as_before(&scene.world.site("b")?.host, &before.b).await.context("site b")?;
+    as_before(&scene.world.site("a")?.host, &before.a).await.context("site a")?;
+    let (at_a, at_b) = (run_state(&scene.a), run_state(&scene.b));
+    ensure!(at_a.as_deref() == Some("running") && at_b.is_none(), "a: {at_a:?}, b: {at_b:?}");
+    let ttl = Some(scene.options.ttl_s);
+    while scene.names.read(&Scene::name())?.ttl_s() != ttl {
+        if Instant::now() > deadline {
+            bail!("The TTL is {:?}, it was {ttl:?}", scene.names.read(&Scene::name())?.ttl_s());
+        }
+        tokio::time::sleep(LOOK * 5).await;
+    }
+    let machines = scene.b.client().status().await?.machines;
+    ensure!(machines.is_empty(), "site b still lists {machines:?}");
+    Ok(())
+}
+
+/// Waits until something is true of a migration.
+async fn until(scene: &Scene, id: &str, wanted: impl Fn(&MigrationView) -> bool) -> Result<MigrationView> {
+    let deadline = Instant::now() + MOVE;
+    loop {
+        let view = scene.a.client().migration(id).await?;
+        if wanted(&view) {
+            return Ok(view);
+        }
+        if view.progressing != Progressing::Running || Instant::now() > deadline {
+            bail!("The migration did not get there: {view:?}");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Disks are in step and memory is on its way.
+async fn memory_flows(scene: &Scene, id: &str) -> Result<()> {
+    until(scene, id, |view| view.stage == Stage::PreCopy && view.round >= 1).await.map(drop)
+}
+
+/// The disk is on its way.
+async fn disk_flows(scene: &Scene, id: &str) -> Result<()> {
+    until(scene, id, |view| view.stage == Stage::PreCopy && view.disk.0 > 1 << 20).await.map(drop)
+}
+
+async fn expect_stayed(scene: &Scene, id: &str) -> Result<String> {
+    let view = scene.wait_move(id, MOVE).await?;
+    ensure!(view.progressing == Progressing::Stayed, "{view:?}");
+    let reason = view.reason.context("It stayed without a reason")?;
+    println!("stayed: {reason}");
+    Ok(reason)
+}
+
+/// Moves the machine, and is satisfied with nothing less.
+async fn moves(scene: &Scene) -> Result<MigrationView> {
+    let id = scene.begin_move().await?;
+    let view = scene.wait_move(&id, MOVE).await?;
+    ensure!(view.progressing == Progressing::Moved, "{view:?}");
+    Ok(view)
+}
+
+/// The machine runs at b only, and its disk there is right. The machine is stopped by that.
+async fn runs_at_b(scene: &Scene, view: &MigrationView) -> Result<()> {
+    let deadline = Instant::now() + TIDY;
+    while !qemus(&scene.a).is_empty() {
+        ensure!(Instant::now() < deadline, "Site a still has a QEMU");
+        tokio::time::sleep(LOOK).await;
+    }
+    let at_a = run_state(&scene.a);
+    let mut monitor = Monitor::connect(&scene.b.observer(VM), Duration::from_secs(5))?;
+    let at_b = monitor.state()?;
+    ensure!(at_a.is_none() && at_b == "running", "a: {at_a:?}, b: {at_b:?}");
+    let found = disk_check::compare(scene, &mut monitor, view).await?;
+    println!("disk: {found:?}");
+    ensure!(found.mismatched == 0 && found.compared > 0 && found.sound, "{found:?}");
+    Ok(())
+}
+
+/// A client with a record connection to the guest.
+async fn record_client(scene: &Scene) -> Result<Client> {
+    let mut plan = TrafficPlan::new(unix_ms());
+    plan.record =
+        Some(RecordPlan { address: (scene.home()?, RECORD_PORT).into(), interval_ms: 10, gap_ms: 50 });
+    Client::start(&scene.world.client, plan).await
+}
+
+/// Lets the old connection end; every record must have come once.
+async fn connection_was_right(mut client: Client) -> Result<()> {
+    client.close_old().await.context("the record connection")?;
+    let record = client.finish().await?.record.context("There is no record connection")?;
+    println!(
+        "records: {} sent, {} received, longest silence {} ms",
+        record.sent, record.received, record.longest_gap_ms
+    );
+    ensure!(record.content_ok && record.error.is_none(), "{record:?}");
+    Ok(())
+}
+
+/// The tunnel comes down by itself when old connections have ended.
+async fn tunnel_comes_down(scene: &Scene) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let anchors = scene.a.client().status().await?.anchors;
+        if anchors.iter().all(|anchor| anchor.closed_ms.is_some()) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "The tunnel stays up: {anchors:?}");
+        tokio::time::sleep(LOOK * 5).await;
+    }
+}
+
+/// Asks a QEMU all the time how it is, and reboots it on demand.
+struct Questioner {
+    reset: Arc<AtomicBool>,
+    end: Arc<AtomicBool>,
+    thread: JoinHandle<(Duration, Duration)>,
+}
+
+impl Questioner {
+    fn start(mut monitor: Monitor) -> Self {
+        let (reset, end) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (asked, ended) = (reset.clone(), end.clone());
+        let late = std::thread::spawn({
+            let ended = end.clone();
+            move || lateness(&ended)
+        });
+        let thread = std::thread::spawn(move || {
+            let mut slowest = Duration::ZERO;
+            while !ended.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                let answer = monitor.ask("query-status", json!({}));
+                // Ended with the machine that left.
+                if answer.is_err() {
+                    break;
+                }
+                slowest = slowest.max(start.elapsed());
+                if asked.swap(false, Ordering::Relaxed) {
+                    drop(monitor.ask("system_reset", json!({})));
+                }
+                std::thread::sleep(LOOK);
+            }
+            ended.store(true, Ordering::Relaxed);
+            (slowest, late.join().unwrap_or_default())
+        });
+        Self { reset, end, thread }
+    }
+
+    /// The slowest answer, and how late this machine wakes a thread at worst.
+    fn finish(self) -> (Duration, Duration) {
+        self.end.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+fn lateness(ended: &AtomicBool) -> Duration {
+    const NAP: Duration = Duration::from_millis(5);
+    let mut worst = Duration::ZERO;
+    while !ended.load(Ordering::Relaxed) {
+        let asleep = Instant::now();
+        std::thread::sleep(NAP);
+        worst = worst.max(asleep.elapsed().saturating_sub(NAP));
+    }
+    worst
+}
+
+/// Kills the machine's QEMU at a site.
+fn kill_qemu(gateway: &Gateway) -> Result<()> {
+    let pids = qemus(gateway);
+    let [pid] = pids[..] else { bail!("Not one QEMU but {pids:?}") };
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_abort_in_pre_copy_leaves_the_guest_at_home_and_nothing_elsewhere() {
+    play(small("fault-abort"), async |scene, before| {
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        scene.a.client().abort(&id).await?;
+        expect_stayed(scene, &id).await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
+    let options = SceneOptions { migration: vec!["pause_budget_s = 1".into()], ..small("fault-pause") };
+    play(options, async |scene, before| {
+        let client = record_client(scene).await?;
+        let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+        let id = scene.begin_move().await?;
+        let deadline = Instant::now() + MOVE;
+        while !monitor.events().iter().any(|event| event.name == "STOP") {
+            ensure!(Instant::now() < deadline, "The guest was never stopped");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        scene.world.wan.cut()?;
+        let stopped = Instant::now();
+        expect_stayed(scene, &id).await?;
+        println!("stood still for {:.1?}", stopped.elapsed());
+        drop(monitor);
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() == Some("running"), "{state:?} before the WAN is back");
+        scene.world.wan.heal()?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_source_gateway_killed_in_pre_copy_aborts_when_it_is_back() {
+    play(small("fault-kill-a"), async |scene, before| {
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        scene.a.kill()?;
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() == Some("running"), "{state:?} without its gateway");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        scene.a.launch().await?;
+        expect_stayed(scene, &id).await?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_destination_gateway_killed_in_pre_copy_refuses_when_it_is_back() {
+    play(small("fault-kill-b"), async |scene, before| {
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        scene.b.kill()?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        scene.b.launch().await?;
+        expect_stayed(scene, &id).await?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_minute_without_wan_and_a_reboot_in_pre_copy_delay_the_move_only() {
+    let options = SceneOptions { dirty_disk_kib_per_s: 1024, ..small("fault-minute") };
+    play(options, async |scene, _| {
+        let questions = Questioner::start(Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?);
+        let id = scene.begin_move().await?;
+        disk_flows(scene, &id).await?;
+        scene.world.wan.cut()?;
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        questions.reset.store(true, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        scene.world.wan.heal()?;
+        let view = scene.wait_move(&id, MOVE).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        let (slowest, late) = questions.finish();
+        println!("slowest answer of QEMU {slowest:.1?}, machine late by {late:.1?}");
+        ensure!(slowest < Duration::from_millis(100) + late, "QEMU took {slowest:?}, late by {late:?}");
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_waiting_qemu_killed_in_pre_copy_is_refused_by_name() {
+    play(small("fault-kill-qemu"), async |scene, before| {
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        kill_qemu(&scene.b)?;
+        let reason = expect_stayed(scene, &id).await?;
+        ensure!(reason.contains("QEMU"), "{reason}");
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_source_gateway_killed_after_commitment_attracts_old_connections_again() {
+    play(small("fault-commit-a"), async |scene, _| {
+        let client = record_client(scene).await?;
+        let resumes = connect_later(scene.b.observer(VM), MOVE);
+        let id = scene.begin_move().await?;
+        let monitor = tokio::task::spawn_blocking(move || resumes.join().unwrap()).await??;
+        let deadline = Instant::now() + MOVE;
+        while !monitor.events().iter().any(|event| event.name == "RESUME") {
+            ensure!(Instant::now() < deadline, "The guest was never resumed");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        scene.a.kill()?;
+        drop(monitor);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        scene.a.launch().await?;
+        scene.wait_for_link().await?;
+        let view = until(scene, &id, |view| view.progressing == Progressing::Moved).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_destination_gateway_killed_after_activation_takes_its_flows_up_again() {
+    play(small("fault-active-b"), async |scene, _| {
+        let client = record_client(scene).await?;
+        let view = moves(scene).await?;
+        scene.b.kill()?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        scene.b.launch().await?;
+        scene.wait_for_link().await?;
+        // Long enough that what the client sends now must have passed.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cut_in_pre_copy_delays_the_move_only() {
+    play(small("fault-cut"), async |scene, _| {
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        scene.world.wan.cut()?;
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        scene.world.wan.heal()?;
+        let view = scene.wait_move(&id, MOVE).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
