@@ -35,6 +35,7 @@ pub const LAB_NEEDS: &[Need] = &[
     need("nft", "nftables", "the routers' firewalls and the counters"),
     need("qemu-system-x86_64", "qemu-system-x86", "the machines that move"),
     need("qemu-img", "qemu-utils", "disk images"),
+    need("named", "bind9", "the name server of `--dns bind9`"),
     need("mke2fs", "e2fsprogs", "the guest's root disk"),
     need("cpio", "cpio", "the guest's first file system"),
     need("dpkg-deb", "dpkg", "unpacking the guest's kernel and web server"),

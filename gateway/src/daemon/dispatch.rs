@@ -16,7 +16,7 @@ use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
 use crate::hypervisor::Guest;
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
+use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
 
 /// Messages that may wait for one driver.
 const INBOX: usize = 64;
@@ -67,7 +67,9 @@ impl Daemon {
             max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
         };
         let (inbox, outbox) = mpsc::channel(INBOX);
-        let row = machine.row.clone();
+        // Paused by its operator is how it is wanted: an attempt that fails does not wake it.
+        let wanted = guest.status().await.map_or(machine.row.wanted, |state| state.is_running());
+        let row = MachineRow { wanted, ..machine.row.clone() };
         let anchors = self.anchors.clone();
         let driver = SourceDriver::new(
             self.edges.clone(),

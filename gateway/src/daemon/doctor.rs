@@ -2,8 +2,6 @@
 //!
 //! Looks, and changes nothing.
 
-use std::path::Path;
-
 use longhaul_core::ids::VmName;
 
 use super::Daemon;
@@ -62,8 +60,9 @@ impl Daemon {
             .iter()
             .map(|(name, lan)| {
                 let check = format!("lan.{name}");
-                if !Path::new("/sys/class/net").join(&lan.bridge).join("bridge").exists() {
-                    let detail = format!("{} is no bridge of this host", lan.bridge);
+                // Not sysfs: what is mounted there may show another network namespace.
+                if nix::net::if_::if_nametoindex(lan.bridge.as_str()).is_err() {
+                    let detail = format!("{} is no interface of this host", lan.bridge);
                     return bad(&check, &detail, "make the bridge and put the LAN's interface into it");
                 }
                 let addresses = lan.care_of_addresses().map_or(0, |addresses| addresses.len());

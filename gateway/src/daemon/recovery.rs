@@ -143,7 +143,8 @@ impl Daemon {
         for nic in &row.definition.nics {
             let key = PortKey { machine: row.definition.name.clone(), nic: nic.name.clone() };
             let tap = self.edges.tap_name(&key);
-            if std::path::Path::new("/sys/class/net").join(&tap).exists() {
+            // Not sysfs: what is mounted there may show another network namespace.
+            if nix::net::if_::if_nametoindex(tap.as_str()).is_ok() {
                 self.edges.tunnel.sample_begin(key, tap).await?;
             }
         }

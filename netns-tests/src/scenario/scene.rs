@@ -134,7 +134,7 @@ impl Scene {
     /// The guest's definition, as its operator writes it.
     pub fn definition(&self) -> Result<String> {
         let site = &self.world.site("a")?.spec;
-        let mut agent = vec![
+        let agent = vec![
             format!("--memory-kib-per-s={}", self.options.dirty_memory_kib_per_s),
             format!("--disk-kib-per-s={}", self.options.dirty_disk_kib_per_s),
         ];
@@ -150,7 +150,6 @@ impl Scene {
         );
         if self.options.two_of_each {
             let second = site.address(VM_NUMBER + 1);
-            agent.push("--second-log=/srv/second/log".to_owned());
             nics.push(Nic::new("eth1", second.into(), site.lan_prefix, None));
             devices += &format!(
                 "[[disks]]\nname = \"data\"\nsize_bytes = {}\npci = \"04.0\"\n\

@@ -1,0 +1,438 @@
+//! Moves of real machines between two whole sites, and the refusals that leave everything as it was.
+//!
+//! Each test has its own scene; they take turns. What happens when links or gateways fail is not looked at here.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test's own preparation may end it; clippy exempts only the test functions"
+)]
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use gateway::api::types::{MigrateRequest, MigrationView, Progressing};
+use gateway::identity::Identity;
+use netns_tests::agent::IDLE_PORT;
+use netns_tests::agent::client::ask;
+use netns_tests::agent::control::AgentStatus;
+use netns_tests::agent::log::LogVerdict;
+use netns_tests::scenario::monitor::Monitor;
+use netns_tests::scenario::options::{DnsServer, SceneOptions};
+use netns_tests::scenario::programs::Programs;
+use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Generous: guests run without hardware help, and the machine may be busy.
+const MOVE_LIMIT: Duration = Duration::from_secs(90);
+
+static TURN: Mutex<()> = Mutex::const_new(());
+static PROGRAMS: OnceCell<Programs> = OnceCell::const_new();
+
+/// The turn of one test; `None`, with the reason printed, where it cannot run.
+async fn turn() -> Option<MutexGuard<'static, ()>> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: network namespaces need root");
+        return None;
+    }
+    Some(TURN.lock().await)
+}
+
+fn options(name: &str) -> SceneOptions {
+    SceneOptions {
+        name: format!("moves-{name}"),
+        rate_mbit: 200.0,
+        rtt: Duration::from_millis(20),
+        loss: 0.0,
+        memory_mib: 128,
+        disk_bytes: 512 << 20,
+        ttl_s: 5,
+        ..SceneOptions::default()
+    }
+}
+
+async fn build(options: SceneOptions) -> Scene {
+    let programs = PROGRAMS.get_or_init(|| async { Programs::build().unwrap() }).await;
+    Scene::build(options, programs).await.unwrap()
+}
+
+fn close(scene: Scene) {
+    let left = scene.close();
+    assert!(left.is_empty(), "left behind: {left:?}");
+}
+
+/// The run state of the machine's QEMU, `None` where there is none.
+fn state(gateway: &netns_tests::scenario::gateway::Gateway) -> Option<String> {
+    Monitor::connect(&gateway.observer(VM), Duration::from_millis(300)).ok()?.state().ok()
+}
+
+async fn moved(scene: &Scene) -> MigrationView {
+    let id = scene.begin_move().await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(
+        view.progressing,
+        Progressing::Moved,
+        "{:?}\n{}\n{}",
+        view.reason,
+        scene.a.log_tail(),
+        scene.b.log_tail()
+    );
+    view
+}
+
+/// Asks until `seen` gives something, at most `limit`.
+async fn wait<T>(what: &str, limit: Duration, mut seen: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = seen() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// What a site's host holds for machines: devices, rules, routes, firewall, disks, QEMUs.
+#[derive(Debug, PartialEq)]
+struct Holdings {
+    network: Vec<Value>,
+    disks: Vec<String>,
+    machines: usize,
+    hypervisors: usize,
+}
+
+impl Holdings {
+    async fn of_b(scene: &Scene) -> Self {
+        let host = &scene.world.site("b").unwrap().host;
+        let asked: [(&str, &[&str]); 4] = [
+            ("ip", &["-j", "addr"]),
+            ("ip", &["-j", "rule"]),
+            ("ip", &["-j", "route"]),
+            ("nft", &["-j", "list", "ruleset"]),
+        ];
+        let network = asked.map(|(program, arguments)| {
+            let text = host.output(program, arguments).unwrap();
+            let mut value = serde_json::from_str(&text).unwrap_or(Value::Null);
+            forget_counts(&mut value);
+            value
+        });
+        let mut disks: Vec<String> = std::fs::read_dir(scene.b.folder.join("disks"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        disks.sort();
+        let pids = host.output("ip", &["netns", "pids", host.name()]).unwrap();
+        let is_qemu = |pid: &&str| {
+            std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains(VM))
+        };
+        let machines = scene.b.client().status().await.unwrap().machines.len();
+        let hypervisors = pids.split_whitespace().filter(is_qemu).count();
+        Self { network: network.to_vec(), disks, machines, hypervisors }
+    }
+}
+
+fn forget_counts(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|key, _| !["packets", "bytes", "handle"].contains(&key.as_str()));
+            fields.values_mut().for_each(forget_counts);
+        }
+        Value::Array(values) => values.iter_mut().for_each(forget_counts),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// The guest runs at a, and b holds what it held `before`.
+async fn assert_untouched(scene: &Scene, before: &Holdings, case: &str) {
+    assert_eq!(state(&scene.a).as_deref(), Some("running"), "{case}");
+    let deadline = Instant::now() + 15 * SECOND;
+    loop {
+        let now = Holdings::of_b(scene).await;
+        if now == *before {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{case}: site b holds\n{now:#?}\nbefore\n{before:#?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn request(vm: &str, to: &str) -> MigrateRequest {
+    MigrateRequest {
+        vm: vm.parse().unwrap(),
+        to: to.parse().unwrap(),
+        without_dns: false,
+        max_downtime_ms: None,
+    }
+}
+
+/// The reason why a move to b ended where it began.
+async fn reason_to_stay(scene: &Scene, request: &MigrateRequest) -> String {
+    let id = scene.a.client().migrate(request).await.unwrap().id;
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
+    view.reason.unwrap()
+}
+
+/// Site b with another configuration.
+async fn reconfigure_b(scene: &mut Scene, change: impl FnOnce(String) -> String) -> Holdings {
+    let file = scene.b.folder.join("site.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let changed = change(text.clone());
+    assert_ne!(changed, text, "the change changes something");
+    scene.b.stop().unwrap();
+    std::fs::write(file, changed).unwrap();
+    scene.b.launch().await.unwrap();
+    let deadline = Instant::now() + 30 * SECOND;
+    loop {
+        let (a, b) = (scene.a.client().status().await.unwrap(), scene.b.client().status().await.unwrap());
+        if a.peers.iter().chain(&b.peers).all(|peer| peer.up) {
+            return Holdings::of_b(scene).await;
+        }
+        assert!(Instant::now() < deadline, "the link does not come back: {}", scene.a.log_tail());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn longhaul(scene: &Scene, arguments: &[&str]) -> Output {
+    Command::new(&scene.programs.longhaul)
+        .arg("--socket")
+        .arg(scene.a.socket())
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_with_two_disks_and_two_nics_moves_whole() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(SceneOptions { two_of_each: true, ..options("two") }).await;
+    scene.start_guest().await.unwrap();
+    let client = &scene.world.client;
+    let home = scene.home().unwrap();
+    let second: IpAddr = scene.world.site("a").unwrap().spec.address(VM_NUMBER + 1).into();
+    let boot =
+        |address: IpAddr| client.run(move || ask::<AgentStatus>(address, "/status", 10 * SECOND)).unwrap();
+    let (before, before_second) = (boot(home).unwrap(), boot(second).unwrap());
+    // Connections of before the move, so that both addresses stay attracted.
+    let held =
+        [home, second].map(|to| client.tcp_connect(SocketAddr::new(to, IDLE_PORT), 5 * SECOND).unwrap());
+    moved(&scene).await;
+    assert_eq!(state(&scene.b).as_deref(), Some("running"));
+    assert_eq!(boot(home).unwrap().boot_id, before.boot_id);
+    assert_eq!(boot(second).unwrap().boot_id, before_second.boot_id);
+    for path in ["/log/verify", "/second-log/verify"] {
+        let log = client.run(move || ask::<LogVerdict>(home, path, 30 * SECOND)).unwrap().unwrap();
+        assert!(log.records > 0 && log.missing + log.doubled + log.corrupt == 0, "{path}: {log:?}");
+        assert_eq!(log.boots, 1, "{path}");
+    }
+    drop(held);
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_in_debians_bind_follows_the_machine_and_gets_its_ttl_back() {
+    let Some(_turn) = turn().await else { return };
+    if let Err(error) = netns_tests::install::ensure(netns_tests::install::LAB_NEEDS) {
+        println!("skipped: {error:#}");
+        return;
+    }
+    let scene = build(SceneOptions { dns: DnsServer::Bind9, ..options("bind") }).await;
+    scene.start_guest().await.unwrap();
+    moved(&scene).await;
+    let site = scene.world.site("b").unwrap().spec.clone();
+    let care_of: IpAddr = site.address(200).into();
+    wait("the name at site b with its TTL of before", 60 * SECOND, || {
+        let records = scene.names.read(&Scene::name()).ok()?;
+        (records.addresses == [care_of] && records.ttl_s() == Some(5)).then_some(())
+    })
+    .await;
+    let status = scene.world.client.run(move || ask::<AgentStatus>(care_of, "/status", 10 * SECOND));
+    status.unwrap().unwrap();
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_its_operator_paused_stays_paused_through_an_abort_and_a_move() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("paused")).await;
+    scene.start_guest().await.unwrap();
+    let mut monitor = Monitor::connect(&scene.a.observer(VM), 5 * SECOND).unwrap();
+    monitor.ask("stop", json!({})).unwrap();
+    drop(monitor);
+    let id = scene.begin_move().await.unwrap();
+    scene.a.client().abort(&id).await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Stayed);
+    assert_eq!(state(&scene.a).as_deref(), Some("paused"));
+    let deadline = Instant::now() + 20 * SECOND;
+    let id = loop {
+        match scene.begin_move().await {
+            Ok(id) => break id,
+            // The aborted attempt is still being taken down.
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Moved, "{:?}\n{}", view.reason, scene.a.log_tail());
+    assert_eq!(state(&scene.b).as_deref(), Some("paused"));
+    scene.b.client().start(&VM.parse().unwrap()).await.unwrap();
+    assert_eq!(state(&scene.b).as_deref(), Some("running"));
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_move_names_the_reason_and_leaves_both_sites_untouched() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("refused")).await;
+    scene.start_guest().await.unwrap();
+    let original = std::fs::read_to_string(scene.b.folder.join("site.toml")).unwrap();
+    let before = Holdings::of_b(&scene).await;
+    let client = scene.a.client();
+    let error = client.migrate(&request("nobody", "b")).await.unwrap_err().to_string();
+    assert!(error.contains("nobody"), "{error}");
+    let error = client.migrate(&request(VM, "mars")).await.unwrap_err().to_string();
+    assert!(error.contains("mars") && error.contains("configured are: b"), "{error}");
+    assert_untouched(&scene, &before, "unknown names").await;
+
+    let cases: [(&str, &str, &str, &[&str]); 3] = [
+        ("full disk", "keep_free_gib = 0", "keep_free_gib = 900000", &["disk space"]),
+        ("policy", "may_send = [\"*\"]", "may_send = [\"db*\"]", &["peer.a.may_send", VM]),
+        ("no address", &care_of_line(&original), "care_of = []", &["care-of addresses"]),
+    ];
+    for (case, from, to, words) in cases {
+        let before = reconfigure_b(&mut scene, |_| original.replace(from, to)).await;
+        let why = reason_to_stay(&scene, &request(VM, "b")).await;
+        println!("{case}: {why}");
+        assert!(words.iter().all(|word| why.contains(word)), "{case}: {why}");
+        assert_untouched(&scene, &before, case).await;
+    }
+    let before = reconfigure_b(&mut scene, |_| without_section(&original, "[kernel.lab]")).await;
+    let why = reason_to_stay(&scene, &request(VM, "b")).await;
+    println!("no kernel: {why}");
+    assert!(why.contains("lab"), "{why}");
+    assert_untouched(&scene, &before, "no kernel").await;
+    close(scene);
+}
+
+fn care_of_line(configuration: &str) -> String {
+    configuration.lines().find(|line| line.starts_with("care_of")).unwrap().to_owned()
+}
+
+fn without_section(configuration: &str, header: &str) -> String {
+    let (before, rest) = configuration.split_once(header).unwrap();
+    let next = rest.find("\n[").unwrap();
+    format!("{before}{}", &rest[next + 1..])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_move_is_refused_and_an_aborted_first_one_leaves_nothing_at_the_other_site() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(SceneOptions { rate_mbit: 20.0, ..options("abort") }).await;
+    scene.start_guest().await.unwrap();
+    let before = Holdings::of_b(&scene).await;
+    let id = scene.begin_move().await.unwrap();
+    let error = scene.begin_move().await.unwrap_err().to_string();
+    assert!(error.contains("already moving"), "{error}");
+    let disks = scene.b.folder.join("disks");
+    wait("a disk at site b", 20 * SECOND, || std::fs::read_dir(&disks).ok()?.next().map(drop)).await;
+    scene.a.client().abort(&id).await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
+    assert_untouched(&scene, &before, "aborted").await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_server_that_is_down_refuses_a_move_unless_names_may_stay_behind() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("nameless")).await;
+    scene.start_guest().await.unwrap();
+    let before = Holdings::of_b(&scene).await;
+    scene.names.stop().unwrap();
+    let why = reason_to_stay(&scene, &request(VM, "b")).await;
+    println!("no name server: {why}");
+    assert_untouched(&scene, &before, "no name server").await;
+    let without = MigrateRequest { without_dns: true, ..request(VM, "b") };
+    let id = scene.a.client().migrate(&without).await.unwrap().id;
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Moved, "{:?}", view.reason);
+    assert_eq!(state(&scene.b).as_deref(), Some("running"));
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_and_doctor_tell_what_is_there_and_what_is_wrong() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("pages")).await;
+    scene.start_guest().await.unwrap();
+    let doctor = longhaul(&scene, &["doctor"]);
+    let page = text(&doctor.stdout);
+    println!("{page}");
+    assert!(doctor.status.success(), "{page}");
+    for word in ["hypervisor: QEMU", "pool:", "lan.lan:", "peer b: up", "can follow; TTL 5 s", VM] {
+        assert!(page.contains(word), "{word:?} is missing in\n{page}");
+    }
+    assert!(!page.contains("FAIL"), "{page}");
+    let absent = longhaul(&scene, &["doctor", "absent"]);
+    assert_eq!(absent.status.code(), Some(1));
+    assert!(text(&absent.stdout).contains("FAIL machine absent"), "{}", text(&absent.stdout));
+    let page = text(&longhaul(&scene, &["status"]).stdout);
+    println!("{page}");
+    for word in ["site a", "peer b", "up", VM, "here", "running", "128 MiB", "512 MiB", "tunnel:"] {
+        assert!(page.contains(word), "{word:?} is missing in\n{page}");
+    }
+    let alone = Command::new(&scene.programs.longhaul)
+        .args(["--socket", "/nonexistent/api.sock", "status"])
+        .output()
+        .unwrap();
+    assert_eq!(alone.status.code(), Some(3), "{}", text(&alone.stderr));
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_key_in_the_configuration_starts_nothing_and_a_stranger_is_logged_once() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("stranger")).await;
+    let file = scene.a.folder.join("wrong.toml");
+    let good = std::fs::read_to_string(scene.a.folder.join("site.toml")).unwrap();
+    std::fs::write(&file, good.replace("[site]\n", "[site]\nnaem = \"a\"\n")).unwrap();
+    scene.a.stop().unwrap();
+    let run =
+        Command::new(&scene.programs.longhaul).arg("serve").arg("--config").arg(&file).output().unwrap();
+    let said = text(&run.stderr);
+    println!("{said}");
+    assert_eq!(run.status.code(), Some(2), "{said}");
+    assert!(said.contains("wrong.toml:2: naem"), "{said}");
+    assert!(!scene.a.socket().exists(), "nothing was started");
+
+    let stranger = Identity::generate().unwrap();
+    stranger.save(&key_beside(&scene.a.folder)).unwrap();
+    let key_file = format!("{}/key", scene.a.folder.display());
+    let strange = good.replace(&key_file, &key_beside(&scene.a.folder).display().to_string());
+    std::fs::write(scene.a.folder.join("site.toml"), strange).unwrap();
+    scene.a.launch().await.unwrap();
+    let refusals = |log: &Path| {
+        std::fs::read_to_string(log).unwrap_or_default().matches("Refused a peer with an unknown key").count()
+    };
+    let log = scene.b.log();
+    wait("a refusal", 20 * SECOND, || (refusals(&log) > 0).then_some(())).await;
+    // Time for the stranger to come again.
+    tokio::time::sleep(4 * SECOND).await;
+    assert_eq!(refusals(&log), 1);
+    assert!(!scene.a.client().status().await.unwrap().peers.iter().any(|peer| peer.up));
+    close(scene);
+}
+
+fn key_beside(folder: &Path) -> std::path::PathBuf {
+    folder.join("strange-key")
+}
