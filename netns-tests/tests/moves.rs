@@ -388,7 +388,7 @@ async fn status_and_doctor_tell_what_is_there_and_what_is_wrong() {
     assert!(text(&absent.stdout).contains("FAIL machine absent"), "{}", text(&absent.stdout));
     let page = text(&longhaul(&scene, &["status"]).stdout);
     println!("{page}");
-    for word in ["site a", "peer b", "up", VM, "here", "running", "128 MiB", "512 MiB", "tunnel:"] {
+    for word in ["site a", "peer b", "up", VM, "here", "running", "128.0 MiB", "512.0 MiB", "tunnel:"] {
         assert!(page.contains(word), "{word:?} is missing in\n{page}");
     }
     let alone = Command::new(&scene.programs.longhaul)

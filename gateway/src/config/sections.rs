@@ -210,8 +210,6 @@ pub struct MigrationSection {
     /// Buffer for disk writes that wait for the WAN, in MiB per disk (default 64); beyond it they are read
     /// again later.
     pub disk_buffer_mib: u64,
-    /// The source's disk is kept this long after the machine left (default 7 days).
-    pub keep_disk_days: u64,
 }
 
 impl Default for MigrationSection {
@@ -222,7 +220,6 @@ impl Default for MigrationSection {
             pause_budget_s: 5,
             cut_limit_s: 600,
             disk_buffer_mib: 64,
-            keep_disk_days: 7,
         }
     }
 }

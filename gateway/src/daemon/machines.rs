@@ -188,10 +188,11 @@ impl Daemon {
             return Err(MayNotRun::Moving(vm.clone()).into());
         }
         let Some(machine) = self.machines.get_mut(vm) else { return Err(no_machine(vm)) };
-        let Some(guest) = machine.guest.take() else {
+        let Some(guest) = machine.guest.clone() else {
             return Err(RequestError::Conflict(format!("Machine {vm} is not running")));
         };
         guest.quit(QEMU_LIMIT).await.map_err(|error| failed(&error))?;
+        machine.guest = None;
         machine.row.wanted = false;
         self.edges.journal.put_machine(vm, &machine.row).map_err(|error| failed(&error))?;
         tracing::info!(%vm, "machine stopped");

@@ -374,9 +374,11 @@ impl AnchorTask {
     /// Until no old flow is left and nobody asks for the home address any more.
     async fn wait_for_flows(&mut self) {
         let keys: Vec<PortKey> = self.anchor.holds(&self.edges).into_iter().map(|hold| hold.key).collect();
+        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then.
+        let believed_until_ms = self.anchor.since_unix_ms + u64::from(self.anchor.ttl_s) * 1000;
+        let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
         for key in &keys {
-            // The old answers have expired by now.
-            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), Duration::ZERO).await {
+            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
                 tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
             }
         }

@@ -1,6 +1,6 @@
 //! Stage 5 at the source, after the destination runs the machine: nothing of it runs here any more.
 //!
-//! The disks stay, renamed, so that nothing starts them by accident; how long is configured. Names and
+//! The disks stay, renamed, so that nothing starts them by accident, until an operator removes them. Names and
 //! packets are the anchor's business, which outlives the migration.
 
 use std::path::{Path, PathBuf};

@@ -459,7 +459,7 @@ impl Source {
     fn give_up(&mut self, why: Refusal) -> Step<Action> {
         match &self.state {
             State::Preflight | State::Proposed { .. } => {
-                // The preflight may have lowered a TTL: that is undone too.
+                // Nothing is held yet, but the driver's own state is cleared the same way.
                 self.state = State::Aborting { why, rolled_back: false, told: true };
                 let permit = self.permit();
                 Step::act(vec![Action::Rollback(permit)])
