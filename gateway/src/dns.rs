@@ -59,10 +59,8 @@ pub struct Standing {
 pub struct NameMove<'a> {
     /// The name.
     pub name: &'a str,
-    /// Where it points.
-    pub old: &'a [IpAddr],
-    /// Where it shall point.
-    pub new: &'a [IpAddr],
+    /// Each home address that has a stand-in, and the stand-in. Those that the name lists are replaced.
+    pub addresses: &'a [(IpAddr, IpAddr)],
     /// The TTL of the new records.
     pub ttl_s: u32,
     /// The epoch that began.
@@ -109,7 +107,9 @@ impl Names {
             register: found.ownership().cloned(),
             addresses: found.addresses,
         };
-        if !same(&standing.addresses, home) {
+        // A name need not list every address of a machine, but nobody else's either.
+        let all_ours = standing.addresses.iter().all(|address| home.contains(address));
+        if standing.addresses.is_empty() || !all_ours {
             return Err(NamesError::Elsewhere {
                 name: name.to_owned(),
                 current: list(&standing.addresses),
@@ -148,20 +148,21 @@ impl Names {
         let name = parse(wanted.name)?;
         let found = self.updater.read(&name).await?;
         let register = found.ownership().cloned();
-        let done = register.as_ref().is_some_and(|register| register.epoch().0 == wanted.epoch.0);
-        if done && found.has(wanted.new) {
-            return Ok(());
+        let moved: Vec<&(IpAddr, IpAddr)> =
+            wanted.addresses.iter().filter(|(home, _)| found.addresses.contains(home)).collect();
+        let old: Vec<IpAddr> = moved.iter().map(|(home, _)| *home).collect();
+        let new: Vec<IpAddr> = moved.iter().map(|(_, care_of)| *care_of).collect();
+        if old.is_empty() {
+            let done = register.as_ref().is_some_and(|register| register.epoch().0 == wanted.epoch.0);
+            return if done { Ok(()) } else { Err(lost(wanted.name, &found.addresses)) };
         }
         let from = found.epoch();
-        let swap =
-            Swap::new(name, wanted.old.to_vec(), wanted.new.to_vec(), wanted.ttl_s, wanted.owner.as_str())
-                .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
-                .observed(register);
+        let swap = Swap::new(name, old, new, wanted.ttl_s, wanted.owner.as_str())
+            .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
+            .observed(register);
         match self.updater.swap(&swap).await? {
             Outcome::Won => Ok(()),
-            Outcome::Lost { current } => {
-                Err(NamesError::Lost { name: wanted.name.to_owned(), current: list(&current.addresses) })
-            }
+            Outcome::Lost { current } => Err(lost(wanted.name, &current.addresses)),
         }
     }
 }
@@ -173,17 +174,12 @@ impl Standing {
     }
 }
 
-fn parse(name: &str) -> Result<DnsName, NamesError> {
-    name.parse().map_err(|_| NamesError::Name(name.to_owned()))
+fn lost(name: &str, current: &[IpAddr]) -> NamesError {
+    NamesError::Lost { name: name.to_owned(), current: list(current) }
 }
 
-fn same(left: &[IpAddr], right: &[IpAddr]) -> bool {
-    let sorted = |addresses: &[IpAddr]| {
-        let mut addresses = addresses.to_vec();
-        addresses.sort_unstable();
-        addresses
-    };
-    sorted(left) == sorted(right)
+fn parse(name: &str) -> Result<DnsName, NamesError> {
+    name.parse().map_err(|_| NamesError::Name(name.to_owned()))
 }
 
 fn list(addresses: &[IpAddr]) -> String {

@@ -149,7 +149,8 @@ impl Guest {
             "target": target_node(disk),
             "sync": mode.sync(),
             "copy-mode": "background",
-            "granularity": 65536,
+            // A small write travels as itself, not as the 64 KiB around it.
+            "granularity": 4096,
             "on-target-error": "stop",
             "auto-dismiss": false,
         });

@@ -64,8 +64,8 @@ pub struct Anchor {
     pub peer: SiteName,
     /// Its NICs and their link-layer and home addresses.
     pub nics: Vec<AnchorNic>,
-    /// Its addresses there.
-    pub care_of: Vec<IpAddr>,
+    /// Its home addresses that have a stand-in there, and the stand-ins.
+    pub care_of: Vec<(IpAddr, IpAddr)>,
     /// Its name, if it follows.
     pub name: Option<String>,
     /// The name's TTL before the move.
@@ -139,7 +139,7 @@ impl Anchor {
             epoch: attempt.epoch,
             peer: attempt.peer.clone(),
             nics: nics.collect(),
-            care_of: care_of.iter().map(|care_of| care_of.addr).collect(),
+            care_of: care_of.iter().map(|care_of| (care_of.home.addr, care_of.addr)).collect(),
             names: if name.is_some() { NameState::Waiting } else { NameState::None },
             name,
             ttl_s: follows.unwrap_or(0),
@@ -180,7 +180,7 @@ impl Anchor {
             vm: self.vm.clone(),
             at: self.peer.clone(),
             home: self.home(),
-            care_of: self.care_of.clone(),
+            care_of: self.care_of.iter().map(|(_, care_of)| *care_of).collect(),
             flows: 0,
             names: names.to_owned(),
             names_moved_ms: moved,
@@ -319,13 +319,11 @@ impl AnchorTask {
         let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
         self.anchor.names = NameState::Pending;
         self.write();
-        let home = self.anchor.home();
         let mut wait = Duration::from_millis(200);
         loop {
             let wanted = NameMove {
                 name: &name,
-                old: &home,
-                new: &self.anchor.care_of,
+                addresses: &self.anchor.care_of,
                 ttl_s: names.move_ttl_s(),
                 epoch: self.anchor.epoch,
                 owner: &self.anchor.peer,
