@@ -120,7 +120,8 @@ async fn copy(
     row: &MachineRow,
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
-    let mut goodput = Goodput::default();
+    let mut goodput = Goodput::up_to(Rate::mbit(leaf.edges.config.link.rate_mbit));
+    let mut sync = LastSync::default();
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
     loop {
@@ -153,6 +154,7 @@ async fn copy(
             progress.memory_remaining = info.remaining;
             progress.dirty_rate = Rate(info.dirty_pages_per_s * info.page_size.0);
             progress.round = info.dirty_sync_count;
+            progress.since_sync = sync.look(info.dirty_sync_count);
             progress.reduction_permille = reduction(pump.original, pump.wire);
             show_memory(leaf, pump);
             if info.status == MigrationStatus::PreSwitchover {
@@ -279,13 +281,18 @@ fn reduction(original: Bytes, wire: Bytes) -> u32 {
 
 /// What the link carries to the peer, from what it has sent: the best second of the last two, because
 /// a link that had nothing to send is not slow.
-#[derive(Default)]
 struct Goodput {
     samples: VecDeque<(Instant, u64)>,
     best: Rate,
+    /// A chunk counts when the link takes it: on a slow link one second can seem to carry more.
+    limit: Rate,
 }
 
 impl Goodput {
+    fn up_to(limit: Rate) -> Self {
+        Self { samples: VecDeque::new(), best: Rate::default(), limit }
+    }
+
     fn look(&mut self, peer: &PeerHandle) -> Rate {
         let stats = peer.stats();
         let sent = stats.sent.memory_bytes + stats.sent.disk_bytes;
@@ -294,7 +301,7 @@ impl Goodput {
             let seconds = now.duration_since(*at).as_secs_f64();
             if self.samples.len() >= 10 && seconds > 0.0 {
                 let rate = Rate((sent.saturating_sub(*before) as f64 / seconds) as u64);
-                self.best = Rate((self.best.0 * 99 / 100).max(rate.0));
+                self.best = Rate((self.best.0 * 99 / 100).max(rate.0).min(self.limit.0));
             }
         }
         self.samples.push_back((now, sent));
@@ -302,6 +309,22 @@ impl Goodput {
             self.samples.pop_front();
         }
         self.best
+    }
+}
+
+/// When QEMU last looked for dirty pages, as far as its count of looks tells.
+#[derive(Default)]
+struct LastSync {
+    count: u64,
+    at: Option<Instant>,
+}
+
+impl LastSync {
+    fn look(&mut self, count: u64) -> Duration {
+        if count != self.count || self.at.is_none() {
+            (self.count, self.at) = (count, Some(Instant::now()));
+        }
+        self.at.map(|at| at.elapsed()).unwrap_or_default()
     }
 }
 

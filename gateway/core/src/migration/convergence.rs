@@ -19,6 +19,9 @@ pub struct Progress {
     pub memory_remaining: Bytes,
     /// How fast the guest dirties memory.
     pub dirty_rate: Rate,
+    /// Since QEMU last looked for dirty pages. What was dirtied since is not in `memory_remaining`
+    /// yet; it appears at the next look, the one after the guest has stopped included.
+    pub since_sync: Duration,
     /// Acknowledged bytes per second on the link.
     pub goodput: Rate,
     /// Bytes on their way and not acknowledged, memory and disk.
@@ -73,10 +76,12 @@ pub struct Convergence {
 const DEVICE_STATE: u64 = 64 << 10;
 
 impl Progress {
-    /// The pause if the guest were stopped now: the rest over the goodput, half a round trip for the
-    /// last byte and a whole one for the confirmed commitment. `None` while no goodput is known.
+    /// The pause if the guest were stopped now: the rest and what was dirtied unseen over the
+    /// goodput, half a round trip for the last byte and a whole one for the confirmed commitment. `None` while no goodput is known.
     pub fn predicted_pause(&self) -> Option<Duration> {
-        let memory = self.memory_remaining.0.saturating_mul(u64::from(self.reduction_permille)) / 1000;
+        let dirtied = self.dirty_rate.bytes_in(self.since_sync);
+        let memory = self.memory_remaining.0.saturating_add(dirtied.0);
+        let memory = memory.saturating_mul(u64::from(self.reduction_permille)) / 1000;
         let rest = Bytes(memory + self.unacknowledged.0 + DEVICE_STATE);
         Some(self.goodput.time_for(rest)? + self.rtt * 3 / 2)
     }
@@ -146,6 +151,18 @@ mod tests {
         let budget = PauseBudget::default();
         assert_eq!(convergence.decide(&progress(1, 200 << 20), &budget), Decision::Continue);
         assert!(matches!(convergence.decide(&progress(2, 1 << 20), &budget), Decision::Stop(_)));
+    }
+
+    #[test]
+    fn pages_dirtied_since_qemu_looked_lengthen_the_pause() {
+        let end_of_round =
+            Progress { dirty_rate: Rate(1_040_384), goodput: Rate(590_000), ..progress(6, 24_576) };
+        let long_ago = Progress { since_sync: Duration::from_secs(17), ..end_of_round };
+        assert!(end_of_round.predicted_pause().is_some_and(|pause| pause < Duration::from_secs(1)));
+        assert!(long_ago.predicted_pause().is_some_and(|pause| pause > Duration::from_secs(29)));
+        let mut convergence = Convergence::default();
+        let decision = convergence.decide(&long_ago, &PauseBudget::default());
+        assert_eq!(decision, Decision::Continue);
     }
 
     #[test]
