@@ -54,12 +54,12 @@ struct DemoArgs {
     /// The guest's disk in MiB
     #[arg(long, default_value_t = 1024)]
     disk: u64,
-    /// KiB of memory that the guest dirties per second
-    #[arg(long, default_value_t = 1024)]
-    dirty_memory: u64,
-    /// KiB of disk that the guest rewrites per second
-    #[arg(long, default_value_t = 128)]
-    dirty_disk: u64,
+    /// KiB of memory that the guest dirties per second [default: 8 % of the WAN's rate, at most 1024]
+    #[arg(long)]
+    dirty_memory: Option<u64>,
+    /// KiB of disk that the guest rewrites per second [default: 1 % of the WAN's rate, at most 128]
+    #[arg(long)]
+    dirty_disk: Option<u64>,
     /// The name server
     #[arg(long, value_enum, default_value = "hickory")]
     dns: DnsServer,
@@ -67,6 +67,8 @@ struct DemoArgs {
 
 impl DemoArgs {
     fn options(&self) -> SceneOptions {
+        let usual = SceneOptions::default();
+        let share = |share: f64, most: u64| (kib_per_s(self.rate) * share).ceil().min(most as f64) as u64;
         SceneOptions {
             rate_mbit: self.rate,
             rtt: self.rtt,
@@ -74,12 +76,18 @@ impl DemoArgs {
             jitter: self.jitter,
             memory_mib: self.memory,
             disk_bytes: self.disk << 20,
-            dirty_memory_kib_per_s: self.dirty_memory,
-            dirty_disk_kib_per_s: self.dirty_disk,
+            dirty_memory_kib_per_s: self
+                .dirty_memory
+                .unwrap_or_else(|| share(0.08, usual.dirty_memory_kib_per_s)),
+            dirty_disk_kib_per_s: self.dirty_disk.unwrap_or_else(|| share(0.01, usual.dirty_disk_kib_per_s)),
             dns: self.dns,
-            ..SceneOptions::default()
+            ..usual
         }
     }
+}
+
+fn kib_per_s(rate_mbit: f64) -> f64 {
+    rate_mbit * 1e6 / 8.0 / 1024.0
 }
 
 fn main() -> ExitCode {
