@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
+use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{MigrationMessage, Proposal, Refusal};
 use longhaul_core::migration::record::{DestinationRecord, Record};
@@ -150,15 +151,14 @@ impl Daemon {
         }
         match message {
             MigrationMessage::Propose(proposal) => self.on_proposal(id, peer, proposal),
-            MigrationMessage::Reserve { .. } => self.on_reserve(id, peer).await,
-            MigrationMessage::Commit { .. } | MigrationMessage::Abort { .. } => {
-                self.answer_from_journal(id, peer).await
-            }
-            // An answer to a driver that has ended.
-            MigrationMessage::Accept
+            MigrationMessage::Reserve { .. } => self.on_reserve(id, peer, &message).await,
+            MigrationMessage::Commit { .. }
+            | MigrationMessage::Abort { .. }
             | MigrationMessage::Reserved(_)
+            | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message).await,
+            // An answer to a driver that has ended, and nothing waits for one to it.
+            MigrationMessage::Accept
             | MigrationMessage::Decline(_)
-            | MigrationMessage::Loaded { .. }
             | MigrationMessage::Activated { .. }
             | MigrationMessage::Refused { .. }
             | MigrationMessage::Unknown => {}
@@ -220,10 +220,10 @@ impl Daemon {
         self.say(id, &peer, answer).await;
     }
 
-    async fn on_reserve(&mut self, id: MigrationId, peer: SiteName) {
+    async fn on_reserve(&mut self, id: MigrationId, peer: SiteName, message: &MigrationMessage) {
         let known = self.edges.journal.entries(id).unwrap_or_default();
         if !known.is_empty() {
-            return self.answer_from_journal(id, peer).await;
+            return self.answer_from_journal(id, peer, message).await;
         }
         let Some((_, proposal)) = self.accepted.remove(&id).filter(|(from, _)| *from == peer) else {
             let why = Refusal::Restarted(self.edges.site().clone());
@@ -248,7 +248,7 @@ impl Daemon {
     }
 
     /// A late word about a migration that has no driver any more.
-    async fn answer_from_journal(&mut self, id: MigrationId, peer: SiteName) {
+    async fn answer_from_journal(&mut self, id: MigrationId, peer: SiteName, message: &MigrationMessage) {
         let entries = match self.edges.journal.entries(id) {
             Ok(entries) => entries,
             Err(error) => {
@@ -256,24 +256,10 @@ impl Daemon {
                 return;
             }
         };
-        let answer = match entries.last().map(|entry| (entry.epoch, &entry.record)) {
-            Some((epoch, Record::Destination(DestinationRecord::Activated { .. }))) => {
-                MigrationMessage::Activated { epoch }
-            }
-            Some((epoch, Record::Destination(DestinationRecord::Refused { why }))) => {
-                MigrationMessage::Refused { epoch, why: why.clone() }
-            }
-            Some((
-                _,
-                Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded),
-            )) => {
-                // Its driver is being restored and will answer.
-                return;
-            }
-            Some((_, Record::Source(_))) => return,
-            None => MigrationMessage::Unknown,
-        };
-        self.say(id, &peer, answer).await;
+        let last = entries.last().map(|entry| (entry.epoch, &entry.record));
+        if let Some(answer) = late::answer(last, message) {
+            self.say(id, &peer, answer).await;
+        }
     }
 
     async fn say(&self, id: MigrationId, peer: &SiteName, message: MigrationMessage) {

@@ -64,7 +64,7 @@ impl Daemon {
             // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
             SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
                 let stands = stands_still(guest.as_ref()).await && proposal.running;
-                self.is_latest(&attempt) && (stands || row.ttl_before_s.is_some())
+                self.may_undo(&attempt) && (stands || row.ttl_before_s.is_some())
             }
         };
         if !owed {
@@ -149,6 +149,12 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// The machine is here, and nothing has happened to it since this attempt.
+    fn may_undo(&self, attempt: &Attempt) -> bool {
+        let known = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        known.is_some_and(|owner| owner.may_undo(attempt.epoch))
     }
 
     /// Nothing has happened to the machine since this attempt.

@@ -67,6 +67,18 @@ impl Ownership {
         }
     }
 
+    /// Whether a restarted gateway may still undo an attempt that it gave up and that would have begun
+    /// `epoch`.
+    ///
+    /// A retry has the same epoch as the attempt before it, so the epoch alone does not tell whether
+    /// the machine has left since: only a machine that is here is resumed.
+    pub fn may_undo(&self, attempt: Epoch) -> bool {
+        match self {
+            Self::Here { epoch } => *epoch <= attempt,
+            Self::Away { .. } | Self::Arriving { .. } => false,
+        }
+    }
+
     /// The permit to start a machine that this site owns and that is not in a migration.
     ///
     /// The caller gives the last source record of an unfinished migration, if there is one: a machine
@@ -99,4 +111,18 @@ pub enum MayNotRun {
     /// It is being moved.
     #[error("Machine {0} is being moved; wait for the migration or abort it")]
     Moving(VmName),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_given_up_is_not_undone_where_a_retry_of_its_epoch_has_left() {
+        let here = Ownership::Here { epoch: Epoch(4) };
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(5) };
+        assert!(here.may_undo(Epoch(5)));
+        assert!(!away.may_undo(Epoch(5)), "the copy at the other site would run too");
+        assert!(!Ownership::Here { epoch: Epoch(6) }.may_undo(Epoch(5)), "it came back since");
+    }
 }

@@ -1,0 +1,229 @@
+//! What a site is made of in the simulation: journal, guest, drivers, the name server between them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use longhaul_core::ids::{Epoch, MigrationId, SiteName};
+use longhaul_core::migration::destination::{self, Destination};
+use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::message::{Handover, MigrationMessage, Proposal, Reservation};
+use longhaul_core::migration::permit::RunPermit;
+use longhaul_core::migration::record::{Record, SourceRecord};
+use longhaul_core::migration::source::{self, Source};
+use longhaul_core::migration::step::Step;
+use longhaul_core::migration::{Attempt, CommitMode};
+
+use crate::support;
+
+/// Which attempt.
+pub type Id = u64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guest {
+    Gone,
+    Still,
+    Running,
+    Dead,
+}
+
+/// Something a gateway is busy with; lost when it dies.
+#[derive(Debug)]
+pub enum Work {
+    Preflight,
+    Copy,
+    StopGuest,
+    SendRest,
+    Rollback(RunPermit),
+    Release,
+    Prepare,
+    Load,
+    Activate(RunPermit),
+    Discard,
+}
+
+impl Work {
+    /// It can fail and be given up; the others are tried until they are done.
+    pub fn may_fail(&self) -> bool {
+        match self {
+            Self::Preflight | Self::Copy | Self::StopGuest | Self::SendRest | Self::Prepare | Self::Load => {
+                true
+            }
+            Self::Rollback(_) | Self::Release | Self::Activate(_) | Self::Discard => false,
+        }
+    }
+}
+
+/// A machine, the step whose record is not on disk yet, and the work that was asked for.
+#[derive(Debug)]
+pub struct Driver<M, A, E> {
+    pub machine: M,
+    pub unsynced: Option<Step<A>>,
+    /// What happened while it waited for the disk.
+    pub inbox: VecDeque<E>,
+    pub work: VecDeque<Work>,
+}
+
+pub type SourceDriver = Driver<Source, source::Action, source::Event>;
+pub type DestinationDriver = Driver<Destination, destination::Action, destination::Event>;
+
+impl<M, A, E> Driver<M, A, E> {
+    pub fn new(machine: M) -> Self {
+        Self { machine, unsynced: None, inbox: VecDeque::new(), work: VecDeque::new() }
+    }
+}
+
+/// What is on a site's disk.
+#[derive(Debug, Default)]
+pub struct Journal {
+    pub records: BTreeMap<Id, Vec<Record>>,
+    pub owner: Option<Ownership>,
+    pub anchor: Option<Anchor>,
+}
+
+impl Journal {
+    pub fn last(&self, id: Id) -> Option<&Record> {
+        self.records.get(&id).and_then(|records| records.last())
+    }
+
+    pub fn is_here(&self) -> bool {
+        matches!(self.owner, Some(Ownership::Here { .. }))
+    }
+
+    /// The record of an attempt that is not over, for the start gate.
+    pub fn unfinished(&self) -> Option<&SourceRecord> {
+        self.records.values().find_map(|records| match records.last() {
+            Some(Record::Source(
+                last @ (SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked),
+            )) => Some(last),
+            Some(_) | None => None,
+        })
+    }
+}
+
+/// A name that is to follow.
+#[derive(Clone, Copy, Debug)]
+pub struct Anchor {
+    pub id: Id,
+    pub epoch: Epoch,
+    pub names: Names,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    Waiting,
+    Pending,
+    Moved,
+}
+
+/// A gateway and its host.
+#[derive(Debug)]
+pub struct Site {
+    pub up: bool,
+    pub journal: Journal,
+    pub guest: Guest,
+    /// Attempts for which something is held on the host; outlives the gateway.
+    pub held: BTreeSet<Id>,
+    pub sources: BTreeMap<Id, SourceDriver>,
+    pub destinations: BTreeMap<Id, DestinationDriver>,
+    pub accepted: BTreeSet<Id>,
+    /// The anchor was told that the machine runs over there.
+    pub runs_there: bool,
+}
+
+impl Site {
+    pub fn new(guest: Guest) -> Self {
+        Self {
+            up: true,
+            journal: Journal::default(),
+            guest,
+            held: BTreeSet::new(),
+            sources: BTreeMap::new(),
+            destinations: BTreeMap::new(),
+            accepted: BTreeSet::new(),
+            runs_there: false,
+        }
+    }
+
+    pub fn forget(&mut self) {
+        self.up = false;
+        self.sources.clear();
+        self.destinations.clear();
+        self.accepted.clear();
+        self.runs_there = false;
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameServerMood {
+    Answers,
+    Stalls,
+    Refuses,
+    AppliesAndLosesTheAnswer,
+}
+
+/// One name, changed by compare-and-swap.
+#[derive(Clone, Copy, Debug)]
+pub struct NameServer {
+    pub mood: NameServerMood,
+    pub site: usize,
+    pub epoch: Epoch,
+}
+
+impl NameServer {
+    /// Moves the name; whether the asker knows that it moved.
+    pub fn swap(&mut self, site: usize, epoch: Epoch) -> bool {
+        let done = self.site == site && self.epoch == epoch;
+        let applies = done || self.epoch < epoch;
+        match self.mood {
+            NameServerMood::Stalls | NameServerMood::Refuses => false,
+            NameServerMood::Answers => {
+                if applies {
+                    (self.site, self.epoch) = (site, epoch);
+                }
+                applies
+            }
+            NameServerMood::AppliesAndLosesTheAnswer => {
+                if applies {
+                    (self.site, self.epoch) = (site, epoch);
+                }
+                false
+            }
+        }
+    }
+}
+
+/// A message under way.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    pub to: usize,
+    pub id: Id,
+    pub message: MigrationMessage,
+}
+
+pub fn name(site: usize) -> SiteName {
+    ["a", "b"][site].parse().expect("a literal name")
+}
+
+pub fn attempt(id: Id, epoch: Epoch, peer: usize) -> Attempt {
+    let vm = "web1".parse().expect("a literal name");
+    Attempt { id: MigrationId(id.into()), vm, peer: name(peer), epoch }
+}
+
+pub fn proposal(epoch: Epoch) -> Box<Proposal> {
+    Box::new(Proposal {
+        definition: support::definition(),
+        home_site: name(0),
+        hypervisor: "7.2".into(),
+        epoch,
+        running: true,
+        commit: CommitMode::Confirmed,
+        nics: Vec::new(),
+    })
+}
+
+pub fn reservation() -> Reservation {
+    Reservation { care_of: Vec::new() }
+}
+
+pub fn handover() -> Box<Handover> {
+    Box::new(Handover { nics: Vec::new() })
+}

@@ -1,0 +1,150 @@
+//! Schedules: what happens to the world, in which order; drawn from a seed, replayed from a file.
+//!
+//! An event's number is taken modulo what there is to choose from, so that any part of a schedule is
+//! a schedule too: that is what lets a failing one be shortened.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// What happens, by kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Deliver,
+    Double,
+    Lose,
+    Work,
+    WorkFails,
+    Sync,
+    Wait,
+    CutToB,
+    CutToA,
+    Mend,
+    NoticeLink,
+    CrashA,
+    CrashB,
+    Restart,
+    PowerLossA,
+    PowerLossB,
+    KillGuestA,
+    KillGuestB,
+    Boot,
+    Migrate,
+    Abort,
+    NameServer,
+}
+
+/// Each kind and how often it comes, out of the sum.
+const WEIGHTS: [(Kind, u64); 22] = [
+    (Kind::Deliver, 160),
+    (Kind::Double, 20),
+    (Kind::Lose, 20),
+    (Kind::Work, 200),
+    (Kind::WorkFails, 6),
+    (Kind::Sync, 160),
+    (Kind::Wait, 50),
+    (Kind::CutToB, 5),
+    (Kind::CutToA, 5),
+    (Kind::Mend, 12),
+    (Kind::NoticeLink, 14),
+    (Kind::CrashA, 8),
+    (Kind::CrashB, 8),
+    (Kind::Restart, 30),
+    (Kind::PowerLossA, 1),
+    (Kind::PowerLossB, 2),
+    (Kind::KillGuestA, 1),
+    (Kind::KillGuestB, 2),
+    (Kind::Boot, 4),
+    (Kind::Migrate, 24),
+    (Kind::Abort, 4),
+    (Kind::NameServer, 10),
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    pub kind: Kind,
+    pub number: u16,
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}", self.kind, self.number)
+    }
+}
+
+impl FromStr for Event {
+    type Err = String;
+
+    fn from_str(line: &str) -> Result<Self, String> {
+        let (kind, number) = line.split_once(' ').ok_or_else(|| format!("no number in {line:?}"))?;
+        let known = WEIGHTS.iter().find(|(known, _)| format!("{known:?}") == kind);
+        let (kind, _) = known.ok_or_else(|| format!("no event is called {kind:?}"))?;
+        let number = number.parse().map_err(|error| format!("{line:?}: {error}"))?;
+        Ok(Self { kind: *kind, number })
+    }
+}
+
+/// SplitMix64: small, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+/// The schedule of a seed. Each seed leaves some kinds of faults out, so that rare ones meet.
+pub fn of_seed(seed: u64) -> Vec<Event> {
+    let mut random = Random(seed);
+    let swarm = random.next();
+    let weights: Vec<(Kind, u64)> = WEIGHTS
+        .iter()
+        .enumerate()
+        .map(|(at, (kind, weight))| {
+            let steady =
+                matches!(kind, Kind::Deliver | Kind::Work | Kind::Sync | Kind::Restart | Kind::Migrate);
+            (*kind, if steady || swarm >> at & 1 == 1 { *weight } else { 0 })
+        })
+        .collect();
+    let sum: u64 = weights.iter().map(|(_, weight)| weight).sum();
+    let draw = random.next();
+    // One in eight is long: a second attempt after a first one needs that.
+    let length = if draw.is_multiple_of(8) { 500 } else { 20 + (draw >> 8) % 160 };
+    (0..length)
+        .map(|_| Event { kind: pick(&weights, random.next() % sum), number: random.next() as u16 })
+        .collect()
+}
+
+fn pick(weights: &[(Kind, u64)], mut at: u64) -> Kind {
+    for (kind, weight) in weights {
+        if at < *weight {
+            return *kind;
+        }
+        at -= weight;
+    }
+    Kind::Wait
+}
+
+/// Leaves out whatever is not needed for `fails` to stay true.
+pub fn shorten(mut events: Vec<Event>, fails: impl Fn(&[Event]) -> bool) -> Vec<Event> {
+    let mut chunk = events.len().div_ceil(2).max(1);
+    loop {
+        let mut at = 0;
+        while at < events.len() {
+            let mut without = events.clone();
+            without.drain(at..(at + chunk).min(events.len()));
+            if fails(&without) {
+                events = without;
+            } else {
+                at += chunk;
+            }
+        }
+        if chunk == 1 {
+            return events;
+        }
+        chunk = chunk.div_ceil(2);
+    }
+}
