@@ -10,7 +10,7 @@ use longhaul_core::migration::destination::{
     Action as DestinationAction, Destination, DestinationLimits, Event as DestinationEvent,
 };
 use longhaul_core::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
-use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
+use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
 use longhaul_core::migration::source::{Action as SourceAction, Event as SourceEvent, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
 use longhaul_core::migration::{Attempt, CommitMode};
@@ -86,7 +86,7 @@ fn handover() -> Box<Handover> {
 impl World {
     fn start() -> Self {
         let mut world = Self { runs_at_source: true, ..Self::default() };
-        let (source, step) = Source::begin(attempt("b"), SourceLimits::default(), world.now);
+        let (source, step) = Source::begin(attempt("b"), SourceLimits::default(), false, world.now);
         world.source = Some(source);
         world.commit_source(step);
         world
@@ -366,4 +366,24 @@ fn a_destination_that_refused_unheard_is_asked_when_the_link_is_back() {
     let source = world.source.expect("an attempt");
     assert!(source.aborting().is_some(), "{source:?}");
     assert!(world.runs_at_source && !world.runs_at_destination);
+}
+
+#[test]
+fn a_reserved_record_keeps_that_the_name_stays_behind_and_older_ones_are_still_read() {
+    let (source, _) = Source::begin(attempt("b"), SourceLimits::default(), true, Duration::ZERO);
+    let (source, _) = source.handle(SourceEvent::PreflightPassed(proposal()), Duration::ZERO);
+    let (_, step) = source.handle(SourceEvent::Peer(MigrationMessage::Accept), Duration::ZERO);
+    let record = step.pending_record().expect("an accepted proposal is recorded").clone();
+    let without = |record: &Record| match record {
+        Record::Source(SourceRecord::Reserved { without_names, .. }) => *without_names,
+        other => panic!("{} instead of reserved", other.name()),
+    };
+    assert!(without(&record));
+    let entry = Entry { vm: attempt("b").vm, epoch: Epoch(5), at_unix_ms: 0, record };
+    let bytes = postcard::to_allocvec(&entry).expect("an entry can be written");
+    let read: Entry = postcard::from_bytes(&bytes).expect("what was written");
+    assert!(without(&read.record));
+    // A version that did not keep it wrote the same without the last byte.
+    let older: Entry = postcard::from_bytes(&bytes[..bytes.len() - 1]).expect("an older record");
+    assert!(!without(&older.record));
 }
