@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use longhaul_core::ids::{Epoch, VmName};
+use longhaul_core::ids::VmName;
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
 use longhaul_core::tunnel::policy::PortKey;
@@ -106,7 +106,8 @@ impl Daemon {
         };
         let failed = |error: crate::journal::JournalError| RequestError::Failed(error.to_string());
         self.edges.journal.put_machine(&vm, &row).map_err(failed)?;
-        self.edges.journal.define(&vm, &Ownership::Here { epoch: Epoch(0) }).map_err(failed)?;
+        let epoch = self.edges.journal.first_epoch(&vm).map_err(failed)?;
+        self.edges.journal.define(&vm, &Ownership::Here { epoch }).map_err(failed)?;
         tracing::info!(%vm, "machine defined");
         self.machines.insert(vm, Machine { row, guest });
         Ok(())
