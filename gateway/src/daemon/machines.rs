@@ -262,8 +262,11 @@ impl Daemon {
             Some(socket) => self.edges.hypervisor.adopt(socket, &row.definition).await.ok(),
             None => self.edges.hypervisor.find(&row.definition.name).await.ok().flatten(),
         };
-        if found.is_none() && row.wanted {
-            tracing::warn!(vm = %row.definition.name, "machine should run, but its QEMU is not there");
+        let vm = &row.definition.name;
+        // One that is still coming, or has left, is not meant to run here.
+        let ours = matches!(self.edges.journal.ownership(vm), Ok(Some(Ownership::Here { .. })));
+        if found.is_none() && row.wanted && ours {
+            tracing::warn!(%vm, "machine should run, but its QEMU is not there");
         }
         found
     }
