@@ -374,9 +374,11 @@ fn a_reserved_record_keeps_that_the_name_stays_behind_and_older_ones_are_still_r
     let (source, _) = source.handle(SourceEvent::PreflightPassed(proposal()), Duration::ZERO);
     let (_, step) = source.handle(SourceEvent::Peer(MigrationMessage::Accept), Duration::ZERO);
     let record = step.pending_record().expect("an accepted proposal is recorded").clone();
-    let without = |record: &Record| match record {
-        Record::Source(SourceRecord::Reserved { without_names, .. }) => *without_names,
-        other => panic!("{} instead of reserved", other.name()),
+    let without = |record: &Record| {
+        let Record::Source(SourceRecord::Reserved { without_names, .. }) = record else {
+            panic!("{} instead of reserved", record.name());
+        };
+        *without_names
     };
     assert!(without(&record));
     let entry = Entry { vm: attempt("b").vm, epoch: Epoch(5), at_unix_ms: 0, record };
