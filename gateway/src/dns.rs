@@ -32,6 +32,21 @@ pub enum NamesError {
         /// What it says.
         current: String,
     },
+    /// The name's ownership record is not older than the move.
+    #[error(
+        "Name {name} is in epoch {epoch} of site {owner}, the move would begin epoch {wanted}: make sure that no other \
+         site runs the machine, then delete the TXT record _longhaul.{name}; --without-dns leaves the name alone"
+    )]
+    Ahead {
+        /// The name.
+        name: String,
+        /// The epoch in its ownership record.
+        epoch: u64,
+        /// The site in it.
+        owner: String,
+        /// The epoch of the move.
+        wanted: Epoch,
+    },
     /// The addresses do not match the machine.
     #[error("Name {name} does not point at the machine: it says {current}, expected {expected}")]
     Elsewhere {
@@ -98,9 +113,9 @@ impl Names {
         self.move_ttl_s
     }
 
-    /// Proves, changing nothing, that `name` could be moved: reachable, allowed, clocks agree, and it
-    /// points at `home`.
-    pub async fn check(&self, name: &str, home: &[IpAddr]) -> Result<Standing, NamesError> {
+    /// Proves, changing nothing, that `name` could be moved into epoch `wanted`: reachable, allowed, clocks
+    /// agree, it points at `home`, and its ownership record is older.
+    pub async fn check(&self, name: &str, home: &[IpAddr], wanted: Epoch) -> Result<Standing, NamesError> {
         let found = self.updater.preflight(&parse(name)?, home).await?.records;
         let standing = Standing {
             ttl_s: found.ttl_s().unwrap_or(self.move_ttl_s),
@@ -116,6 +131,7 @@ impl Names {
                 expected: list(home),
             });
         }
+        expect_older(name, standing.register.as_ref(), wanted)?;
         Ok(standing)
     }
 
@@ -156,6 +172,7 @@ impl Names {
             let done = register.as_ref().is_some_and(|register| register.epoch().0 == wanted.epoch.0);
             return if done { Ok(()) } else { Err(lost(wanted.name, &found.addresses)) };
         }
+        expect_older(wanted.name, register.as_ref(), wanted.epoch)?;
         let from = found.epoch();
         let swap = Swap::new(name, old, new, wanted.ttl_s, wanted.owner.as_str())
             .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
@@ -174,6 +191,19 @@ impl Standing {
     }
 }
 
+/// A register that is not older would refuse the swap for ever.
+fn expect_older(name: &str, register: Option<&Ownership>, wanted: Epoch) -> Result<(), NamesError> {
+    match register.filter(|register| register.epoch().0 >= wanted.0) {
+        None => Ok(()),
+        Some(ahead) => Err(NamesError::Ahead {
+            name: name.to_owned(),
+            epoch: ahead.epoch().0,
+            owner: ahead.owner().to_owned(),
+            wanted,
+        }),
+    }
+}
+
 fn lost(name: &str, current: &[IpAddr]) -> NamesError {
     NamesError::Lost { name: name.to_owned(), current: list(current) }
 }
@@ -185,4 +215,24 @@ fn parse(name: &str) -> Result<DnsName, NamesError> {
 fn list(addresses: &[IpAddr]) -> String {
     let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     if texts.is_empty() { "nothing".to_owned() } else { texts.join(" ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_register_that_is_not_older_refuses_the_move_and_names_the_remedy() {
+        let register: Ownership =
+            "v=1 epoch=3 owner=b txn=00112233445566778899aabbccddeeff".parse().expect("canonical");
+        let tried = |wanted| expect_older("web1.vm.example", Some(&register), Epoch(wanted));
+        for wanted in [1, 3] {
+            let text = tried(wanted).expect_err("the swap would be refused for ever").to_string();
+            for part in ["epoch 3 of site b", "_longhaul.web1.vm.example", "--without-dns"] {
+                assert!(text.contains(part), "{text}");
+            }
+        }
+        assert!(tried(4).is_ok());
+        assert!(expect_older("web1.vm.example", None, Epoch(1)).is_ok());
+    }
 }

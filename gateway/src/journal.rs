@@ -13,7 +13,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use longhaul_core::ids::{MigrationId, VmName};
+use longhaul_core::ids::{Epoch, MigrationId, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::record::{Entry, IllegalRecord, Record};
@@ -25,6 +25,8 @@ const ENTRIES: TableDefinition<(u128, u32), &[u8]> = TableDefinition::new("entri
 const PEERS: TableDefinition<u128, &[u8]> = TableDefinition::new("attempts");
 /// Who owns which machine, by the machine's name.
 const OWNERSHIP: TableDefinition<&str, &[u8]> = TableDefinition::new("ownership");
+/// The highest epoch of each name that was forgotten, by the machine's name: it outlives `undefine`.
+const EPOCHS: TableDefinition<&str, u64> = TableDefinition::new("epochs");
 /// What this site knows of a machine besides, by the machine's name.
 const MACHINES: TableDefinition<&str, &[u8]> = TableDefinition::new("machines");
 /// Machines that left and whose connections are still held here, by the machine's name.
@@ -83,6 +85,7 @@ impl Journal {
             transaction.open_table(OWNERSHIP)?;
             transaction.open_table(MACHINES)?;
             transaction.open_table(ANCHORS)?;
+            transaction.open_table(EPOCHS)?;
             Ok(())
         })?;
         Ok(journal)
@@ -179,9 +182,23 @@ impl Journal {
         self.put(MACHINES, vm.as_str(), row)
     }
 
-    /// Forgets a machine altogether.
+    /// The epoch that a machine called `vm` begins with here: the highest that one of this name was in when
+    /// it was forgotten, else 0. Names outside remember it.
+    pub fn first_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(EPOCHS).map_err(store)?;
+        let epoch = table.get(vm.as_str()).map_err(store)?;
+        Ok(Epoch(epoch.map_or(0, |epoch| epoch.value())))
+    }
+
+    /// Forgets a machine, all but the epoch it was in.
     pub fn remove_machine(&self, vm: &VmName) -> Result<(), JournalError> {
+        let known = self.ownership(vm)?.map_or(Epoch(0), |ownership| ownership.epoch());
+        let highest = self.first_epoch(vm)?.max(known);
         self.write(|transaction| {
+            if highest > Epoch(0) {
+                transaction.open_table(EPOCHS)?.insert(vm.as_str(), highest.0)?;
+            }
             transaction.open_table(MACHINES)?.remove(vm.as_str())?;
             transaction.open_table(OWNERSHIP)?.remove(vm.as_str())?;
             Ok(())
@@ -276,7 +293,6 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JournalError> {
 
 #[cfg(test)]
 mod tests {
-    use longhaul_core::ids::Epoch;
     use longhaul_core::migration::message::{Handover, Refusal};
     use longhaul_core::migration::record::{DestinationRecord, SourceRecord};
 
@@ -319,6 +335,25 @@ mod tests {
         }
         let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.ownership(&attempt().vm).unwrap(), Some(Ownership::Here { epoch: Epoch(0) }));
+    }
+
+    #[test]
+    fn a_forgotten_machine_leaves_the_highest_epoch_of_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let vm = attempt().vm;
+        {
+            let journal = Journal::open(&path).unwrap();
+            assert_eq!(journal.first_epoch(&vm).unwrap(), Epoch(0));
+            let away = Ownership::Away { site: attempt().peer, epoch: Epoch(3) };
+            journal.define(&vm, &away).unwrap();
+            journal.remove_machine(&vm).unwrap();
+            journal.define(&vm, &Ownership::Here { epoch: Epoch(2) }).unwrap();
+            journal.remove_machine(&vm).unwrap();
+        }
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.ownership(&vm).unwrap(), None);
+        assert_eq!(journal.first_epoch(&vm).unwrap(), Epoch(3));
     }
 
     #[test]

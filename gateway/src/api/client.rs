@@ -89,9 +89,9 @@ impl Client {
         self.ask(Method::POST, &format!("/v1/machines/{vm}/stop"), &()).await
     }
 
-    /// Forgets a machine.
-    pub async fn undefine(&self, vm: &VmName) -> Result<(), ClientError> {
-        self.ask(Method::DELETE, &format!("/v1/machines/{vm}"), &()).await
+    /// Forgets a machine; `forget` one that is at another site, too.
+    pub async fn undefine(&self, vm: &VmName, forget: bool) -> Result<(), ClientError> {
+        self.ask(Method::DELETE, &format!("/v1/machines/{vm}?forget={forget}"), &()).await
     }
 
     /// Whether something else may start the machine here.

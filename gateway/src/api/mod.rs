@@ -27,8 +27,8 @@ pub enum Request {
     Start(VmName, Reply<()>),
     /// Stops a machine for good (power off).
     Stop(VmName, Reply<()>),
-    /// Forgets a machine that is not here any more, or is stopped. Its disk stays.
-    Undefine(VmName, Reply<()>),
+    /// Forgets a machine that is stopped; one that is at another site only if that is said. Its disk stays.
+    Undefine(VmName, bool, Reply<()>),
     /// Begins a migration.
     Migrate(MigrateRequest, Reply<Started>),
     /// One migration.

@@ -56,6 +56,12 @@ struct DoctorQuery {
     vm: Option<VmName>,
 }
 
+#[derive(Deserialize)]
+struct UndefineQuery {
+    #[serde(default)]
+    forget: bool,
+}
+
 impl Daemon {
     async fn ask<T: Serialize>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Response {
         let (reply, answer) = oneshot::channel();
@@ -115,8 +121,12 @@ async fn may_run(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -
     daemon.ask(|reply| Request::MayRun(name, reply)).await
 }
 
-async fn undefine(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
-    daemon.ask(|reply| Request::Undefine(name, reply)).await
+async fn undefine(
+    State(daemon): State<Daemon>,
+    UrlPath(name): UrlPath<VmName>,
+    Query(query): Query<UndefineQuery>,
+) -> Response {
+    daemon.ask(|reply| Request::Undefine(name, query.forget, reply)).await
 }
 
 async fn migrate(State(daemon): State<Daemon>, Json(body): Json<MigrateRequest>) -> Response {

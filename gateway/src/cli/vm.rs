@@ -44,6 +44,9 @@ pub enum VmCommand {
     Undefine {
         /// The machine
         vm: VmName,
+        /// Forget it although it is at another site: nothing keeps it from being started here as well then
+        #[arg(long)]
+        forget: bool,
     },
     /// List machines
     List,
@@ -59,7 +62,7 @@ pub async fn run(client: &Client, command: VmCommand) -> Result<ExitCode, Client
         }
         VmCommand::Start { vm } => client.start(&vm).await?,
         VmCommand::Stop { vm } => client.stop(&vm).await?,
-        VmCommand::Undefine { vm } => client.undefine(&vm).await?,
+        VmCommand::Undefine { vm, forget } => client.undefine(&vm, forget).await?,
         VmCommand::Adopt { qmp, definition } => {
             let Some(definition) = read(&definition) else { return Ok(ExitCode::from(2)) };
             let qmp = std::path::absolute(&qmp).unwrap_or(qmp);

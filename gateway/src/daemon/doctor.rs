@@ -2,7 +2,7 @@
 //!
 //! Looks, and changes nothing.
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{Epoch, VmName};
 
 use super::Daemon;
 use crate::api::types::Finding;
@@ -117,7 +117,9 @@ impl Daemon {
             .iter()
             .flat_map(|nic| nic.home.iter().map(|home| home.addr))
             .collect();
-        Some(match names.check(name, &home).await {
+        let epoch = self.edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
+        let next = epoch.map_or(Epoch(0), |ownership| ownership.epoch()).next();
+        Some(match names.check(name, &home, next).await {
             Ok(standing) => good(&check, format!("can follow; TTL {} s", standing.ttl_s)),
             Err(error) => bad(&check, &chain(&error), "check server, key and update policy"),
         })

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use longhaul_core::ids::{Epoch, VmName};
+use longhaul_core::ids::VmName;
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
 use longhaul_core::tunnel::policy::PortKey;
@@ -29,7 +29,7 @@ impl Daemon {
             Request::Adopt(body, reply) => drop(reply.send(self.adopt(&body).await)),
             Request::Start(vm, reply) => drop(reply.send(self.start(&vm).await)),
             Request::Stop(vm, reply) => drop(reply.send(self.stop(&vm).await)),
-            Request::Undefine(vm, reply) => drop(reply.send(self.undefine(&vm).await)),
+            Request::Undefine(vm, forget, reply) => drop(reply.send(self.undefine(&vm, forget).await)),
             Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),
@@ -77,7 +77,7 @@ impl Daemon {
                 "Machine {vm} is defined; `longhaul vm undefine {vm}` forgets it"
             ))),
             Ok(Some(Ownership::Away { site, .. })) => Err(RequestError::Conflict(format!(
-                "Machine {vm} left for site {site}; `longhaul vm undefine {vm}` forgets that it was here"
+                "Machine {vm} left for site {site}; `longhaul vm undefine {vm} --forget` forgets that it was here"
             ))),
             Ok(Some(Ownership::Arriving { .. })) => {
                 Err(RequestError::Conflict(format!("Machine {vm} is just arriving here")))
@@ -106,7 +106,8 @@ impl Daemon {
         };
         let failed = |error: crate::journal::JournalError| RequestError::Failed(error.to_string());
         self.edges.journal.put_machine(&vm, &row).map_err(failed)?;
-        self.edges.journal.define(&vm, &Ownership::Here { epoch: Epoch(0) }).map_err(failed)?;
+        let epoch = self.edges.journal.first_epoch(&vm).map_err(failed)?;
+        self.edges.journal.define(&vm, &Ownership::Here { epoch }).map_err(failed)?;
         tracing::info!(%vm, "machine defined");
         self.machines.insert(vm, Machine { row, guest });
         Ok(())
@@ -199,8 +200,9 @@ impl Daemon {
         Ok(())
     }
 
-    async fn undefine(&mut self, vm: &VmName) -> Result<(), RequestError> {
+    async fn undefine(&mut self, vm: &VmName, forget: bool) -> Result<(), RequestError> {
         let ownership = self.ownership(vm)?;
+        expect_forgettable(vm, &ownership, forget)?;
         if self.migration_of(vm).is_some() {
             return Err(MayNotRun::Moving(vm.clone()).into());
         }
@@ -260,8 +262,11 @@ impl Daemon {
             Some(socket) => self.edges.hypervisor.adopt(socket, &row.definition).await.ok(),
             None => self.edges.hypervisor.find(&row.definition.name).await.ok().flatten(),
         };
-        if found.is_none() && row.wanted {
-            tracing::warn!(vm = %row.definition.name, "machine should run, but its QEMU is not there");
+        let vm = &row.definition.name;
+        // One that is still coming, or has left, is not meant to run here.
+        let ours = matches!(self.edges.journal.ownership(vm), Ok(Some(Ownership::Here { .. })));
+        if found.is_none() && row.wanted && ours {
+            tracing::warn!(%vm, "machine should run, but its QEMU is not there");
         }
         found
     }
@@ -281,10 +286,38 @@ fn parse(text: &str) -> Result<MachineDefinition, RequestError> {
         .map_err(|error| RequestError::Invalid(crate::migration::chain(&error)))
 }
 
+/// What keeps a machine that left from being started here is that it is known.
+fn expect_forgettable(vm: &VmName, ownership: &Ownership, forget: bool) -> Result<(), RequestError> {
+    match ownership {
+        Ownership::Away { site, .. } if !forget => Err(RequestError::Conflict(format!(
+            "Machine {vm} is at site {site}: once it is forgotten, nothing keeps it from being started here as well, \
+             and two copies of one machine destroy its data; `longhaul vm undefine {vm} --forget` forgets it"
+        ))),
+        Ownership::Away { .. } | Ownership::Here { .. } | Ownership::Arriving { .. } => Ok(()),
+    }
+}
+
 fn no_machine(vm: &VmName) -> RequestError {
     RequestError::NotFound(format!("No machine {vm} at this site; `longhaul vm list` lists them"))
 }
 
 fn failed(error: &dyn std::error::Error) -> RequestError {
     RequestError::Failed(crate::migration::chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::Epoch;
+
+    use super::*;
+
+    #[test]
+    fn a_machine_that_is_away_is_forgotten_only_when_that_is_asked_for() {
+        let vm: VmName = "web1".parse().unwrap();
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
+        let refused = expect_forgettable(&vm, &away, false).unwrap_err().to_string();
+        assert!(refused.contains("site b") && refused.contains("--forget"), "{refused}");
+        assert!(expect_forgettable(&vm, &away, true).is_ok());
+        assert!(expect_forgettable(&vm, &Ownership::Here { epoch: Epoch(1) }, false).is_ok());
+    }
 }

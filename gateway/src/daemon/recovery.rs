@@ -52,7 +52,7 @@ impl Daemon {
 
     async fn recover_source(&mut self, history: History, last: SourceRecord, found: &Found) {
         let attempt = history.attempt.clone();
-        let Some((proposal, reservation)) = source_facts(&history.entries) else { return };
+        let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
         let Some((row, guest)) = found.get(&attempt.vm).cloned() else { return };
         let owed = match &last {
             SourceRecord::Reserved { .. }
@@ -72,7 +72,7 @@ impl Daemon {
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
         let (inbox, outbox) = mpsc::channel(64);
-        let options = SourceOptions { without_dns: row.definition.dns_name.is_none(), max_downtime: None };
+        let options = SourceOptions { without_dns, max_downtime: None };
         let anchors = self.anchors.clone();
         let row = MachineRow { wanted: proposal.running, ..row };
         let driver =
@@ -170,12 +170,15 @@ async fn stands_still(guest: Option<&Guest>) -> bool {
     guest.status().await.is_ok_and(|state| !state.is_running())
 }
 
-fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>)> {
+/// What was proposed, what is held for it, and whether the name was to stay behind.
+fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>, bool)> {
     let mut proposed = None;
     let mut reserved = None;
     for entry in entries {
         match &entry.record {
-            Record::Source(SourceRecord::Reserved { proposal, .. }) => proposed = Some((**proposal).clone()),
+            Record::Source(SourceRecord::Reserved { proposal, without_names, .. }) => {
+                proposed = Some(((**proposal).clone(), *without_names));
+            }
             Record::Source(SourceRecord::PreCopy { reservation }) => reserved = Some(reservation.clone()),
             Record::Source(
                 SourceRecord::Parked
@@ -187,7 +190,8 @@ fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>)> {
             | Record::Destination(_) => {}
         }
     }
-    Some((proposed?, reserved))
+    let (proposal, without_names) = proposed?;
+    Some((proposal, reserved, without_names))
 }
 
 fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
@@ -202,4 +206,36 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
         )
         | Record::Source(_) => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::CommitMode;
+
+    use super::*;
+
+    #[test]
+    fn a_move_that_was_begun_without_names_goes_on_without_them() {
+        let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
+            dns_name = \"web1.vm.example\"\n[[disks]]\nname = \"root\"\nsize_bytes = 1048576\npci = \"03.0\"\n";
+        let proposal = Proposal {
+            definition: toml::from_str(definition).unwrap(),
+            home_site: "a".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(0),
+            running: true,
+            commit: CommitMode::Confirmed,
+            nics: Vec::new(),
+        };
+        for without_names in [true, false] {
+            let record = Record::Source(SourceRecord::Reserved {
+                peer: "b".parse().unwrap(),
+                proposal: Box::new(proposal.clone()),
+                without_names,
+            });
+            let entry = Entry { vm: "web1".parse().unwrap(), epoch: Epoch(1), at_unix_ms: 0, record };
+            assert_eq!(source_facts(&[entry]).unwrap().2, without_names);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! May run twice; what is gone already is no failure.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use longhaul_core::migration::destination::Event;
@@ -23,6 +24,12 @@ pub(super) async fn run(
     mut held: Held,
 ) -> Held {
     let vm = &leaf.attempt.vm;
+    if !made_anything(&pool_images(&leaf.edges, &leaf.attempt, &proposal)) {
+        // Whatever runs under this name was here before; its QEMU, taps and routes are not ours to end.
+        tracing::debug!(%vm, "nothing was made for the machine");
+        leaf.report(Event::Discarded).await;
+        return Held::default();
+    }
     if held.images.is_empty() {
         know_visits(&leaf, &proposal, &reservation).await;
     }
@@ -74,5 +81,26 @@ async fn know_visits(leaf: &DestinationLeaf, proposal: &Proposal, reservation: &
         if let Err(error) = leaf.edges.tunnel.visit_prepare(visit).await {
             tracing::debug!(vm = %leaf.attempt.vm, error = chain(&error), "nothing of the visit was left");
         }
+    }
+}
+
+/// Images are the first that is made and the last that is removed, and named after the attempt: where none
+/// of them is, this attempt has nothing else either. A machine without disks leaves no such mark.
+fn made_anything(images: &[PathBuf]) -> bool {
+    images.is_empty() || images.iter().any(|image| image.exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_that_made_no_image_has_nothing_to_discard() {
+        let folder = tempfile::tempdir().unwrap();
+        let images = ["root", "data"].map(|name| folder.path().join(name));
+        assert!(!made_anything(&images));
+        std::fs::write(&images[0], "").unwrap();
+        assert!(made_anything(&images));
+        assert!(made_anything(&[]));
     }
 }

@@ -186,13 +186,37 @@ pub(crate) fn hypervisor_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Hypervisor(Refusal::text(chain(&error)))
 }
 
-/// An error with its causes, on one line.
+/// An error with its causes, on one line; what an error says of its cause itself is not said again.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text += &format!(": {error}");
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text += &format!(": {said}");
+        }
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    enum Chained {
+        #[error("disk is full")]
+        Root,
+        #[error("cannot write")]
+        Silent(#[source] Box<Chained>),
+        #[error("cannot write ({0})")]
+        Telling(#[source] Box<Chained>),
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        assert_eq!(chain(&Chained::Silent(Box::new(Chained::Root))), "cannot write: disk is full");
+        assert_eq!(chain(&Chained::Telling(Box::new(Chained::Root))), "cannot write (disk is full)");
+    }
 }

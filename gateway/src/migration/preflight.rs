@@ -76,7 +76,11 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
     } else {
         row.care_of.iter().map(|care_of| care_of.addr).collect()
     };
-    names.check(name, &here).await.map(drop).map_err(|error| Refusal::Names(Refusal::text(chain(&error))))
+    names
+        .check(name, &here, leaf.attempt.epoch)
+        .await
+        .map(drop)
+        .map_err(|error| Refusal::Names(Refusal::text(chain(&error))))
 }
 
 async fn neighbours(

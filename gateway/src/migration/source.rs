@@ -104,7 +104,7 @@ impl SourceDriver {
     /// Runs a new migration to its end.
     pub async fn run(self) -> Result<Outcome, JournalError> {
         let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
-        let (machine, step) = Source::begin(attempt, limits, now);
+        let (machine, step) = Source::begin(attempt, limits, self.options.without_dns, now);
         self.drive(machine, step).await
     }
 

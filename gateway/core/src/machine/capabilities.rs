@@ -94,7 +94,6 @@ pub struct Incompatible(pub Vec<Mismatch>);
 
 impl fmt::Display for Incompatible {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("This host cannot run the machine: ")?;
         for (at, mismatch) in self.0.iter().enumerate() {
             let separator = if at == 0 { "" } else { "; " };
             write!(f, "{separator}{mismatch}")?;

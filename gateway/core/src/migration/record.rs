@@ -14,7 +14,7 @@
 //!                    `-> Refused
 //! ```
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::ids::{Epoch, SiteName, VmName};
 use crate::migration::message::{Handover, Proposal, Refusal, Reservation};
@@ -37,6 +37,10 @@ pub enum SourceRecord {
         peer: SiteName,
         /// What was proposed.
         proposal: Box<Proposal>,
+        /// The operator said that the machine's name is not to follow. The last field of the last field of an
+        /// entry: records of before it was kept end here, and are read as `false`.
+        #[serde(deserialize_with = "false_where_it_ends")]
+        without_names: bool,
     },
     /// The copy begins.
     PreCopy {
@@ -172,6 +176,10 @@ impl DestinationRecord {
             (_, _) => false,
         }
     }
+}
+
+fn false_where_it_ends<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    Ok(bool::deserialize(deserializer).unwrap_or(false))
 }
 
 /// What every record of one migration shares; the journal's key besides the migration's id.

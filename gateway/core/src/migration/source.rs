@@ -133,16 +133,23 @@ enum State {
 pub struct Source {
     attempt: Attempt,
     limits: SourceLimits,
+    without_names: bool,
     link_down_since: Option<Duration>,
     next_repeat: Duration,
     state: State,
 }
 
 impl Source {
-    /// Begins an attempt.
-    pub fn begin(attempt: Attempt, limits: SourceLimits, now: Duration) -> (Self, Step<Action>) {
+    /// Begins an attempt; `without_names` is kept with its first record, for a gateway that goes on with it.
+    pub fn begin(
+        attempt: Attempt,
+        limits: SourceLimits,
+        without_names: bool,
+        now: Duration,
+    ) -> (Self, Step<Action>) {
         let next_repeat = now + limits.repeat;
-        let source = Self { attempt, limits, link_down_since: None, next_repeat, state: State::Preflight };
+        let state = State::Preflight;
+        let source = Self { attempt, limits, without_names, link_down_since: None, next_repeat, state };
         (source, Step::act(vec![Action::Preflight]))
     }
 
@@ -156,7 +163,10 @@ impl Source {
         now: Duration,
     ) -> (Self, Step<Action>) {
         let state = State::Preflight;
-        let mut source = Self { attempt, limits, link_down_since: Some(now), next_repeat: now, state };
+        // Only the first record says it, and that is written already.
+        let without_names = false;
+        let mut source =
+            Self { attempt, limits, without_names, link_down_since: Some(now), next_repeat: now, state };
         let step = match last {
             SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked => {
                 source.abort(Refusal::Restarted(site.clone()))
@@ -306,7 +316,11 @@ impl Source {
         let State::Proposed { proposal, .. } = &self.state else {
             return Step::nothing();
         };
-        let record = SourceRecord::Reserved { peer: self.attempt.peer.clone(), proposal: proposal.clone() };
+        let record = SourceRecord::Reserved {
+            peer: self.attempt.peer.clone(),
+            proposal: proposal.clone(),
+            without_names: self.without_names,
+        };
         self.state = State::Reserving { give_up_at: now + self.limits.answer };
         self.next_repeat = now + self.limits.repeat;
         let reserve = MigrationMessage::Reserve { epoch: self.attempt.epoch };

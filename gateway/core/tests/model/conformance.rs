@@ -106,7 +106,7 @@ fn as_model(message: &MigrationMessage) -> Message {
 
 impl World {
     fn start() -> Self {
-        let (machine, step) = source::Source::begin(attempt("b"), SourceLimits::default(), NOW);
+        let (machine, step) = source::Source::begin(attempt("b"), SourceLimits::default(), false, NOW);
         let mut world = Self {
             source: Some(machine),
             destination: None,

@@ -30,7 +30,8 @@ impl World {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let (machine, step) = Source::begin(attempt(id, epoch.next(), B), SourceLimits::default(), self.now);
+        let (machine, step) =
+            Source::begin(attempt(id, epoch.next(), B), SourceLimits::default(), false, self.now);
         self.sites[A].sources.insert(id, SourceDriver::new(machine));
         self.source_step(id, step);
         if self.noticed_down[A] {

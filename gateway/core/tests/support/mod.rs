@@ -23,6 +23,7 @@ pub fn converged() -> Progress {
     Progress {
         memory_remaining: Bytes(4096),
         dirty_rate: Rate(0),
+        since_sync: Duration::ZERO,
         goodput: Rate::mbit(100),
         unacknowledged: Bytes(0),
         reduction_permille: 500,
