@@ -7,6 +7,7 @@
 mod gateway;
 mod invariants;
 mod parts;
+mod records;
 mod schedule;
 #[path = "../support/mod.rs"]
 mod support;

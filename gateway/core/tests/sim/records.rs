@@ -8,8 +8,7 @@ use longhaul_core::migration::record::{Entry, Record, SourceRecord};
 use longhaul_core::migration::source::{Event as SourceEvent, Source, SourceLimits};
 use longhaul_core::migration::{Attempt, CommitMode};
 
-#[path = "support/mod.rs"]
-mod support;
+use crate::support;
 
 fn site(name: &str) -> SiteName {
     name.parse().expect("a literal name")
