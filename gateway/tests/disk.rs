@@ -237,6 +237,7 @@ struct Lab {
 struct Scenario {
     size: u64,
     mirror: SourceConfig,
+    target: TargetConfig,
     sync: &'static str,
     damage: Option<usize>,
     /// The images lie in memory, where the host's own disk does not delay `stop`, which flushes.
@@ -246,7 +247,8 @@ struct Scenario {
 impl Default for Scenario {
     fn default() -> Self {
         let mirror = SourceConfig::default();
-        Self { size: 32 * MIB, mirror, sync: "none", damage: None, in_memory: false }
+        let target = TargetConfig::default();
+        Self { size: 32 * MIB, mirror, target, sync: "none", damage: None, in_memory: false }
     }
 }
 
@@ -269,7 +271,7 @@ impl Lab {
         let (sending, receiving, flow) = chunk_queue(scenario.damage);
         target_qemu.export(&path("b.nbd"), true).await;
         let disk = NbdClient::connect(&path("b.nbd"), "disk0").await.unwrap();
-        let target = DiskTarget::spawn(scenario.size, TargetConfig::default(), receiving, disk).unwrap();
+        let target = DiskTarget::spawn(scenario.size, scenario.target, receiving, disk).unwrap();
 
         let config = DiskSourceConfig { mirror: scenario.mirror, ..DiskSourceConfig::default() };
         let (export, mut source) = DiskSource::spawn("disk0", scenario.size, config, sending);
@@ -307,6 +309,7 @@ impl Lab {
         source.abort();
         target.close().await;
         target_qemu.run("block-export-del", json!({ "id": "exp0", "mode": "hard" })).await;
+        target_qemu.until_event("BLOCK_EXPORT_DELETED ").await;
         assert_eq!(target_qemu.run("query-block-exports", json!({})).await, json!([]));
         source_qemu.quit().await;
         target_qemu.quit().await;
@@ -484,4 +487,58 @@ async fn a_damaged_chunk_is_refused_and_never_proven() {
     let _ = lab.source.finish().await;
     let proven = tokio::time::timeout(Duration::from_secs(60), lab.target.proven()).await.unwrap();
     assert!(matches!(proven, Err(DiskTargetError::Records(_))), "{proven:?}");
+}
+
+/// Writes for a while at a steady rate, stops, and says what was not durable then and how long the proof took.
+async fn pause_of_a_busy_disk(target: TargetConfig, on_disk: &Path) -> Option<(u64, Duration)> {
+    // The source's image lies in memory, the destination's does not: only the latter's flushes take time.
+    let mirror = SourceConfig { target_is_zero: true, ..SourceConfig::default() };
+    let scenario = Scenario { size: 64 * MIB, mirror, target, in_memory: true, ..Scenario::default() };
+    let image = on_disk.join("b.raw");
+    std::fs::File::create(&image).unwrap().set_len(scenario.size).unwrap();
+    let mut lab = Lab::start(scenario, |disk| {
+        let link = disk.with_file_name("b.raw");
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(&image, link).unwrap();
+    })
+    .await?;
+    lab.until_in_step().await;
+    for mib in 0..24u64 {
+        lab.source_qemu.io(&format!("write -P {} {} 1M", mib + 1, mib * 2 * MIB)).await;
+    }
+    let mut progress = lab.target.progress();
+    let arrived = progress.wait_for(|progress| progress.counters.received_bytes >= 24 * MIB);
+    let counters = tokio::time::timeout(Duration::from_secs(60), arrived).await.unwrap().unwrap().counters;
+    let stopped = Instant::now();
+    lab.finish().await;
+    let took = stopped.elapsed();
+    lab.compare().await;
+    Some((counters.received_bytes - counters.durable_bytes, took))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn little_is_left_to_flush_when_a_busy_disk_stops() {
+    let seldom = TargetConfig {
+        flush_bytes: 32 * MIB,
+        flush_interval: Duration::from_secs(1),
+        ..TargetConfig::default()
+    };
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (mut before, mut after) = ((0, Duration::ZERO), (0, Duration::ZERO));
+    for _ in 0..5 {
+        for (sum, config) in [(&mut before, seldom), (&mut after, TargetConfig::default())] {
+            let Some((left, took)) = pause_of_a_busy_disk(config, folder.path()).await else { return };
+            *sum = (sum.0 + left, sum.1 + took);
+        }
+    }
+    println!(
+        "left to flush at the stop: {} KiB seldom, {} KiB often ({:.2} of it); stop to proof {:.1?} and {:.1?} ({:.2})",
+        before.0 / 5120,
+        after.0 / 5120,
+        after.0 as f64 / before.0 as f64,
+        before.1 / 5,
+        after.1 / 5,
+        after.1.as_secs_f64() / before.1.as_secs_f64()
+    );
+    assert!(after.0 * 2 < before.0, "flushing often leaves {} of {} bytes", after.0, before.0);
 }

@@ -10,8 +10,9 @@ mod site;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use gateway::disk::nbd::NbdClient;
 use gateway::hypervisor::{
     AcceleratorChoice, Access, AdoptError, Guest, HypervisorConfig, HypervisorError, JobState, KernelPaths,
     MigrationStatus, MirrorMode, OutgoingParameters, QmpClient, QmpConfig, QmpError, RunState, StartMode,
@@ -65,7 +66,7 @@ async fn a_monitor_that_another_owner_holds_is_reported_within_its_limit() {
     let Some(site) = Site::new().await else { return };
     let definition = web1();
     let guest = site.hypervisor.start(&definition, &site.place(&definition), StartMode::Boot).await.unwrap();
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     let error = site.hypervisor.find(&definition.name).await.unwrap_err();
     assert!(matches!(error, HypervisorError::Qmp { source: QmpError::Taken { .. }, .. }), "{error:?}");
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
@@ -260,6 +261,51 @@ async fn a_read_only_export_shows_what_the_disk_holds_and_refuses_writes() {
     guest.dirty_bitmap_remove(&disk("data"), "since").await.unwrap();
     let unknown = guest.export(&disk("none"), Access::Read, &[]).await.unwrap_err();
     assert!(unknown.to_string().contains("no disk none"), "{unknown}");
+}
+
+/// One export after the other, with a look every 10 ms.
+async fn close_by_looking(guest: &Guest) {
+    for export in guest.exports().await.unwrap() {
+        guest.unexport(&export.id, true).await.unwrap();
+    }
+    while !guest.exports().await.unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn exports_end_together_and_by_qemus_word() {
+    let Some(site) = Site::new().await else { return };
+    let definition = web1();
+    let (guest, _placement) = site.running(&definition).await;
+    let socket = site.path("nbd.sock");
+    let (mut looking, mut told) = (Duration::ZERO, Duration::ZERO);
+    for round in 0..40u64 {
+        guest.nbd_start(&socket).await.unwrap();
+        let mut clients = Vec::new();
+        for volume in definition.volumes() {
+            guest.export(volume.name, Access::Read, &[]).await.unwrap();
+            clients.push(NbdClient::connect(&socket, volume.name.as_str()).await.unwrap());
+        }
+        assert_eq!(guest.exports().await.unwrap().len(), clients.len());
+        let began = Instant::now();
+        if round % 2 == 0 {
+            close_by_looking(&guest).await;
+            looking += began.elapsed();
+        } else {
+            guest.close_exports(LIMIT).await.unwrap();
+            told += began.elapsed();
+        }
+        assert_eq!(guest.exports().await.unwrap(), []);
+        for client in clients {
+            assert!(client.read(0, 512).await.is_err(), "a client outlived its export");
+        }
+        guest.nbd_stop().await.unwrap();
+    }
+    println!(
+        "exports closed by looking {looking:.1?}, by events {told:.1?}: {:.2} of it",
+        told.as_secs_f64() / looking.as_secs_f64()
+    );
 }
 
 #[tokio::test]
@@ -589,7 +635,7 @@ async fn what_cannot_travel_is_named_before_anything_moves() {
 #[tokio::test]
 async fn the_host_is_asked_and_not_guessed() {
     let Some(site) = Site::with(|config| config.accelerator = AcceleratorChoice::Auto).await else { return };
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     let accelerator = site.hypervisor.accelerator().await;
     println!("{accelerator:?} after {:?}", began.elapsed());
     let host = site.hypervisor.capabilities().await.unwrap();

@@ -339,6 +339,16 @@ fn lateness(ended: &AtomicBool) -> Duration {
     worst
 }
 
+/// Kills a gateway, leaves the other one alone for a second, and starts it again. Gives the run state of the
+/// machine's QEMU in between.
+async fn kill_and_launch(gateway: &mut Gateway) -> Result<Option<String>> {
+    gateway.kill()?;
+    let state = run_state(gateway);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    gateway.launch().await?;
+    Ok(state)
+}
+
 /// Kills the machine's QEMU at a site.
 fn kill_qemu(gateway: &Gateway) -> Result<()> {
     let pids = qemus(gateway);
@@ -400,11 +410,8 @@ async fn the_source_gateway_killed_in_pre_copy_aborts_when_it_is_back() {
         let client = record_client(scene).await?;
         let id = scene.begin_move().await?;
         memory_flows(scene, &id).await?;
-        scene.a.kill()?;
-        let state = run_state(&scene.a);
+        let state = kill_and_launch(&mut scene.a).await?;
         ensure!(state.as_deref() == Some("running"), "{state:?} without its gateway");
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        scene.a.launch().await?;
         expect_stayed(scene, &id).await?;
         scene.wait_for_link().await?;
         stayed(scene, before).await?;
@@ -422,9 +429,7 @@ async fn the_destination_gateway_killed_in_pre_copy_refuses_when_it_is_back() {
         let client = record_client(scene).await?;
         let id = scene.begin_move().await?;
         memory_flows(scene, &id).await?;
-        scene.b.kill()?;
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        scene.b.launch().await?;
+        kill_and_launch(&mut scene.b).await?;
         expect_stayed(scene, &id).await?;
         scene.wait_for_link().await?;
         stayed(scene, before).await?;
@@ -499,10 +504,8 @@ async fn the_source_gateway_killed_after_commitment_attracts_old_connections_aga
             ensure!(Instant::now() < deadline, "The guest was never resumed");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        scene.a.kill()?;
         drop(monitor);
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        scene.a.launch().await?;
+        kill_and_launch(&mut scene.a).await?;
         scene.wait_for_link().await?;
         let view = until(scene, &id, |view| view.progressing == Progressing::Moved).await?;
         connection_was_right(client).await?;
@@ -517,9 +520,7 @@ async fn the_destination_gateway_killed_after_activation_takes_its_flows_up_agai
     play(small("fault-active-b"), async |scene, _| {
         let client = record_client(scene).await?;
         let view = moves(scene).await?;
-        scene.b.kill()?;
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        scene.b.launch().await?;
+        kill_and_launch(&mut scene.b).await?;
         scene.wait_for_link().await?;
         // Long enough that what the client sends now must have passed.
         tokio::time::sleep(Duration::from_secs(3)).await;

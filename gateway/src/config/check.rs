@@ -33,6 +33,12 @@ impl Config {
         let device = self.tunnel.device.as_str();
         expect((1..=15).contains(&device.len()), "tunnel.device", "an interface name of 1 to 15 characters")?;
         expect(self.migration.pause_limit_s > 0, "migration.pause_limit_s", "at least 1")?;
+        expect((1..=1024).contains(&self.migration.disk_flush_mib), "migration.disk_flush_mib", "1 to 1024")?;
+        expect(
+            (1..=60_000).contains(&self.migration.disk_flush_ms),
+            "migration.disk_flush_ms",
+            "1 to 60000",
+        )?;
         if let Some(dns) = &self.dns {
             expect(!dns.servers.is_empty(), "dns.servers", "at least the primary server")?;
             expect((1..=3600).contains(&dns.move_ttl_s), "dns.move_ttl_s", "1 to 3600")?;

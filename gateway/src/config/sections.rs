@@ -210,6 +210,11 @@ pub struct MigrationSection {
     /// Buffer for disk writes that wait for the WAN, in MiB per disk (default 64); beyond it they are read
     /// again later.
     pub disk_buffer_mib: u64,
+    /// A disk that arrives is flushed after this much, in MiB (default 4). What is not flushed when the guest
+    /// stops lengthens its pause; less costs a slow disk more flushes while it fills.
+    pub disk_flush_mib: u64,
+    /// And at least this often while there is something to flush (default 100 ms). The same cost.
+    pub disk_flush_ms: u64,
 }
 
 impl Default for MigrationSection {
@@ -220,6 +225,8 @@ impl Default for MigrationSection {
             pause_budget_s: 5,
             cut_limit_s: 600,
             disk_buffer_mib: 64,
+            disk_flush_mib: 4,
+            disk_flush_ms: 100,
         }
     }
 }

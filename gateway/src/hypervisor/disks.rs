@@ -3,14 +3,17 @@
 //! A read-only export of a running machine's disk hinders neither the machine nor its migration. A
 //! writable one must be gone before the guest resumes: QEMU would let a late write into its disk.
 
+use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use longhaul_core::ids::DeviceName;
 use serde::Deserialize;
 use serde_json::json;
 
 use super::guest::Guest;
-use super::qmp::QmpError;
+use super::qmp::{EventLoss, Events, QmpError};
 
 /// What a client of an export may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +84,41 @@ impl Guest {
     /// All exports. QMP `query-block-exports`.
     pub async fn exports(&self) -> Result<Vec<Export>, QmpError> {
         self.qmp.query("query-block-exports", json!({})).await
+    }
+
+    /// Ends all exports together, their clients cut off, and waits until QEMU lists none, at most for
+    /// `limit`. QMP `block-export-del`, event `BLOCK_EXPORT_DELETED`.
+    pub async fn close_exports(&self, limit: Duration) -> Result<(), QmpError> {
+        let mut events = self.events();
+        let close = async {
+            let mut left = self.exports().await?;
+            let ending = left.iter().filter(|export| !export.shutting_down);
+            try_join_all(ending.map(|export| self.unexport(&export.id, true))).await?;
+            while !left.is_empty() {
+                let ids = left.into_iter().map(|export| export.id).collect();
+                self.exports_deleted(&mut events, ids).await?;
+                // Its word counts, not that of its events.
+                left = self.exports().await?;
+            }
+            Ok(())
+        };
+        let late = |_| QmpError::Timeout { command: "block-export-del".to_owned(), limit };
+        tokio::time::timeout(limit, close).await.map_err(late)?
+    }
+
+    /// Waits until QEMU has said of each export that it is gone, or events were lost.
+    async fn exports_deleted(&self, events: &mut Events, mut ids: BTreeSet<String>) -> Result<(), QmpError> {
+        while !ids.is_empty() {
+            match events.next().await {
+                Ok(event) if event.name == "BLOCK_EXPORT_DELETED" => {
+                    event.data["id"].as_str().map(|id| ids.remove(id));
+                }
+                Ok(_) => {}
+                Err(EventLoss::Missed(_)) => return Ok(()),
+                Err(EventLoss::Gone) => return Err(QmpError::Gone { peer: self.qmp.peer().to_owned() }),
+            }
+        }
+        Ok(())
     }
 
     /// Begins to note which blocks of `granularity_bytes` (a power of two from 512) are written. The

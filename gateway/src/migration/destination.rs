@@ -5,7 +5,6 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::destination::{Action, Destination, DestinationLimits, Event, Outcome};
@@ -15,6 +14,7 @@ use longhaul_core::migration::step::Step;
 
 use super::prepare::Held;
 use super::view::Viewer;
+use super::work::Work;
 use super::{Edges, Inbound, Leaf, activate, discard, prepare};
 use crate::api::types::Progressing;
 use crate::hypervisor::Guest;
@@ -30,13 +30,7 @@ pub struct DestinationDriver {
     reservation: Reservation,
     inbox: mpsc::Receiver<Inbound>,
     events: mpsc::Receiver<Event>,
-    work: Work,
-}
-
-/// What is held, and who has it.
-enum Work {
-    Idle(Box<Held>),
-    Running { stop: watch::Sender<bool>, task: JoinHandle<Held> },
+    work: Work<Held>,
 }
 
 impl DestinationDriver {
@@ -51,7 +45,7 @@ impl DestinationDriver {
         let viewer = Viewer::new(&attempt, &attempt.peer, edges.site());
         let (sender, events) = mpsc::channel(64);
         let leaf = Leaf { edges, attempt, viewer, events: sender, guest: watch::Sender::new(None) };
-        Self { leaf, proposal, reservation, inbox, events, work: Work::Idle(Box::default()) }
+        Self { leaf, proposal, reservation, inbox, events, work: Work::default() }
     }
 
     /// What it shows of itself.
@@ -145,43 +139,21 @@ impl DestinationDriver {
             Action::Prepare => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
                 let reservation = self.reservation.clone();
-                self.replace_work(move |held, stop| prepare::run(leaf, proposal, reservation, held, stop));
+                self.work.hand_on(move |held, stop| prepare::run(leaf, proposal, reservation, held, stop));
             }
             Action::Activate(permit, handover) => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
                 let reservation = self.reservation.clone();
-                self.replace_work(move |held, _stop| {
+                self.work.hand_on(move |held, _stop| {
                     activate::run(leaf, proposal, reservation, *handover, held, permit)
                 });
             }
             Action::Discard => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
                 let reservation = self.reservation.clone();
-                self.replace_work(move |held, _stop| discard::run(leaf, proposal, reservation, held));
+                self.work.hand_on(move |held, _stop| discard::run(leaf, proposal, reservation, held));
             }
         }
-    }
-
-    /// Ends what works on what is held and gives it to the next leaf.
-    fn replace_work<F, W>(&mut self, next: F)
-    where
-        F: FnOnce(Held, watch::Receiver<bool>) -> W + Send + 'static,
-        W: Future<Output = Held> + Send + 'static,
-    {
-        let (stop, stopped) = watch::channel(false);
-        let before = std::mem::replace(&mut self.work, Work::Idle(Box::default()));
-        let task = tokio::spawn(async move {
-            let held = match before {
-                Work::Idle(held) => *held,
-                Work::Running { stop, task } => {
-                    stop.send_replace(true);
-                    // A leaf that panicked has lost what it held; the next one finds QEMU again.
-                    task.await.unwrap_or_default()
-                }
-            };
-            next(held, stopped).await
-        });
-        self.work = Work::Running { stop, task };
     }
 
     fn end(&self, outcome: &Outcome) {

@@ -22,6 +22,7 @@ mod release;
 mod rollback;
 pub mod source;
 pub mod view;
+mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;

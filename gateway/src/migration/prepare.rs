@@ -13,6 +13,7 @@ use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::watch;
 
 use longhaul_core::bulk::{BulkId, Channel};
@@ -34,6 +35,8 @@ use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
 use crate::migration::anchor::{pool_images, visits};
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
+/// QEMU only lets go of what it holds locally.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// QEMU opens its taps before it becomes the machine's user.
 pub const TAP_OWNER: u32 = 0;
 
@@ -146,6 +149,12 @@ async fn receive(
     };
     let window = leaf.edges.config.link.window_mib << 20;
     let migration = leaf.attempt.id;
+    let limits = &leaf.edges.config.migration;
+    let mirror = MirrorConfig {
+        flush_bytes: limits.disk_flush_mib << 20,
+        flush_interval: Duration::from_millis(limits.disk_flush_ms),
+        ..MirrorConfig::default()
+    };
     let filling = guest_socket(guest, &own, "filling.sock");
     guest.nbd_start(&filling).await.map_err(hypervisor_failed)?;
     for (index, volume) in proposal.definition.volumes().enumerate() {
@@ -153,8 +162,7 @@ async fn receive(
         let client = NbdClient::connect(&filling, volume.name.as_str()).await.map_err(disk_failed)?;
         let id = BulkId { migration, channel: Channel::Disk(index as u8) };
         let channel = peer.bulk_receiver(id, window).await.map_err(disk_failed)?;
-        let target = DiskTarget::spawn(volume.size_bytes, MirrorConfig::default(), channel, client)
-            .map_err(disk_failed)?;
+        let target = DiskTarget::spawn(volume.size_bytes, mirror, channel, client).map_err(disk_failed)?;
         held.disks.push(target);
     }
     let incoming = guest_socket(guest, &own, "incoming.sock");
@@ -206,22 +214,7 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
 
 /// Nobody writes to the disks but the guest from here on.
 async fn close_disks(guest: &Guest, disks: &mut Vec<DiskTarget>) -> Result<(), Refusal> {
-    for disk in disks.drain(..) {
-        disk.close().await;
-    }
-    for export in guest.exports().await.map_err(hypervisor_failed)? {
-        guest.unexport(&export.id, true).await.map_err(hypervisor_failed)?;
-    }
-    let mut left = guest.exports().await.map_err(hypervisor_failed)?;
-    for _ in 0..100 {
-        if left.is_empty() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-        left = guest.exports().await.map_err(hypervisor_failed)?;
-    }
-    if !left.is_empty() {
-        return Err(Refusal::Hypervisor("QEMU did not close the disks' exports".into()));
-    }
+    join_all(disks.drain(..).map(DiskTarget::close)).await;
+    guest.close_exports(CLOSE_LIMIT).await.map_err(hypervisor_failed)?;
     guest.nbd_stop().await.map_err(hypervisor_failed)
 }

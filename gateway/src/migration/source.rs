@@ -10,7 +10,6 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Refusal, Reservation};
@@ -20,6 +19,7 @@ use longhaul_core::migration::step::Step;
 
 use super::precopy::Transfer;
 use super::view::Viewer;
+use super::work::Work;
 use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release, rollback};
 use crate::api::types::{Progressing, WanBytes};
 use crate::hypervisor::Guest;
@@ -48,16 +48,10 @@ pub struct SourceDriver {
     inbox: mpsc::Receiver<Inbound>,
     events: mpsc::Receiver<Event>,
     anchors: mpsc::Sender<AnchorCommand>,
-    work: Work,
+    work: Work<Transfer>,
     reservation: Option<Reservation>,
     ttl_before_s: watch::Sender<Option<u32>>,
     wan_before: WanBytes,
-}
-
-/// The transfer, and who has it.
-enum Work {
-    Idle(Box<Transfer>),
-    Running { stop: watch::Sender<bool>, task: JoinHandle<Transfer> },
 }
 
 impl SourceDriver {
@@ -84,7 +78,7 @@ impl SourceDriver {
             inbox,
             events,
             anchors,
-            work: Work::Idle(Box::default()),
+            work: Work::default(),
             reservation: None,
             ttl_before_s: watch::Sender::new(None),
             wan_before,
@@ -180,12 +174,12 @@ impl SourceDriver {
                 let (leaf, row) = (self.leaf.clone(), self.row.clone());
                 self.reservation = Some(reservation);
                 let ttl = (!self.options.without_dns).then(|| self.ttl_before_s.clone());
-                self.replace_work(move |transfer, stop| precopy::run(leaf, guest, row, ttl, transfer, stop));
+                self.work.hand_on(move |transfer, stop| precopy::run(leaf, guest, row, ttl, transfer, stop));
             }
             Action::Park => {
                 let Some(guest) = self.running_guest().await else { return };
                 let (leaf, row) = (self.leaf.clone(), self.row.clone());
-                self.replace_work(move |transfer, stop| park::run(leaf, guest, row, transfer, stop));
+                self.work.hand_on(move |transfer, stop| park::run(leaf, guest, row, transfer, stop));
             }
             Action::Attract(handover) => {
                 anchor::tell(&self.anchors, self.attract(&handover)).await;
@@ -194,16 +188,15 @@ impl SourceDriver {
                 let vm = self.leaf.attempt.vm.clone();
                 anchor::tell(&self.anchors, AnchorCommand::MoveNames(vm)).await;
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
-                self.replace_work(move |transfer, _stop| release::run(leaf, guest, row, transfer));
+                self.work.hand_on(move |transfer, _stop| release::run(leaf, guest, row, transfer));
             }
             Action::Rollback(permit) => {
                 let vm = self.leaf.attempt.vm.clone();
                 anchor::tell(&self.anchors, AnchorCommand::Forget(vm)).await;
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
                 let ttl = self.ttl_before_s.clone();
-                self.replace_work(move |transfer, _stop| {
-                    rollback::run(leaf, guest, row, ttl, transfer, permit)
-                });
+                self.work
+                    .hand_on(move |transfer, _stop| rollback::run(leaf, guest, row, ttl, transfer, permit));
             }
         }
     }
@@ -229,28 +222,6 @@ impl SourceDriver {
             follows.then_some(ttl_before_s.or(self.row.definition.dns_ttl_s)).map(Option::unwrap_or_default),
         );
         AnchorCommand::Attract(Box::new(anchor))
-    }
-
-    /// Ends what works on the transfer and gives it to the next leaf.
-    fn replace_work<F, W>(&mut self, next: F)
-    where
-        F: FnOnce(Transfer, watch::Receiver<bool>) -> W + Send + 'static,
-        W: Future<Output = Transfer> + Send + 'static,
-    {
-        let (stop, stopped) = watch::channel(false);
-        let before = std::mem::replace(&mut self.work, Work::Idle(Box::default()));
-        let task = tokio::spawn(async move {
-            let transfer = match before {
-                Work::Idle(transfer) => *transfer,
-                Work::Running { stop, task } => {
-                    stop.send_replace(true);
-                    // A leaf that panicked has lost its transfer; the next one works from QEMU's state.
-                    task.await.unwrap_or_default()
-                }
-            };
-            next(transfer, stopped).await
-        });
-        self.work = Work::Running { stop, task };
     }
 
     fn show(&mut self, machine: &Source) {

@@ -13,6 +13,17 @@ pub const FAILED: &str = "LONGHAUL-GUEST FAILED";
 /// Begins the console line of a clean shutdown, after the disks were made read-only.
 pub const DOWN: &str = "LONGHAUL-GUEST DOWN";
 
+/// How the kernel's own last words begin.
+const KERNEL_FAILURES: [&str; 4] = ["Kernel panic", "Oops: ", "BUG: ", "general protection fault"];
+
+/// The console's line that says that the guest cannot come up: its own words or the kernel's.
+#[must_use]
+pub fn failure(console: &str) -> Option<&str> {
+    console
+        .lines()
+        .find(|line| line.contains(FAILED) || KERNEL_FAILURES.iter().any(|failure| line.contains(failure)))
+}
+
 /// One network interface of the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nic {
@@ -91,6 +102,20 @@ impl BootOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_console_that_says_failure_is_understood() {
+        let booting = "SeaBIOS\n[    0.1] Linux version 6.1\n";
+        assert_eq!(failure(booting), None);
+        for line in [
+            "LONGHAUL-GUEST FAILED cannot mount /dev/vda",
+            "[    1.0] Kernel panic - not syncing: Attempted to kill init!",
+            "[    1.0] BUG: kernel NULL pointer dereference, address: 0000000000000008",
+            "[    1.0] Oops: 0000 [#1] PREEMPT SMP",
+        ] {
+            assert_eq!(failure(&format!("{booting}{line}\n[    1.1] and more\n")), Some(line));
+        }
+    }
 
     #[test]
     fn the_command_line_carries_every_interface_setting_and_argument() {

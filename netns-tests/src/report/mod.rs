@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-pub use series::{RateSample, Series};
+pub use series::{RateReading, RateSample, Series};
 
 /// Version of `report.json`.
 pub const SCHEMA: u32 = 1;

@@ -5,9 +5,7 @@ use gateway::api::types::MigrationView;
 use super::SceneOptions;
 use super::demo::Seen;
 use super::monitor::GuestEvent;
-use crate::report::{
-    Disk, Dns, Measured, RateSample, Report, Round, Series, Stage, Tunnel, Vm, Wan, WanBytes,
-};
+use crate::report::{Disk, Dns, Measured, Report, Round, Series, Stage, Tunnel, Vm, Wan, WanBytes};
 use crate::traffic::Gap;
 use crate::wan::Emulator;
 
@@ -71,7 +69,7 @@ pub fn report(
     let mut series = Series::of_traffic(&seen.traffic);
     series.paused =
         pause.map(|(stop, resume)| Gap { start_ms: relative(stop as u64), end_ms: relative(resume as u64) });
-    series.wan_rate = Vec::<RateSample>::new();
+    series.wan_rate = seen.wan_rate.clone();
     if let Some(at) = report.dns.updated_ms {
         series.marks.push((at, "name moved".into()));
     }

@@ -19,6 +19,7 @@ use super::programs::Programs;
 use super::scene::{Scene, VM};
 use super::traffic::Client;
 use crate::guest::image::lab_folder;
+use crate::report::{RateReading, RateSample};
 use crate::topology::Watched;
 use crate::traffic::{TrafficPlan, TrafficReport};
 use crate::wan::{Direction, Measured, PacketMatch, Tally};
@@ -43,6 +44,8 @@ pub struct Seen {
     pub traffic: TrafficReport,
     /// What the gateways put on the WAN from a to b while the machine moved, IP packets.
     pub wan_forward: Tally,
+    /// The WAN's throughput second by second while the machine moved, by the emulator's count.
+    pub wan_rate: Vec<RateSample>,
     /// Packets to the care-of address on the core's link to site b.
     pub direct: Tally,
     /// Packets to the care-of address seen at site a's router.
@@ -108,7 +111,7 @@ async fn play(scene: &Scene) -> Result<Seen> {
         "the client has a record connection, a download and an idle connection open, and asks by name every 100 ms"
     );
     let before = forward(scene)?;
-    let view = migrate(scene).await?;
+    let (view, wan_rate) = sampled(scene, epoch_unix_ms, migrate(scene)).await?;
     let wan_forward = since(before, forward(scene)?);
     if view.progressing != gateway::api::types::Progressing::Moved {
         bail!("The machine did not move: {}", view.reason.unwrap_or_default());
@@ -137,6 +140,7 @@ async fn play(scene: &Scene) -> Result<Seen> {
         state_b,
         traffic,
         wan_forward,
+        wan_rate,
         direct: direct.tally()?,
         through_a: through_a.tally()?,
         anchor,
@@ -204,6 +208,39 @@ async fn wait_for_anchor(scene: &Scene) -> Result<Option<AnchorView>> {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Does `work`, and reads every second what the WAN carries meanwhile.
+async fn sampled<T>(
+    scene: &Scene,
+    epoch_unix_ms: u64,
+    work: impl Future<Output = Result<T>>,
+) -> Result<(T, Vec<RateSample>)> {
+    let mut work = std::pin::pin!(work);
+    let mut seconds = tokio::time::interval(Duration::from_secs(1));
+    seconds.tick().await;
+    let (mut last, mut samples) = (reading(scene, epoch_unix_ms)?, Vec::new());
+    loop {
+        let done = tokio::select! {
+            done = &mut work => Some(done?),
+            _ = seconds.tick() => None,
+        };
+        let now = reading(scene, epoch_unix_ms)?;
+        samples.extend(RateSample::between(last, now));
+        last = now;
+        if let Some(done) = done {
+            return Ok((done, samples));
+        }
+    }
+}
+
+fn reading(scene: &Scene, epoch_unix_ms: u64) -> Result<RateReading> {
+    let bytes = |direction| Ok::<_, anyhow::Error>(scene.world.wan.counters(direction)?.delivered.bytes);
+    Ok(RateReading {
+        at_ms: unix_ms().saturating_sub(epoch_unix_ms),
+        forward_bytes: bytes(Direction::ToFar)?,
+        backward_bytes: bytes(Direction::ToNear)?,
+    })
 }
 
 fn forward(scene: &Scene) -> Result<Tally> {

@@ -84,8 +84,8 @@ impl Names {
         })?
     }
 
-    /// Waits until it answers.
-    pub fn wait(&self, name: &str) -> Result<()> {
+    /// Waits until it answers; not for one that has ended.
+    pub fn wait(&mut self, name: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             match self.read(name) {
@@ -93,9 +93,19 @@ impl Names {
                 Err(error) if Instant::now() > deadline => {
                     return Err(error.context("The name server does not answer"));
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+                Err(_) => {
+                    self.still_runs()?;
+                    std::thread::sleep(Duration::from_millis(10));
+                }
             }
         }
+    }
+
+    fn still_runs(&mut self) -> Result<()> {
+        let Running::Bind9(child) = &mut self.server else { return Ok(()) };
+        let Some(status) = child.try_wait()? else { return Ok(()) };
+        let log = std::fs::read_to_string(self.key_file.with_file_name("named.log")).unwrap_or_default();
+        bail!("named has ended ({status}):\n{log}")
     }
 
     /// Stops it: updates and questions meet nobody.
@@ -143,10 +153,5 @@ fn bind9(namespace: &Namespace, folder: &Path, zone: &str) -> Result<Child> {
     let log = std::fs::File::create(folder.join("named.log"))?;
     let mut command = Command::new("named");
     command.args(["-c", &path.display().to_string(), "-g", "-n", "1"]).stderr(log).stdout(Stdio::null());
-    let mut child = namespace.spawn(&mut command)?;
-    std::thread::sleep(Duration::from_millis(50));
-    if let Some(status) = child.try_wait()? {
-        bail!("named ended at once ({status}); see {}", folder.join("named.log").display());
-    }
-    Ok(child)
+    namespace.spawn(&mut command)
 }

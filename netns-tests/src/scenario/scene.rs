@@ -13,7 +13,7 @@ use super::options::SceneOptions;
 use super::programs::Programs;
 use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
 use crate::cleanup::Lab;
-use crate::guest::boot::{BootOptions, FAILED, Nic, READY};
+use crate::guest::boot::{BootOptions, Nic, READY, failure};
 use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
 use crate::topology::{World, WorldSpec};
 use crate::wan::{Emulator, Measured, measure};
@@ -66,7 +66,7 @@ impl Scene {
         std::fs::set_permissions(&scratch, open)?;
         let home = world.site("a")?.spec.address(VM_NUMBER);
         let name = Self::name();
-        let names =
+        let mut names =
             Names::start(options.dns, &world.dns, &scratch.join("dns"), &name, home.into(), options.ttl_s)?;
         names.wait(&name)?;
         let a = SiteFiles::make(&world.site("a")?.spec, &scratch)?;
@@ -124,8 +124,10 @@ impl Scene {
             if text.contains(READY) {
                 return Ok(started.elapsed());
             }
-            if text.contains(FAILED) || started.elapsed() > limit {
-                bail!("The guest does not come up; its console:\n{text}\n{}", self.a.log_tail());
+            let late = (started.elapsed() > limit).then_some("it is not ready in time");
+            if let Some(why) = failure(&text).or(late) {
+                let (console, gateway) = (last_lines(&text), self.a.log_tail());
+                bail!("The guest does not come up: {why}\nits console:\n{console}\ngateway a:\n{gateway}");
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -235,6 +237,11 @@ impl Scene {
         drop(names);
         world.close()
     }
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
 }
 
 fn copy_if_there(from: &Path, to: &Path) {

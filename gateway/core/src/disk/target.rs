@@ -36,8 +36,8 @@ impl Default for TargetConfig {
         Self {
             max_in_flight_bytes: 8 << 20,
             max_in_flight: 64,
-            flush_bytes: 32 << 20,
-            flush_interval: Duration::from_secs(1),
+            flush_bytes: 4 << 20,
+            flush_interval: Duration::from_millis(100),
         }
     }
 }
@@ -78,6 +78,8 @@ pub struct TargetCounters {
     pub received_bytes: u64,
     /// Disk content applied in bytes.
     pub applied_bytes: u64,
+    /// Of those, bytes that a flush has made durable. What is missing here is what a barrier waits for.
+    pub durable_bytes: u64,
     /// Flushes of the disk.
     pub flushes: u64,
 }
@@ -145,6 +147,8 @@ pub struct MirrorTarget {
     unflushed_bytes: u64,
     unflushed: bool,
     flushing: bool,
+    /// [`TargetCounters::applied_bytes`] when the flush under way was asked for.
+    flushing_to: u64,
     flush_asked: bool,
     last_flush: Duration,
     proven: Option<Barrier>,
@@ -164,6 +168,7 @@ impl MirrorTarget {
             unflushed_bytes: 0,
             unflushed: false,
             flushing: false,
+            flushing_to: 0,
             flush_asked: false,
             last_flush: Duration::ZERO,
             proven: None,
@@ -199,6 +204,7 @@ impl MirrorTarget {
     pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
         if self.flush_due(now) {
             self.flushing = true;
+            self.flushing_to = self.counters.applied_bytes;
             self.flush_asked = false;
             self.unflushed = false;
             self.unflushed_bytes = 0;
@@ -230,6 +236,7 @@ impl MirrorTarget {
     /// The flush is done.
     pub fn handle_flushed(&mut self) {
         self.flushing = false;
+        self.counters.durable_bytes = self.flushing_to;
         self.counters.flushes += 1;
     }
 
@@ -419,8 +426,9 @@ mod tests {
     }
 
     #[test]
-    fn the_disk_is_flushed_once_a_second_while_writes_go_on() {
-        let mut target = target();
+    fn the_disk_is_flushed_all_the_time_while_writes_go_on() {
+        let config = TargetConfig { flush_interval: Duration::from_secs(1), ..TargetConfig::default() };
+        let mut target = MirrorTarget::new(SIZE, config);
         target.handle_chunk(chunk(1, &[write(0, 1)])).unwrap();
         assert!(matches!(target.poll_step(NOW), Some(Step::Write { .. })));
         assert_eq!(target.flush_at(), None);
@@ -430,5 +438,23 @@ mod tests {
         assert_eq!(target.poll_step(Duration::from_secs(1)), Some(Step::Flush));
         target.handle_flushed();
         assert!(target.is_idle());
+    }
+
+    #[test]
+    fn what_is_not_durable_stays_within_the_flush_limit() {
+        let config = TargetConfig { flush_bytes: 8192, max_in_flight: 1, ..TargetConfig::default() };
+        let mut target = MirrorTarget::new(SIZE, config);
+        let records: Vec<_> = (0..64).map(|block| write(block * 4096, 1)).collect();
+        target.handle_chunk(chunk(1, &records)).unwrap();
+        while let Some(step) = target.poll_step(NOW) {
+            match step {
+                Step::Write { number, .. } => target.handle_applied(number),
+                Step::Flush => target.handle_flushed(),
+                Step::Zero { .. } | Step::Proven(_) => panic!("{step:?}"),
+            }
+            let counters = target.counters();
+            assert!(counters.applied_bytes - counters.durable_bytes <= 8192, "{counters:?}");
+        }
+        assert_eq!((target.counters().durable_bytes, target.counters().flushes), (64 * 4096, 32));
     }
 }
