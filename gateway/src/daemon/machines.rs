@@ -3,10 +3,11 @@
 //! Starting wants a permit, and the ledger gives one only for a machine that this site owns and that
 //! is not moving.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
 use longhaul_core::tunnel::policy::PortKey;
@@ -15,9 +16,13 @@ use super::{Daemon, Machine};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Request, RequestError};
 use crate::hypervisor::{DiskFile, DiskFormat, Guest, Placement, RunState, StartMode, parse_definition};
-use crate::migration::{MachineRow, TAP_OWNER};
+use crate::migration::{Adopted, MachineRow, TAP_OWNER};
+use crate::tunnel::TunnelError;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
+
+/// The tap of each NIC.
+type Ports = BTreeMap<DeviceName, String>;
 
 impl Daemon {
     /// Answers one API request.
@@ -67,7 +72,40 @@ impl Daemon {
             .adopt(&request.qmp, &definition)
             .await
             .map_err(|error| RequestError::Failed(crate::migration::chain(&error)))?;
-        self.know(definition, Vec::new(), Some(request.qmp.clone()), Some(guest))
+        let differs = |error| RequestError::Failed(crate::migration::chain(&error));
+        let ports = guest.taps(&definition).await.map_err(differs)?;
+        let images = guest.image_files(&definition).await.map_err(differs)?;
+        for port in ports.values() {
+            // Not sysfs: what is mounted there may show another network namespace.
+            if nix::net::if_::if_nametoindex(port.as_str()).is_err() {
+                let text = format!("QEMU's tap {port} is not in the gateway's network namespace");
+                return Err(RequestError::Failed(text));
+            }
+        }
+        if let Err(error) = self.sample(&vm, &ports).await {
+            self.sample_end(&vm, &ports).await;
+            return Err(failed(&error));
+        }
+        let adopted = Adopted { monitor: request.qmp.clone(), ports };
+        self.know(definition, images, Some(adopted), Some(guest))
+    }
+
+    /// Remembers the flows of an adopted machine from now on.
+    async fn sample(&self, vm: &VmName, ports: &Ports) -> Result<(), TunnelError> {
+        for (nic, port) in ports {
+            let key = PortKey { machine: vm.clone(), nic: nic.clone() };
+            self.edges.tunnel.sample_begin(key, port.clone()).await?;
+        }
+        Ok(())
+    }
+
+    async fn sample_end(&self, vm: &VmName, ports: &Ports) {
+        for nic in ports.keys() {
+            let key = PortKey { machine: vm.clone(), nic: nic.clone() };
+            if let Err(error) = self.edges.tunnel.sample_end(key).await {
+                tracing::warn!(%vm, %nic, %error, "sampler could not be removed");
+            }
+        }
     }
 
     fn expect_unknown(&self, vm: &VmName) -> Result<(), RequestError> {
@@ -90,7 +128,7 @@ impl Daemon {
         &mut self,
         definition: MachineDefinition,
         images: Vec<std::path::PathBuf>,
-        adopted: Option<std::path::PathBuf>,
+        adopted: Option<Adopted>,
         guest: Option<Guest>,
     ) -> Result<(), RequestError> {
         let vm = definition.name.clone();
@@ -134,10 +172,16 @@ impl Daemon {
         let known = known.filter(|guest| !guest.qmp().is_closed());
         let found = match known {
             Some(guest) => Some(guest),
+            None if row.adopted.is_some() => self.find(&row).await,
             None => self.edges.hypervisor.find(vm).await.map_err(|error| failed(&error))?,
         };
         let guest = match found {
             Some(guest) => guest,
+            None if row.adopted.is_some() => {
+                let text =
+                    format!("Machine {vm} was adopted and its QEMU is gone; start it with what started it");
+                return Err(RequestError::Conflict(text));
+            }
             None => self.launch(&row).await?,
         };
         guest.resume(permit).await.map_err(|error| failed(&error))?;
@@ -150,7 +194,7 @@ impl Daemon {
 
     async fn launch(&self, row: &MachineRow) -> Result<Guest, RequestError> {
         let definition = &row.definition;
-        let mut taps = std::collections::BTreeMap::new();
+        let mut taps = BTreeMap::new();
         for nic in &definition.nics {
             let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
             let lan = self.edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
@@ -211,6 +255,9 @@ impl Daemon {
             return Err(RequestError::Conflict(format!("Machine {vm} runs; stop it first")));
         }
         if let Some(machine) = self.machines.remove(vm) {
+            if let Some(adopted) = &machine.row.adopted {
+                self.sample_end(vm, &adopted.ports).await;
+            }
             for nic in &machine.row.definition.nics {
                 let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
                 if let Err(error) = self.edges.tunnel.remove_tap(key).await {
@@ -259,7 +306,7 @@ impl Daemon {
     /// The QEMU of a machine, if it runs.
     pub(super) async fn find(&self, row: &MachineRow) -> Option<Guest> {
         let found = match &row.adopted {
-            Some(socket) => self.edges.hypervisor.adopt(socket, &row.definition).await.ok(),
+            Some(adopted) => self.edges.hypervisor.adopt(&adopted.monitor, &row.definition).await.ok(),
             None => self.edges.hypervisor.find(&row.definition.name).await.ok().flatten(),
         };
         let vm = &row.definition.name;

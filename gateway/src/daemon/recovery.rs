@@ -142,7 +142,7 @@ impl Daemon {
     async fn restore_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
         for nic in &row.definition.nics {
             let key = PortKey { machine: row.definition.name.clone(), nic: nic.name.clone() };
-            let tap = self.edges.tap_name(&key);
+            let tap = self.edges.port(row, &nic.name);
             // Not sysfs: what is mounted there may show another network namespace.
             if nix::net::if_::if_nametoindex(tap.as_str()).is_ok() {
                 self.edges.tunnel.sample_begin(key, tap).await?;

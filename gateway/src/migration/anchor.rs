@@ -27,7 +27,6 @@ use longhaul_core::tunnel::policy::PortKey;
 
 use super::{Edges, MachineRow, chain};
 use crate::api::types::AnchorView;
-use crate::config::Config;
 use crate::dns::NameMove;
 use crate::journal::unix_ms;
 use crate::tunnel::{CareOf, HoldRequest, VisitRequest};
@@ -87,6 +86,8 @@ pub struct AnchorNic {
     pub home: Vec<IpAddr>,
     /// The bridge of the home LAN.
     pub bridge: String,
+    /// The tap it was plugged into.
+    pub port: String,
     /// Flows that were open when the machine left.
     pub flows: Vec<FlowTuple>,
 }
@@ -113,14 +114,15 @@ impl Anchor {
     /// An anchor for the machine of an attempt. `follows` is the TTL its name had, if the name follows; 0 for
     /// unknown.
     pub(super) fn new(
-        config: &Config,
+        edges: &Edges,
         attempt: &Attempt,
-        definition: &MachineDefinition,
+        row: &MachineRow,
         reservation: Option<&Reservation>,
         handover: &Handover,
         follows: Option<u32>,
     ) -> Self {
-        let bridge = |lan: &str| config.lan.get(lan).map(|lan| lan.bridge.clone()).unwrap_or_default();
+        let definition = &row.definition;
+        let bridge = |lan: &str| edges.config.lan.get(lan).map(|lan| lan.bridge.clone()).unwrap_or_default();
         let flows = |name: &DeviceName| {
             let handed = handover.nics.iter().find(|handed| handed.nic == *name);
             handed.map(|handed| handed.flows.clone()).unwrap_or_default()
@@ -130,6 +132,7 @@ impl Anchor {
             mac: nic.mac,
             home: nic.home.iter().map(|home| home.addr).collect(),
             bridge: bridge(nic.lan.as_str()),
+            port: edges.port(row, &nic.name),
             flows: flows(&nic.name),
         });
         let name = definition.dns_name.clone().filter(|_| follows.is_some());
@@ -148,13 +151,13 @@ impl Anchor {
     }
 
     /// What the tunnel is asked to hold for it.
-    fn holds(&self, edges: &Edges) -> Vec<HoldRequest> {
+    fn holds(&self) -> Vec<HoldRequest> {
         self.nics
             .iter()
             .map(|nic| {
                 let key = PortKey { machine: self.vm.clone(), nic: nic.nic.clone() };
                 HoldRequest {
-                    port: edges.tap_name(&key),
+                    port: nic.port.clone(),
                     key,
                     peer: self.peer.clone(),
                     mac: nic.mac,
@@ -287,7 +290,7 @@ impl AnchorTask {
     }
 
     async fn attract(&mut self, begin: Begin) {
-        let holds = self.anchor.holds(&self.edges);
+        let holds = self.anchor.holds();
         for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
             let key = hold.key.clone();
             let held = match begin {
@@ -371,7 +374,7 @@ impl AnchorTask {
 
     /// Until no old flow is left and nobody asks for the home address any more.
     async fn wait_for_flows(&mut self) {
-        let keys: Vec<PortKey> = self.anchor.holds(&self.edges).into_iter().map(|hold| hold.key).collect();
+        let keys: Vec<PortKey> = self.anchor.holds().into_iter().map(|hold| hold.key).collect();
         // A resolver that asked before the TTL was lowered believes its answer for the TTL of then.
         let believed_until_ms = self.anchor.since_unix_ms + u64::from(self.anchor.ttl_s) * 1000;
         let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
@@ -398,12 +401,14 @@ impl AnchorTask {
     }
 
     async fn end(&mut self) {
-        for hold in self.anchor.holds(&self.edges) {
+        for hold in self.anchor.holds() {
             let key = hold.key;
             if let Err(error) = self.edges.tunnel.attract_end(key.clone()).await {
                 tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
             }
-            if let Err(error) = self.edges.tunnel.remove_tap(key).await {
+            // The tap of an adopted machine stays its operator's.
+            let ours = hold.port == self.edges.tap_name(&key);
+            if ours && let Err(error) = self.edges.tunnel.remove_tap(key).await {
                 tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tap could not be removed");
             }
         }
@@ -441,7 +446,7 @@ pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Resul
             })?;
             let key = PortKey { machine: attempt.vm.clone(), nic: nic.name.clone() };
             Ok(HoldRequest {
-                port: edges.tap_name(&key),
+                port: edges.port(row, &nic.name),
                 key,
                 peer: attempt.peer.clone(),
                 mac: nic.mac,

@@ -24,6 +24,7 @@ pub mod source;
 pub mod view;
 mod work;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use longhaul_core::ids::{MigrationId, SiteName, VmName};
+use longhaul_core::ids::{DeviceName, MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
@@ -79,8 +80,8 @@ pub struct MachineRow {
     pub images: Vec<PathBuf>,
     /// The site at which its home addresses live.
     pub home_site: SiteName,
-    /// The monitor of a machine that something else started.
-    pub adopted: Option<PathBuf>,
+    /// What is known of a machine that something else started.
+    pub adopted: Option<Adopted>,
     /// What it was given here; empty at home.
     pub care_of: Vec<CareOf>,
     /// What keeps its connections alive here, while it visits.
@@ -90,6 +91,15 @@ pub struct MachineRow {
     /// Its name's TTL before a move lowered it, until that is undone.
     #[serde(default)]
     pub ttl_before_s: Option<u32>,
+}
+
+/// What a machine has that something else started: neither is this gateway's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {
+    /// Its monitor's socket.
+    pub monitor: PathBuf,
+    /// The tap of each of its NICs.
+    pub ports: BTreeMap<DeviceName, String>,
 }
 
 /// What reaches a driver from outside its own leaves.
@@ -134,6 +144,13 @@ impl Edges {
     /// The tap of a machine's NIC.
     pub fn tap_name(&self, key: &PortKey) -> String {
         tap_name(&self.tunnel_config, key)
+    }
+
+    /// The tap a machine of this site is plugged into by that NIC: an adopted one has its own.
+    pub fn port(&self, row: &MachineRow, nic: &DeviceName) -> String {
+        let adopted = row.adopted.as_ref().and_then(|adopted| adopted.ports.get(nic));
+        let key = || PortKey { machine: row.definition.name.clone(), nic: nic.clone() };
+        adopted.cloned().unwrap_or_else(|| self.tap_name(&key()))
     }
 
     /// The peer at the other side of an attempt.

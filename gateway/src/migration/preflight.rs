@@ -32,10 +32,6 @@ async fn check(
     if let Some(first) = obstacles.first() {
         return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));
     }
-    if row.adopted.is_some() && !row.definition.nics.is_empty() {
-        let text = "it was adopted and has a NIC: this version cannot hold the packets of a tap that it did not make";
-        return Err(Refusal::CannotTravel(text.into()));
-    }
     check_names(leaf, row, options).await?;
     let host = leaf.edges.hypervisor.capabilities().await.map_err(hypervisor_failed)?;
     let status = guest.status().await.map_err(hypervisor_failed)?;

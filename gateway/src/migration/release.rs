@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use longhaul_core::migration::source::Event;
+use longhaul_core::tunnel::policy::PortKey;
 
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
@@ -25,12 +26,13 @@ pub(super) async fn run(
     let vm = &leaf.attempt.vm;
     drop(transfer);
     leaf.guest.send_replace(None);
+    let images = images(guest.as_ref(), &row).await;
     if let Some(guest) = guest
         && let Err(error) = guest.quit(QEMU_LIMIT).await
     {
         tracing::warn!(%vm, error = chain(&error), "QEMU of the machine that left could not be ended");
     }
-    for image in &row.images {
+    for image in &images {
         let aside = moved_name(image, leaf.attempt.epoch.0);
         match std::fs::rename(image, &aside) {
             Ok(()) => tracing::info!(%vm, kept = %aside.display(), "disk kept aside"),
@@ -38,11 +40,31 @@ pub(super) async fn run(
             Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "disk could not be renamed"),
         }
     }
+    leave_taps(&leaf, &row).await;
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
     }
     leaf.report(Event::TidiedUp).await;
     Transfer::default()
+}
+
+/// The machine's images. Something else may have put an adopted machine on other files since.
+async fn images(guest: Option<&Guest>, row: &MachineRow) -> Vec<PathBuf> {
+    let (Some(guest), Some(_)) = (guest, &row.adopted) else { return row.images.clone() };
+    guest.image_files(&row.definition).await.unwrap_or_else(|error| {
+        tracing::debug!(vm = %row.definition.name, error = chain(&error), "images as they were when it was adopted");
+        row.images.clone()
+    })
+}
+
+/// The tap of an adopted machine is its operator's and stays, with nothing of ours on it.
+async fn leave_taps(leaf: &SourceLeaf, row: &MachineRow) {
+    for nic in row.adopted.iter().flat_map(|adopted| adopted.ports.keys()) {
+        let key = PortKey { machine: leaf.attempt.vm.clone(), nic: nic.clone() };
+        if let Err(error) = leaf.edges.tunnel.sample_end(key).await {
+            tracing::warn!(vm = %leaf.attempt.vm, %nic, error = chain(&error), "sampler could not be removed");
+        }
+    }
 }
 
 /// The name under which a disk of a machine that left is kept: `IMAGE.moved-eEPOCH`.

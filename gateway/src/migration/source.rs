@@ -214,9 +214,9 @@ impl SourceDriver {
         let follows = self.leaf.edges.names.is_some() && !self.options.without_dns;
         let ttl_before_s = self.ttl_before_s.borrow().or(self.row.ttl_before_s);
         let anchor = Anchor::new(
-            &self.leaf.edges.config,
+            &self.leaf.edges,
             &self.leaf.attempt,
-            &self.row.definition,
+            &self.row,
             self.reservation.as_ref(),
             handover,
             follows.then_some(ttl_before_s.or(self.row.definition.dns_ttl_s)).map(Option::unwrap_or_default),
