@@ -76,12 +76,14 @@ impl DestinationDriver {
         guest: Option<Guest>,
         last: DestinationRecord,
     ) -> Result<Outcome, JournalError> {
+        let qemu_found = guest.is_some();
         self.work = Work::Idle(Box::new(Held::found(guest)));
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Destination::recover(
             self.leaf.attempt.clone(),
             self.reservation.clone(),
             last,
+            qemu_found,
             self.limits(),
             &site,
             self.leaf.edges.now(),

@@ -128,11 +128,13 @@ impl Destination {
 
     /// Goes on after a restart of the gateway at `site`. What was not loaded is lost with QEMU's
     /// sockets and is refused durably; what was loaded waits on; what was activated is activated
-    /// again.
+    /// again. What was loaded and is gone (`qemu_found` is false) is refused too: the source has
+    /// kept its memory, even where it has committed.
     pub fn recover(
         attempt: Attempt,
         reservation: Reservation,
         last: DestinationRecord,
+        qemu_found: bool,
         limits: DestinationLimits,
         site: &SiteName,
         now: Duration,
@@ -142,9 +144,12 @@ impl Destination {
             Self { attempt, reservation, limits, link_down_since: Some(now), next_repeat: now, state };
         let step = match last {
             DestinationRecord::Reserved { .. } => destination.refuse(Refusal::Restarted(site.clone())),
-            DestinationRecord::Loaded => {
+            DestinationRecord::Loaded if qemu_found => {
                 destination.state = State::Loaded;
                 Step::nothing()
+            }
+            DestinationRecord::Loaded => {
+                destination.refuse(Refusal::Hypervisor(format!("QEMU at site {site} is gone")))
             }
             DestinationRecord::Activated { handover } => {
                 destination.state = State::Activating { done: false };

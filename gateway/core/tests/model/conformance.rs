@@ -234,6 +234,7 @@ impl World {
                 attempt("a"),
                 reservation(),
                 last,
+                self.guests[1] == Guest::Still,
                 DestinationLimits::default(),
                 &name("b"),
                 NOW,

@@ -462,8 +462,11 @@ impl Handover {
     }
 
     fn recover_destination(&self, state: &mut State, at: usize) {
+        let (_, to) = self.route(at);
         match state.attempts[at].destination {
             Destination::Preparing | Destination::Receiving => self.refuse(state, at),
+            // The source has kept its memory.
+            Destination::Loaded if state.guests[to] == Guest::Dead => self.refuse(state, at),
             Destination::Refused if self.is(Mutant::ForgetsRefusal) => {
                 state.attempts[at].destination = Destination::Absent;
             }

@@ -209,6 +209,7 @@ impl World {
     /// One transaction: the record and the ledger.
     pub fn write(&mut self, site: usize, id: Id, record: Option<Record>) -> Result<(), Violation> {
         let Some(record) = record else { return Ok(()) };
+        self.takes_what_is_there(site, &record)?;
         let epoch = self.epochs[&id];
         let twice = self.broken == Some(Broken::WritesTwice);
         let journal = &mut self.sites[site].journal;
@@ -294,6 +295,7 @@ impl World {
         }
         self.sites[site].up = true;
         self.noticed_down[site] = true;
+        self.sites[site].found_dead = self.sites[site].guest == Guest::Dead;
         let ids: Vec<Id> = self.sites[site].journal.records.keys().copied().collect();
         for id in ids {
             match self.sites[site].journal.last(id).cloned() {
@@ -348,7 +350,9 @@ impl World {
         }
         let limits = DestinationLimits::default();
         let attempt = attempt(id, epoch, A);
-        let (machine, step) = Destination::recover(attempt, reservation(), last, limits, &name(B), self.now);
+        let found = stands || self.broken == Some(Broken::TakesWhatIsGone);
+        let (machine, step) =
+            Destination::recover(attempt, reservation(), last, found, limits, &name(B), self.now);
         self.sites[B].destinations.insert(id, DestinationDriver::new(machine));
         self.destination_step(id, step);
     }
@@ -413,7 +417,7 @@ impl World {
                 return Ok(());
             }
             Work::Load => {
-                self.sites[B].guest = Guest::Still;
+                (self.sites[B].guest, self.sites[B].found_dead) = (Guest::Still, false);
                 destination::Event::Loaded
             }
             Work::Activate(permit) => {

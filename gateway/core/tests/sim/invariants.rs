@@ -60,6 +60,13 @@ impl World {
         self.must("no_resume_without_permit", here, || format!("site {site}, epoch {epoch}"))
     }
 
+    /// A machine whose memory is known to be lost here is not taken: the source still has it.
+    pub fn takes_what_is_there(&self, site: usize, record: &Record) -> Result<(), Violation> {
+        let takes = matches!(record, Record::Destination(DestinationRecord::Activated { .. }));
+        let lost = takes && self.sites[site].found_dead;
+        self.must("no_lost_memory_is_taken", !lost, || "activated without a QEMU".into())
+    }
+
     pub fn rolled_back(&self, id: Id) -> Result<(), Violation> {
         let newest = self.sites[A].journal.records.keys().max().is_none_or(|newest| *newest <= id);
         let runs = matches!(self.sites[A].guest, Guest::Running | Guest::Dead);

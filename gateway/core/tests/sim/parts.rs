@@ -127,6 +127,8 @@ pub struct Site {
     pub accepted: BTreeSet<Id>,
     /// The anchor was told that the machine runs over there.
     pub runs_there: bool,
+    /// The gateway was started when the guest was dead already.
+    pub found_dead: bool,
 }
 
 impl Site {
@@ -140,6 +142,7 @@ impl Site {
             destinations: BTreeMap::new(),
             accepted: BTreeSet::new(),
             runs_there: false,
+            found_dead: false,
         }
     }
 

@@ -35,6 +35,7 @@ pub enum Broken {
     AsksOnce,
     WritesTwice,
     DeafToTheLink,
+    TakesWhatIsGone,
 }
 
 pub struct World {
