@@ -122,6 +122,9 @@ pub struct MigrationView {
     pub progressing: Progressing,
     /// Why it stayed or is being undone.
     pub reason: Option<String>,
+    /// What is different about the machine at its new place, for people.
+    #[serde(default)]
+    pub notices: Vec<String>,
     /// The stage it is in.
     pub stage: Stage,
     /// The stages so far.

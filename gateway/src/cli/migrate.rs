@@ -34,8 +34,13 @@ pub async fn run(client: &Client, args: &MigrateArgs) -> Result<ExitCode, Client
     let id = client.migrate(&request).await?.id;
     let mut display = Display::new(args.json);
     let mut asked: Option<Instant> = None;
+    let mut told = false;
     loop {
         let view = client.migration(&id).await?;
+        if !told && !args.json {
+            view.notices.iter().for_each(|notice| display.say(notice));
+        }
+        told = true;
         display.show(&view);
         if view.progressing != Progressing::Running {
             return Ok(display.finish(&view));

@@ -30,6 +30,7 @@ impl Viewer {
             to: to.clone(),
             progressing: Progressing::Running,
             reason: None,
+            notices: Vec::new(),
             stage: Stage::PreMigration,
             stages: vec![StageTime { stage: Stage::PreMigration, start_ms: now, end_ms: None }],
             percent: 0.0,
