@@ -10,7 +10,7 @@
 )]
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use gateway::api::types::Progressing;
@@ -31,15 +31,26 @@ const SECOND: Duration = Duration::from_secs(1);
 /// The operator's name for the tap, like no name of the gateway's.
 const TAP: &str = "vnet7-operator";
 
+/// A QEMU that ends with the test, however that ends.
+struct ByHand(Child);
+
+impl Drop for ByHand {
+    fn drop(&mut self) {
+        // It has ended already when the machine has moved.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// The guest of the scene's definition, as an operator would start it.
-fn start_by_hand(scene: &Scene, socket: &Path, console: &Path) -> std::process::Child {
+fn start_by_hand(scene: &Scene, socket: &Path, console: &Path) -> ByHand {
     let definition = parse_definition(&scene.definition().unwrap(), Path::new("web1.toml")).unwrap();
     let host = &scene.world.site("a").unwrap().host;
     host.output("ip", &["tuntap", "add", "dev", TAP, "mode", "tap"]).unwrap();
     host.output("ip", &["link", "set", "dev", TAP, "master", BRIDGE, "up"]).unwrap();
     let Firmware::Kernel(boot) = &definition.firmware else { panic!("the lab's guest has a kernel") };
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-M", "pc-q35-7.2,accel=kvm:tcg", "-cpu", "qemu64", "-smp", "1", "-nodefaults"]);
+    command.args(["-M", "pc-q35-7.2,accel=tcg", "-cpu", "qemu64", "-smp", "1", "-nodefaults"]);
     command.args(["-display", "none", "-m", &format!("{}K", definition.memory().0 >> 10)]);
     command.args(["-uuid", &definition.uuid().to_string(), "-append", boot.cmdline.as_str()]);
     command.arg("-kernel").arg(&scene.image.kernel).arg("-initrd").arg(&scene.image.initrd);
@@ -49,7 +60,7 @@ fn start_by_hand(scene: &Scene, socket: &Path, console: &Path) -> std::process::
     command.args(["-device", "virtio-net-pci,netdev=wire,mac=52:54:00:aa:00:10,romfile=,addr=5"]);
     command.args(["-serial", &format!("file:{}", console.display())]);
     command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
-    let child = host.spawn(command.stdin(Stdio::null())).unwrap();
+    let child = ByHand(host.spawn(command.stdin(Stdio::null())).unwrap());
     let deadline = Instant::now() + 120 * SECOND;
     loop {
         let text = std::fs::read_to_string(console).unwrap_or_default();
@@ -138,7 +149,7 @@ async fn a_machine_with_a_foreign_tap_is_adopted_and_moves_with_its_connection()
     let id = scene.begin_move().await.unwrap();
     let view = scene.wait_move(&id, 90 * SECOND).await.unwrap();
     assert_eq!(view.progressing, Progressing::Moved, "{:?}\n{}", view.reason, scene.a.log_tail());
-    assert!(qemu.wait().unwrap().success(), "the QEMU at site a has ended");
+    assert!(qemu.0.wait().unwrap().success(), "the QEMU at site a has ended");
     let mut monitor = Monitor::connect(&scene.b.observer(VM), 5 * SECOND).unwrap();
     assert_eq!(monitor.state().unwrap(), "running");
     let home = scene.home().unwrap();

@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn a_tap_is_found_by_its_network_and_nothing_else_is_taken_for_one() {
-        // QEMU 7.2 printed this.
+        // In the form of net/net.c and net/tap.c of QEMU 7.2.
         let networks = "virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:aa:00:10\r\n \
                         \\ n1: index=0,type=tap,ifname=vnet3,script=no,downscript=no\r\n\
                         other: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:aa:00:11\r\n \
