@@ -68,6 +68,7 @@ pub enum Decision {
 pub struct Convergence {
     round: u64,
     shortest: Option<Duration>,
+    shortest_in_last: Option<Duration>,
     shortest_in_round: Option<Duration>,
     rounds_without_gain: u64,
 }
@@ -90,7 +91,8 @@ impl Progress {
 impl Convergence {
     /// Looks at the newest measurement and decides.
     pub fn decide(&mut self, progress: &Progress, budget: &PauseBudget) -> Decision {
-        if progress.round == 0 || !progress.disks_in_step {
+        // In the first round nobody knows yet how fast the guest dirties what was sent.
+        if progress.round <= 1 || !progress.disks_in_step {
             return Decision::Continue;
         }
         let Some(pause) = progress.predicted_pause() else {
@@ -98,13 +100,14 @@ impl Convergence {
         };
         // A round trip is paid whatever is copied: it is not for another round to win back.
         let budgeted = budget.target + progress.rtt * 3 / 2;
-        if pause <= budgeted && progress.round > 1 {
+        if pause <= budgeted {
             return Decision::Stop(pause);
         }
         self.enter_round(progress.round);
         self.shortest_in_round = Some(self.shortest_in_round.map_or(pause, |least| least.min(pause)));
         let no_more_gain = self.rounds_without_gain >= 2 && progress.round > budget.rounds;
-        let at_the_bottom = self.shortest.is_some_and(|least| pause <= least * 11 / 10);
+        // Of the last round: what an earlier one promised may never come again.
+        let at_the_bottom = self.shortest_in_last.is_some_and(|least| pause <= least * 11 / 10);
         if no_more_gain && at_the_bottom && pause <= budget.limit {
             return Decision::Stop(pause);
         }
@@ -126,6 +129,7 @@ impl Convergence {
             self.rounds_without_gain = 0;
         }
         self.shortest = Some(self.shortest.map_or(last, |least| least.min(last)));
+        self.shortest_in_last = Some(last);
     }
 }
 
@@ -180,6 +184,28 @@ mod tests {
             matches!(convergence.decide(&progress(*round, 30 << 20), &budget), Decision::Stop(_))
         });
         assert!(stopped.is_some_and(|round| round > budget.rounds));
+    }
+
+    #[test]
+    fn one_round_that_promised_more_than_any_other_keeps_nobody_copying() {
+        let mut convergence = Convergence::default();
+        let budget = PauseBudget::default();
+        let lucky = |round| if round == 2 { 6 << 20 } else { 30 << 20 };
+        let stopped = (1..20).find(|round| {
+            matches!(convergence.decide(&progress(*round, lucky(*round)), &budget), Decision::Stop(_))
+        });
+        assert!(stopped.is_some());
+    }
+
+    #[test]
+    fn the_first_rounds_end_says_nothing_of_the_pause() {
+        let mut convergence = Convergence::default();
+        let budget = PauseBudget::default();
+        assert_eq!(convergence.decide(&progress(1, 0), &budget), Decision::Continue);
+        let stopped = (2..20).find(|round| {
+            matches!(convergence.decide(&progress(*round, 30 << 20), &budget), Decision::Stop(_))
+        });
+        assert!(stopped.is_some());
     }
 
     #[test]
