@@ -157,10 +157,13 @@ async fn start_client(scene: &Scene, epoch_unix_ms: u64) -> Result<Client> {
     let rate = scene.options.rate_mbit * 1e6 / 8.0;
     let expected_s = 220e6 / rate;
     let download_rate = rate / 40.0;
-    let bytes = download_rate * (expected_s * 1.4 + 20.0);
-    let plan = TrafficPlan::new(epoch_unix_ms)
+    let download_s = expected_s * 1.4 + 20.0;
+    let bytes = download_rate * download_s;
+    let mut plan = TrafficPlan::new(epoch_unix_ms)
         .with_old_connections(scene.home()?, bytes as u64, download_rate as u64)
         .with_requests(&Scene::name(), Names::address());
+    // A move that was quick leaves most of the download to be done.
+    plan.close_timeout_ms += (download_s * 1e3) as u64;
     Client::start(&scene.world.client, plan).await
 }
 

@@ -16,6 +16,8 @@ pub struct Client {
     orders: mpsc::Sender<Order>,
     seen: watch::Receiver<Seen>,
     thread: JoinHandle<Result<TrafficReport>>,
+    /// The client's own limit for ending, and room to say so.
+    close_limit: Duration,
 }
 
 /// How far the client is.
@@ -29,6 +31,7 @@ struct Seen {
 impl Client {
     /// Starts `plan` in `namespace` and waits until every old connection is open.
     pub async fn start(namespace: &Namespace, plan: TrafficPlan) -> Result<Self> {
+        let close_limit = Duration::from_millis(plan.close_timeout_ms) + Duration::from_secs(60);
         let path = namespace.path();
         let enter = move || {
             let file = File::open(path)?;
@@ -46,7 +49,7 @@ impl Client {
         if let Some(lost) = first.lost {
             bail!("The client lost a connection before the move: {lost}");
         }
-        Ok(Self { orders, seen, thread })
+        Ok(Self { orders, seen, thread, close_limit })
     }
 
     /// What became of a connection that was lost, if one was.
@@ -58,9 +61,7 @@ impl Client {
     pub async fn close_old(&mut self) -> Result<()> {
         self.orders.send(Order::Close).await.map_err(|_| anyhow!("The client is gone"))?;
         let closed = self.seen.wait_for(|seen| seen.closed);
-        tokio::time::timeout(Duration::from_secs(300), closed)
-            .await
-            .context("Old connections do not end")??;
+        tokio::time::timeout(self.close_limit, closed).await.context("Old connections do not end")??;
         Ok(())
     }
 
