@@ -57,6 +57,8 @@ impl Held {
 }
 
 /// Prepares, then waits for the machine until it is loaded or it is told to stop.
+///
+/// Preparing is never broken off: a QEMU that is just being started would be nobody's.
 pub(super) async fn run(
     leaf: DestinationLeaf,
     proposal: Proposal,
@@ -64,10 +66,14 @@ pub(super) async fn run(
     mut held: Held,
     mut stop: watch::Receiver<bool>,
 ) -> Held {
+    if let Err(why) = prepare(&leaf, &proposal, &reservation, &mut held).await {
+        leaf.report(Event::Failed(why)).await;
+        return held;
+    }
     let done = tokio::select! {
         biased;
         () = told_to_stop(&mut stop) => return held,
-        done = prepare_and_load(&leaf, &proposal, &reservation, &mut held) => done,
+        done = wait_for_it(&leaf, &mut held) => done,
     };
     if let Err(why) = done {
         leaf.report(Event::Failed(why)).await;
@@ -75,13 +81,7 @@ pub(super) async fn run(
     held
 }
 
-async fn prepare_and_load(
-    leaf: &DestinationLeaf,
-    proposal: &Proposal,
-    reservation: &Reservation,
-    held: &mut Held,
-) -> Result<(), Refusal> {
-    prepare(leaf, proposal, reservation, held).await?;
+async fn wait_for_it(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     leaf.report(Event::Prepared).await;
     load(leaf, held).await?;
     leaf.report(Event::Loaded).await;

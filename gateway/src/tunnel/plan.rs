@@ -69,8 +69,6 @@ pub struct VisitRequest {
     pub peer: SiteName,
     /// What its home says about it. `flows` is not read: they come later.
     pub nic: NicHandover,
-    /// The home addresses of the machine's other NICs, which it may answer for through this one.
-    pub others: Vec<IpAddr>,
     /// The device the guest will be plugged into (its tap).
     pub port: String,
     /// The device of this site's LAN, on which care-of addresses are answered for.
@@ -197,7 +195,6 @@ fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) 
         name: visit_table_name(config, &request.key),
         port: &request.port,
         home,
-        others: &request.others,
         home_prefixes: &request.nic.home_prefixes,
         care_of: request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect(),
     };
