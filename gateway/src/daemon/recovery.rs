@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::{Daemon, Machine};
 use crate::hypervisor::Guest;
 use crate::journal::History;
-use crate::migration::anchor::{AnchorCommand, visits};
+use crate::migration::anchor::{AnchorCommand, tell, visits};
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, MachineRow, SourceDriver};
 use crate::tunnel::TunnelError;
@@ -70,8 +70,7 @@ impl Daemon {
         if matches!(last, SourceRecord::Released) && self.is_latest(&attempt) {
             // The name is owed whether or not a guest is left to end: the anchor may have been told, and
             // have died before it wrote that down.
-            let told = self.anchors.send(AnchorCommand::MoveNames(attempt.vm.clone())).await;
-            drop(told);
+            tell(&self.anchors, AnchorCommand::MoveNames(attempt.vm.clone())).await;
         }
         if !owed {
             return;

@@ -104,7 +104,7 @@ pub enum AnchorCommand {
 }
 
 /// Tells the anchors; they outlive every migration.
-pub(super) async fn tell(anchors: &mpsc::Sender<AnchorCommand>, command: AnchorCommand) {
+pub(crate) async fn tell(anchors: &mpsc::Sender<AnchorCommand>, command: AnchorCommand) {
     if anchors.send(command).await.is_err() {
         tracing::debug!("anchors are gone: the gateway is stopping");
     }

@@ -35,7 +35,10 @@ pub(super) async fn run(
     }
     let guest = match held.guest.take() {
         Some(guest) => Some(guest),
-        None => leaf.edges.hypervisor.find(vm).await.unwrap_or_default(),
+        None => leaf.edges.hypervisor.find(vm).await.unwrap_or_else(|error| {
+            tracing::warn!(%vm, error = chain(&error), "a waiting QEMU may be left: it cannot be asked");
+            None
+        }),
     };
     if let Some(guest) = guest
         && let Err(error) = guest.quit(QEMU_LIMIT).await
