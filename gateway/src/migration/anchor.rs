@@ -487,12 +487,18 @@ pub fn visits(
                 port: edges.tap_name(&key),
                 key,
                 peer: peer.clone(),
+                others: other_homes(definition, &nic.name),
                 nic: handed,
                 lan: lan.bridge.clone(),
                 care_of,
             })
         })
         .collect()
+}
+
+fn other_homes(definition: &MachineDefinition, nic: &DeviceName) -> Vec<IpAddr> {
+    let others = definition.nics.iter().filter(|other| other.name != *nic);
+    others.flat_map(|other| other.home.iter().map(|home| home.addr)).collect()
 }
 
 /// Where a machine that comes by this attempt has its disks. Named after the attempt, so that nothing

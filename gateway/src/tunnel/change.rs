@@ -6,7 +6,7 @@
 //! [`sweep`](Changes::sweep) removes what carries our names and numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use longhaul_core::tunnel::handover::{Mac, Prefix};
 use longhaul_core::tunnel::policy::PortKey;
@@ -39,6 +39,8 @@ pub(super) enum Change {
     OwnAddress { device: String, mac: Mac },
     /// A device is no bridge's port, and up.
     Routed { device: String },
+    /// An address that makes the kernel's loose path filter loose on a device.
+    DummyAddress { address: Ipv4Addr, device: String },
 }
 
 /// On whose behalf a change is in force.
@@ -170,7 +172,8 @@ impl Changes {
             | Change::Rule(_)
             | Change::Proxy { .. }
             | Change::Fixed { .. }
-            | Change::BridgeAddress { .. } => Before::Nothing,
+            | Change::BridgeAddress { .. }
+            | Change::DummyAddress { .. } => Before::Nothing,
         })
     }
 
@@ -198,6 +201,9 @@ impl Changes {
             Change::Routed { device } => {
                 netlink.set_bridge(netlink.link(device).await?.index, None).await?;
                 netlink.set_up(device, None).await
+            }
+            Change::DummyAddress { address, device } => {
+                netlink.add_dummy_address(*address, netlink.link(device).await?.index).await
             }
         }
     }
@@ -227,6 +233,10 @@ impl Changes {
                     None => Ok(()),
                 }
             }
+            Change::DummyAddress { address, device } => match netlink.find_link(device).await? {
+                Some(link) => netlink.delete_dummy_address(*address, link.index).await,
+                None => Ok(()),
+            },
         }
     }
 

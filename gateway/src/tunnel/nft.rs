@@ -49,6 +49,8 @@ pub(super) struct Visit<'a> {
     /// The guest's tap.
     pub port: &'a str,
     pub home: &'a [IpAddr],
+    /// The home addresses of the machine's other NICs.
+    pub others: &'a [IpAddr],
     pub home_prefixes: &'a [Prefix],
     /// Home address and the care-of address that stands for it.
     pub care_of: Vec<(IpAddr, IpAddr)>,
@@ -216,7 +218,8 @@ fn visit_sets(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     }
 }
 
-/// A visitor sends from its own addresses only (and speaks neighbour discovery).
+/// A visitor sends from its own addresses only (and speaks neighbour discovery). From those of its other
+/// NICs too: a guest without source routing answers for all of them through one.
 fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     let port = visit.port;
     let _ = writeln!(
@@ -226,6 +229,7 @@ fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     );
     for (ip, v6) in [("ip", false), ("ip6", true)] {
         let mut own = family_of(visit.home, v6);
+        own.extend(family_of(visit.others, v6));
         if v6 {
             own.extend(["::".to_owned(), "fe80::/10".to_owned()]);
         }
@@ -392,6 +396,23 @@ async fn nft(arguments: &[&str], input: &str) -> Result<String, TunnelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_visitor_may_answer_for_another_of_its_nics_and_for_nobody_else() {
+        let address = |text: &str| -> IpAddr { text.parse().unwrap() };
+        let visit = Visit {
+            name: "t".to_owned(),
+            port: "lh-web1-lan",
+            home: &[address("198.51.100.10")],
+            others: &[address("198.51.100.11"), address("2001:db8::11")],
+            home_prefixes: &[],
+            care_of: Vec::new(),
+        };
+        let mut body = String::new();
+        guard_chain(&mut body, &TunnelConfig::default(), &visit);
+        assert!(body.contains("ip saddr != { 198.51.100.10, 198.51.100.11 } counter drop"), "{body}");
+        assert!(body.contains("ip6 saddr != { 2001:db8::11, ::, fe80::/10 } counter drop"), "{body}");
+    }
 
     #[test]
     fn flows_that_were_closed_are_not_handed_over() {

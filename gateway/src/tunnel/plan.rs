@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | `conf/DEVICE/forwarding` | 1 | packets are routed between LAN, tunnel and tap; not the host-wide `ip_forward` |
 //! | `conf/TUN/rp_filter` | 2 | packets of any source come out of the tunnel; loose holds even where `all` is strict, given an address |
-//! | `conf/TAP/rp_filter` | 2 | the same for a visitor's replies; forged sources are dropped by our rules |
+//! | `conf/TAP/rp_filter` | 2 | the same for a visitor's replies, by whichever of its NICs; forged sources are dropped by our rules |
 //! | `conf/TAP/proxy_arp` | 1 | the visitor asks for its old neighbours |
 //! | `conf/DEVICE/send_redirects` | 0 | a visitor must not be told a shorter way |
 //! | `neigh/DEVICE/proxy_delay` | 0 | the kernel waits up to 0.8 s before it answers for another |
@@ -69,6 +69,8 @@ pub struct VisitRequest {
     pub peer: SiteName,
     /// What its home says about it. `flows` is not read: they come later.
     pub nic: NicHandover,
+    /// The home addresses of the machine's other NICs, which it may answer for through this one.
+    pub others: Vec<IpAddr>,
     /// The device the guest will be plugged into (its tap).
     pub port: String,
     /// The device of this site's LAN, on which care-of addresses are answered for.
@@ -131,7 +133,7 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
     let VisitRequest { port, lan, nic, .. } = request;
     let home: Vec<IpAddr> = nic.home.iter().map(|prefix| prefix.addr).collect();
     let has_v6 = home.iter().any(IpAddr::is_ipv6);
-    let mut plan = port_changes(request);
+    let mut plan = port_changes(config, request);
     plan.extend(lan_switches(lan));
     if has_v6 {
         plan.extend(keep_ra(kernel, lan));
@@ -171,13 +173,14 @@ pub(super) fn visit_table_name(config: &TunnelConfig, key: &PortKey) -> String {
     format!("{}_visit_{}", config.prefix, port_id(key))
 }
 
-fn port_changes(request: &VisitRequest) -> Vec<Change> {
+fn port_changes(config: &TunnelConfig, request: &VisitRequest) -> Vec<Change> {
     let VisitRequest { port, nic, .. } = request;
     let mut plan = vec![
         switch(format!("net/ipv6/conf/{port}/accept_dad"), "0"),
         switch(format!("net/ipv6/conf/{port}/accept_ra"), "0"),
     ];
     plan.push(Change::Routed { device: port.clone() });
+    plan.push(Change::DummyAddress { address: config.device_address, device: port.clone() });
     if let Some(mac) = router_mac(&nic.neighbours) {
         plan.push(Change::OwnAddress { device: port.clone(), mac });
     }
@@ -195,6 +198,7 @@ fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) 
         name: visit_table_name(config, &request.key),
         port: &request.port,
         home,
+        others: &request.others,
         home_prefixes: &request.nic.home_prefixes,
         care_of: request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect(),
     };

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use futures_util::TryStreamExt;
 use longhaul_core::tunnel::handover::{Mac, Neighbour, Prefix};
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::AddressScope;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -125,6 +125,21 @@ impl Netlink {
             Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
             other => other.map_err(TunnelError::netlink(format!("give device {device} address {address}"))),
         }
+    }
+
+    /// Takes that address away again.
+    pub(super) async fn delete_dummy_address(
+        &self,
+        address: Ipv4Addr,
+        device: u32,
+    ) -> Result<(), TunnelError> {
+        let mut message = AddressMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.prefix_len = 32;
+        message.header.index = device;
+        message.attributes.push(AddressAttribute::Local(IpAddr::V4(address)));
+        gone_is_fine(self.handle.address().del(message).execute().await)
+            .map_err(TunnelError::netlink(format!("take address {address} from device {device}")))
     }
 
     /// Routes `to` to `device`, in `table`. A route of somebody else's for the same block is an error.

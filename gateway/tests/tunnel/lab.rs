@@ -271,6 +271,7 @@ pub fn visit_request(neighbours: Vec<Neighbour>) -> VisitRequest {
             home_prefixes: vec![prefix(HOME, 24), prefix(HOME_V6, 64)],
             flows: Vec::new(),
         },
+        others: Vec::new(),
         port: "tapb".to_owned(),
         lan: "br0".to_owned(),
         care_of: vec![
