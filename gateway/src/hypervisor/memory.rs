@@ -24,7 +24,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::guest::Guest;
-use super::qmp::QmpError;
+use super::qmp::{EventLoss, Events, QmpError};
 
 /// How memory is sent.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -279,13 +279,71 @@ impl Guest {
     }
 }
 
+/// Notices at once when QEMU stops the guest by itself, because it finds too little left to send.
+#[derive(Debug)]
+pub struct SelfStop {
+    events: Events,
+    stopped_at: Option<Duration>,
+}
+
+impl SelfStop {
+    /// Looks at events from now on.
+    pub fn new(events: Events) -> Self {
+        Self { events, stopped_at: None }
+    }
+
+    /// Waits until a migration stands in `pre-switchover`, and says when the guest was stopped for that, as
+    /// time since the Unix epoch. For ever where events were lost or QEMU is gone: whoever waits also asks.
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Duration {
+        loop {
+            match self.events.next().await {
+                Ok(event) if event.name == "STOP" => self.stopped_at = Some(event.at),
+                Ok(event) if event.name == "RESUME" => self.stopped_at = None,
+                Ok(event) if event.name == "MIGRATION" && event.data["status"] == "pre-switchover" => {
+                    return self.stopped_at.unwrap_or(event.at);
+                }
+                Ok(_) | Err(EventLoss::Missed(_)) => {}
+                Err(EventLoss::Gone) => std::future::pending().await,
+            }
+        }
+    }
+}
+
 fn unix(path: &Path) -> String {
     format!("unix:{}", path.display())
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::broadcast;
+
+    use super::super::qmp::QmpEvent;
     use super::*;
+
+    #[tokio::test]
+    async fn a_guest_that_qemu_stops_by_itself_stands_since_its_stop_and_not_since_somebody_looked() {
+        let (sender, receiver) = broadcast::channel(8);
+        let mut watch = SelfStop::new(receiver.into());
+        let event = |name: &str, status: &str, at_ms| QmpEvent {
+            name: name.to_owned(),
+            data: json!({ "status": status }),
+            at: Duration::from_millis(at_ms),
+        };
+        for event in [
+            event("STOP", "", 10),
+            event("RESUME", "", 11),
+            event("MIGRATION", "active", 12),
+            event("STOP", "", 20),
+            event("MIGRATION", "pre-switchover", 27),
+        ] {
+            sender.send(event).unwrap();
+        }
+        assert_eq!(watch.next().await, Duration::from_millis(20));
+        drop(sender);
+        let waits = tokio::time::timeout(Duration::from_millis(20), watch.next()).await;
+        assert!(waits.is_err(), "a QEMU that is gone stops nothing");
+    }
 
     #[test]
     fn an_answer_of_qemu_reads_with_its_units() {

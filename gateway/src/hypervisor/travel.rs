@@ -24,7 +24,7 @@ pub struct Obstacle {
 pub struct Travel {
     /// What stands against it; empty if nothing does.
     pub obstacles: Vec<Obstacle>,
-    /// What will be different afterwards.
+    /// What will be different afterwards, in sentences for the operator.
     pub notes: Vec<String>,
 }
 
@@ -142,10 +142,14 @@ impl Travel {
             }
             if inserted.backing_file_depth > 0 {
                 let depth = inserted.backing_file_depth;
-                self.notes.push(format!("{node}: a chain of {} images becomes one", depth + 1));
+                self.notes.push(format!(
+                    "Disk {node} is a chain of {} images here and becomes one there",
+                    depth + 1
+                ));
             }
             if inserted.format != "raw" {
-                self.notes.push(format!("{node}: {} becomes raw", inserted.format));
+                let format = &inserted.format;
+                self.notes.push(format!("Disk {node} is {format} here and becomes a raw, sparse file there"));
             }
         }
         let jobs: Vec<Value> = guest.qmp.query("query-block-jobs", json!({})).await?;

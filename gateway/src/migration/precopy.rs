@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
@@ -28,7 +28,9 @@ use super::view::round;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::disk::nbd::NbdServer;
 use crate::disk::{DiskSource, DiskSourceConfig};
-use crate::hypervisor::{Access, Guest, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters};
+use crate::hypervisor::{
+    Access, Guest, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters, SelfStop,
+};
 use crate::link::PeerHandle;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle};
 
@@ -124,8 +126,13 @@ async fn copy(
     let mut sync = LastSync::default();
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
+    let mut self_stop = SelfStop::new(guest.events());
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            // Packets are not held yet while it stands: the next look must not be a tick away.
+            at = self_stop.next() => leaf.viewer.paused_for(age(at)),
+        }
         let peer = peer(leaf)?;
         let disks = look_at_disks(transfer)?;
         if transfer.memory.is_none() && disks.in_step {
@@ -270,6 +277,12 @@ pub(super) fn show_memory(leaf: &SourceLeaf, pump: &crate::memory::SourceProgres
     leaf.viewer.change(|view| {
         view.rounds = pump.rounds.iter().map(|each| round(each.bytes.0, each.pages, each.elapsed)).collect();
     });
+}
+
+/// How long ago a moment since the Unix epoch was.
+fn age(at: Duration) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(at)
 }
 
 fn reduction(original: Bytes, wire: Bytes) -> u32 {

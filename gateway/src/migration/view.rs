@@ -80,9 +80,17 @@ impl Viewer {
         });
     }
 
-    /// The guest was stopped just now.
+    /// The guest was stopped just now, unless it stands since earlier.
     pub fn paused(&self) {
-        self.paused_at.send_replace(Some(Instant::now()));
+        self.paused_for(Duration::ZERO);
+    }
+
+    /// The guest has been standing for this long, unless it stands since earlier.
+    pub fn paused_for(&self, age: Duration) {
+        let now = Instant::now();
+        self.paused_at.send_modify(|at| {
+            at.get_or_insert(now.checked_sub(age).unwrap_or(now));
+        });
     }
 
     /// The guest runs again; `age` is how long the news of it travelled.

@@ -99,7 +99,7 @@ impl Convergence {
             return Decision::Continue;
         };
         // A round trip is paid whatever is copied: it is not for another round to win back.
-        let budgeted = budget.target + progress.rtt * 3 / 2;
+        let budgeted = budget.target.saturating_add(progress.rtt * 3 / 2);
         if pause <= budgeted {
             return Decision::Stop(pause);
         }

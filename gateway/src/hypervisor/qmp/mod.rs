@@ -165,6 +165,12 @@ pub enum EventLoss {
 #[derive(Debug)]
 pub struct Events(broadcast::Receiver<QmpEvent>);
 
+impl From<broadcast::Receiver<QmpEvent>> for Events {
+    fn from(receiver: broadcast::Receiver<QmpEvent>) -> Self {
+        Self(receiver)
+    }
+}
+
 impl Events {
     /// The next event. Cancel safe.
     pub async fn next(&mut self) -> Result<QmpEvent, EventLoss> {
