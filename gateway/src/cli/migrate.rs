@@ -34,13 +34,13 @@ pub async fn run(client: &Client, args: &MigrateArgs) -> Result<ExitCode, Client
     let id = client.migrate(&request).await?.id;
     let mut display = Display::new(args.json);
     let mut asked: Option<Instant> = None;
-    let mut told = false;
+    let mut told = 0;
     loop {
         let view = client.migration(&id).await?;
-        if !told && !args.json {
-            view.notices.iter().for_each(|notice| display.say(notice));
+        if !args.json {
+            view.notices.iter().skip(told).for_each(|notice| display.say(notice));
         }
-        told = true;
+        told = view.notices.len();
         display.show(&view);
         if view.progressing != Progressing::Running {
             return Ok(display.finish(&view));

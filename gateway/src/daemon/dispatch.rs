@@ -12,7 +12,6 @@ use longhaul_core::migration::record::{DestinationRecord, Record};
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
 
-use super::machines::flattened;
 use super::{Admitted, Daemon, Ended, MAX_ACCEPTED, Running};
 use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
@@ -72,7 +71,6 @@ impl Daemon {
         // Paused by its operator is how it is wanted: an attempt that fails does not wake it.
         let wanted = guest.status().await.map_or(machine.row.wanted, |state| state.is_running());
         let row = MachineRow { wanted, ..machine.row.clone() };
-        let notices = flattened(&row);
         let anchors = self.anchors.clone();
         let driver = SourceDriver::new(
             self.edges.clone(),
@@ -84,7 +82,6 @@ impl Daemon {
             anchors,
         );
         let (viewer, guest) = (driver.viewer(), driver.guest());
-        viewer.change(|view| view.notices = notices);
         let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
         if !up {
             drop(inbox.try_send(Inbound::LinkDown));

@@ -11,7 +11,6 @@ use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
 use longhaul_core::tunnel::policy::PortKey;
-use longhaul_core::units::Bytes;
 
 use super::{Daemon, Machine};
 use crate::api::types::{AdoptRequest, DefineRequest};
@@ -329,21 +328,6 @@ fn format_of(path: &Path) -> DiskFormat {
     }
 }
 
-/// What an operator is told about disks that arrive in another format than they left in.
-pub(super) fn flattened(row: &MachineRow) -> Vec<String> {
-    row.definition
-        .volumes()
-        .zip(&row.images)
-        .filter(|(_, image)| format_of(image) == DiskFormat::Qcow2)
-        .map(|(volume, _)| {
-            let (name, size) = (volume.name, Bytes(volume.size_bytes));
-            format!(
-                "Disk {name} is qcow2 here and becomes raw there, up to {size}; its snapshots stay behind"
-            )
-        })
-        .collect()
-}
-
 fn parse(text: &str) -> Result<MachineDefinition, RequestError> {
     parse_definition(text, Path::new("definition"))
         .map_err(|error| RequestError::Invalid(crate::migration::chain(&error)))
@@ -373,26 +357,6 @@ mod tests {
     use longhaul_core::ids::Epoch;
 
     use super::*;
-
-    #[test]
-    fn a_qcow2_disk_is_said_to_become_raw_and_a_raw_one_is_not() {
-        let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
-            [[disks]]\nname = \"root\"\nsize_bytes = 1048576\npci = \"03.0\"\n\
-            [[disks]]\nname = \"data\"\nsize_bytes = 1048576\npci = \"04.0\"\n";
-        let row = MachineRow {
-            definition: toml::from_str(definition).unwrap(),
-            images: vec!["/disks/root.qcow2".into(), "/disks/data.raw".into()],
-            home_site: "a".parse().unwrap(),
-            adopted: None,
-            care_of: Vec::new(),
-            handover: None,
-            wanted: true,
-            ttl_before_s: None,
-        };
-        let notices = flattened(&row);
-        assert_eq!(notices.len(), 1, "{notices:?}");
-        assert!(notices[0].contains("root is qcow2") && notices[0].contains("1.0 MiB"), "{notices:?}");
-    }
 
     #[test]
     fn a_machine_that_is_away_is_forgotten_only_when_that_is_asked_for() {

@@ -28,10 +28,11 @@ async fn check(
     row: &MachineRow,
     options: &SourceOptions,
 ) -> Result<Proposal, Refusal> {
-    let obstacles = guest.what_cannot_travel().await.map_err(hypervisor_failed)?.obstacles;
-    if let Some(first) = obstacles.first() {
+    let travel = guest.what_cannot_travel().await.map_err(hypervisor_failed)?;
+    if let Some(first) = travel.obstacles.first() {
         return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));
     }
+    leaf.viewer.change(|view| view.notices.extend(travel.notes));
     check_names(leaf, row, options).await?;
     let host = leaf.edges.hypervisor.capabilities().await.map_err(hypervisor_failed)?;
     let status = guest.status().await.map_err(hypervisor_failed)?;
