@@ -28,7 +28,8 @@ impl Window {
         let samples = series.probes.iter().map(|probe| probe.at_ms);
         let gaps = series.gaps.iter().flat_map(|gap| [gap.start_ms, gap.end_ms]);
         let rates = series.wan_rate.iter().map(|sample| sample.at_ms);
-        let all: Vec<u64> = stages.chain(samples).chain(gaps).chain(rates).collect();
+        let marks = series.marks.iter().map(|(at_ms, _)| *at_ms);
+        let all: Vec<u64> = stages.chain(samples).chain(gaps).chain(rates).chain(marks).collect();
         let first = all.iter().min().copied().unwrap_or(0);
         Self { from_ms: first as f64, to_ms: all.iter().max().copied().unwrap_or(0).max(first + 1) as f64 }
     }
@@ -238,7 +239,7 @@ pub fn rounds(report: &Report) -> String {
     let most = report.rounds.iter().map(|round| mib(round.bytes)).fold(0.0, f64::max);
     let y = Scale::linear(0.0, (most * 1.2).max(0.01), area.bottom, area.top);
     let mut svg = String::new();
-    vertical_axis(&mut svg, area, &y, "bytes sent in a round of memory, MiB", 4.0);
+    vertical_axis(&mut svg, area, &y, "memory in a round before it is reduced, MiB", 4.0);
     let step = (area.right - area.left) / report.rounds.len().max(1) as f64;
     let width = (step - 2.0).clamp(1.0, 64.0);
     let labelled = report.rounds.len().div_ceil(20).max(1);
@@ -270,7 +271,7 @@ pub fn rounds(report: &Report) -> String {
         area.bottom,
         area.bottom + 38.0
     );
-    wrap(&svg, area.bottom + 46.0, "Bytes sent in each round of memory")
+    wrap(&svg, area.bottom + 46.0, "Bytes of memory in each round, before they are reduced")
 }
 
 /// Bytes on the WAN by kind, as bars.

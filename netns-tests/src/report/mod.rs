@@ -115,9 +115,9 @@ pub struct Stage {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Round {
-    /// Bytes sent.
+    /// Bytes of QEMU's stream, before they are reduced for the WAN.
     pub bytes: u64,
-    /// Pages sent.
+    /// Pages in it.
     pub pages: u64,
     /// Duration.
     pub ms: u64,

@@ -3,7 +3,7 @@
 use gateway::api::types::MigrationView;
 
 use super::SceneOptions;
-use super::demo::Seen;
+use super::demo::{Seen, Stayed};
 use super::monitor::GuestEvent;
 use crate::report::{Disk, Dns, Measured, Report, Round, Series, Stage, Tunnel, Vm, Wan, WanBytes};
 use crate::traffic::Gap;
@@ -23,16 +23,10 @@ pub fn report(
     seen: &Seen,
     left: Vec<String>,
 ) -> (Report, Series) {
-    let mut report = Report::new(&options.name);
+    let mut report = begun(options, emulator);
     let relative = |unix_ms: u64| unix_ms.saturating_sub(seen.epoch_unix_ms);
-    report.wan = Wan {
-        rtt_ms: options.rtt.as_secs_f64() * 1e3,
-        rate_mbit: options.rate_mbit,
-        loss_pct: options.loss * 100.0,
-        emulator: emulator.name().into(),
-        measured: Measured { rtt_ms: Some(seen.measured.rtt_ms), rate_mbit: Some(seen.measured.rate_mbit) },
-    };
-    report.vm = Vm { memory_bytes: options.memory_mib << 20, disk_bytes: options.disk_bytes };
+    report.wan.measured =
+        Measured { rtt_ms: Some(seen.measured.rtt_ms), rate_mbit: Some(seen.measured.rate_mbit) };
     report.outcome = "moved".into();
     report.stages = seen
         .view
@@ -62,7 +56,7 @@ pub fn report(
     report.tunnel = Tunnel {
         packets: seen.status_a.tunnel.packets_out + seen.status_a.tunnel.packets_in,
         dropped: seen.status_a.tunnel.dropped,
-        closed_ms: seen.anchor.as_ref().and_then(|anchor| anchor.closed_ms).map(relative),
+        closed_ms: seen.released_unix_ms.map(relative),
     };
     report.left_behind = left;
     promises(&mut report, options, seen, pause);
@@ -77,6 +71,34 @@ pub fn report(
         series.marks.push((at, "tunnel down".into()));
     }
     (report, series)
+}
+
+/// The report of a scenario that did not come to its end.
+pub fn failed(
+    options: &SceneOptions,
+    emulator: Emulator,
+    error: &anyhow::Error,
+    left: Vec<String>,
+) -> (Report, Series) {
+    let mut report = begun(options, emulator);
+    let stayed = error.downcast_ref::<Stayed>().is_some();
+    report.outcome = if stayed { "rolled-back" } else { "failed" }.into();
+    report.promise("the machine moves", false, format!("{error:#}"));
+    report.left_behind = left;
+    (report, Series::default())
+}
+
+fn begun(options: &SceneOptions, emulator: Emulator) -> Report {
+    let mut report = Report::new(&options.name);
+    report.wan = Wan {
+        rtt_ms: options.rtt.as_secs_f64() * 1e3,
+        rate_mbit: options.rate_mbit,
+        loss_pct: options.loss * 100.0,
+        emulator: emulator.name().into(),
+        measured: Measured::default(),
+    };
+    report.vm = Vm { memory_bytes: options.memory_mib << 20, disk_bytes: options.disk_bytes };
+    report
 }
 
 /// Prints the table of promises.
@@ -127,23 +149,27 @@ fn inside_bytes(view: &MigrationView) -> u64 {
 }
 
 fn dns(seen: &Seen, relative: impl Fn(u64) -> u64) -> Dns {
-    let anchor = seen.anchor.as_ref();
-    let old = anchor.and_then(|anchor| anchor.home.first().copied());
+    let (old, new) = seen.addresses;
     Dns {
-        old,
-        new: anchor.and_then(|anchor| anchor.care_of.first().copied()),
-        updated_ms: anchor.and_then(|anchor| anchor.names_moved_ms).map(relative),
-        first_direct_client_ms: old.and_then(|old| seen.traffic.first_direct_ms(old)),
+        old: Some(old),
+        new: Some(new),
+        updated_ms: seen.name_moved_unix_ms.map(relative),
+        first_direct_client_ms: seen.traffic.first_direct_ms(old),
     }
 }
 
 fn promises(report: &mut Report, options: &SceneOptions, seen: &Seen, pause: Option<(f64, f64)>) {
     let running_b = seen.state_b.as_deref() == Some("running");
-    let at_a = seen.state_a.as_deref().unwrap_or("no QEMU");
+    wan(report, options);
     report.promise(
         "exactly one copy runs, at b",
-        running_b && seen.state_a.as_deref() != Some("running"),
-        format!("a: {at_a}, b: {}", seen.state_b.as_deref().unwrap_or("no QEMU")),
+        running_b && seen.qemus == (0, 1),
+        format!(
+            "a: {} QEMUs, b: {}, {}",
+            seen.qemus.0,
+            seen.qemus.1,
+            seen.state_b.as_deref().unwrap_or("does not answer")
+        ),
     );
     connections(report, seen);
     names(report, options, seen);
@@ -159,13 +185,14 @@ fn promises(report: &mut Report, options: &SceneOptions, seen: &Seen, pause: Opt
             disk.detail
         ),
     );
-    let closed = seen.anchor.as_ref().and_then(|anchor| anchor.closed_ms);
+    let closed = seen.released_unix_ms;
     report.promise(
         "the tunnel comes down by itself",
-        closed.is_some_and(|at| at >= seen.old_closed_unix_ms.saturating_sub(2000)),
+        seen.attracted && closed.is_some(),
         match closed {
+            Some(_) if !seen.attracted => "it was down before the old connections had ended".into(),
             Some(at) => {
-                let after = at as i64 - seen.old_closed_unix_ms as i64;
+                let after = at.saturating_sub(seen.old_closed_unix_ms);
                 format!("{:.1} s after the last old connection", after as f64 / 1e3)
             }
             None => "it is still up".into(),
@@ -175,6 +202,21 @@ fn promises(report: &mut Report, options: &SceneOptions, seen: &Seen, pause: Opt
     let left = report.left_behind.join(", ");
     let detail = if left.is_empty() { "nothing".to_owned() } else { left };
     report.promise("nothing is left behind", report.left_behind.is_empty(), detail);
+}
+
+fn wan(report: &mut Report, options: &SceneOptions) {
+    let near = |asked: f64, measured: Option<f64>, least: f64| {
+        measured.is_some_and(|measured| (measured - asked).abs() <= (asked * AGREEMENT).max(least))
+    };
+    let Wan { rtt_ms, rate_mbit, measured, .. } = report.wan.clone();
+    let jitter_ms = options.jitter.as_secs_f64() * 2e3;
+    let held = near(rtt_ms, measured.rtt_ms, 2.0 + jitter_ms) && near(rate_mbit, measured.rate_mbit, 0.1);
+    let text = |figure: Option<f64>| figure.map_or("?".to_owned(), |figure| format!("{figure:.1}"));
+    report.promise(
+        "the WAN is the one that was asked for",
+        held,
+        format!("{} ms, {} Mbit/s", text(measured.rtt_ms), text(measured.rate_mbit)),
+    );
 }
 
 fn connections(report: &mut Report, seen: &Seen) {

@@ -4,17 +4,19 @@
 //! old connections end, the tunnel comes down, the machine is stopped and its disk compared. What held
 //! is [`checks`]' to say; everything is measured from outside.
 
+use std::net::IpAddr;
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use gateway::api::types::{AnchorView, MigrationView, StatusView};
+use gateway::api::types::{MigrationView, StatusView};
 
 use super::SceneOptions;
 use super::checks;
 use super::disk_check::{self, DiskFindings};
 use super::monitor::{GuestEvent, Monitor, connect_later};
 use super::names::Names;
+use super::outside::{self, NameWatch};
 use super::programs::Programs;
 use super::scene::{Scene, VM};
 use super::traffic::Client;
@@ -36,31 +38,45 @@ pub struct Seen {
     pub events_a: Vec<GuestEvent>,
     /// Events of the destination's QEMU.
     pub events_b: Vec<GuestEvent>,
-    /// Run state at the source afterwards; `None` when there is no QEMU.
-    pub state_a: Option<String>,
+    /// QEMUs of the machine that work at site a and at site b afterwards.
+    pub qemus: (usize, usize),
     /// Run state at the destination afterwards.
     pub state_b: Option<String>,
     /// The client's report.
     pub traffic: TrafficReport,
     /// What the gateways put on the WAN from a to b while the machine moved, IP packets.
     pub wan_forward: Tally,
-    /// The WAN's throughput second by second while the machine moved, by the emulator's count.
+    /// The WAN's throughput while the machine moved, by the emulator's count.
     pub wan_rate: Vec<RateSample>,
     /// Packets to the care-of address on the core's link to site b.
     pub direct: Tally,
     /// Packets to the care-of address seen at site a's router.
     pub through_a: Tally,
-    /// The anchor at the end.
-    pub anchor: Option<AnchorView>,
+    /// The machine's home address, and the one that site b is to give it.
+    pub addresses: (IpAddr, IpAddr),
+    /// When the name server first answered without the home address.
+    pub name_moved_unix_ms: Option<u64>,
+    /// Site a still attracted the home address while the old connections were open.
+    pub attracted: bool,
     /// When the last old connection had ended.
     pub old_closed_unix_ms: u64,
+    /// When site a was seen to attract the home address no longer.
+    pub released_unix_ms: Option<u64>,
     /// The name server's answer at the end: addresses and TTL.
-    pub name: (Vec<std::net::IpAddr>, Option<u32>),
+    pub name: (Vec<IpAddr>, Option<u32>),
     /// Disk comparison.
     pub disk: DiskFindings,
     /// Site a's status at the end.
     pub status_a: StatusView,
 }
+
+/// How long the tunnel may take to come down after the last old connection.
+const TUNNEL_LIMIT: Duration = Duration::from_secs(60);
+
+/// The machine stayed where it was.
+#[derive(Debug, thiserror::Error)]
+#[error("The machine did not move: {0}")]
+pub struct Stayed(String);
 
 /// Plays it. True if every promise held.
 pub async fn run(options: SceneOptions, programs: &Programs) -> Result<bool> {
@@ -79,6 +95,9 @@ pub async fn run(options: SceneOptions, programs: &Programs) -> Result<bool> {
         Ok(seen) => seen,
         Err(error) => {
             eprintln!("site a's last words:\n{}\nsite b's last words:\n{}", logs.0, logs.1);
+            // A report of an earlier run must not stand for this one.
+            let (report, series) = checks::failed(&options, emulator, &error, left);
+            report.write(&lab_folder(), &series)?;
             return Err(error.context(format!("Logs are in {}", lab_folder().join(name).display())));
         }
     };
@@ -100,8 +119,9 @@ async fn play(scene: &Scene) -> Result<Seen> {
     );
     let booted = scene.start_guest().await?;
     println!("{VM} runs at site a ({:.1} s to boot)", booted.as_secs_f64());
-    let mut monitor_a = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+    let monitor_a = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
     let monitor_b = connect_later(scene.b.observer(VM), Duration::from_secs(900));
+    let home = scene.home()?;
     let care_of = scene.world.site("b")?.spec.address(200).into();
     let direct = scene.world.watch_client_to("b", "direct", PacketMatch::to(care_of))?;
     let through_a = scene.world.watch_router("a", "through_a", PacketMatch::to(care_of))?;
@@ -110,21 +130,25 @@ async fn play(scene: &Scene) -> Result<Seen> {
     println!(
         "the client has a record connection, a download and an idle connection open, and asks by name every 100 ms"
     );
+    let name_watch = NameWatch::begin(&scene.names, &Scene::name(), home);
     let before = forward(scene)?;
     let (view, wan_rate) = sampled(scene, epoch_unix_ms, migrate(scene)).await?;
     let wan_forward = since(before, forward(scene)?);
     if view.progressing != gateway::api::types::Progressing::Moved {
-        bail!("The machine did not move: {}", view.reason.unwrap_or_default());
+        bail!(Stayed(view.reason.unwrap_or_default()));
     }
     let state_b_early = monitor_b.join().map_err(|_| anyhow::anyhow!("The monitor broke"))?;
     let mut monitor_b = state_b_early.context("No monitor on site b's QEMU")?;
     wait_for_direct(scene, &direct).await?;
+    let (host_a, host_b) = (&scene.world.site("a")?.host, &scene.world.site("b")?.host);
+    let attracted = outside::attracts(host_a, home)?;
     client.close_old().await?;
     let old_closed_unix_ms = unix_ms();
     println!("old connections have ended");
-    let anchor = wait_for_anchor(scene).await?;
+    let released_unix_ms = outside::released(host_a, home, TUNNEL_LIMIT).await?;
+    wait_for_ttl(scene).await?;
     let traffic = client.finish().await?;
-    let state_a = monitor_a.state().ok();
+    let qemus = (outside::qemus(host_a, VM)?, outside::qemus(host_b, VM)?);
     let state_b = monitor_b.state().ok();
     let records = scene.names.read(&Scene::name())?;
     let (events_a, events_b) = (monitor_a.events(), monitor_b.events());
@@ -136,15 +160,18 @@ async fn play(scene: &Scene) -> Result<Seen> {
         view,
         events_a,
         events_b,
-        state_a,
+        qemus,
         state_b,
         traffic,
         wan_forward,
         wan_rate,
         direct: direct.tally()?,
         through_a: through_a.tally()?,
-        anchor,
+        addresses: (home, care_of),
+        name_moved_unix_ms: name_watch.end(),
+        attracted,
         old_closed_unix_ms,
+        released_unix_ms,
         name: (records.addresses.clone(), records.ttl_s()),
         disk,
         status_a,
@@ -200,33 +227,30 @@ async fn wait_for_direct(scene: &Scene, direct: &Watched) -> Result<()> {
     Ok(())
 }
 
-async fn wait_for_anchor(scene: &Scene) -> Result<Option<AnchorView>> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let anchors = scene.a.client().status().await?.anchors;
-        let anchor = anchors.into_iter().next();
-        let done = anchor.as_ref().is_none_or(|anchor| anchor.closed_ms.is_some());
-        if done || Instant::now() > deadline {
-            return Ok(anchor);
-        }
+/// Waits until the name has its TTL of before, or not much longer than that may take.
+async fn wait_for_ttl(scene: &Scene) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while scene.names.read(&Scene::name())?.ttl_s() != Some(scene.options.ttl_s) && Instant::now() < deadline
+    {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    Ok(())
 }
 
-/// Does `work`, and reads every second what the WAN carries meanwhile.
+/// Does `work`, and reads five times a second what the WAN carries meanwhile.
 async fn sampled<T>(
     scene: &Scene,
     epoch_unix_ms: u64,
     work: impl Future<Output = Result<T>>,
 ) -> Result<(T, Vec<RateSample>)> {
     let mut work = std::pin::pin!(work);
-    let mut seconds = tokio::time::interval(Duration::from_secs(1));
-    seconds.tick().await;
+    let mut ticks = tokio::time::interval(Duration::from_millis(200));
+    ticks.tick().await;
     let (mut last, mut samples) = (reading(scene, epoch_unix_ms)?, Vec::new());
     loop {
         let done = tokio::select! {
             done = &mut work => Some(done?),
-            _ = seconds.tick() => None,
+            _ = ticks.tick() => None,
         };
         let now = reading(scene, epoch_unix_ms)?;
         samples.extend(RateSample::between(last, now));

@@ -10,6 +10,7 @@ pub mod gateway;
 pub mod monitor;
 pub mod names;
 pub mod options;
+pub mod outside;
 pub mod programs;
 pub mod scene;
 pub mod traffic;

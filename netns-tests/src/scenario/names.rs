@@ -74,14 +74,12 @@ impl Names {
 
     /// What it says of `name`, asked from beside it.
     pub fn read(&self, name: &str) -> Result<Records> {
-        let key = Key::from_file(&self.key_file)?;
-        let zone: DnsName = ZONE.parse()?;
-        let name: DnsName = name.parse()?;
-        self.namespace.run(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let updater = Updater::new(UpdaterConfig::new(vec![Self::address()], zone, key))?;
-            runtime.block_on(async { Ok(updater.read(&name).await?) })
-        })?
+        self.reader().read(name)
+    }
+
+    /// Somebody who can go on asking it.
+    pub fn reader(&self) -> NameReader {
+        NameReader { namespace: self.namespace.clone(), key_file: self.key_file.clone() }
     }
 
     /// Waits until it answers; not for one that has ended.
@@ -118,6 +116,27 @@ impl Names {
             }
         }
         Ok(())
+    }
+}
+
+/// Asks a name server from beside it.
+#[derive(Debug, Clone)]
+pub struct NameReader {
+    namespace: Namespace,
+    key_file: PathBuf,
+}
+
+impl NameReader {
+    /// What the server says of `name`.
+    pub fn read(&self, name: &str) -> Result<Records> {
+        let key = Key::from_file(&self.key_file)?;
+        let zone: DnsName = ZONE.parse()?;
+        let name: DnsName = name.parse()?;
+        self.namespace.run(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let updater = Updater::new(UpdaterConfig::new(vec![Names::address()], zone, key))?;
+            runtime.block_on(async { Ok(updater.read(&name).await?) })
+        })?
     }
 }
 
