@@ -435,20 +435,21 @@ impl AnchorTask {
     }
 }
 
-/// What the tunnel is to hold for a machine that is about to leave.
-pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Result<Vec<HoldRequest>, Refusal> {
-    row.definition
+/// What the tunnel is to hold for a machine that is about to leave for `peer`.
+pub fn ports(edges: &Edges, row: &MachineRow, peer: &SiteName) -> Result<Vec<HoldRequest>, Refusal> {
+    let definition = &row.definition;
+    definition
         .nics
         .iter()
         .map(|nic| {
             let lan = edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
                 Refusal::Incompatible(format!("site {} has no [lan.{}]", edges.site(), nic.lan))
             })?;
-            let key = PortKey { machine: attempt.vm.clone(), nic: nic.name.clone() };
+            let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
             Ok(HoldRequest {
                 port: edges.port(row, &nic.name),
                 key,
-                peer: attempt.peer.clone(),
+                peer: peer.clone(),
                 mac: nic.mac,
                 home: nic.home.iter().map(|home| home.addr).collect(),
                 lan: lan.bridge.clone(),
