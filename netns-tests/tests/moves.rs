@@ -351,6 +351,33 @@ async fn wait_until_closed(scene: &Scene) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_visitor_that_is_started_after_its_host_was_rebooted_is_reached_and_heard() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("reboot")).await;
+    scene.start_guest().await.unwrap();
+    moved(&scene).await;
+    let vm = VM.parse().unwrap();
+    scene.b.client().stop(&vm).await.unwrap();
+    scene.b.kill().unwrap();
+    let host = scene.world.site("b").unwrap().host.clone();
+    // What a reboot takes with it; the routes go with their devices.
+    for device in ["lh-web1-lan", "lh0"] {
+        host.output("ip", &["link", "del", device]).unwrap();
+    }
+    host.output("nft", &["flush", "ruleset"]).unwrap();
+    scene.b.launch().await.unwrap();
+    scene.wait_for_link().await.unwrap();
+    scene.b.client().start(&vm).await.unwrap();
+    let client = &scene.world.client;
+    let care_of: IpAddr = scene.world.site("b").unwrap().spec.address(200).into();
+    wait("the guest at its care-of address", 90 * SECOND, || {
+        client.run(move || ask::<AgentStatus>(care_of, "/status", 5 * SECOND)).unwrap().ok()
+    })
+    .await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_its_operator_paused_stays_paused_through_an_abort_and_a_move() {
     let Some(_turn) = turn().await else { return };
     let scene = build(options("paused")).await;

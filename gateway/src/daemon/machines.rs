@@ -10,6 +10,7 @@ use std::time::Duration;
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
+use longhaul_core::migration::message::Reservation;
 use longhaul_core::tunnel::policy::PortKey;
 use longhaul_core::units::Bytes;
 use tokio::sync::oneshot;
@@ -18,7 +19,7 @@ use super::{Daemon, Machine};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Request, RequestError};
 use crate::hypervisor::{DiskFile, DiskFormat, Guest, Placement, RunState, StartMode, parse_definition};
-use crate::migration::anchor::{AnchorCommand, tell};
+use crate::migration::anchor::{AnchorCommand, tell, visits};
 use crate::migration::{Adopted, MachineRow, TAP_OWNER};
 use crate::tunnel::TunnelError;
 
@@ -188,6 +189,7 @@ impl Daemon {
             None => self.launch(&row).await?,
         };
         guest.resume(permit).await.map_err(|error| failed(&error))?;
+        self.visit_resumed(&row).await;
         tracing::info!(%vm, "machine started");
         let row = MachineRow { wanted: true, ..row };
         self.edges.journal.put_machine(vm, &row).map_err(|error| failed(&error))?;
@@ -219,6 +221,7 @@ impl Daemon {
             }
             taps.insert(nic.name.clone(), tap);
         }
+        self.visit_prepare(row).await?;
         let names = definition.volumes().map(|volume| volume.name.clone());
         let disks = names
             .zip(&row.images)
@@ -229,6 +232,28 @@ impl Daemon {
             .start(definition, &placement, StartMode::Boot)
             .await
             .map_err(|error| failed(&error))
+    }
+
+    /// The rules of a visitor that boots here: they went with its tap when the host was rebooted. It has no
+    /// flows of before its move any more.
+    async fn visit_prepare(&self, row: &MachineRow) -> Result<(), RequestError> {
+        let Some(handover) = &row.handover else { return Ok(()) };
+        let reservation = Reservation { care_of: row.care_of.clone() };
+        let visits = visits(&self.edges, &row.definition, &reservation, &handover.nics, &row.home_site);
+        for visit in visits.map_err(|why| RequestError::Invalid(why.to_string()))? {
+            self.edges.tunnel.visit_prepare(visit).await.map_err(|error| failed(&error))?;
+        }
+        Ok(())
+    }
+
+    async fn visit_resumed(&self, row: &MachineRow) {
+        let vm = &row.definition.name;
+        for nic in row.handover.iter().flat_map(|_| &row.definition.nics) {
+            let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
+            if let Err(error) = self.edges.tunnel.visit_resumed(key).await {
+                tracing::warn!(%vm, error = crate::migration::chain(&error), "care-of address could not be announced");
+            }
+        }
     }
 
     async fn stop(&mut self, vm: &VmName) -> Result<(), RequestError> {
