@@ -164,7 +164,7 @@ async fn a_rollback_delivers_what_was_held_in_order() {
         .await
         .unwrap();
     lab.plug_guest("a");
-    sites.a.tunnel.hold_undo(key()).await.unwrap();
+    sites.a.tunnel.hold_undo(hold_request()).await.unwrap();
 
     let mut answers = Vec::new();
     for _ in 0..100 {
@@ -200,7 +200,7 @@ async fn undoing_leaves_both_hosts_exactly_as_they_were() {
         a.attract_end(key()).await.unwrap();
         b.visit_undo(key()).await.unwrap();
         a.sample_end(key()).await.unwrap();
-        a.hold_undo(key()).await.unwrap();
+        a.hold_undo(hold_request()).await.unwrap();
     }
     assert_same(&look(&lab), &started);
     a.stop().await.unwrap();
@@ -233,6 +233,26 @@ async fn a_new_gateway_finds_and_removes_what_one_that_crashed_has_left() {
         assert_same(&lab.look(host), &untouched);
     }
     assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hold_that_a_killed_gateway_has_left_is_undone_by_the_next_one() {
+    let lab = lab_or_skip!();
+    serve_echo(&lab, "vm");
+    let folder = tempfile::tempdir().unwrap();
+    let config = || TunnelConfig { switches_file: Some(folder.path().join("ga")), ..TunnelConfig::default() };
+    let mut site = lab.start_site("ga", config());
+    let before = lab.look("ga");
+    site.tunnel.hold_begin(hold_request()).await.unwrap();
+    site.crash();
+    assert_ne!(lab.look("ga"), before);
+
+    let site = lab.start_site("ga", config());
+    for _ in 0..2 {
+        site.tunnel.hold_undo(hold_request()).await.unwrap();
+        assert_same(&lab.look("ga"), &before);
+    }
+    lab.within("c", || exchange(&mut connect(server(HOME)).unwrap(), 1000)).join().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

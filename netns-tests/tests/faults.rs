@@ -93,17 +93,22 @@ struct Traces {
 impl Traces {
     fn of(host: &Namespace) -> Result<Self> {
         let mut lines = BTreeSet::new();
-        let commands: [(&str, &[&str]); 5] = [
+        let commands: [(&str, &[&str]); 6] = [
             ("ip", &["-br", "link"]),
             ("ip", &["route", "show", "table", "all"]),
             ("ip", &["rule"]),
             ("ip", &["neigh", "show", "proxy"]),
+            ("bridge", &["fdb", "show"]),
             ("nft", &["-s", "list", "ruleset"]),
         ];
         for (program, arguments) in commands {
             for line in host.output(program, arguments)?.lines() {
                 // Sampled flows of a machine at home come with its clients and go by themselves.
                 if program == "nft" && line.contains(" timeout ") {
+                    continue;
+                }
+                // What a bridge has learned by itself comes and goes.
+                if program == "bridge" && !line.contains("permanent") {
                     continue;
                 }
                 // Only a device's name: its state follows the traffic.
@@ -208,6 +213,16 @@ async fn memory_flows(scene: &Scene, id: &str) -> Result<()> {
 /// The disk is on its way.
 async fn disk_flows(scene: &Scene, id: &str) -> Result<()> {
     until(scene, id, |view| view.stage == Stage::PreCopy && view.disk.0 > 1 << 20).await.map(drop)
+}
+
+/// The pause has begun.
+async fn stopped(monitor: &Monitor) -> Result<()> {
+    let deadline = Instant::now() + MOVE;
+    while !monitor.events().iter().any(|event| event.name == "STOP") {
+        ensure!(Instant::now() < deadline, "The guest was never stopped");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
 }
 
 async fn expect_stayed(scene: &Scene, id: &str) -> Result<String> {
@@ -381,15 +396,11 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
-        let deadline = Instant::now() + MOVE;
-        while !monitor.events().iter().any(|event| event.name == "STOP") {
-            ensure!(Instant::now() < deadline, "The guest was never stopped");
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        stopped(&monitor).await?;
         scene.world.wan.cut()?;
-        let stopped = Instant::now();
+        let stopped_at = Instant::now();
         expect_stayed(scene, &id).await?;
-        println!("stood still for {:.1?}", stopped.elapsed());
+        println!("stood still for {:.1?}", stopped_at.elapsed());
         drop(monitor);
         let state = run_state(&scene.a);
         ensure!(state.as_deref() == Some("running"), "{state:?} before the WAN is back");
@@ -414,6 +425,34 @@ async fn the_source_gateway_killed_in_pre_copy_aborts_when_it_is_back() {
         ensure!(state.as_deref() == Some("running"), "{state:?} without its gateway");
         expect_stayed(scene, &id).await?;
         scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_source_gateway_killed_in_the_pause_leaves_its_host_as_it_was() {
+    let options =
+        SceneOptions { migration: vec!["pause_budget_s = 20".into()], ..small("fault-pause-kill-a") };
+    play(options, async |scene, before| {
+        let client = record_client(scene).await?;
+        let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+        let id = scene.begin_move().await?;
+        stopped(&monitor).await?;
+        // With the WAN cut the pause lasts until the gateway is gone.
+        scene.world.wan.cut()?;
+        scene.a.kill()?;
+        drop(monitor);
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() != Some("running"), "{state:?}: it was not killed in the pause");
+        scene.world.wan.heal()?;
+        scene.a.launch().await?;
+        scene.wait_for_link().await?;
+        expect_stayed(scene, &id).await?;
         stayed(scene, before).await?;
         let view = moves(scene).await?;
         connection_was_right(client).await?;

@@ -19,7 +19,9 @@ use netns_tests::agent::IDLE_PORT;
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::log::LogVerdict;
+use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::Monitor;
+use netns_tests::scenario::names::Names;
 use netns_tests::scenario::options::{DnsServer, SceneOptions};
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
@@ -66,7 +68,7 @@ fn close(scene: Scene) {
 }
 
 /// The run state of the machine's QEMU, `None` where there is none.
-fn state(gateway: &netns_tests::scenario::gateway::Gateway) -> Option<String> {
+fn state(gateway: &Gateway) -> Option<String> {
     Monitor::connect(&gateway.observer(VM), Duration::from_millis(300)).ok()?.state().ok()
 }
 
@@ -107,7 +109,11 @@ struct Holdings {
 
 impl Holdings {
     async fn of_b(scene: &Scene) -> Self {
-        let host = &scene.world.site("b").unwrap().host;
+        Self::of(scene, "b", &scene.b).await
+    }
+
+    async fn of(scene: &Scene, site: &str, gateway: &Gateway) -> Self {
+        let host = &scene.world.site(site).unwrap().host;
         let asked: [(&str, &[&str]); 4] = [
             ("ip", &["-j", "addr"]),
             ("ip", &["-j", "rule"]),
@@ -120,7 +126,7 @@ impl Holdings {
             forget_counts(&mut value);
             value
         });
-        let mut disks: Vec<String> = std::fs::read_dir(scene.b.folder.join("disks"))
+        let mut disks: Vec<String> = std::fs::read_dir(gateway.folder.join("disks"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
             .collect();
@@ -129,7 +135,7 @@ impl Holdings {
         let is_qemu = |pid: &&str| {
             std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains(VM))
         };
-        let machines = scene.b.client().status().await.unwrap().machines.len();
+        let machines = gateway.client().status().await.unwrap().machines.len();
         let hypervisors = pids.split_whitespace().filter(is_qemu).count();
         Self { network: network.to_vec(), disks, machines, hypervisors }
     }
@@ -138,7 +144,7 @@ impl Holdings {
 fn forget_counts(value: &mut Value) {
     match value {
         Value::Object(fields) => {
-            fields.retain(|key, _| !["packets", "bytes", "handle"].contains(&key.as_str()));
+            fields.retain(|key, _| !["packets", "bytes", "handle", "tentative"].contains(&key.as_str()));
             fields.values_mut().for_each(forget_counts);
         }
         Value::Array(values) => values.iter_mut().for_each(forget_counts),
@@ -259,6 +265,115 @@ async fn a_name_in_debians_bind_follows_the_machine_and_gets_its_ttl_back() {
     .await;
     let status = scene.world.client.run(move || ask::<AgentStatus>(care_of, "/status", 10 * SECOND));
     status.unwrap().unwrap();
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_forgotten_and_defined_again_moves_again_and_nothing_is_left() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("again")).await;
+    let untouched = (Holdings::of(&scene, "a", &scene.a).await.network, Holdings::of_b(&scene).await.network);
+    let mut boots = Vec::new();
+    for turn in 1..=2 {
+        scene.start_guest().await.unwrap();
+        boots.push(move_with_a_connection(&scene, &boots).await);
+        forget_everywhere(&mut scene, turn).await;
+        let deadline = Instant::now() + 30 * SECOND;
+        loop {
+            let left =
+                (Holdings::of(&scene, "a", &scene.a).await.network, Holdings::of_b(&scene).await.network);
+            if left == untouched {
+                break;
+            }
+            assert!(Instant::now() < deadline, "turn {turn}: {left:#?}\nbefore\n{untouched:#?}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+    close(scene);
+}
+
+/// Moves the machine while a client is connected: the connection, the home address and the name follow.
+/// Gives the id of the guest's boot, which is none of `earlier`.
+async fn move_with_a_connection(scene: &Scene, earlier: &[String]) -> String {
+    let client = &scene.world.client;
+    let home = scene.home().unwrap();
+    let boot = move |address: IpAddr| {
+        let answer = client.run(move || ask::<AgentStatus>(address, "/status", 5 * SECOND));
+        answer.unwrap().map(|status| status.boot_id)
+    };
+    let is_new = |id: &String| !earlier.contains(id);
+    let booted = wait("the guest", 60 * SECOND, || boot(home).ok().filter(is_new)).await;
+    let held = client.tcp_connect(SocketAddr::new(home, IDLE_PORT), 5 * SECOND).unwrap();
+    moved(scene).await;
+    assert_eq!(boot(home).unwrap(), booted, "the home address");
+    // The first of the pool, each time: the one before was given back.
+    let care_of: IpAddr = scene.world.site("b").unwrap().spec.address(200).into();
+    wait("the name at site b", 60 * SECOND, || {
+        (scene.names.read(&Scene::name()).ok()?.addresses == [care_of]).then_some(())
+    })
+    .await;
+    assert_eq!(boot(care_of).unwrap(), booted, "the care-of address");
+    drop(held);
+    booted
+}
+
+/// The machine is stopped and forgotten at b, then forgotten at a and made ready to be defined there again.
+/// The tunnel has not ended by itself the first time.
+async fn forget_everywhere(scene: &mut Scene, epoch: u64) {
+    let vm = VM.parse().unwrap();
+    if epoch > 1 {
+        wait_until_closed(scene).await;
+    }
+    scene.b.client().stop(&vm).await.unwrap();
+    scene.b.client().undefine(&vm, false).await.unwrap();
+    scene.a.client().undefine(&vm, true).await.unwrap();
+    for disk in &scene.disks {
+        let kept = format!("{}.moved-e{epoch}", disk.display());
+        wait("the kept disk", 20 * SECOND, || std::fs::rename(&kept, disk).ok()).await;
+    }
+    // The name as its operator writes it: at home, and owned by nobody.
+    let folder = scene.world.lab.scratch().join("dns");
+    scene.names.stop().unwrap();
+    let (kind, ttl_s, home) = (scene.options.dns, scene.options.ttl_s, scene.home().unwrap());
+    scene.names = Names::start(kind, &scene.world.dns, &folder, &Scene::name(), home, ttl_s).unwrap();
+}
+
+async fn wait_until_closed(scene: &Scene) {
+    let deadline = Instant::now() + 60 * SECOND;
+    loop {
+        let anchors = scene.a.client().status().await.unwrap().anchors;
+        if anchors.iter().all(|anchor| anchor.closed_ms.is_some()) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the tunnel stays up: {anchors:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_visitor_that_is_started_after_its_host_was_rebooted_is_reached_and_heard() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("reboot")).await;
+    scene.start_guest().await.unwrap();
+    moved(&scene).await;
+    let vm = VM.parse().unwrap();
+    scene.b.client().stop(&vm).await.unwrap();
+    scene.b.kill().unwrap();
+    let host = scene.world.site("b").unwrap().host.clone();
+    // What a reboot takes with it; the routes go with their devices.
+    for device in ["lh-web1-lan", "lh0"] {
+        host.output("ip", &["link", "del", device]).unwrap();
+    }
+    host.output("nft", &["flush", "ruleset"]).unwrap();
+    scene.b.launch().await.unwrap();
+    scene.wait_for_link().await.unwrap();
+    scene.b.client().start(&vm).await.unwrap();
+    let client = &scene.world.client;
+    let care_of: IpAddr = scene.world.site("b").unwrap().spec.address(200).into();
+    wait("the guest at its care-of address", 90 * SECOND, || {
+        client.run(move || ask::<AgentStatus>(care_of, "/status", 5 * SECOND)).unwrap().ok()
+    })
+    .await;
     close(scene);
 }
 

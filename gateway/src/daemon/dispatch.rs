@@ -7,7 +7,7 @@ use longhaul_core::ids::{Epoch, MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::message::{MigrationMessage, Proposal, Refusal};
+use longhaul_core::migration::message::{MigrationMessage, Proposal, Refusal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Record};
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
@@ -16,6 +16,7 @@ use super::{Admitted, Daemon, Ended, MAX_ACCEPTED, Running};
 use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
 use crate::hypervisor::Guest;
+use crate::journal::History;
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
 
@@ -272,20 +273,96 @@ impl Daemon {
         let mut taken: BTreeSet<IpAddr> = rows.map(|care_of| care_of.addr).collect();
         // Reservations of migrations that are under way, or ended and not yet written down.
         for history in self.edges.journal.histories().unwrap_or_default() {
-            let refused = history.entries.last().is_some_and(|entry| {
-                matches!(entry.record, Record::Destination(DestinationRecord::Refused { .. }))
-            });
-            let away =
-                matches!(self.edges.journal.ownership(&history.attempt.vm), Ok(Some(Ownership::Away { .. })));
-            if refused || away {
-                continue;
-            }
-            for entry in &history.entries {
-                if let Record::Destination(DestinationRecord::Reserved { reservation, .. }) = &entry.record {
-                    taken.extend(reservation.care_of.iter().map(|care_of| care_of.addr));
-                }
+            let ownership = self.edges.journal.ownership(&history.attempt.vm).unwrap_or_default();
+            if let Some(reservation) = held(&history, ownership.as_ref()) {
+                taken.extend(reservation.care_of.iter().map(|care_of| care_of.addr));
             }
         }
         taken
+    }
+}
+
+/// What a migration to this site holds still: not one that was refused, nor one whose machine has been
+/// forgotten or moved since.
+fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a Reservation> {
+    let holds = match &history.entries.last()?.record {
+        Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded) => true,
+        Record::Destination(DestinationRecord::Activated { .. }) => {
+            ownership == Some(&Ownership::Here { epoch: history.attempt.epoch })
+        }
+        Record::Destination(DestinationRecord::Refused { .. }) | Record::Source(_) => false,
+    };
+    let reservation = history.entries.iter().find_map(|entry| match &entry.record {
+        Record::Destination(DestinationRecord::Reserved { reservation, .. }) => Some(reservation),
+        Record::Destination(
+            DestinationRecord::Loaded
+            | DestinationRecord::Activated { .. }
+            | DestinationRecord::Refused { .. },
+        )
+        | Record::Source(_) => None,
+    });
+    reservation.filter(|_| holds)
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::migration::CommitMode;
+    use longhaul_core::migration::message::{CareOf, Handover};
+    use longhaul_core::migration::record::Entry;
+    use longhaul_core::tunnel::handover::Prefix;
+
+    use super::*;
+
+    fn history(last: Option<DestinationRecord>) -> History {
+        let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n";
+        let proposal = Proposal {
+            definition: toml::from_str(definition).unwrap(),
+            home_site: "a".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(1),
+            running: true,
+            commit: CommitMode::Confirmed,
+            nics: Vec::new(),
+        };
+        let care_of = CareOf {
+            nic: "lan".parse().unwrap(),
+            home: Prefix { addr: "198.51.100.10".parse().unwrap(), len: 24 },
+            addr: "203.0.113.200".parse().unwrap(),
+        };
+        let reserved = DestinationRecord::Reserved {
+            peer: "a".parse().unwrap(),
+            proposal: Box::new(proposal),
+            reservation: Reservation { care_of: vec![care_of] },
+        };
+        let entry = |record| Entry {
+            vm: "web1".parse().unwrap(),
+            epoch: Epoch(2),
+            at_unix_ms: 0,
+            record: Record::Destination(record),
+        };
+        let attempt = Attempt {
+            id: MigrationId(1),
+            vm: "web1".parse().unwrap(),
+            peer: "a".parse().unwrap(),
+            epoch: Epoch(2),
+        };
+        History { attempt, entries: [Some(reserved), last].into_iter().flatten().map(entry).collect() }
+    }
+
+    #[test]
+    fn an_address_is_held_while_its_machine_comes_or_is_here_and_no_longer() {
+        let here = |epoch| Ownership::Here { epoch: Epoch(epoch) };
+        let away = Ownership::Away { site: "a".parse().unwrap(), epoch: Epoch(3) };
+        let activated = || {
+            let handover = Box::new(Handover { nics: Vec::new() });
+            history(Some(DestinationRecord::Activated { handover }))
+        };
+        let coming = Ownership::Arriving { epoch: Epoch(2) };
+        assert!(held(&history(None), Some(&coming)).is_some());
+        assert!(held(&history(Some(DestinationRecord::Loaded)), Some(&away)).is_some(), "it comes back");
+        assert!(held(&activated(), Some(&here(2))).is_some());
+        assert!(held(&activated(), None).is_none(), "forgotten");
+        assert!(held(&activated(), Some(&away)).is_none(), "moved on");
+        assert!(held(&activated(), Some(&here(4))).is_none(), "it has come again since");
     }
 }

@@ -10,12 +10,15 @@ use std::time::Duration;
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
+use longhaul_core::migration::message::Reservation;
 use longhaul_core::tunnel::policy::PortKey;
+use tokio::sync::oneshot;
 
 use super::{Daemon, Machine};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Request, RequestError};
 use crate::hypervisor::{DiskFile, DiskFormat, Guest, Placement, RunState, StartMode, parse_definition};
+use crate::migration::anchor::{AnchorCommand, tell, visits};
 use crate::migration::{Adopted, MachineRow, TAP_OWNER};
 use crate::tunnel::TunnelError;
 
@@ -185,6 +188,7 @@ impl Daemon {
             None => self.launch(&row).await?,
         };
         guest.resume(permit).await.map_err(|error| failed(&error))?;
+        self.visit_resumed(&row).await;
         tracing::info!(%vm, "machine started");
         let row = MachineRow { wanted: true, ..row };
         self.edges.journal.put_machine(vm, &row).map_err(|error| failed(&error))?;
@@ -216,6 +220,7 @@ impl Daemon {
             }
             taps.insert(nic.name.clone(), tap);
         }
+        self.visit_prepare(row).await?;
         let names = definition.volumes().map(|volume| volume.name.clone());
         let disks = names
             .zip(&row.images)
@@ -226,6 +231,28 @@ impl Daemon {
             .start(definition, &placement, StartMode::Boot)
             .await
             .map_err(|error| failed(&error))
+    }
+
+    /// The rules of a visitor that boots here: they went with its tap when the host was rebooted. It has no
+    /// flows of before its move any more.
+    async fn visit_prepare(&self, row: &MachineRow) -> Result<(), RequestError> {
+        let Some(handover) = &row.handover else { return Ok(()) };
+        let reservation = Reservation { care_of: row.care_of.clone() };
+        let visits = visits(&self.edges, &row.definition, &reservation, &handover.nics, &row.home_site);
+        for visit in visits.map_err(|why| RequestError::Invalid(why.to_string()))? {
+            self.edges.tunnel.visit_prepare(visit).await.map_err(|error| failed(&error))?;
+        }
+        Ok(())
+    }
+
+    async fn visit_resumed(&self, row: &MachineRow) {
+        let vm = &row.definition.name;
+        for nic in row.handover.iter().flat_map(|_| &row.definition.nics) {
+            let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
+            if let Err(error) = self.edges.tunnel.visit_resumed(key).await {
+                tracing::warn!(%vm, error = crate::migration::chain(&error), "care-of address could not be announced");
+            }
+        }
     }
 
     async fn stop(&mut self, vm: &VmName) -> Result<(), RequestError> {
@@ -254,18 +281,44 @@ impl Daemon {
         if running && matches!(ownership, Ownership::Here { .. }) {
             return Err(RequestError::Conflict(format!("Machine {vm} runs; stop it first")));
         }
-        if let Some(machine) = self.machines.remove(vm) {
-            if let Some(adopted) = &machine.row.adopted {
-                self.sample_end(vm, &adopted.ports).await;
-            }
-            for nic in &machine.row.definition.nics {
-                let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
-                if let Err(error) = self.edges.tunnel.remove_tap(key).await {
-                    tracing::debug!(%vm, %error, "tap was not removed");
-                }
+        self.end_anchor(vm).await;
+        if let Some(row) = self.row(vm) {
+            self.leave_network(&row).await;
+        }
+        self.machines.remove(vm);
+        self.edges.journal.remove_machine(vm).map_err(|error| failed(&error))
+    }
+
+    /// Nothing is left of an anchor that could keep packets from a machine that is defined again.
+    async fn end_anchor(&self, vm: &VmName) {
+        let (done, ended) = oneshot::channel();
+        tell(&self.anchors, AnchorCommand::End(vm.clone(), done)).await;
+        // Anchors that are gone hold nothing any more.
+        drop(ended.await);
+    }
+
+    /// Takes down what this gateway has made on the host for a machine that does not run.
+    async fn leave_network(&self, row: &MachineRow) {
+        let vm = &row.definition.name;
+        let tunnel = &self.edges.tunnel;
+        for nic in &row.definition.nics {
+            let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
+            // The tap goes last: the rules name it.
+            let undone = [
+                tunnel.visit_undo(key.clone()).await,
+                tunnel.sample_end(key.clone()).await,
+                tunnel.remove_tap(key).await,
+            ];
+            for error in undone.into_iter().filter_map(Result::err) {
+                tracing::warn!(%vm, nic = %nic.name, error = crate::migration::chain(&error), "part of the machine's network was not removed");
             }
         }
-        self.edges.journal.remove_machine(vm).map_err(|error| failed(&error))
+    }
+
+    /// What the journal says of a machine, here or away.
+    fn row(&self, vm: &VmName) -> Option<MachineRow> {
+        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
+        rows.into_iter().find(|(name, _)| name == vm).map(|(_, row)| row)
     }
 
     pub(super) fn ownership(&self, vm: &VmName) -> Result<Ownership, RequestError> {
@@ -292,8 +345,7 @@ impl Daemon {
         if !matches!(ownership, Some(Ownership::Here { .. })) {
             return;
         }
-        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
-        let Some((_, row)) = rows.into_iter().find(|(name, _)| name == vm) else { return };
+        let Some(row) = self.row(vm) else { return };
         // A monitor has one client: the handle that exists is kept as long as it works.
         let known = guest.or_else(|| before.and_then(|machine| machine.guest));
         let guest = match known.filter(|guest| !guest.qmp().is_closed()) {

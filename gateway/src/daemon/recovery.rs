@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::{Daemon, Machine};
 use crate::hypervisor::Guest;
 use crate::journal::History;
-use crate::migration::anchor::{AnchorCommand, tell, visits};
+use crate::migration::anchor::{AnchorCommand, ports, tell, visits};
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, MachineRow, SourceDriver};
 use crate::tunnel::TunnelError;
@@ -145,6 +145,11 @@ impl Daemon {
     }
 
     async fn restore_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
+        // A gateway that was killed in a pause has left the home address captured, whether or not its
+        // successor has a rollback to do.
+        for hold in ports(&self.edges, row, self.edges.site()).unwrap_or_default() {
+            self.edges.tunnel.hold_undo(hold).await?;
+        }
         for nic in &row.definition.nics {
             let key = PortKey { machine: row.definition.name.clone(), nic: nic.name.clone() };
             let tap = self.edges.port(row, &nic.name);

@@ -16,7 +16,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use longhaul_core::ids::{DeviceName, Epoch, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
@@ -101,6 +102,8 @@ pub enum AnchorCommand {
     MoveNames(VmName),
     /// It stayed after all, or came back.
     Forget(VmName),
+    /// Its operator forgets it: its old connections end. Answered when the host is as it was.
+    End(VmName, oneshot::Sender<()>),
 }
 
 /// Tells the anchors; they outlive every migration.
@@ -200,7 +203,7 @@ pub async fn run(
     mut commands: mpsc::Receiver<AnchorCommand>,
     views: watch::Sender<BTreeMap<VmName, AnchorView>>,
 ) {
-    let mut names: BTreeMap<VmName, watch::Sender<bool>> = BTreeMap::new();
+    let mut anchors = Anchors::default();
     let rows: Vec<(VmName, Anchor)> = edges.journal.anchors().unwrap_or_else(|error| {
         tracing::error!(
             error = chain(&error),
@@ -209,29 +212,78 @@ pub async fn run(
         Vec::new()
     });
     for (vm, anchor) in rows {
-        names.insert(vm, start(&edges, anchor, Begin::Restored, &views));
+        anchors.insert(vm, start(&edges, anchor, Begin::Restored, &views));
     }
     while let Some(command) = commands.recv().await {
         match command {
-            AnchorCommand::Attract(anchor) if names.contains_key(&anchor.vm) => {}
+            AnchorCommand::Attract(anchor) if !anchors.is_news(&anchor.vm, anchor.epoch) => {}
             AnchorCommand::Attract(anchor) => {
+                anchors.end(&anchor.vm).await;
                 if let Err(error) = edges.journal.put_anchor(&anchor.vm, &*anchor) {
                     tracing::error!(vm = %anchor.vm, error = chain(&error), "anchor could not be written down");
                 }
-                names.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views));
+                anchors.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views));
             }
-            AnchorCommand::MoveNames(vm) => {
-                if let Some(runs_there) = names.get(&vm) {
-                    runs_there.send_replace(true);
-                }
-            }
+            AnchorCommand::MoveNames(vm) => anchors.move_names(&vm),
             AnchorCommand::Forget(vm) => {
-                // Dropping the sender ends the anchor's task.
-                names.remove(&vm);
+                anchors.end(&vm).await;
                 forget(&edges, &vm);
                 views.send_modify(|views| drop(views.remove(&vm)));
             }
+            AnchorCommand::End(vm, done) => {
+                anchors.end(&vm).await;
+                let row = edges
+                    .journal
+                    .anchors::<Anchor>()
+                    .unwrap_or_default()
+                    .into_iter()
+                    .find(|(name, _)| *name == vm);
+                if let Some((_, anchor)) = row {
+                    release(&edges, &anchor).await;
+                }
+                views.send_modify(|views| drop(views.remove(&vm)));
+                // Who asked may have gone.
+                drop(done.send(()));
+            }
         }
+    }
+}
+
+/// The anchors that were begun, ended or not.
+#[derive(Default)]
+struct Anchors {
+    known: BTreeMap<VmName, Known>,
+}
+
+struct Known {
+    epoch: Epoch,
+    runs_there: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Anchors {
+    /// Nothing is known of a hand-over as late as this. One that has ended is not begun again by a late
+    /// word, so it stays known; the machine's next move has a higher epoch.
+    fn is_news(&self, vm: &VmName, epoch: Epoch) -> bool {
+        self.known.get(vm).is_none_or(|known| known.epoch < epoch)
+    }
+
+    fn insert(&mut self, vm: VmName, known: Known) {
+        self.known.insert(vm, known);
+    }
+
+    fn move_names(&self, vm: &VmName) {
+        if let Some(known) = self.known.get(vm) {
+            known.runs_there.send_replace(true);
+        }
+    }
+
+    /// Ends the task of an anchor: when this returns it does nothing more. What it changed stays.
+    async fn end(&mut self, vm: &VmName) {
+        let Some(known) = self.known.remove(vm) else { return };
+        known.task.abort();
+        // Only that it has ended matters, not how.
+        drop(known.task.await);
     }
 }
 
@@ -249,13 +301,32 @@ fn start(
     anchor: Anchor,
     begin: Begin,
     views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
-) -> watch::Sender<bool> {
+) -> Known {
     let known_to_run = !matches!(anchor.names, NameState::Waiting);
     let (runs_there, told) = watch::channel(known_to_run);
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
+    let epoch = anchor.epoch;
     let task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
-    tokio::spawn(task.run(begin));
-    runs_there
+    Known { epoch, runs_there, task: tokio::spawn(task.run(begin)) }
+}
+
+/// Takes down what an anchor has on this host, and forgets it.
+async fn release(edges: &Edges, anchor: &Anchor) {
+    for hold in anchor.holds() {
+        let key = hold.key;
+        if let Err(error) = edges.tunnel.attract_end(key.clone()).await {
+            tracing::warn!(vm = %anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
+        }
+        if let Err(error) = edges.tunnel.sample_end(key.clone()).await {
+            tracing::warn!(vm = %anchor.vm, error = chain(&error), "sampler could not be removed");
+        }
+        // The tap of an adopted machine stays its operator's.
+        let ours = hold.port == edges.tap_name(&key);
+        if ours && let Err(error) = edges.tunnel.remove_tap(key).await {
+            tracing::warn!(vm = %anchor.vm, error = chain(&error), "tap could not be removed");
+        }
+    }
+    forget(edges, &anchor.vm);
 }
 
 fn forget(edges: &Edges, vm: &VmName) {
@@ -280,12 +351,7 @@ impl AnchorTask {
         if self.told.wait_for(|runs| *runs).await.is_err() {
             return;
         }
-        let mut told = self.told.clone();
-        tokio::select! {
-            // The sender is dropped when the machine came back.
-            _ = told.wait_for(|runs| !*runs) => return,
-            () = self.settle() => {}
-        }
+        self.settle().await;
         self.end().await;
     }
 
@@ -401,18 +467,7 @@ impl AnchorTask {
     }
 
     async fn end(&mut self) {
-        for hold in self.anchor.holds() {
-            let key = hold.key;
-            if let Err(error) = self.edges.tunnel.attract_end(key.clone()).await {
-                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
-            }
-            // The tap of an adopted machine stays its operator's.
-            let ours = hold.port == self.edges.tap_name(&key);
-            if ours && let Err(error) = self.edges.tunnel.remove_tap(key).await {
-                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tap could not be removed");
-            }
-        }
-        forget(&self.edges, &self.anchor.vm);
+        release(&self.edges, &self.anchor).await;
         self.show(|view| {
             view.flows = 0;
             view.closed_ms = Some(unix_ms());
@@ -435,20 +490,21 @@ impl AnchorTask {
     }
 }
 
-/// What the tunnel is to hold for a machine that is about to leave.
-pub(super) fn ports(edges: &Edges, row: &MachineRow, attempt: &Attempt) -> Result<Vec<HoldRequest>, Refusal> {
-    row.definition
+/// What the tunnel is to hold for a machine that is about to leave for `peer`.
+pub fn ports(edges: &Edges, row: &MachineRow, peer: &SiteName) -> Result<Vec<HoldRequest>, Refusal> {
+    let definition = &row.definition;
+    definition
         .nics
         .iter()
         .map(|nic| {
             let lan = edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
                 Refusal::Incompatible(format!("site {} has no [lan.{}]", edges.site(), nic.lan))
             })?;
-            let key = PortKey { machine: attempt.vm.clone(), nic: nic.name.clone() };
+            let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
             Ok(HoldRequest {
                 port: edges.port(row, &nic.name),
                 key,
-                peer: attempt.peer.clone(),
+                peer: peer.clone(),
                 mac: nic.mac,
                 home: nic.home.iter().map(|home| home.addr).collect(),
                 lan: lan.bridge.clone(),
@@ -511,4 +567,41 @@ pub(super) fn pool_images(edges: &Edges, attempt: &Attempt, proposal: &Proposal)
         .volumes()
         .map(|volume| edges.config.storage.pool.join(format!("{name}-{}.{short}.raw", volume.name)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(epoch: u64) -> Known {
+        let runs_there = watch::Sender::new(false);
+        let mut told = runs_there.subscribe();
+        let task = tokio::spawn(async move { drop(told.wait_for(|runs| *runs).await) });
+        Known { epoch: Epoch(epoch), runs_there, task }
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_left_before_is_anchored_again_when_it_leaves_again() {
+        let vm: VmName = "web1".parse().unwrap();
+        let mut anchors = Anchors::default();
+        assert!(anchors.is_news(&vm, Epoch(1)));
+        anchors.insert(vm.clone(), known(1));
+        assert!(!anchors.is_news(&vm, Epoch(1)), "the same word again");
+        anchors.move_names(&vm);
+        (&mut anchors.known.get_mut(&vm).unwrap().task).await.unwrap();
+        assert!(!anchors.is_news(&vm, Epoch(1)), "a late word");
+        assert!(anchors.is_news(&vm, Epoch(2)), "the machine was moved again");
+    }
+
+    #[tokio::test]
+    async fn the_task_of_an_anchor_that_is_ended_does_nothing_more() {
+        let vm: VmName = "web1".parse().unwrap();
+        let mut anchors = Anchors::default();
+        let anchor = known(1);
+        let runs_there = anchor.runs_there.clone();
+        anchors.insert(vm.clone(), anchor);
+        anchors.end(&vm).await;
+        assert_eq!(runs_there.receiver_count(), 0, "the task is gone");
+        assert!(anchors.is_news(&vm, Epoch(1)));
+    }
 }

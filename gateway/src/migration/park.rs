@@ -51,7 +51,7 @@ async fn park(
     transfer: &mut Transfer,
 ) -> Result<Handover, Refusal> {
     let tunnel = &leaf.edges.tunnel;
-    for hold in ports(&leaf.edges, row, &leaf.attempt)? {
+    for hold in ports(&leaf.edges, row, &leaf.attempt.peer)? {
         tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
     }
     let Some(memory) = &mut transfer.memory else {
@@ -97,7 +97,7 @@ async fn expect(
 /// What keeps the machine's connections alive, sampled now that it stands still.
 async fn handover(leaf: &SourceLeaf, row: &MachineRow) -> Result<Handover, Refusal> {
     let mut nics = Vec::new();
-    for hold in ports(&leaf.edges, row, &leaf.attempt)? {
+    for hold in ports(&leaf.edges, row, &leaf.attempt.peer)? {
         let Some(nic) = row.definition.nics.iter().find(|nic| nic.name == hold.key.nic) else { continue };
         let flows = leaf.edges.tunnel.sample(hold.key.clone()).await.map_err(tunnel_failed)?;
         nics.push(NicHandover {

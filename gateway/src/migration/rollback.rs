@@ -41,10 +41,10 @@ pub(super) async fn run(
             tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk")
         }
     }
-    match ports(&leaf.edges, &row, &leaf.attempt) {
+    match ports(&leaf.edges, &row, &leaf.attempt.peer) {
         Ok(holds) => {
             for hold in holds {
-                if let Err(error) = leaf.edges.tunnel.hold_undo(hold.key).await {
+                if let Err(error) = leaf.edges.tunnel.hold_undo(hold).await {
                     tracing::warn!(%vm, error = chain(&error), "held packets could not be given back");
                 }
             }

@@ -92,6 +92,16 @@ impl Changes {
         Ok(())
     }
 
+    /// Counts the changes of `plan` as made for `owner`: an earlier gateway has made them. What was there
+    /// before it is not known, but for sysctls.
+    pub(super) fn take_over(&mut self, owner: &Owner, plan: Vec<Change>) {
+        for change in &plan {
+            let nothing = || InForce { owners: BTreeSet::new(), before: Before::Nothing };
+            self.in_force.entry(change.clone()).or_insert_with(nothing).owners.insert(owner.clone());
+        }
+        self.plans.insert(owner.clone(), plan);
+    }
+
     /// Undoes all changes of `owner` that nobody else needs, last first. Goes on after a failure and
     /// returns the first.
     pub(super) async fn undo(&mut self, owner: &Owner) -> Result<(), TunnelError> {

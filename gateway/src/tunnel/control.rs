@@ -54,7 +54,7 @@ pub(super) enum Command {
     HomeNeighbours { lan: String, reply: Reply<Vec<Neighbour>> },
     HoldBegin { request: HoldRequest, reply: Reply<()> },
     HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
-    HoldUndo { key: PortKey, reply: Reply<()> },
+    HoldUndo { request: HoldRequest, reply: Reply<()> },
     NamesExpire { key: PortKey, after: Duration, reply: Reply<()> },
     AttractEnd { key: PortKey, reply: Reply<AnchorClosed> },
     ReturnHome { key: PortKey, neighbours: Vec<Neighbour>, reply: Reply<()> },
@@ -151,7 +151,7 @@ impl Control {
             Command::HoldEndAttract { key, flows, reply } => {
                 drop(reply.send(self.hold_end_attract(key, flows).await));
             }
-            Command::HoldUndo { key, reply } => drop(reply.send(self.hold_undo(&key).await)),
+            Command::HoldUndo { request, reply } => drop(reply.send(self.hold_undo(request).await)),
             Command::NamesExpire { key, after, reply } => {
                 let set = self.tell(|done| Move::NamesExpire { key, after, done }).await;
                 drop(reply.send(set.and_then(|set| Ok(set?))));
@@ -246,12 +246,12 @@ impl Control {
 
     /// The guest runs here again: what was kept is delivered, first before and then after the capture
     /// ends, so that nothing overtakes it.
-    async fn hold_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        let Some(Away { request, announcing, .. }) = self.away.remove(key) else {
-            return self.end(key).await.map(drop);
+    async fn hold_undo(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
+        let Some(Away { request, announcing, .. }) = self.away.remove(&request.key) else {
+            return self.hold_undo_left(&request).await;
         };
         drop(announcing);
-        let port = key.clone();
+        let (key, port) = (&request.key, request.key.clone());
         let kept = self.tell(|done| Move::TakeKept { key: port, done }).await?;
         self.redeliver(&request, kept).await?;
         let undone = self.changes.undo(&Owner::Away(key.clone())).await;
@@ -259,6 +259,21 @@ impl Control {
         self.redeliver(&request, kept).await?;
         self.announce_guest(&request).await?;
         info!(port = %key, "hold undone");
+        undone
+    }
+
+    /// A gateway that was killed while it held has left its changes, and this one has never made them.
+    async fn hold_undo_left(&mut self, request: &HoldRequest) -> Result<(), TunnelError> {
+        self.end(&request.key).await?;
+        if !nft::is_away(&self.config, &tap::port_id(&request.key), request.mac).await? {
+            return Ok(());
+        }
+        let owner = Owner::Away(request.key.clone());
+        let plan = plan::hold_plan(&self.config, Kernel::probe(&request.lan)?, request);
+        self.changes.take_over(&owner, plan);
+        let undone = self.changes.undo(&owner).await;
+        self.announce_guest(request).await?;
+        info!(port = %request.key, "hold of an earlier gateway undone");
         undone
     }
 
@@ -276,7 +291,7 @@ impl Control {
     /// The machine is back: its LAN learns its address again, and it learns its neighbours'.
     async fn return_home(&mut self, key: &PortKey, neighbours: &[Neighbour]) -> Result<(), TunnelError> {
         let Some(request) = self.away.get(key).map(|away| away.request.clone()) else { return Ok(()) };
-        self.hold_undo(key).await?;
+        self.hold_undo(request.clone()).await?;
         let port = self.netlink.link(&request.port).await?.index;
         for neighbour in neighbours {
             let truth = Announcement { device: port, address: neighbour.addr, mac: neighbour.mac };
@@ -341,9 +356,9 @@ impl Control {
     }
 
     async fn undo_all(&mut self) -> Result<(), TunnelError> {
-        let held: Vec<PortKey> = self.away.keys().filter(|key| self.is_only_held(key)).cloned().collect();
-        for key in held {
-            self.hold_undo(&key).await?;
+        let held = self.away.values().filter(|away| away.attracted.is_none());
+        for request in held.map(|away| away.request.clone()).collect::<Vec<_>>() {
+            self.hold_undo(request).await?;
         }
         let attracted: Vec<PortKey> = self.away.keys().cloned().collect();
         for key in attracted {
@@ -361,10 +376,6 @@ impl Control {
         let undone = undone.and(self.changes.undo(&Owner::Gateway).await);
         let deleted = self.netlink.delete_link(&self.config.device).await;
         undone.and(deleted)
-    }
-
-    fn is_only_held(&self, key: &PortKey) -> bool {
-        self.away.get(key).is_some_and(|away| away.attracted.is_none())
     }
 
     async fn apply(

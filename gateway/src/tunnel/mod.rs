@@ -145,9 +145,10 @@ impl Tunnel {
         self.ask(|reply| Command::HoldEndAttract { key, flows, reply }).await
     }
 
-    /// The guest stays: everything as it was, and what was kept is delivered to it.
-    pub async fn hold_undo(&self, key: PortKey) -> Result<(), TunnelError> {
-        self.ask(|reply| Command::HoldUndo { key, reply }).await
+    /// The guest stays: everything as it was, and what was kept is delivered to it. A hold that a gateway
+    /// before this one has left is undone as well; where there is none, nothing changes.
+    pub async fn hold_undo(&self, request: HoldRequest) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::HoldUndo { request, reply }).await
     }
 
     /// No resolver knows the old address any more once `after` has passed. Until this is said the tunnel

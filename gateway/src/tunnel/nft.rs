@@ -180,6 +180,12 @@ pub(super) fn remove(family: &str, name: &str) -> String {
     format!("add table {family} {name}\ndelete table {family} {name}\n")
 }
 
+/// Whether frames to a machine's address are taken off its LAN: by this gateway or one before it.
+pub(super) async fn is_away(config: &TunnelConfig, id: &str, mac: Mac) -> Result<bool, TunnelError> {
+    let name = away_name(config, id, mac);
+    Ok(our_tables(config).await?.iter().any(|(_, ours)| *ours == name))
+}
+
 /// The machine's address in the name of an attraction's table, by which a crash's leavings are found.
 pub(super) fn mac_of_away_name(config: &TunnelConfig, name: &str) -> Option<Mac> {
     let rest = name.strip_prefix(&format!("{}_away_", config.prefix))?;
