@@ -51,7 +51,8 @@ pub struct Swap {
     pub ttl_s: u32,
     /// The epoch the ownership record must have; 0 when there must be none.
     pub epoch_from: Epoch,
-    /// The epoch it gets, larger than `epoch_from`.
+    /// The epoch it gets: larger than `epoch_from`, or the same where the name goes back, within its epoch, from the
+    /// owner of `observed` to another one.
     pub epoch_to: Epoch,
     /// The site it names then.
     pub owner: String,
@@ -126,7 +127,9 @@ impl Swap {
     pub(crate) fn check(&self, zone: &DnsName) -> Result<(), Error> {
         let refuse =
             |reason: String| Err(Error::Config(format!("The swap of {} is refused: {reason}", self.name)));
-        if self.epoch_to <= self.epoch_from {
+        let goes_back = self.epoch_to == self.epoch_from
+            && self.observed.as_ref().is_some_and(|observed| observed.owner() != self.owner);
+        if self.epoch_to <= self.epoch_from && !goes_back {
             return refuse(format!("epoch {} does not follow {}", self.epoch_to, self.epoch_from));
         }
         if self.new.is_empty() {
@@ -307,4 +310,24 @@ fn marker(name: &Name, class: DNSClass, record_type: RecordType) -> Record {
 
 fn txt(value: &Ownership) -> RData {
     RData::TXT(TXT::new(vec![value.to_string()]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_goes_back_within_its_epoch_only_from_another_owner_that_was_observed() {
+        let zone: DnsName = "vm.example".parse().unwrap();
+        let address = "198.51.100.10".parse().unwrap();
+        let swap = Swap::new("app.vm.example".parse().unwrap(), vec![address], vec![address], 30, "a")
+            .epochs(Epoch(7), Epoch(7));
+        let held = |owner| Some(Ownership::new(Epoch(7), owner, Txn::random()).unwrap());
+        assert!(swap.clone().observed(held("b")).check(&zone).is_ok());
+        for refused in [None, held("a")] {
+            assert!(swap.clone().observed(refused).check(&zone).is_err());
+        }
+        let lower = swap.epochs(Epoch(7), Epoch(6)).observed(held("b"));
+        assert!(lower.check(&zone).is_err());
+    }
 }
