@@ -6,9 +6,12 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use dnsupdater::{DnsName, Key, Outcome, Ownership, Swap, TtlOutcome, Updater, UpdaterConfig};
+use dnsupdater::{
+    DnsName, Key, Outcome, Ownership, Records, Register, Swap, TtlOutcome, Updater, UpdaterConfig,
+};
 
 use longhaul_core::ids::{Epoch, SiteName};
+use longhaul_core::migration::arbiter::{Request, Verdict, judge};
 
 use crate::config::DnsConfig;
 
@@ -47,6 +50,16 @@ pub enum NamesError {
         /// The epoch of the move.
         wanted: Epoch,
     },
+    /// Something else stands where the register would be.
+    #[error(
+        "_longhaul.{name} holds something that is no ownership record: {found}; delete it if nothing needs it"
+    )]
+    NoRegister {
+        /// The name.
+        name: String,
+        /// What stands there.
+        found: String,
+    },
     /// The addresses do not match the machine.
     #[error("Name {name} does not point at the machine: it says {current}, expected {expected}")]
     Elsewhere {
@@ -82,6 +95,30 @@ pub struct NameMove<'a> {
     pub epoch: Epoch,
     /// The machine's new owner.
     pub owner: &'a SiteName,
+}
+
+/// A hand-over that the name's ownership record decides.
+#[derive(Debug, Clone)]
+pub struct Contest {
+    /// The name.
+    pub name: String,
+    /// Each home address that has a stand-in at the destination, and the stand-in.
+    pub addresses: Vec<(IpAddr, IpAddr)>,
+    /// The epoch to be won.
+    pub epoch: Epoch,
+    /// Who has the machine.
+    pub source: SiteName,
+    /// Who is to have it.
+    pub destination: SiteName,
+}
+
+/// What a register said, and what that means for a contest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    /// The epoch it holds; 0 for none.
+    pub epoch: Epoch,
+    /// What follows.
+    pub verdict: Verdict,
 }
 
 /// The name server of this site's machines.
@@ -184,6 +221,77 @@ impl Names {
     }
 }
 
+impl Names {
+    /// Asks the register of a contest, as one compare-and-swap that moves the addresses with it. `seen` is the
+    /// highest epoch this site has seen there. An error says nothing about whether a request was applied.
+    pub async fn arbitrate(
+        &self,
+        contest: &Contest,
+        request: Request,
+        seen: Epoch,
+    ) -> Result<Said, NamesError> {
+        let name = parse(&contest.name)?;
+        let found = self.updater.read(&name).await?;
+        let said = contest.reads(&found, seen)?;
+        let Some(swap) = contest.swap(name, &found, request, said.verdict, self.move_ttl_s) else {
+            return Ok(said);
+        };
+        match self.updater.swap(&swap).await? {
+            Outcome::Won => {
+                let owner = Some((contest.epoch, swap.owner.as_str()));
+                Ok(Said { epoch: contest.epoch, verdict: contest.judge(owner, seen.max(said.epoch)) })
+            }
+            Outcome::Lost { current } => contest.reads(&current, seen.max(said.epoch)),
+        }
+    }
+}
+
+impl Contest {
+    fn judge(&self, held: Option<(Epoch, &str)>, seen: Epoch) -> Verdict {
+        judge(held, seen, self.epoch, &self.source, &self.destination)
+    }
+
+    fn reads(&self, found: &Records, seen: Epoch) -> Result<Said, NamesError> {
+        if let Register::Foreign(text) = &found.register {
+            return Err(NamesError::NoRegister { name: self.name.clone(), found: text.clone() });
+        }
+        let held = found.ownership().map(|register| (Epoch(register.epoch().0), register.owner()));
+        let epoch = held.map_or(Epoch(0), |(epoch, _)| epoch);
+        Ok(Said { epoch, verdict: self.judge(held, seen) })
+    }
+
+    /// The change that `request` makes of what was found, if it makes one.
+    fn swap(
+        &self,
+        name: DnsName,
+        found: &Records,
+        request: Request,
+        verdict: Verdict,
+        ttl_s: u32,
+    ) -> Option<Swap> {
+        let winner = match (request, verdict) {
+            (Request::ForDestination, Verdict::Open) => &self.destination,
+            (Request::ForSource, Verdict::Open)
+            | (Request::BackToSource, Verdict::Open | Verdict::Destination) => &self.source,
+            (Request::Read | Request::ForDestination | Request::ForSource | Request::BackToSource, _) => {
+                return None;
+            }
+        };
+        let goes = *winner == self.destination;
+        // What was lowered for the move is restored by its rollback, before this or after it.
+        let ttl_s = if goes { ttl_s } else { found.ttl_s().unwrap_or(ttl_s) };
+        let place = |address: &IpAddr| {
+            let pair = self.addresses.iter().find(|(home, care_of)| home == address || care_of == address);
+            pair.map_or(*address, |(home, care_of)| if goes { *care_of } else { *home })
+        };
+        let new = found.addresses.iter().map(place).collect();
+        let swap = Swap::new(name, found.addresses.clone(), new, ttl_s, winner.as_str())
+            .epochs(found.epoch(), dnsupdater::Epoch(self.epoch.0))
+            .observed(found.ownership().cloned());
+        Some(swap)
+    }
+}
+
 impl Standing {
     /// The epoch in the name's ownership record; 0 without one.
     pub fn epoch(&self) -> Epoch {
@@ -234,5 +342,69 @@ mod tests {
         }
         assert!(tried(4).is_ok());
         assert!(expect_older("web1.vm.example", None, Epoch(1)).is_ok());
+    }
+
+    fn contest() -> Contest {
+        Contest {
+            name: "web1.vm.example".into(),
+            addresses: vec![(HOME.parse().unwrap(), CARE_OF.parse().unwrap())],
+            epoch: Epoch(5),
+            source: "a".parse().unwrap(),
+            destination: "b".parse().unwrap(),
+        }
+    }
+
+    const HOME: &str = "198.51.100.10";
+    const CARE_OF: &str = "203.0.113.10";
+
+    fn found(register: Register, address: &str) -> Records {
+        Records {
+            name: "web1.vm.example".parse().unwrap(),
+            addresses: vec![address.parse().unwrap()],
+            a_ttl_s: Some(2),
+            aaaa_ttl_s: None,
+            cname: None,
+            register,
+            serial: 1,
+            primary: "ns.vm.example".parse().unwrap(),
+            round_trip: Duration::ZERO,
+            clock_ahead_s: None,
+        }
+    }
+
+    fn held(epoch: u64, owner: &str) -> Register {
+        let text = format!("v=1 epoch={epoch} owner={owner} txn=00112233445566778899aabbccddeeff");
+        Register::Held(text.parse().unwrap())
+    }
+
+    /// Owner and address that a request makes of what stands there.
+    fn made(request: Request, register: Register, address: &str) -> Option<(String, String)> {
+        let (contest, found) = (contest(), found(register, address));
+        let verdict = contest.reads(&found, Epoch(4)).unwrap().verdict;
+        let swap = contest.swap(found.name.clone(), &found, request, verdict, 2)?;
+        assert_eq!((swap.epoch_to.0, &swap.old), (5, &found.addresses));
+        Some((swap.owner, swap.new[0].to_string()))
+    }
+
+    #[test]
+    fn an_open_register_is_won_once_with_the_address_and_only_a_way_back_changes_it_again() {
+        let won = |owner: &str, address: &str| Some((owner.to_owned(), address.to_owned()));
+        assert_eq!(made(Request::ForDestination, held(4, "a"), HOME), won("b", CARE_OF));
+        assert_eq!(made(Request::ForSource, held(4, "a"), HOME), won("a", HOME));
+        assert_eq!(made(Request::ForSource, held(5, "b"), CARE_OF), None);
+        assert_eq!(made(Request::ForDestination, held(5, "a"), HOME), None);
+        assert_eq!(made(Request::BackToSource, held(5, "b"), CARE_OF), won("a", HOME));
+        assert_eq!(made(Request::BackToSource, held(5, "a"), HOME), None);
+        assert_eq!(made(Request::Read, held(4, "a"), HOME), None);
+    }
+
+    #[test]
+    fn a_register_put_back_to_an_older_state_is_not_touched_and_a_foreign_one_is_no_register() {
+        for request in [Request::ForDestination, Request::ForSource, Request::BackToSource] {
+            assert_eq!(made(request, held(3, "a"), HOME), None, "{request:?}");
+            assert_eq!(made(request, Register::Absent, HOME), None, "{request:?}");
+        }
+        let foreign = found(Register::Foreign("v=spf1".into()), HOME);
+        assert!(contest().reads(&foreign, Epoch(0)).unwrap_err().to_string().contains("v=spf1"));
     }
 }

@@ -27,6 +27,8 @@ const PEERS: TableDefinition<u128, &[u8]> = TableDefinition::new("attempts");
 const OWNERSHIP: TableDefinition<&str, &[u8]> = TableDefinition::new("ownership");
 /// The highest epoch of each name that was forgotten, by the machine's name: it outlives `undefine`.
 const EPOCHS: TableDefinition<&str, u64> = TableDefinition::new("epochs");
+/// The highest epoch ever seen in the register of a machine that moves with an arbiter, by the machine's name.
+const REGISTERS: TableDefinition<&str, u64> = TableDefinition::new("registers");
 /// What this site knows of a machine besides, by the machine's name.
 const MACHINES: TableDefinition<&str, &[u8]> = TableDefinition::new("machines");
 /// Machines that left and whose connections are still held here, by the machine's name.
@@ -86,6 +88,7 @@ impl Journal {
             transaction.open_table(MACHINES)?;
             transaction.open_table(ANCHORS)?;
             transaction.open_table(EPOCHS)?;
+            transaction.open_table(REGISTERS)?;
             Ok(())
         })?;
         Ok(journal)
@@ -191,6 +194,25 @@ impl Journal {
         Ok(Epoch(epoch.map_or(0, |epoch| epoch.value())))
     }
 
+    /// The highest epoch that was ever seen in the register of `vm`; 0 if none was.
+    pub fn register_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(REGISTERS).map_err(store)?;
+        let epoch = table.get(vm.as_str()).map_err(store)?;
+        Ok(Epoch(epoch.map_or(0, |epoch| epoch.value())))
+    }
+
+    /// Remembers that `epoch` was seen in the register of `vm`: nothing older is believed afterwards.
+    pub fn saw_register(&self, vm: &VmName, epoch: Epoch) -> Result<(), JournalError> {
+        if epoch <= self.register_epoch(vm)? {
+            return Ok(());
+        }
+        self.write(|transaction| {
+            transaction.open_table(REGISTERS)?.insert(vm.as_str(), epoch.0)?;
+            Ok(())
+        })
+    }
+
     /// Forgets a machine, all but the epoch it was in.
     pub fn remove_machine(&self, vm: &VmName) -> Result<(), JournalError> {
         let known = self.ownership(vm)?.map_or(Epoch(0), |ownership| ownership.epoch());
@@ -293,6 +315,7 @@ fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JournalError> {
 
 #[cfg(test)]
 mod tests {
+    use longhaul_core::migration::CommitMode;
     use longhaul_core::migration::message::{Handover, Refusal};
     use longhaul_core::migration::record::{DestinationRecord, SourceRecord};
 
@@ -304,11 +327,34 @@ mod tests {
             vm: "web1".parse().unwrap(),
             peer: "b".parse().unwrap(),
             epoch: Epoch(1),
+            commit: CommitMode::Confirmed,
         }
     }
 
     fn loaded() -> Record {
         Record::Destination(DestinationRecord::Loaded)
+    }
+
+    #[test]
+    fn the_highest_epoch_seen_in_a_register_outlives_a_restart_and_is_never_lowered() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let vm = attempt().vm;
+        for (seen, highest) in [(3, 3), (2, 3), (5, 5)] {
+            let journal = Journal::open(&path).unwrap();
+            journal.saw_register(&vm, Epoch(seen)).unwrap();
+            assert_eq!(journal.register_epoch(&vm).unwrap(), Epoch(highest));
+        }
+    }
+
+    #[test]
+    fn an_attempt_of_before_commit_modes_were_kept_is_read_as_confirmed() {
+        let bytes = encode(&attempt()).unwrap();
+        let older: Attempt = decode(&bytes[..bytes.len() - 1]).unwrap();
+        assert_eq!(older, attempt());
+        let commit = CommitMode::Arbitrated(longhaul_core::migration::arbiter::Arbiter::Dns);
+        let arbitrated = Attempt { commit, ..attempt() };
+        assert_eq!(decode::<Attempt>(&encode(&arbitrated).unwrap()).unwrap(), arbitrated);
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::Config;
+use super::{ArbiterChoice, Config};
 
 /// A key and what was expected of it.
 pub(super) struct Conflict {
@@ -69,6 +69,8 @@ impl Config {
             let text = "a public key as `longhaul key` prints it: 44 characters of base64";
             expect(bytes.is_some(), &format!("{key}.key"), text)?;
             expect(keys.insert(bytes), &format!("{key}.key"), "a key that no other peer has")?;
+            let arbitrates = peer.arbiter == ArbiterChoice::None || self.dns.is_some();
+            expect(arbitrates, &format!("{key}.arbiter"), "\"none\", or a [dns] table beside \"dns\"")?;
         }
         Ok(())
     }

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 pub use sections::{
-    DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection, MigrationSection, PeerConfig,
-    SiteConfig, StorageConfig, TunnelSection,
+    ArbiterChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection, MigrationSection,
+    PeerConfig, SiteConfig, StorageConfig, TunnelSection,
 };
 
 /// A whole configuration file.
@@ -146,6 +146,19 @@ pool = "/var/lib/longhaul/disks"
         let config = Config::parse(Path::new("site.toml"), SMALL).unwrap();
         assert_eq!(config.site.name.as_str(), "a");
         assert!(config.peer.is_empty());
+    }
+
+    #[test]
+    fn an_arbiter_needs_a_name_server_and_is_none_unless_it_is_asked_for() {
+        let peer = "[[peer]]\nname = \"b\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\n";
+        let parsed = |text: &str| Config::parse(Path::new("site.toml"), text);
+        let config = parsed(&format!("{SMALL}{peer}")).unwrap();
+        assert_eq!(config.peer[0].arbiter, ArbiterChoice::None);
+        let message = error(&format!("{SMALL}{peer}arbiter = \"dns\"\n"));
+        assert!(message.contains("peer.b.arbiter") && message.contains("[dns]"), "{message}");
+        let dns = "[dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n";
+        let config = parsed(&format!("{SMALL}{dns}{peer}arbiter = \"dns\"\n")).unwrap();
+        assert_eq!(config.peer[0].arbiter, ArbiterChoice::Dns);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use longhaul_core::ids::SiteName;
+use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::arbiter::Arbiter;
 
 /// `[site]`: who this site is and where its daemon keeps things.
 #[derive(Debug, Clone, Deserialize)]
@@ -254,6 +256,30 @@ pub struct PeerConfig {
     /// The most disk one machine from it may have, in GiB (default 0: none may come).
     #[serde(default)]
     pub max_disk_gib: u64,
+    /// Who decides who has a machine when this link is cut in the middle of a hand-over: `none` (default) or `dns`.
+    #[serde(default)]
+    pub arbiter: ArbiterChoice,
+}
+
+/// `peer.arbiter`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ArbiterChoice {
+    /// Nobody: who is in doubt waits for the other site.
+    #[default]
+    None,
+    /// The ownership record beside the machine's name.
+    Dns,
+}
+
+impl ArbiterChoice {
+    /// How machines are handed over then.
+    pub fn commit_mode(self) -> CommitMode {
+        match self {
+            Self::None => CommitMode::Confirmed,
+            Self::Dns => CommitMode::Arbitrated(Arbiter::Dns),
+        }
+    }
 }
 
 impl PeerConfig {

@@ -63,6 +63,7 @@ impl Daemon {
             vm: vm.clone(),
             peer: request.to.clone(),
             epoch: epoch.next(),
+            commit: peer.arbiter.commit_mode(),
         };
         let options = SourceOptions {
             without_dns: request.without_dns,
@@ -100,6 +101,9 @@ impl Daemon {
             }
             Ok(Some(Ownership::Arriving { .. })) => {
                 Err(RequestError::Conflict(format!("Machine {vm} is just arriving here")))
+            }
+            Ok(Some(Ownership::Offered { site, .. })) => {
+                Err(RequestError::Conflict(format!("Machine {vm} is just being handed over to site {site}")))
             }
             Ok(None) => Err(RequestError::NotFound(format!("No machine {vm} at this site"))),
             Err(error) => Err(RequestError::Failed(error.to_string())),
@@ -154,6 +158,7 @@ impl Daemon {
             MigrationMessage::Propose(proposal) => self.on_proposal(id, peer, proposal),
             MigrationMessage::Reserve { .. } => self.on_reserve(id, peer, &message).await,
             MigrationMessage::Commit { .. }
+            | MigrationMessage::Offer { .. }
             | MigrationMessage::Abort { .. }
             | MigrationMessage::Reserved(_)
             | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message).await,
@@ -187,6 +192,9 @@ impl Daemon {
         match self.edges.journal.ownership(vm) {
             Ok(Some(Ownership::Here { .. })) => {
                 Some(Refusal::Busy(format!("site {} has a machine {vm} of its own", self.edges.site())))
+            }
+            Ok(Some(Ownership::Offered { .. })) => {
+                Some(Refusal::Busy(format!("{vm} is being handed over at site {}", self.edges.site())))
             }
             Ok(Some(Ownership::Away { .. } | Ownership::Arriving { .. }) | None) => {
                 let anchored =
@@ -239,7 +247,8 @@ impl Daemon {
             Ok(reservation) => reservation,
             Err(why) => return self.say(id, &peer, MigrationMessage::Decline(why)).await,
         };
-        let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch: proposal.epoch.next() };
+        let (epoch, commit) = (proposal.epoch.next(), proposal.commit);
+        let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let (inbox, outbox) = mpsc::channel(INBOX);
         let driver =
             DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
@@ -286,18 +295,27 @@ impl Daemon {
 /// forgotten or moved since.
 fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a Reservation> {
     let holds = match &history.entries.last()?.record {
-        Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded) => true,
+        Record::Destination(
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. },
+        ) => true,
         Record::Destination(DestinationRecord::Activated { .. }) => {
             ownership == Some(&Ownership::Here { epoch: history.attempt.epoch })
         }
-        Record::Destination(DestinationRecord::Refused { .. }) | Record::Source(_) => false,
+        Record::Destination(DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. })
+        | Record::Source(_) => false,
     };
     let reservation = history.entries.iter().find_map(|entry| match &entry.record {
         Record::Destination(DestinationRecord::Reserved { reservation, .. }) => Some(reservation),
         Record::Destination(
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
-            | DestinationRecord::Refused { .. },
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. }
+            | DestinationRecord::HandedBack { .. },
         )
         | Record::Source(_) => None,
     });
@@ -345,6 +363,7 @@ mod tests {
             vm: "web1".parse().unwrap(),
             peer: "a".parse().unwrap(),
             epoch: Epoch(2),
+            commit: CommitMode::Confirmed,
         };
         History { attempt, entries: [Some(reserved), last].into_iter().flatten().map(entry).collect() }
     }

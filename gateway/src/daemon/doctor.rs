@@ -6,6 +6,7 @@ use longhaul_core::ids::{Epoch, VmName};
 
 use super::Daemon;
 use crate::api::types::Finding;
+use crate::config::ArbiterChoice;
 use crate::migration::chain;
 
 impl Daemon {
@@ -13,6 +14,7 @@ impl Daemon {
         let mut findings = vec![self.hypervisor().await, self.pool()];
         findings.extend(self.lans());
         findings.extend(self.peers());
+        findings.extend(self.arbiters());
         for machine in self.machines.values() {
             if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {
                 findings.extend(self.machine(machine).await);
@@ -79,6 +81,31 @@ impl Daemon {
                 good(&check, format!("up, round trip {:.1} ms", peer.stats().rtt.as_secs_f64() * 1e3))
             } else {
                 bad(&check, "no connection", "check the address, the UDP port in firewalls, and both keys")
+            });
+        }
+        findings
+    }
+
+    /// Machines that no arbiter can decide about, where one is configured.
+    fn arbiters(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for peer in &self.edges.config.peer {
+            if peer.arbiter == ArbiterChoice::None {
+                continue;
+            }
+            let check = format!("arbiter of peer {}", peer.name);
+            let nameless: Vec<&str> = self
+                .machines
+                .values()
+                .map(|machine| &machine.row.definition)
+                .filter(|vm| vm.dns_name.is_none() && peer.may_receive(vm.name.as_str()))
+                .map(|vm| vm.name.as_str())
+                .collect();
+            findings.push(if nameless.is_empty() {
+                good(&check, "the primary name server decides in a cut of the link".into())
+            } else {
+                let detail = format!("it cannot decide about {}: no dns_name", nameless.join(", "));
+                bad(&check, &detail, "give them a dns_name, or set the arbiter to \"none\" at both sites")
             });
         }
         findings

@@ -123,6 +123,9 @@ impl Daemon {
             Ok(Some(Ownership::Arriving { .. })) => {
                 Err(RequestError::Conflict(format!("Machine {vm} is just arriving here")))
             }
+            Ok(Some(Ownership::Offered { site, .. })) => {
+                Err(RequestError::Conflict(format!("Machine {vm} is just being handed over to site {site}")))
+            }
             Err(error) => Err(RequestError::Failed(error.to_string())),
         }
     }
@@ -391,6 +394,9 @@ fn expect_forgettable(vm: &VmName, ownership: &Ownership, forget: bool) -> Resul
         Ownership::Away { site, .. } if !forget => Err(RequestError::Conflict(format!(
             "Machine {vm} is at site {site}: once it is forgotten, nothing keeps it from being started here as well, \
              and two copies of one machine destroy its data; `longhaul vm undefine {vm} --forget` forgets it"
+        ))),
+        Ownership::Offered { site, .. } => Err(RequestError::Conflict(format!(
+            "Machine {vm} is just being handed over to site {site}; wait until that has ended"
         ))),
         Ownership::Away { .. } | Ownership::Here { .. } | Ownership::Arriving { .. } => Ok(()),
     }

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 
 use longhaul_core::ids::VmName;
-use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
+use longhaul_core::migration::{Attempt, CommitMode};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
@@ -58,11 +58,18 @@ impl Daemon {
             SourceRecord::Reserved { .. }
             | SourceRecord::PreCopy { .. }
             | SourceRecord::Parked
+            | SourceRecord::Offered { .. }
+            | SourceRecord::Reclaiming { .. }
+            | SourceRecord::Promised { .. }
             | SourceRecord::Committed { .. } => true,
+            // The register may still name the other site.
+            SourceRecord::Returned { .. } if attempt.commit != CommitMode::Confirmed => {
+                self.may_undo(&attempt)
+            }
             // The guest of a machine that left is ended once.
             SourceRecord::Released => guest.is_some() && self.is_latest(&attempt),
             // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
-            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
+            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled => {
                 let stands = stands_still(guest.as_ref()).await && proposal.running;
                 self.may_undo(&attempt) && (stands || row.ttl_before_s.is_some())
             }
@@ -102,7 +109,11 @@ impl Daemon {
             None => self.edges.hypervisor.find(&attempt.vm).await.ok().flatten(),
         };
         let owed = match &last {
-            DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => true,
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. } => true,
+            DestinationRecord::HandedBack { .. } => self.is_latest(&attempt),
             DestinationRecord::Activated { .. } => {
                 self.is_latest(&attempt) && stands_still(guest.as_ref()).await && proposal.running
             }
@@ -195,7 +206,11 @@ fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>, boo
                 | SourceRecord::Committed { .. }
                 | SourceRecord::Released
                 | SourceRecord::Aborted { .. }
-                | SourceRecord::Returned { .. },
+                | SourceRecord::Returned { .. }
+                | SourceRecord::Offered { .. }
+                | SourceRecord::Reclaiming { .. }
+                | SourceRecord::Promised { .. }
+                | SourceRecord::Settled,
             )
             | Record::Destination(_) => {}
         }
@@ -212,7 +227,10 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
         Record::Destination(
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
-            | DestinationRecord::Refused { .. },
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. }
+            | DestinationRecord::HandedBack { .. },
         )
         | Record::Source(_) => None,
     })
@@ -221,7 +239,6 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
 #[cfg(test)]
 mod tests {
     use longhaul_core::ids::Epoch;
-    use longhaul_core::migration::CommitMode;
 
     use super::*;
 

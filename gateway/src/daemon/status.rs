@@ -41,6 +41,7 @@ impl Daemon {
             Some(Ownership::Here { .. }) => ("here", None),
             Some(Ownership::Away { site, .. }) => ("away", Some(site.clone())),
             Some(Ownership::Arriving { .. }) => ("arriving", None),
+            Some(Ownership::Offered { site, .. }) => ("offered", Some(site.clone())),
             None => ("unknown", None),
         };
         let state = match machine.and_then(|machine| machine.guest.as_ref()) {

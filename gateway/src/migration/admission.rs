@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use longhaul_core::ids::SiteName;
+use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
@@ -40,6 +41,29 @@ pub fn check_policy(config: &Config, peer: &SiteName, proposal: &Proposal) -> Re
         return Err(denied(format!("peer.{peer}.max_disk_gib is {}", policy.max_disk_gib)));
     }
     Ok(())
+}
+
+/// Whether both sites mean the same by a hand-over.
+fn check_arbiter(config: &Config, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
+    let here = config.peer(peer).map_or(CommitMode::Confirmed, |policy| policy.arbiter.commit_mode());
+    if here == proposal.commit {
+        return Ok(());
+    }
+    let rule = format!("peer.{peer}.arbiter is not what the other site has: set it to the same at both");
+    Err(Refusal::NotAllowed { site: config.site.name.clone(), rule })
+}
+
+/// With an arbiter this site must be able to win the name, not only the source.
+async fn check_register(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
+    let (CommitMode::Arbitrated(_), Some(names)) = (proposal.commit, &edges.names) else { return Ok(()) };
+    let definition = &proposal.definition;
+    let Some(name) = &definition.dns_name else {
+        return Err(Refusal::Names("with an arbiter the machine needs a dns_name".into()));
+    };
+    let home: Vec<_> = definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect();
+    names.check(name, &home, proposal.epoch.next()).await.map(drop).map_err(|error| {
+        Refusal::Names(Refusal::text(format!("site {}: {}", edges.site(), super::chain(&error))))
+    })
 }
 
 /// Whether there is room.
@@ -106,6 +130,8 @@ pub fn reserve(
 /// Everything that is asked before a proposal is accepted.
 pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
     check_policy(&edges.config, peer, proposal)?;
+    check_arbiter(&edges.config, peer, proposal)?;
+    check_register(edges, proposal).await?;
     check_room(&edges.config, room(edges)?, proposal)?;
     let host = edges.hypervisor.capabilities().await.map_err(super::hypervisor_failed)?;
     proposal.definition.check(&host).map_err(|error| Refusal::Incompatible(Refusal::text(error.to_string())))
@@ -128,4 +154,47 @@ fn available_memory() -> Bytes {
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
     Bytes(kib.unwrap_or(0) << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::arbiter::Arbiter;
+
+    use super::*;
+
+    fn config(arbiter: &str) -> Config {
+        let text = format!(
+            "[site]\nname = \"a\"\n[storage]\npool = \"/disks\"\n\
+             [dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n\
+             [[peer]]\nname = \"b\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\narbiter = \"{arbiter}\"\n"
+        );
+        Config::parse(Path::new("site.toml"), &text).unwrap()
+    }
+
+    #[test]
+    fn a_site_with_another_arbiter_for_this_link_is_refused_by_the_keys_name() {
+        let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
+            [[disks]]\nname = \"root\"\nsize_bytes = 1048576\npci = \"03.0\"\n";
+        let proposal = |commit| Proposal {
+            definition: toml::from_str(definition).unwrap(),
+            home_site: "b".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(0),
+            running: true,
+            commit,
+            nics: Vec::new(),
+        };
+        let peer = "b".parse().unwrap();
+        let arbitrated = CommitMode::Arbitrated(Arbiter::Dns);
+        for (here, there) in [("none", arbitrated), ("dns", CommitMode::Confirmed)] {
+            let refused = check_arbiter(&config(here), &peer, &proposal(there)).unwrap_err().to_string();
+            assert!(refused.contains("peer.b.arbiter"), "{refused}");
+        }
+        for (here, there) in [("dns", arbitrated), ("none", CommitMode::Confirmed)] {
+            assert_eq!(check_arbiter(&config(here), &peer, &proposal(there)), Ok(()));
+        }
+    }
 }

@@ -7,15 +7,19 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 use longhaul_core::migration::Attempt;
-use longhaul_core::migration::destination::{Action, Destination, DestinationLimits, Event, Outcome};
+use longhaul_core::migration::arbiter::Request;
+use longhaul_core::migration::destination::{
+    Action, Destination, DestinationLimits, Event, Outcome, Remains,
+};
 use longhaul_core::migration::message::{Proposal, Reservation};
 use longhaul_core::migration::record::DestinationRecord;
 use longhaul_core::migration::step::Step;
 
+use super::arbitrate::{self, Questions};
 use super::prepare::Held;
 use super::view::Viewer;
 use super::work::Work;
-use super::{Edges, Inbound, Leaf, activate, discard, prepare};
+use super::{Edges, Inbound, Leaf, activate, discard, prepare, standing};
 use crate::api::types::Progressing;
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
@@ -31,6 +35,7 @@ pub struct DestinationDriver {
     inbox: mpsc::Receiver<Inbound>,
     events: mpsc::Receiver<Event>,
     work: Work<Held>,
+    questions: Option<Questions>,
 }
 
 impl DestinationDriver {
@@ -45,7 +50,7 @@ impl DestinationDriver {
         let viewer = Viewer::new(&attempt, &attempt.peer, edges.site());
         let (sender, events) = mpsc::channel(64);
         let leaf = Leaf { edges, attempt, viewer, events: sender, guest: watch::Sender::new(None) };
-        Self { leaf, proposal, reservation, inbox, events, work: Work::default() }
+        Self { leaf, proposal, reservation, inbox, events, work: Work::default(), questions: None }
     }
 
     /// What it shows of itself.
@@ -81,9 +86,12 @@ impl DestinationDriver {
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Destination::recover(
             self.leaf.attempt.clone(),
-            self.reservation.clone(),
-            last,
-            qemu_found,
+            Remains {
+                nics: self.proposal.nics.clone(),
+                reservation: self.reservation.clone(),
+                last,
+                qemu_found,
+            },
             self.limits(),
             &site,
             self.leaf.edges.now(),
@@ -143,6 +151,11 @@ impl DestinationDriver {
                 let reservation = self.reservation.clone();
                 self.work.hand_on(move |held, stop| prepare::run(leaf, proposal, reservation, held, stop));
             }
+            Action::Arbitrate(request) => self.ask(request),
+            Action::CheckGuest => {
+                let leaf = self.leaf.clone();
+                self.work.hand_on(move |held, _stop| standing::run(leaf, held));
+            }
             Action::Activate(permit, handover) => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
                 let reservation = self.reservation.clone();
@@ -156,6 +169,16 @@ impl DestinationDriver {
                 self.work.hand_on(move |held, _stop| discard::run(leaf, proposal, reservation, held));
             }
         }
+    }
+
+    fn ask(&mut self, request: Request) {
+        let open = || {
+            let name = self.proposal.definition.dns_name.as_ref();
+            let (peer, site) = (&self.leaf.attempt.peer, self.leaf.edges.site());
+            let contest = arbitrate::contest(&self.leaf, name, Some(&self.reservation), peer, site);
+            Questions::open(&self.leaf, contest, Event::Arbiter)
+        };
+        self.questions.get_or_insert_with(open).ask(request);
     }
 
     fn end(&self, outcome: &Outcome) {

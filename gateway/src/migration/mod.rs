@@ -12,6 +12,7 @@
 mod activate;
 pub mod admission;
 pub mod anchor;
+mod arbitrate;
 mod destination;
 mod discard;
 mod park;
@@ -21,6 +22,7 @@ mod prepare;
 mod release;
 mod rollback;
 pub mod source;
+mod standing;
 pub mod view;
 mod work;
 

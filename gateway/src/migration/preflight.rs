@@ -53,16 +53,13 @@ async fn check(
         hypervisor: host.qemu.to_string(),
         epoch: Epoch(leaf.attempt.epoch.0 - 1),
         running: status.is_running(),
-        commit: CommitMode::Confirmed,
+        commit: leaf.attempt.commit,
         nics,
     })
 }
 
 async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOptions) -> Result<(), Refusal> {
-    let Some(name) = &row.definition.dns_name else { return Ok(()) };
-    if options.without_dns {
-        return Ok(());
-    }
+    let Some(name) = arbitrated_name(leaf, row, options)? else { return Ok(()) };
     let Some(names) = &leaf.edges.names else {
         let text =
             format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
@@ -76,8 +73,50 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
     names
         .check(name, &here, leaf.attempt.epoch)
         .await
-        .map(drop)
         .map_err(|error| Refusal::Names(Refusal::text(chain(&error))))
+        .and_then(|standing| not_behind(&leaf.edges, &leaf.attempt, name, standing.epoch()))
+}
+
+/// The name to look at, if it follows; with an arbiter it must.
+fn arbitrated_name<'a>(
+    leaf: &SourceLeaf,
+    row: &'a MachineRow,
+    options: &SourceOptions,
+) -> Result<Option<&'a String>, Refusal> {
+    let name = row.definition.dns_name.as_ref().filter(|_| !options.without_dns);
+    match leaf.attempt.commit {
+        CommitMode::Confirmed => Ok(name),
+        CommitMode::Arbitrated(_) if name.is_some() => Ok(name),
+        CommitMode::Arbitrated(_) => {
+            let text = format!(
+                "peer.{}.arbiter is \"dns\", which decides by the machine's dns_name: give it one and move it without \
+                 --without-dns, or set the arbiter to \"none\" at both sites",
+                leaf.attempt.peer
+            );
+            Err(Refusal::Names(text))
+        }
+    }
+}
+
+/// A register that was put back to an older state cannot arbitrate.
+pub(super) fn not_behind(
+    edges: &super::Edges,
+    attempt: &longhaul_core::migration::Attempt,
+    name: &str,
+    now: Epoch,
+) -> Result<(), Refusal> {
+    if attempt.commit == CommitMode::Confirmed {
+        return Ok(());
+    }
+    let seen = edges.journal.register_epoch(&attempt.vm);
+    let seen = seen.map_err(|error| Refusal::Other(Refusal::text(error.to_string())))?;
+    if now >= seen {
+        return Ok(());
+    }
+    Err(Refusal::Names(format!(
+        "_longhaul.{name} says epoch {now}, but {seen} was seen there: the zone was put back to an older state, and \
+         cannot decide who has the machine; write the record of epoch {seen} again"
+    )))
 }
 
 async fn neighbours(

@@ -12,11 +12,13 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 use longhaul_core::migration::Attempt;
+use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Refusal, Reservation};
 use longhaul_core::migration::record::SourceRecord;
 use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
 
+use super::arbitrate::{self, Questions};
 use super::precopy::Transfer;
 use super::view::Viewer;
 use super::work::Work;
@@ -52,6 +54,7 @@ pub struct SourceDriver {
     reservation: Option<Reservation>,
     ttl_before_s: watch::Sender<Option<u32>>,
     wan_before: WanBytes,
+    questions: Option<Questions>,
 }
 
 impl SourceDriver {
@@ -82,6 +85,7 @@ impl SourceDriver {
             reservation: None,
             ttl_before_s: watch::Sender::new(None),
             wan_before,
+            questions: None,
         }
     }
 
@@ -110,6 +114,9 @@ impl SourceDriver {
     ) -> Result<Outcome, JournalError> {
         let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
         self.reservation = reservation;
+        if self.guest.is_none() && matches!(last, SourceRecord::Offered { .. }) {
+            self.leaf.report(Event::GuestLost).await;
+        }
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Source::recover(attempt, last, limits, &site, now);
         self.drive(machine, step).await
@@ -181,6 +188,7 @@ impl SourceDriver {
                 let (leaf, row) = (self.leaf.clone(), self.row.clone());
                 self.work.hand_on(move |transfer, stop| park::run(leaf, guest, row, transfer, stop));
             }
+            Action::Arbitrate(request) => self.ask(request),
             Action::Attract(handover) => {
                 anchor::tell(&self.anchors, self.attract(&handover)).await;
             }
@@ -199,6 +207,16 @@ impl SourceDriver {
                     .hand_on(move |transfer, _stop| rollback::run(leaf, guest, row, ttl, transfer, permit));
             }
         }
+    }
+
+    fn ask(&mut self, request: Request) {
+        let open = || {
+            let (name, reservation) = (self.row.definition.dns_name.as_ref(), self.reservation.as_ref());
+            let (site, peer) = (self.leaf.edges.site(), &self.leaf.attempt.peer);
+            let contest = arbitrate::contest(&self.leaf, name, reservation, site, peer);
+            Questions::open(&self.leaf, contest, Event::Arbiter)
+        };
+        self.questions.get_or_insert_with(open).ask(request);
     }
 
     /// The guest; without one the attempt fails.

@@ -11,17 +11,22 @@
 //!
 //! * `Loaded` has no deadline: the source may have committed, and a machine that both sides let go
 //!   of would be lost. It waits for the source's word and says so;
-//! * `Activating` is entered with the record `Activated` and left only forward.
+//! * `Activating` is entered with the record `Activated` and left only forward;
+//! * with an arbiter `Claiming` and `Owned` stand before `Activating`: see `arbitrated`.
+
+mod arbitrated;
 
 use std::mem;
 use std::time::Duration;
 
 use crate::ids::SiteName;
+use crate::migration::arbiter::{Request, Verdict};
 use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use crate::migration::permit::RunPermit;
 use crate::migration::record::{DestinationRecord, Record};
 use crate::migration::step::Step;
 use crate::migration::{Attempt, Stage};
+use crate::tunnel::handover::NicHandover;
 
 /// How long the destination waits for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,10 @@ pub enum Event {
     Discarded,
     /// Something local failed.
     Failed(Refusal),
+    /// What was loaded is there, stopped.
+    Stands,
+    /// What the arbiter's register says, asked or not.
+    Arbiter(Verdict),
     /// A deadline may have passed.
     Tick,
 }
@@ -70,6 +79,10 @@ pub enum Action {
     Prepare,
     /// Say something to the source. May be lost.
     Send(MigrationMessage),
+    /// Ask the arbiter: reports `Arbiter`. May be lost, and applied late.
+    Arbitrate(Request),
+    /// Look whether what was loaded is still there: reports `Stands`, or `Failed` if it is gone.
+    CheckGuest,
     /// Install the rules, resume the guest, announce: reports `Activated`.
     Activate(RunPermit, Box<Handover>),
     /// Give back everything: reports `Discarded`.
@@ -90,15 +103,49 @@ enum State {
     Preparing,
     Receiving,
     Loaded,
-    Activating { done: bool },
-    Refusing { why: Refusal },
+    /// `lost`: QEMU is gone; the register is asked for the source.
+    Claiming {
+        handover: Box<Handover>,
+        lost: Option<Refusal>,
+    },
+    Owned {
+        handover: Box<Handover>,
+    },
+    Activating {
+        done: bool,
+    },
+    /// It runs here; the register is to say so.
+    Settling,
+    Refusing {
+        why: Refusal,
+    },
+    /// Refused after it was ours; the register is to name the source.
+    HandingBack {
+        why: Refusal,
+        discarded: bool,
+        settled: bool,
+    },
     Done(Outcome),
+}
+
+/// What is left of an attempt after a restart of the gateway.
+#[derive(Debug)]
+pub struct Remains {
+    /// The machine's NICs as they were proposed.
+    pub nics: Vec<NicHandover>,
+    /// What was held.
+    pub reservation: Reservation,
+    /// The last record.
+    pub last: DestinationRecord,
+    /// What was loaded is still there.
+    pub qemu_found: bool,
 }
 
 /// One migration at the site the machine comes to.
 #[derive(Debug)]
 pub struct Destination {
     attempt: Attempt,
+    nics: Vec<NicHandover>,
     reservation: Reservation,
     limits: DestinationLimits,
     link_down_since: Option<Duration>,
@@ -115,6 +162,7 @@ impl Destination {
         limits: DestinationLimits,
         now: Duration,
     ) -> (Self, Step<Action>) {
+        let nics = proposal.nics.clone();
         let record = DestinationRecord::Reserved {
             peer: attempt.peer.clone(),
             proposal,
@@ -122,34 +170,48 @@ impl Destination {
         };
         let next_repeat = now + limits.repeat;
         let state = State::Preparing;
-        let destination = Self { attempt, reservation, limits, link_down_since: None, next_repeat, state };
+        let destination =
+            Self { attempt, nics, reservation, limits, link_down_since: None, next_repeat, state };
         (destination, Step::record(Record::Destination(record), vec![Action::Prepare]))
     }
 
     /// Goes on after a restart of the gateway at `site`. What was not loaded is lost with QEMU's
     /// sockets and is refused durably; what was loaded waits on; what was activated is activated
-    /// again. What was loaded and is gone (`qemu_found` is false) is refused too: the source has
-    /// kept its memory, even where it has committed.
+    /// again. What was loaded and is gone (`qemu_found` is false) is refused too, or handed back: the source
+    /// has kept its memory, even where it has committed.
     pub fn recover(
         attempt: Attempt,
-        reservation: Reservation,
-        last: DestinationRecord,
-        qemu_found: bool,
+        remains: Remains,
         limits: DestinationLimits,
         site: &SiteName,
         now: Duration,
     ) -> (Self, Step<Action>) {
         let state = State::Preparing;
+        let Remains { nics, reservation, last, qemu_found } = remains;
+        let gone = || Refusal::Hypervisor(format!("QEMU at site {site} is gone"));
         let mut destination =
-            Self { attempt, reservation, limits, link_down_since: Some(now), next_repeat: now, state };
+            Self { attempt, nics, reservation, limits, link_down_since: Some(now), next_repeat: now, state };
         let step = match last {
             DestinationRecord::Reserved { .. } => destination.refuse(Refusal::Restarted(site.clone())),
             DestinationRecord::Loaded if qemu_found => {
                 destination.state = State::Loaded;
                 Step::nothing()
             }
-            DestinationRecord::Loaded => {
-                destination.refuse(Refusal::Hypervisor(format!("QEMU at site {site} is gone")))
+            DestinationRecord::Loaded => destination.refuse(gone()),
+            DestinationRecord::Claiming { handover } => {
+                let lost = (!qemu_found).then(gone);
+                destination.state = State::Claiming { handover, lost };
+                Step::act(destination.question().into_iter().collect())
+            }
+            DestinationRecord::Owned { handover } if qemu_found => {
+                destination.state = State::Owned { handover };
+                Step::act(vec![Action::CheckGuest])
+            }
+            DestinationRecord::Owned { .. } => destination.hand_back(gone()),
+            DestinationRecord::HandedBack { why } => {
+                destination.state = State::HandingBack { why, discarded: false, settled: false };
+                let question = destination.question();
+                Step::act(question.into_iter().chain([Action::Discard]).collect())
             }
             DestinationRecord::Activated { handover } => {
                 destination.state = State::Activating { done: false };
@@ -174,8 +236,12 @@ impl Destination {
         match &self.state {
             State::Preparing => Stage::Reservation,
             State::Receiving => Stage::PreCopy,
-            State::Loaded => Stage::Commitment,
-            State::Activating { .. } | State::Refusing { .. } | State::Done(_) => Stage::Activation,
+            State::Loaded | State::Claiming { .. } | State::Owned { .. } => Stage::Commitment,
+            State::Activating { .. }
+            | State::Settling
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => Stage::Activation,
         }
     }
 
@@ -188,9 +254,23 @@ impl Destination {
     pub fn deadline(&self) -> Option<Duration> {
         let cut = match &self.state {
             State::Preparing | State::Receiving => self.link_down_since.map(|at| at + self.limits.cut_limit),
-            State::Loaded | State::Activating { .. } | State::Refusing { .. } | State::Done(_) => None,
+            State::Loaded
+            | State::Claiming { .. }
+            | State::Owned { .. }
+            | State::Activating { .. }
+            | State::Settling
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => None,
         };
-        let repeat = matches!(self.state, State::Loaded).then_some(self.next_repeat);
+        let waits = matches!(
+            self.state,
+            State::Loaded
+                | State::Claiming { .. }
+                | State::Settling
+                | State::HandingBack { settled: false, .. }
+        );
+        let repeat = waits.then_some(self.next_repeat);
         [cut, repeat].into_iter().flatten().min()
     }
 
@@ -211,6 +291,8 @@ impl Destination {
             Event::Activated => self.on_activated(),
             Event::Discarded => self.on_discarded(),
             Event::Failed(why) => self.on_failed(why),
+            Event::Stands => self.on_stands(),
+            Event::Arbiter(verdict) => self.on_verdict(verdict),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -222,12 +304,16 @@ impl Destination {
             MigrationMessage::Commit { epoch, handover } if epoch == self.attempt.epoch => {
                 self.on_commit(handover)
             }
+            MigrationMessage::Offer { epoch, handover } if epoch == self.attempt.epoch => {
+                self.on_offer(handover)
+            }
             MigrationMessage::Abort { epoch, why } if epoch == self.attempt.epoch => self.on_abort(why),
             // A repeated proposal: the answer is what became of it.
             MigrationMessage::Propose(_) => Step::act(vec![Action::Send(MigrationMessage::Accept)]),
             // Of another epoch: late, and about nothing that concerns this attempt.
             MigrationMessage::Reserve { .. }
             | MigrationMessage::Commit { .. }
+            | MigrationMessage::Offer { .. }
             | MigrationMessage::Abort { .. } => Step::nothing(),
             MigrationMessage::Accept
             | MigrationMessage::Reserved(_)
@@ -246,13 +332,17 @@ impl Destination {
             State::Receiving => {
                 Step::act(vec![Action::Send(MigrationMessage::Reserved(self.reservation.clone()))])
             }
-            State::Refusing { why } | State::Done(Outcome::Refused(why)) => {
+            State::Refusing { why } | State::HandingBack { why, .. } | State::Done(Outcome::Refused(why)) => {
                 let refused = MigrationMessage::Refused { epoch: self.attempt.epoch, why: why.clone() };
                 Step::act(vec![Action::Send(refused)])
             }
-            State::Preparing | State::Loaded | State::Activating { .. } | State::Done(Outcome::Active) => {
-                Step::nothing()
-            }
+            State::Preparing
+            | State::Loaded
+            | State::Claiming { .. }
+            | State::Owned { .. }
+            | State::Activating { .. }
+            | State::Settling
+            | State::Done(Outcome::Active) => Step::nothing(),
         }
     }
 
@@ -275,21 +365,21 @@ impl Destination {
     }
 
     fn on_commit(&mut self, handover: Box<Handover>) -> Step<Action> {
+        let arbitrated = self.is_arbitrated();
         match mem::replace(&mut self.state, State::Preparing) {
-            State::Loaded => {
-                self.state = State::Activating { done: false };
-                let permit = self.permit();
-                Step::record(
-                    Record::Destination(DestinationRecord::Activated { handover: handover.clone() }),
-                    vec![Action::Activate(permit, handover)],
-                )
+            // Promised: the register is told once it runs.
+            State::Loaded | State::Claiming { .. } if arbitrated => self.own(handover),
+            State::Loaded => self.activate(handover),
+            waiting @ (State::Claiming { .. } | State::Owned { .. }) => {
+                self.state = waiting;
+                Step::nothing()
             }
-            // The confirmed mode never commits before Loaded; a machine that is not here cannot run.
+            // No mode commits before Loaded; a machine that is not here cannot run.
             early @ (State::Preparing | State::Receiving) => {
                 self.state = early;
                 self.refuse(Refusal::PeerMisbehaved("committed before the machine was loaded".into()))
             }
-            done @ (State::Activating { done: true } | State::Done(Outcome::Active)) => {
+            done @ (State::Activating { done: true } | State::Settling | State::Done(Outcome::Active)) => {
                 self.state = done;
                 self.say_activated()
             }
@@ -297,31 +387,50 @@ impl Destination {
                 self.state = waiting;
                 Step::nothing()
             }
-            State::Refusing { why } => {
-                self.state = State::Refusing { why };
-                self.answer_reserve()
-            }
-            State::Done(outcome @ Outcome::Refused(_)) => {
-                self.state = State::Done(outcome);
+            refused @ (State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(Outcome::Refused(_))) => {
+                self.state = refused;
                 self.answer_reserve()
             }
         }
     }
 
+    fn activate(&mut self, handover: Box<Handover>) -> Step<Action> {
+        self.state = State::Activating { done: false };
+        let permit = self.permit();
+        Step::record(
+            Record::Destination(DestinationRecord::Activated { handover: handover.clone() }),
+            vec![Action::Activate(permit, handover)],
+        )
+    }
+
     fn on_abort(&mut self, why: Refusal) -> Step<Action> {
         match &self.state {
             State::Preparing | State::Receiving | State::Loaded => self.refuse(why),
-            State::Refusing { .. } | State::Done(Outcome::Refused(_)) => self.answer_reserve(),
-            State::Activating { done: true } | State::Done(Outcome::Active) => self.say_activated(),
-            State::Activating { done: false } => Step::nothing(),
+            // The claim may be under way: only the register knows.
+            State::Claiming { .. } => Step::act(vec![Action::Arbitrate(Request::Read)]),
+            State::Refusing { .. } | State::HandingBack { .. } | State::Done(Outcome::Refused(_)) => {
+                self.answer_reserve()
+            }
+            State::Activating { done: true } | State::Settling | State::Done(Outcome::Active) => {
+                self.say_activated()
+            }
+            State::Owned { .. } | State::Activating { done: false } => Step::nothing(),
         }
     }
 
     fn on_failed(&mut self, why: Refusal) -> Step<Action> {
         match &self.state {
             State::Preparing | State::Receiving | State::Loaded => self.refuse(why),
+            State::Claiming { .. } => self.lose(why),
+            State::Owned { .. } => self.hand_back(why),
             // The machine is ours: a failure here is ours to repair, never the source's to undo.
-            State::Activating { .. } | State::Refusing { .. } | State::Done(_) => Step::nothing(),
+            State::Activating { .. }
+            | State::Settling
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => Step::nothing(),
         }
     }
 
@@ -338,6 +447,9 @@ impl Destination {
         if !matches!(self.state, State::Activating { done: false }) {
             return Step::nothing();
         }
+        if self.is_arbitrated() {
+            return self.settle();
+        }
         self.state = State::Done(Outcome::Active);
         self.say_activated()
     }
@@ -347,8 +459,20 @@ impl Destination {
     }
 
     fn on_discarded(&mut self) -> Step<Action> {
-        if let State::Refusing { why } = &self.state {
-            self.state = State::Done(Outcome::Refused(why.clone()));
+        match &mut self.state {
+            State::Refusing { why } => self.state = State::Done(Outcome::Refused(why.clone())),
+            State::HandingBack { discarded, .. } => {
+                *discarded = true;
+                self.end_if_handed_back();
+            }
+            State::Preparing
+            | State::Receiving
+            | State::Loaded
+            | State::Claiming { .. }
+            | State::Owned { .. }
+            | State::Activating { .. }
+            | State::Settling
+            | State::Done(_) => {}
         }
         Step::nothing()
     }
@@ -371,12 +495,19 @@ impl Destination {
         self.next_repeat = now + self.limits.repeat;
         match &self.state {
             State::Loaded => {
-                Step::act(vec![Action::Send(MigrationMessage::Loaded { epoch: self.attempt.epoch })])
+                let loaded = Action::Send(MigrationMessage::Loaded { epoch: self.attempt.epoch });
+                Step::act([loaded].into_iter().chain(self.question()).collect())
             }
             State::Receiving => self.answer_reserve(),
-            State::Preparing | State::Activating { .. } | State::Refusing { .. } | State::Done(_) => {
-                Step::nothing()
+            State::Claiming { .. } | State::Settling | State::HandingBack { settled: false, .. } => {
+                Step::act(self.question().into_iter().collect())
             }
+            State::Preparing
+            | State::Owned { .. }
+            | State::Activating { .. }
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => Step::nothing(),
         }
     }
 

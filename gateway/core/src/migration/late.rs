@@ -5,7 +5,7 @@
 //! destination would hold memory, disks and addresses for ever for an attempt that was given up.
 
 use crate::ids::Epoch;
-use crate::migration::message::MigrationMessage;
+use crate::migration::message::{MigrationMessage, Refusal};
 use crate::migration::record::{DestinationRecord, Record, SourceRecord};
 
 /// The answer to `heard`, given the `last` record of its migration and the epoch that stands in it.
@@ -14,6 +14,7 @@ use crate::migration::record::{DestinationRecord, Record, SourceRecord};
 pub fn answer(last: Option<(Epoch, &Record)>, heard: &MigrationMessage) -> Option<MigrationMessage> {
     match heard {
         MigrationMessage::Reserve { .. }
+        | MigrationMessage::Offer { .. }
         | MigrationMessage::Commit { .. }
         | MigrationMessage::Abort { .. } => as_destination(last),
         MigrationMessage::Reserved(_) | MigrationMessage::Loaded { .. } => as_source(last),
@@ -32,10 +33,15 @@ fn as_destination(last: Option<(Epoch, &Record)>) -> Option<MigrationMessage> {
         Record::Destination(DestinationRecord::Activated { .. }) => {
             Some(MigrationMessage::Activated { epoch })
         }
-        Record::Destination(DestinationRecord::Refused { why }) => {
+        Record::Destination(DestinationRecord::Refused { why } | DestinationRecord::HandedBack { why }) => {
             Some(MigrationMessage::Refused { epoch, why: why.clone() })
         }
-        Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded)
+        Record::Destination(
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. },
+        )
         | Record::Source(_) => None,
     }
 }
@@ -48,12 +54,19 @@ fn as_source(last: Option<(Epoch, &Record)>) -> Option<MigrationMessage> {
         Record::Source(SourceRecord::Aborted { why } | SourceRecord::Returned { why }) => {
             Some(MigrationMessage::Abort { epoch, why: why.clone() })
         }
+        Record::Source(SourceRecord::Settled) => {
+            let why = Refusal::Other("The source took the machine back".into());
+            Some(MigrationMessage::Abort { epoch, why })
+        }
         Record::Source(
             SourceRecord::Reserved { .. }
             | SourceRecord::PreCopy { .. }
             | SourceRecord::Parked
             | SourceRecord::Committed { .. }
-            | SourceRecord::Released,
+            | SourceRecord::Released
+            | SourceRecord::Offered { .. }
+            | SourceRecord::Reclaiming { .. }
+            | SourceRecord::Promised { .. },
         )
         | Record::Destination(_) => None,
     }

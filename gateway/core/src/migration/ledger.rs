@@ -30,13 +30,23 @@ pub enum Ownership {
         /// The epoch that would begin here.
         epoch: Epoch,
     },
+    /// Offered: ours or the other site's, as the arbiter's register says.
+    Offered {
+        /// The site it was offered to.
+        site: SiteName,
+        /// The epoch that begins, here or there.
+        epoch: Epoch,
+    },
 }
 
 impl Ownership {
     /// The epoch known here.
     pub fn epoch(&self) -> Epoch {
         match self {
-            Self::Here { epoch } | Self::Away { epoch, .. } | Self::Arriving { epoch } => *epoch,
+            Self::Here { epoch }
+            | Self::Away { epoch, .. }
+            | Self::Arriving { epoch }
+            | Self::Offered { epoch, .. } => *epoch,
         }
     }
 
@@ -44,26 +54,39 @@ impl Ownership {
     /// `None` where the machine is no longer known here.
     pub fn after(before: Option<&Self>, record: &Record, epoch: Epoch, peer: &SiteName) -> Option<Self> {
         match record {
-            Record::Source(SourceRecord::Committed { .. }) => Some(Self::Away { site: peer.clone(), epoch }),
+            Record::Source(SourceRecord::Committed { .. } | SourceRecord::Promised { .. }) => {
+                Some(Self::Away { site: peer.clone(), epoch })
+            }
+            Record::Source(SourceRecord::Offered { .. } | SourceRecord::Reclaiming { .. }) => {
+                Some(Self::Offered { site: peer.clone(), epoch })
+            }
             Record::Source(SourceRecord::Returned { .. }) => Some(Self::Here { epoch }),
             Record::Source(
                 SourceRecord::Reserved { .. }
                 | SourceRecord::PreCopy { .. }
                 | SourceRecord::Parked
                 | SourceRecord::Released
-                | SourceRecord::Aborted { .. },
+                | SourceRecord::Aborted { .. }
+                | SourceRecord::Settled,
             ) => before.cloned(),
-            Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded) => {
+            Record::Destination(
+                DestinationRecord::Reserved { .. }
+                | DestinationRecord::Loaded
+                | DestinationRecord::Claiming { .. }
+                | DestinationRecord::Owned { .. },
+            ) => match before {
+                Some(away @ (Self::Away { .. } | Self::Offered { .. })) => Some(away.clone()),
+                Some(Self::Here { .. } | Self::Arriving { .. }) | None => Some(Self::Arriving { epoch }),
+            },
+            Record::Destination(DestinationRecord::Activated { .. }) => Some(Self::Here { epoch }),
+            Record::Destination(DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }) => {
                 match before {
-                    Some(away @ Self::Away { .. }) => Some(away.clone()),
-                    Some(Self::Here { .. } | Self::Arriving { .. }) | None => Some(Self::Arriving { epoch }),
+                    Some(Self::Arriving { .. }) | None => None,
+                    Some(other @ (Self::Here { .. } | Self::Away { .. } | Self::Offered { .. })) => {
+                        Some(other.clone())
+                    }
                 }
             }
-            Record::Destination(DestinationRecord::Activated { .. }) => Some(Self::Here { epoch }),
-            Record::Destination(DestinationRecord::Refused { .. }) => match before {
-                Some(Self::Arriving { .. }) | None => None,
-                Some(other @ (Self::Here { .. } | Self::Away { .. })) => Some(other.clone()),
-            },
         }
     }
 
@@ -75,7 +98,7 @@ impl Ownership {
     pub fn may_undo(&self, attempt: Epoch) -> bool {
         match self {
             Self::Here { epoch } => *epoch <= attempt,
-            Self::Away { .. } | Self::Arriving { .. } => false,
+            Self::Away { .. } | Self::Arriving { .. } | Self::Offered { .. } => false,
         }
     }
 
@@ -90,7 +113,7 @@ impl Ownership {
             (Self::Away { site, epoch }, _) => {
                 Err(MayNotRun::Away { vm: vm.clone(), site: site.clone(), epoch: *epoch })
             }
-            (Self::Arriving { .. }, _) => Err(MayNotRun::Moving(vm.clone())),
+            (Self::Arriving { .. } | Self::Offered { .. }, _) => Err(MayNotRun::Moving(vm.clone())),
         }
     }
 }

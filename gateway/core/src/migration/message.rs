@@ -36,7 +36,8 @@ pub enum MigrationMessage {
         /// The epoch that would begin.
         epoch: Epoch,
     },
-    /// Source, stage 4: the machine is yours. Sent only after `Committed` is durable.
+    /// Source, stage 4: the machine is yours. Sent only after `Committed`, or with an arbiter `Promised`, is
+    /// durable.
     Commit {
         /// The epoch that begins.
         epoch: Epoch,
@@ -48,7 +49,7 @@ pub enum MigrationMessage {
         /// The epoch that began.
         epoch: Epoch,
     },
-    /// Destination: durably refused. It will never run the machine under this epoch.
+    /// Destination: durably refused or handed back. It will never run the machine under this epoch.
     Refused {
         /// The refused epoch.
         epoch: Epoch,
@@ -64,6 +65,14 @@ pub enum MigrationMessage {
     },
     /// Destination: it has no record of this migration. Not a refusal.
     Unknown,
+    /// Source, stage 4 with an arbiter: win the epoch at the register and the machine is yours. Sent only after
+    /// `Offered` is durable.
+    Offer {
+        /// The epoch that would begin.
+        epoch: Epoch,
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
 }
 
 /// What the source asks the destination to take.

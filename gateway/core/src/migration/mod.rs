@@ -29,9 +29,28 @@
 //! not Refused*: a peer that has no record answers `Unknown`, which changes nothing. No deadline
 //! makes a permit after `Committed`.
 //!
+//! **With an arbiter** the source does not commit but offers, and the destination wins the register's epoch
+//! before it owns the machine. Whoever is in doubt asks the register, so that in a cut of the WAN nobody waits
+//! for the other side:
+//!
+//! ```text
+//!  Offered [Offered]  Offer -----------------------> Claiming [Claiming]   compare-and-swap: for itself
+//!    | in doubt, and the register answers:              |  won
+//!    | Reclaiming [Reclaiming], compare-and-swap        Owned [Owned]      the loaded QEMU still stands
+//!    | in doubt, and it does not: Promised [Promised]   |  [Activated]
+//!    |   the register is the destination's              Activating, then Settling until the register says so
+//!  Committed [Committed]                                |
+//!    |   or it is the source's, or refused              `- QEMU was lost: HandingBack [HandedBack]
+//!  Returned [Returned], then [Settled] once the register says so
+//! ```
+//!
+//! A source that has asked for itself never promises, a destination that has claimed never refuses before it
+//! has read that it lost. The model (`tests/model/arbiter.rs`) has the same table.
+//!
 //! Nothing here measures time or talks to anybody; the gateway's driver feeds events and performs
 //! the actions.
 
+pub mod arbiter;
 pub mod convergence;
 pub mod destination;
 pub mod late;
@@ -42,7 +61,7 @@ pub mod record;
 pub mod source;
 pub mod step;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::ids::{Epoch, MigrationId, SiteName, VmName};
 
@@ -57,6 +76,13 @@ pub struct Attempt {
     pub peer: SiteName,
     /// The epoch that begins at the destination if the machine is handed over.
     pub epoch: Epoch,
+    /// How it is handed over. The last field: attempts of before it was kept end here and are confirmed.
+    #[serde(deserialize_with = "confirmed_where_it_ends")]
+    pub commit: CommitMode,
+}
+
+fn confirmed_where_it_ends<'de, D: Deserializer<'de>>(deserializer: D) -> Result<CommitMode, D::Error> {
+    Ok(CommitMode::deserialize(deserializer).unwrap_or_default())
 }
 
 /// The stages of Clark 2005, as users see them.
@@ -110,4 +136,7 @@ pub enum CommitMode {
     /// The source commits after the destination has said Loaded: one round trip more of pause.
     #[default]
     Confirmed,
+    /// The source offers after Loaded, and the destination wins a compare-and-swap at an arbiter before it
+    /// runs: that round trip more of pause, and in a cut neither side waits for the other.
+    Arbitrated(arbiter::Arbiter),
 }

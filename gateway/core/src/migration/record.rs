@@ -12,6 +12,12 @@
 //! destination:  Reserved -> Loaded -> Activated
 //!                   \          \-> Refused
 //!                    `-> Refused
+//! with an arbiter:
+//! source:       ... [Parked] -> Offered -> [Reclaiming | Promised] -> Committed -> Released
+//!                                   `-----------------`-------------------`-> Returned -> Settled
+//! destination:  Reserved -> Loaded -> [Claiming] -> Owned -> Activated
+//!                                \         \           `-> HandedBack
+//!                                 `---------`-> Refused
 //! ```
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -61,11 +67,29 @@ pub enum SourceRecord {
         /// Why.
         why: Refusal,
     },
-    /// Durably refused by the destination after `Committed`: the machine came back.
+    /// Durably refused by the destination after `Committed` or `Offered`, or won at the arbiter: the machine came
+    /// back.
     Returned {
         /// Why.
         why: Refusal,
     },
+    /// The machine is whose the register says: nobody's word alone decides any more.
+    Offered {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// The register is asked for this side: nothing may be promised any more.
+    Reclaiming {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// The destination may run it whatever the register says: it is never asked for this side any more.
+    Promised {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// The register names this side, after `Returned`.
+    Settled,
 }
 
 /// Decisions of the destination.
@@ -89,6 +113,21 @@ pub enum DestinationRecord {
     },
     /// We will never run it under this epoch.
     Refused {
+        /// Why.
+        why: Refusal,
+    },
+    /// The register was asked for us: refused only once it is read that we lost.
+    Claiming {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// Won at the register, or promised by the source: ours, if what was loaded still stands.
+    Owned {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+    },
+    /// It was ours and did not stand any more: we will never run it under this epoch.
+    HandedBack {
         /// Why.
         why: Refusal,
     },
@@ -140,6 +179,10 @@ impl SourceRecord {
             Self::Released => "released",
             Self::Aborted { .. } => "aborted",
             Self::Returned { .. } => "returned",
+            Self::Offered { .. } => "offered",
+            Self::Reclaiming { .. } => "reclaiming",
+            Self::Promised { .. } => "promised",
+            Self::Settled => "settled",
         }
     }
 
@@ -147,11 +190,18 @@ impl SourceRecord {
         match (last, self) {
             (None, Self::Reserved { .. }) => true,
             (Some(Self::Reserved { .. }), Self::PreCopy { .. } | Self::Aborted { .. }) => true,
-            (Some(Self::PreCopy { .. }), Self::Parked | Self::Committed { .. } | Self::Aborted { .. }) => {
-                true
-            }
-            (Some(Self::Parked), Self::Committed { .. } | Self::Aborted { .. }) => true,
+            (Some(Self::PreCopy { .. }), Self::Parked) => true,
+            (
+                Some(Self::PreCopy { .. } | Self::Parked),
+                Self::Committed { .. } | Self::Offered { .. } | Self::Aborted { .. },
+            ) => true,
+            (Some(Self::Offered { .. }), Self::Reclaiming { .. } | Self::Promised { .. }) => true,
+            (
+                Some(Self::Offered { .. } | Self::Reclaiming { .. } | Self::Promised { .. }),
+                Self::Committed { .. } | Self::Returned { .. },
+            ) => true,
             (Some(Self::Committed { .. }), Self::Released | Self::Returned { .. }) => true,
+            (Some(Self::Returned { .. }), Self::Settled) => true,
             (_, _) => false,
         }
     }
@@ -165,6 +215,9 @@ impl DestinationRecord {
             Self::Loaded => "loaded",
             Self::Activated { .. } => "activated",
             Self::Refused { .. } => "refused",
+            Self::Claiming { .. } => "claiming",
+            Self::Owned { .. } => "owned",
+            Self::HandedBack { .. } => "handed back",
         }
     }
 
@@ -172,7 +225,9 @@ impl DestinationRecord {
         match (last, self) {
             (None, Self::Reserved { .. }) => true,
             (Some(Self::Reserved { .. }), Self::Loaded | Self::Refused { .. }) => true,
-            (Some(Self::Loaded), Self::Activated { .. } | Self::Refused { .. }) => true,
+            (Some(Self::Loaded), Self::Activated { .. } | Self::Claiming { .. }) => true,
+            (Some(Self::Loaded | Self::Claiming { .. }), Self::Owned { .. } | Self::Refused { .. }) => true,
+            (Some(Self::Owned { .. }), Self::Activated { .. } | Self::HandedBack { .. }) => true,
             (_, _) => false,
         }
     }

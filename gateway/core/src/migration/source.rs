@@ -14,11 +14,15 @@
 //!
 //! * before `Reserving` nothing is held anywhere: a failure ends in `Done` without a record;
 //! * from `Reserving` on a failure is first recorded as `Aborted`, then undone, then told;
-//! * `Committed` is left by the peer's word only.
+//! * `Committed` is left by the peer's word only;
+//! * with an arbiter `Offered` stands before `Committed`: see `arbitrated`.
+
+mod arbitrated;
 
 use std::time::Duration;
 
 use crate::ids::SiteName;
+use crate::migration::arbiter::{Request, Verdict};
 use crate::migration::convergence::{Convergence, Decision, PauseBudget, Progress};
 use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use crate::migration::permit::RunPermit;
@@ -75,10 +79,14 @@ pub enum Event {
     Parked(Box<Handover>),
     /// Something local failed.
     Failed(Refusal),
+    /// A restarted gateway did not find the guest that was offered.
+    GuestLost,
     /// Everything this side did was undone; the guest runs if it ran before.
     RolledBack,
     /// What follows from `Released` is done.
     TidiedUp,
+    /// What the arbiter's register says, asked or not.
+    Arbiter(Verdict),
     /// The operator wants it to end.
     AbortRequested,
     /// A deadline may have passed.
@@ -97,6 +105,8 @@ pub enum Action {
     /// Hold packets, stop the guest, send the rest and the barriers: reports `GuestStopped`, then
     /// `Parked`.
     Park,
+    /// Ask the arbiter: reports `Arbiter`. May be lost, and applied late.
+    Arbitrate(Request),
     /// Send held and coming packets to the destination. The machine is its own now.
     Attract(Box<Handover>),
     /// Move the names, keep the disk aside, forget the guest: reports `TidiedUp`.
@@ -117,14 +127,48 @@ pub enum Outcome {
 #[derive(Debug)]
 enum State {
     Preflight,
-    Proposed { proposal: Box<Proposal>, give_up_at: Duration },
-    Reserving { give_up_at: Duration },
-    PreCopy { convergence: Convergence },
-    Parking { stopped_at: Option<Duration>, predicted: Duration, loaded: bool },
-    Parked { give_up_at: Duration, handover: Box<Handover> },
-    Committed { handover: Box<Handover> },
+    Proposed {
+        proposal: Box<Proposal>,
+        give_up_at: Duration,
+    },
+    Reserving {
+        give_up_at: Duration,
+    },
+    PreCopy {
+        convergence: Convergence,
+    },
+    Parking {
+        stopped_at: Option<Duration>,
+        predicted: Duration,
+        loaded: bool,
+    },
+    Parked {
+        give_up_at: Duration,
+        handover: Box<Handover>,
+    },
+    /// `give_up_at` is when it asks for itself; `None` is never.
+    Offered {
+        give_up_at: Option<Duration>,
+        handover: Box<Handover>,
+    },
+    Reclaiming {
+        handover: Box<Handover>,
+    },
+    Promised {
+        handover: Box<Handover>,
+    },
+    Committed {
+        handover: Box<Handover>,
+        refused: Option<Refusal>,
+    },
     Released,
-    Aborting { why: Refusal, rolled_back: bool, told: bool },
+    /// `owes`: the register is to name this side.
+    Aborting {
+        why: Refusal,
+        rolled_back: bool,
+        told: bool,
+        owes: bool,
+    },
     Done(Outcome),
 }
 
@@ -172,17 +216,33 @@ impl Source {
                 source.abort(Refusal::Restarted(site.clone()))
             }
             SourceRecord::Committed { handover } => {
-                source.state = State::Committed { handover: handover.clone() };
+                source.state = State::Committed { handover: handover.clone(), refused: None };
                 Step::act(vec![Action::Attract(handover)])
+            }
+            SourceRecord::Offered { handover } => {
+                let give_up_at = Some(now + limits.pause_budget);
+                source.state = State::Offered { give_up_at, handover };
+                Step::act(vec![Action::Arbitrate(Request::Read)])
+            }
+            SourceRecord::Reclaiming { handover } => {
+                source.state = State::Reclaiming { handover };
+                Step::act(vec![Action::Arbitrate(Request::ForSource)])
+            }
+            SourceRecord::Promised { handover } => {
+                source.state = State::Promised { handover: handover.clone() };
+                Step::act(vec![Action::Attract(handover), Action::Arbitrate(Request::ForDestination)])
             }
             SourceRecord::Released => {
                 source.state = State::Released;
                 Step::act(vec![Action::Release])
             }
-            SourceRecord::Aborted { why } | SourceRecord::Returned { why } => {
-                source.state = State::Aborting { why, rolled_back: false, told: false };
-                let permit = source.permit();
-                Step::act(vec![Action::Rollback(permit)])
+            SourceRecord::Aborted { why } => source.undo(why, false),
+            SourceRecord::Returned { why } => {
+                let owes = source.is_arbitrated();
+                source.undo(why, owes)
+            }
+            SourceRecord::Settled => {
+                source.undo(Refusal::Other("The machine came back from its hand-over".into()), false)
             }
         };
         (source, step)
@@ -200,7 +260,10 @@ impl Source {
             State::Reserving { .. } => Stage::Reservation,
             State::PreCopy { .. } => Stage::PreCopy,
             State::Parking { .. } | State::Parked { .. } => Stage::StopAndCopy,
-            State::Committed { .. } => Stage::Commitment,
+            State::Offered { .. }
+            | State::Reclaiming { .. }
+            | State::Promised { .. }
+            | State::Committed { .. } => Stage::Commitment,
             State::Released | State::Done(Outcome::Moved) => Stage::Activation,
             State::Aborting { .. } | State::Done(Outcome::Stayed(_)) => Stage::PreMigration,
         }
@@ -216,6 +279,9 @@ impl Source {
             | State::PreCopy { .. }
             | State::Parking { .. }
             | State::Parked { .. }
+            | State::Offered { .. }
+            | State::Reclaiming { .. }
+            | State::Promised { .. }
             | State::Committed { .. }
             | State::Released
             | State::Aborting { .. } => None,
@@ -228,9 +294,9 @@ impl Source {
     }
 
     /// The attempt is over for this side: the machine is free for another one, even while the peer
-    /// is still being told.
+    /// is still being told. Not while the register still has to name this side.
     pub fn is_settled_here(&self) -> bool {
-        matches!(self.state, State::Done(_) | State::Aborting { rolled_back: true, .. })
+        matches!(self.state, State::Done(_) | State::Aborting { rolled_back: true, owes: false, .. })
     }
 
     /// When [`Event::Tick`] is due at the latest.
@@ -242,15 +308,20 @@ impl Source {
             State::Parking { stopped_at, predicted, .. } => {
                 stopped_at.map(|at| self.pause_deadline(at, *predicted))
             }
-            State::Committed { .. } => Some(self.next_repeat),
-            State::Aborting { told: false, .. } => Some(self.next_repeat),
+            State::Offered { .. }
+            | State::Reclaiming { .. }
+            | State::Promised { .. }
+            | State::Committed { .. }
+            | State::Aborting { told: false, .. }
+            | State::Aborting { owes: true, .. } => Some(self.next_repeat),
             State::Preflight
             | State::PreCopy { .. }
             | State::Released
-            | State::Aborting { told: true, .. }
+            | State::Aborting { told: true, owes: false, .. }
             | State::Done(_) => None,
         };
-        let cut = self.link_down_since.map(|since| since + self.limits.cut_limit);
+        let cut = self.link_down_since.filter(|_| self.ends_by_a_cut());
+        let cut = cut.map(|since| since + self.limits.cut_limit);
         [own, cut].into_iter().flatten().min()
     }
 
@@ -272,9 +343,11 @@ impl Source {
             Event::GuestStopped => self.on_guest_stopped(now),
             Event::Parked(handover) => self.on_parked(handover, now),
             Event::Failed(why) => self.give_up(why),
+            Event::GuestLost => self.on_guest_lost(),
             Event::RolledBack => self.on_rolled_back(),
             Event::TidiedUp => self.on_tidied_up(),
-            Event::AbortRequested => self.give_up(Refusal::Operator),
+            Event::Arbiter(verdict) => self.on_verdict(verdict, now),
+            Event::AbortRequested => self.on_abort_requested(now),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -296,7 +369,7 @@ impl Source {
             MigrationMessage::Reserved(reservation) => self.on_reserved(reservation),
             MigrationMessage::Decline(why) => self.on_decline(why),
             MigrationMessage::Loaded { epoch } if epoch == self.attempt.epoch => self.on_loaded(now),
-            MigrationMessage::Activated { epoch } if epoch == self.attempt.epoch => self.on_activated(),
+            MigrationMessage::Activated { epoch } if epoch == self.attempt.epoch => self.on_activated(now),
             MigrationMessage::Refused { epoch, why } if epoch == self.attempt.epoch => self.on_refused(why),
             MigrationMessage::Unknown => self.on_unknown(),
             // Of another epoch: late, and about nothing that concerns this attempt.
@@ -305,6 +378,7 @@ impl Source {
             | MigrationMessage::Refused { .. } => Step::nothing(),
             MigrationMessage::Propose(_)
             | MigrationMessage::Reserve { .. }
+            | MigrationMessage::Offer { .. }
             | MigrationMessage::Commit { .. }
             | MigrationMessage::Abort { .. } => {
                 self.give_up(Refusal::PeerMisbehaved("a source's message was sent to the source".into()))
@@ -380,10 +454,10 @@ impl Source {
         let State::Parking { stopped_at, predicted, loaded } = self.state else {
             return Step::nothing();
         };
-        if loaded {
-            return self.commit(handover, now);
-        }
         let give_up_at = self.pause_deadline(stopped_at.unwrap_or(now), predicted);
+        if loaded {
+            return self.hand_over(handover, give_up_at, now);
+        }
         self.state = State::Parked { give_up_at, handover };
         Step::record(Record::Source(SourceRecord::Parked), Vec::new())
     }
@@ -393,15 +467,15 @@ impl Source {
             *loaded = true;
             return Step::nothing();
         }
-        let State::Parked { handover, .. } = &self.state else {
+        let State::Parked { handover, give_up_at } = &self.state else {
             return Step::nothing();
         };
-        let handover = handover.clone();
-        self.commit(handover, now)
+        let (handover, give_up_at) = (handover.clone(), *give_up_at);
+        self.hand_over(handover, give_up_at, now)
     }
 
     fn commit(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
-        self.state = State::Committed { handover: handover.clone() };
+        self.state = State::Committed { handover: handover.clone(), refused: None };
         self.next_repeat = now + self.limits.repeat;
         let message = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(
@@ -410,26 +484,26 @@ impl Source {
         )
     }
 
-    fn on_activated(&mut self) -> Step<Action> {
-        if !matches!(self.state, State::Committed { .. }) {
-            return Step::nothing();
+    fn on_activated(&mut self, now: Duration) -> Step<Action> {
+        if matches!(self.state, State::Committed { .. }) {
+            self.state = State::Released;
+            return Step::record(Record::Source(SourceRecord::Released), vec![Action::Release]);
         }
-        self.state = State::Released;
-        Step::record(Record::Source(SourceRecord::Released), vec![Action::Release])
+        // It was in doubt: attracting comes first, with a record of its own. The commitment is answered again.
+        self.gone(now)
     }
 
     fn on_refused(&mut self, why: Refusal) -> Step<Action> {
+        let arbitrated = self.is_arbitrated();
         match &mut self.state {
-            State::Committed { .. } => {
-                self.state = State::Aborting { why: why.clone(), rolled_back: false, told: true };
-                let permit = self.permit();
-                Step::record(Record::Source(SourceRecord::Returned { why }), vec![Action::Rollback(permit)])
-            }
-            State::Aborting { rolled_back, told, why } => {
+            State::Committed { .. } if arbitrated => self.take_back(why),
+            State::Offered { .. }
+            | State::Reclaiming { .. }
+            | State::Promised { .. }
+            | State::Committed { .. } => self.returned(why, true),
+            State::Aborting { told, .. } => {
                 *told = true;
-                if *rolled_back {
-                    self.state = State::Done(Outcome::Stayed(why.clone()));
-                }
+                self.end_if_settled();
                 Step::nothing()
             }
             State::Preflight
@@ -453,13 +527,18 @@ impl Source {
     }
 
     fn on_rolled_back(&mut self) -> Step<Action> {
-        if let State::Aborting { rolled_back, told, why } = &mut self.state {
+        if let State::Aborting { rolled_back, .. } = &mut self.state {
             *rolled_back = true;
-            if *told {
-                self.state = State::Done(Outcome::Stayed(why.clone()));
-            }
         }
+        self.end_if_settled();
         Step::nothing()
+    }
+
+    /// Rolled back, the peer told, the register paid.
+    fn end_if_settled(&mut self) {
+        if let State::Aborting { why, rolled_back: true, told: true, owes: false } = &self.state {
+            self.state = State::Done(Outcome::Stayed(why.clone()));
+        }
     }
 
     fn on_tidied_up(&mut self) -> Step<Action> {
@@ -474,7 +553,7 @@ impl Source {
         match &self.state {
             State::Preflight | State::Proposed { .. } => {
                 // Nothing is held yet, but the driver's own state is cleared the same way.
-                self.state = State::Aborting { why, rolled_back: false, told: true };
+                self.state = State::Aborting { why, rolled_back: false, told: true, owes: false };
                 let permit = self.permit();
                 Step::act(vec![Action::Rollback(permit)])
             }
@@ -482,14 +561,25 @@ impl Source {
             | State::PreCopy { .. }
             | State::Parking { .. }
             | State::Parked { .. } => self.abort(why),
-            State::Committed { .. } | State::Released | State::Aborting { .. } | State::Done(_) => {
-                Step::nothing()
-            }
+            State::Offered { .. }
+            | State::Reclaiming { .. }
+            | State::Promised { .. }
+            | State::Committed { .. }
+            | State::Released
+            | State::Aborting { .. }
+            | State::Done(_) => Step::nothing(),
         }
     }
 
+    /// Goes on with an attempt that was given up before a restart.
+    fn undo(&mut self, why: Refusal, owes: bool) -> Step<Action> {
+        self.state = State::Aborting { why, rolled_back: false, told: false, owes };
+        let permit = self.permit();
+        Step::act(vec![Action::Rollback(permit)])
+    }
+
     fn abort(&mut self, why: Refusal) -> Step<Action> {
-        self.state = State::Aborting { why: why.clone(), rolled_back: false, told: false };
+        self.state = State::Aborting { why: why.clone(), rolled_back: false, told: false, owes: false };
         let tell = MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() };
         let permit = self.permit();
         Step::record(
@@ -501,7 +591,7 @@ impl Source {
     fn on_tick(&mut self, now: Duration) -> Step<Action> {
         if let Some(since) = self.link_down_since
             && now >= since + self.limits.cut_limit
-            && matches!(self.state, State::Proposed { .. } | State::Reserving { .. } | State::PreCopy { .. })
+            && self.ends_by_a_cut()
         {
             return self.give_up(Refusal::Link(format!("{} s", (now - since).as_secs())));
         }
@@ -525,6 +615,9 @@ impl Source {
             | State::PreCopy { .. }
             | State::Parking { .. }
             | State::Parked { .. }
+            | State::Offered { .. }
+            | State::Reclaiming { .. }
+            | State::Promised { .. }
             | State::Committed { .. }
             | State::Released
             | State::Aborting { .. }
@@ -532,10 +625,18 @@ impl Source {
         }
     }
 
+    fn ends_by_a_cut(&self) -> bool {
+        matches!(self.state, State::Proposed { .. } | State::Reserving { .. } | State::PreCopy { .. })
+    }
+
     fn repeat_if_due(&mut self, now: Duration) -> Step<Action> {
-        if now < self.next_repeat || self.link_down_since.is_some() {
-            self.next_repeat = self.next_repeat.max(now + self.limits.repeat / 4);
+        if now < self.next_repeat {
             return Step::nothing();
+        }
+        if self.link_down_since.is_some() {
+            // Nobody would hear it; the register may.
+            self.next_repeat = now + self.limits.repeat;
+            return Step::act(self.question().into_iter().collect());
         }
         self.repeat(now)
     }
@@ -543,7 +644,12 @@ impl Source {
     /// Says again what is not answered yet.
     fn repeat(&mut self, now: Duration) -> Step<Action> {
         self.next_repeat = now + self.limits.repeat;
-        let message = match &self.state {
+        let said = self.unanswered().map(Action::Send);
+        Step::act(said.into_iter().chain(self.question()).collect())
+    }
+
+    fn unanswered(&self) -> Option<MigrationMessage> {
+        Some(match &self.state {
             State::Proposed { proposal, .. } => MigrationMessage::Propose(proposal.clone()),
             // Past the reservation it asks whether that still holds: a destination that lost it while the
             // link was down has nobody left who would say so unasked.
@@ -551,24 +657,29 @@ impl Source {
             | State::PreCopy { .. }
             | State::Parking { .. }
             | State::Parked { .. } => MigrationMessage::Reserve { epoch: self.attempt.epoch },
-            State::Committed { handover } => {
+            State::Offered { handover, .. } => {
+                MigrationMessage::Offer { epoch: self.attempt.epoch, handover: handover.clone() }
+            }
+            State::Promised { handover } | State::Committed { handover, .. } => {
                 MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() }
             }
             State::Aborting { told: false, why, .. } => {
                 MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() }
             }
-            State::Preflight | State::Released | State::Aborting { told: true, .. } | State::Done(_) => {
-                return Step::nothing();
-            }
-        };
-        Step::act(vec![Action::Send(message)])
+            State::Preflight
+            | State::Reclaiming { .. }
+            | State::Released
+            | State::Aborting { told: true, .. }
+            | State::Done(_) => return None,
+        })
     }
 
     fn pause_deadline(&self, stopped_at: Duration, predicted: Duration) -> Duration {
         stopped_at + predicted * 2 + self.limits.pause_budget
     }
 
-    /// Called only where `Committed` was never written, or the peer durably refused: see [`super`].
+    /// Called only where neither `Committed` nor `Offered` was ever written, the peer durably refused, or the
+    /// register gave the epoch to this side: see [`super`].
     fn permit(&self) -> RunPermit {
         debug_assert!(matches!(self.state, State::Aborting { .. }), "a permit outside an abort");
         RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch)

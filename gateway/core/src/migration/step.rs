@@ -29,6 +29,12 @@ impl<A> Step<A> {
         Self { record: Some(record), actions }
     }
 
+    /// The same without the actions that `unneeded` names.
+    pub(super) fn without(mut self, unneeded: impl Fn(&A) -> bool) -> Self {
+        self.actions.retain(|action| !unneeded(action));
+        self
+    }
+
     /// The record that must be durable before the actions are taken out.
     pub fn pending_record(&self) -> Option<&Record> {
         self.record.as_ref()

@@ -32,7 +32,39 @@ impl MigrationMessage {
 mod tests {
     use super::*;
     use crate::ids::Epoch;
-    use crate::migration::message::Refusal;
+    use crate::migration::CommitMode;
+    use crate::migration::arbiter::Arbiter;
+    use crate::migration::message::{Handover, Refusal};
+    use crate::migration::record::{DestinationRecord, Record, SourceRecord};
+
+    fn first_byte(value: &impl serde::Serialize) -> u8 {
+        postcard::to_allocvec(value).unwrap()[0]
+    }
+
+    #[test]
+    fn what_came_with_the_arbiter_stands_behind_what_was_there_and_moves_no_number() {
+        let handover = || Box::new(Handover { nics: Vec::new() });
+        let offer = MigrationMessage::Offer { epoch: Epoch(3), handover: handover() };
+        assert_eq!((first_byte(&MigrationMessage::Unknown), first_byte(&offer)), (10, 11));
+        let modes = [CommitMode::Confirmed, CommitMode::Arbitrated(Arbiter::Dns)];
+        assert_eq!(modes.map(|mode| postcard::to_allocvec(&mode).unwrap()), [vec![0], vec![1, 0]]);
+        let second_byte = |record: &Record| postcard::to_allocvec(record).unwrap()[1];
+        let source = [
+            SourceRecord::Returned { why: Refusal::Operator },
+            SourceRecord::Offered { handover: handover() },
+            SourceRecord::Reclaiming { handover: handover() },
+            SourceRecord::Promised { handover: handover() },
+            SourceRecord::Settled,
+        ];
+        assert_eq!(source.map(|record| second_byte(&Record::Source(record))), [6, 7, 8, 9, 10]);
+        let destination = [
+            DestinationRecord::Refused { why: Refusal::Operator },
+            DestinationRecord::Claiming { handover: handover() },
+            DestinationRecord::Owned { handover: handover() },
+            DestinationRecord::HandedBack { why: Refusal::Operator },
+        ];
+        assert_eq!(destination.map(|record| second_byte(&Record::Destination(record))), [3, 4, 5, 6]);
+    }
 
     #[test]
     fn a_message_survives_the_wire_and_a_longer_one_does_not_decode() {

@@ -4,6 +4,9 @@
 //! number of times, in any order, late or never. A gateway's crash changes nothing, because each
 //! state here is one that is in the journal. The register itself is linearizable and never rolled
 //! back; a register that travels back in time is the high-water epoch's business, not this model's.
+//!
+//! More than the reference's model: a source that came back says so, and reads that it was handed back even
+//! where nobody tells it. Less: without an offer no claim can be under way, and the register is owed nothing.
 
 use crate::search::{Model, Move};
 
@@ -208,6 +211,7 @@ impl Arbiter {
         });
         let owes = matches!(s.source, Source::Resumed | Source::ResumedUnsettled)
             && s.source_guest == Guest::Running
+            && s.sent.offer
             && s.register != Register::SourceAfter;
         moves.add(owes, "source: pays its debt to the register", Needs::Arbiter, |s| {
             s.register = Register::SourceAfter;
@@ -229,6 +233,7 @@ impl Arbiter {
             |s| {
                 s.source = Source::Resumed;
                 resume(&mut s.source_guest);
+                s.sent.cancel = true;
             },
         );
         moves.add(doubts && s.sent.refuse, "source: hears the refusal, resumes", Needs::Wan, |s| {
@@ -244,6 +249,12 @@ impl Arbiter {
         moves.add((doubts || gone) && s.sent.running, "source: hears that it runs there", Needs::Wan, |s| {
             s.source = Source::Done;
             s.source_guest = Guest::Gone;
+        });
+        let handed_back = gone && s.register == Register::SourceAfter;
+        moves.add(handed_back, "source: gone, reads itself, resumes", Needs::Arbiter, |s| {
+            s.source = Source::Resumed;
+            resume(&mut s.source_guest);
+            s.sent.cancel = true;
         });
         let back = gone && s.sent.refuse && s.register != Register::SourceBefore;
         moves.add(back, "source: refused after all, takes it back", Needs::Arbiter, |s| {

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName};
-use longhaul_core::migration::destination::{self, DestinationLimits};
+use longhaul_core::migration::destination::{self, DestinationLimits, Remains};
 use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{
@@ -40,16 +40,16 @@ struct World {
     tidied: bool,
 }
 
-fn name(name: &str) -> SiteName {
+pub fn name(name: &str) -> SiteName {
     name.parse().expect("a literal name")
 }
 
 fn attempt(peer: &str) -> Attempt {
     let vm = "web1".parse().expect("a literal name");
-    Attempt { id: MigrationId(7), vm, peer: name(peer), epoch: EPOCH }
+    Attempt { id: MigrationId(7), vm, peer: name(peer), epoch: EPOCH, commit: CommitMode::Confirmed }
 }
 
-fn proposal() -> Box<Proposal> {
+pub fn proposal() -> Box<Proposal> {
     Box::new(Proposal {
         definition: support::definition(),
         home_site: name("a"),
@@ -61,15 +61,15 @@ fn proposal() -> Box<Proposal> {
     })
 }
 
-fn reservation() -> Reservation {
+pub fn reservation() -> Reservation {
     Reservation { care_of: Vec::new() }
 }
 
-fn moved() -> Box<Moved> {
+pub fn moved() -> Box<Moved> {
     Box::new(Moved { nics: Vec::new() })
 }
 
-fn why() -> Refusal {
+pub fn why() -> Refusal {
     Refusal::Hypervisor("killed".into())
 }
 
@@ -101,6 +101,7 @@ fn as_model(message: &MigrationMessage) -> Message {
         MigrationMessage::Abort { .. } => Message::Abort,
         MigrationMessage::Unknown => Message::Unknown,
         MigrationMessage::Decline(why) => panic!("a machine declined: {why}"),
+        MigrationMessage::Offer { .. } => panic!("a machine was offered without an arbiter"),
     }
 }
 
@@ -133,6 +134,7 @@ impl World {
             match action {
                 source::Action::Send(message) => self.sent.add(as_model(&message)),
                 source::Action::Rollback(permit) => self.permits[0] = Some(permit),
+                source::Action::Arbitrate(request) => panic!("{request:?} without an arbiter"),
                 source::Action::Preflight
                 | source::Action::StartPreCopy(_)
                 | source::Action::Park
@@ -155,6 +157,9 @@ impl World {
             match action {
                 destination::Action::Send(message) => self.sent.add(as_model(&message)),
                 destination::Action::Activate(permit, _) => self.permits[1] = Some(permit),
+                destination::Action::Arbitrate(_) | destination::Action::CheckGuest => {
+                    panic!("the register is asked without an arbiter")
+                }
                 destination::Action::Prepare | destination::Action::Discard => {}
             }
         }
@@ -232,9 +237,12 @@ impl World {
         if let Some(Record::Destination(last)) = last {
             let (machine, step) = destination::Destination::recover(
                 attempt("a"),
-                reservation(),
-                last,
-                self.guests[1] == Guest::Still,
+                Remains {
+                    nics: Vec::new(),
+                    reservation: reservation(),
+                    last,
+                    qemu_found: self.guests[1] == Guest::Still,
+                },
                 DestinationLimits::default(),
                 &name("b"),
                 NOW,
@@ -313,6 +321,7 @@ impl World {
             Some(Ownership::Here { epoch }) => Owns::Here((epoch.0 - 4) as u8),
             Some(Ownership::Away { epoch, .. }) => Owns::Away((epoch.0 - 4) as u8),
             Some(Ownership::Arriving { .. }) => Owns::Arriving,
+            Some(Ownership::Offered { .. }) => panic!("a machine was offered without an arbiter"),
         };
         let attempt = state::Attempt {
             source: self.source_state(),

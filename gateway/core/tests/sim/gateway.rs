@@ -4,7 +4,9 @@
 //! busy with is a piece of work that ends, fails or is lost with it.
 
 use longhaul_core::ids::Epoch;
-use longhaul_core::migration::destination::{self, Destination, DestinationLimits};
+use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::arbiter::{Request, Verdict};
+use longhaul_core::migration::destination::{self, Destination, DestinationLimits, Remains};
 use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{MigrationMessage, Refusal};
@@ -30,8 +32,12 @@ impl World {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let (machine, step) =
-            Source::begin(attempt(id, epoch.next(), B), SourceLimits::default(), false, self.now);
+        let (machine, step) = Source::begin(
+            attempt(id, epoch.next(), B, self.commit),
+            SourceLimits::default(),
+            false,
+            self.now,
+        );
         self.sites[A].sources.insert(id, SourceDriver::new(machine));
         self.source_step(id, step);
         if self.noticed_down[A] {
@@ -117,6 +123,10 @@ impl World {
                     journal.anchor.get_or_insert(Anchor { id, epoch, names: Names::Waiting });
                     continue;
                 }
+                source::Action::Arbitrate(request) => {
+                    self.asks(A, id, request);
+                    continue;
+                }
                 source::Action::Preflight => Work::Preflight,
                 source::Action::StartPreCopy(_) => Work::Copy,
                 source::Action::Park => {
@@ -153,6 +163,11 @@ impl World {
                     self.send(B, id, message);
                     continue;
                 }
+                destination::Action::Arbitrate(request) => {
+                    self.asks(B, id, request);
+                    continue;
+                }
+                destination::Action::CheckGuest => Work::Check,
                 destination::Action::Prepare => {
                     self.sites[B].held.insert(id);
                     Work::Prepare
@@ -278,7 +293,7 @@ impl World {
         }
         let epoch = self.epochs[&id];
         let (machine, step) = Destination::begin(
-            attempt(id, epoch, A),
+            attempt(id, epoch, A, self.commit),
             proposal(Epoch(epoch.0 - 1)),
             reservation(),
             DestinationLimits::default(),
@@ -312,13 +327,18 @@ impl World {
         let owner = site.journal.owner.as_ref().expect("the machine was defined here");
         let owed = match &last {
             SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked => true,
+            SourceRecord::Offered { .. }
+            | SourceRecord::Reclaiming { .. }
+            | SourceRecord::Promised { .. } => true,
             SourceRecord::Committed { .. } => self.broken != Some(Broken::ForgetsCommitted),
             SourceRecord::Released => {
                 // The name is owed whether or not there is a guest left to end.
                 site.runs_there = self.broken != Some(Broken::ForgetsNames);
                 site.guest != Guest::Gone
             }
-            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
+            // The register may be owed the news, whatever the guest does.
+            SourceRecord::Returned { .. } if self.commit != CommitMode::Confirmed => owner.may_undo(epoch),
+            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled => {
                 let may = match self.broken {
                     Some(Broken::OldAbortResumes) => owner.epoch() <= epoch,
                     Some(_) | None => owner.may_undo(epoch),
@@ -328,7 +348,8 @@ impl World {
         };
         if owed {
             let limits = SourceLimits::default();
-            let (machine, step) = Source::recover(attempt(id, epoch, B), last, limits, &name(A), self.now);
+            let (machine, step) =
+                Source::recover(attempt(id, epoch, B, self.commit), last, limits, &name(A), self.now);
             self.sites[A].sources.insert(id, SourceDriver::new(machine));
             self.source_step(id, step);
         }
@@ -340,7 +361,11 @@ impl World {
         let is_latest = site.journal.owner.as_ref().is_none_or(|owner| owner.epoch() <= epoch);
         let stands = site.guest == Guest::Still;
         let owed = match &last {
-            DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => true,
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. } => true,
+            DestinationRecord::HandedBack { .. } => is_latest,
             // Not written down yet: without that nobody could start it again either.
             DestinationRecord::Activated { .. } => is_latest && (stands || site.held.contains(&id)),
             DestinationRecord::Refused { .. } => is_latest && site.held.contains(&id),
@@ -349,10 +374,10 @@ impl World {
             return;
         }
         let limits = DestinationLimits::default();
-        let attempt = attempt(id, epoch, A);
+        let attempt = attempt(id, epoch, A, self.commit);
         let found = stands || self.broken == Some(Broken::TakesWhatIsGone);
-        let (machine, step) =
-            Destination::recover(attempt, reservation(), last, found, limits, &name(B), self.now);
+        let remains = Remains { nics: Vec::new(), reservation: reservation(), last, qemu_found: found };
+        let (machine, step) = Destination::recover(attempt, remains, limits, &name(B), self.now);
         self.sites[B].destinations.insert(id, DestinationDriver::new(machine));
         self.destination_step(id, step);
     }
@@ -392,7 +417,8 @@ impl World {
                 self.sites[A].guest = Guest::Gone;
                 source::Event::TidiedUp
             }
-            Work::Prepare | Work::Load | Work::Activate(_) | Work::Discard => return Ok(()),
+            Work::Ask(request) => source::Event::Arbiter(self.arbitrates(A, id, request)),
+            Work::Prepare | Work::Load | Work::Activate(_) | Work::Discard | Work::Check => return Ok(()),
         };
         if matches!(event, source::Event::Parked(_)) {
             let driver = self.sites[A].sources.get_mut(&id).expect("it works");
@@ -432,6 +458,9 @@ impl World {
                 self.sites[B].guest = Guest::Gone;
                 destination::Event::Discarded
             }
+            Work::Check if self.sites[B].guest == Guest::Still => destination::Event::Stands,
+            Work::Check => destination::Event::Failed(Refusal::Hypervisor("QEMU is gone".into())),
+            Work::Ask(request) => destination::Event::Arbiter(self.arbitrates(B, id, request)),
             Work::Preflight
             | Work::Copy
             | Work::StopGuest
@@ -443,6 +472,42 @@ impl World {
         };
         self.destination(id, event);
         Ok(())
+    }
+
+    /// One question at a time: what is asked again while it waits is not asked twice.
+    fn asks(&mut self, site: usize, id: Id, request: Request) {
+        if self.broken == Some(Broken::AsksNobodyInACut) && self.noticed_down[site] {
+            return;
+        }
+        let work = if site == A {
+            &mut self.sites[A].sources.get_mut(&id).expect("this driver acts").work
+        } else {
+            &mut self.sites[B].destinations.get_mut(&id).expect("this driver acts").work
+        };
+        if !work.iter().any(|waiting| matches!(waiting, Work::Ask(asked) if *asked == request)) {
+            work.push_back(Work::Ask(request));
+        }
+    }
+
+    fn arbitrates(&mut self, site: usize, id: Id, request: Request) -> Verdict {
+        let epoch = self.epochs[&id];
+        if self.broken == Some(Broken::NeverPays) && request == Request::BackToSource {
+            return Verdict::Source;
+        }
+        if site == B && self.broken == Some(Broken::TwoPrimaries) {
+            return self.second_primary.ask(request, epoch).0;
+        }
+        let (verdict, under_way) = self.name_server.ask(request, epoch);
+        self.under_way.extend(under_way);
+        let hopes = match self.broken {
+            Some(Broken::ClaimsWithoutAnAnswer) => Some((Request::ForDestination, Verdict::Destination)),
+            Some(Broken::TakesBackWithoutAnAnswer) => Some((Request::ForSource, Verdict::Source)),
+            Some(_) | None => None,
+        };
+        match (verdict, hopes) {
+            (Verdict::Unknown, Some((hoped, won))) if hoped == request => won,
+            (verdict, _) => verdict,
+        }
     }
 
     /// The anchor tries to move the name.

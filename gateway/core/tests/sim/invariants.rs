@@ -1,6 +1,7 @@
 //! What must hold after every event, and once everything is well again. Each by its name.
 
 use longhaul_core::ids::Epoch;
+use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::message::MigrationMessage;
 use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 
@@ -43,19 +44,77 @@ impl World {
         self.must("never_two_owners", !both, String::new)?;
         for (id, records) in &a.journal.records {
             if let Some(Record::Source(SourceRecord::Returned { .. })) = records.last() {
-                let refused = matches!(
-                    b.journal.last(*id),
-                    Some(Record::Destination(DestinationRecord::Refused { .. }))
-                );
-                self.must("unknown_is_not_refused", refused, || format!("attempt {id}"))?;
+                let won = self.has_won(A, self.epochs[id]);
+                self.must("unknown_is_not_refused", won || self.refused(*id), || format!("attempt {id}"))?;
             }
         }
         Ok(())
     }
 
+    fn refused(&self, id: Id) -> bool {
+        matches!(
+            self.sites[B].journal.last(id),
+            Some(Record::Destination(
+                DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }
+            ))
+        )
+    }
+
+    /// With an arbiter: its register gave the epoch to `site`, whatever came after.
+    fn has_won(&self, site: usize, epoch: Epoch) -> bool {
+        let register = &self.name_server;
+        self.commit != CommitMode::Confirmed
+            && (register.epoch > epoch || (register.epoch == epoch && register.site == site))
+    }
+
+    /// An offered machine runs where the register says, or where the other side has given it up.
+    fn won_before_it_runs(&self, site: usize, epoch: Epoch) -> Result<(), Violation> {
+        let offered = |record: &Record| matches!(record, Record::Source(SourceRecord::Offered { .. }));
+        let newest =
+            |at: usize| self.sites[at].journal.records.iter().rfind(|(id, _)| self.epochs[id] == epoch);
+        let Some((id, records)) = newest(A).filter(|(_, records)| records.iter().any(offered)) else {
+            return Ok(());
+        };
+        let given_up = if site == A {
+            self.refused(*id)
+        } else {
+            let promised = |record: &Record| {
+                matches!(
+                    record,
+                    Record::Source(SourceRecord::Promised { .. } | SourceRecord::Committed { .. })
+                )
+            };
+            records.iter().any(promised)
+        };
+        let won = self.has_won(site, epoch);
+        self.must("nobody_runs_before_it_won", given_up || won, || {
+            format!("site {site}, epoch {epoch}: {:?}", self.name_server)
+        })
+    }
+
+    /// The WAN has been cut for some time, and both reach the arbiter.
+    pub fn check_partitioned(&self) -> Result<(), Violation> {
+        let [a, b] = &self.sites;
+        let running = [a, b].iter().filter(|site| site.guest == Guest::Running).count();
+        let lost = [a, b].iter().any(|site| site.guest == Guest::Dead);
+        // Refused by a word that was lost in the cut, after a promise: only the other site knows.
+        let promised = |records: &Vec<Record>| {
+            matches!(
+                records.last(),
+                Some(Record::Source(SourceRecord::Promised { .. } | SourceRecord::Committed { .. }))
+            )
+        };
+        let mut given = a.journal.records.iter().filter(|(_, records)| promised(records));
+        let unheard = given.any(|(id, _)| self.refused(*id));
+        self.must("somebody_runs_in_a_partition", running == 1 || lost || unheard, || {
+            format!("{:?} {:?}; {:#?} {:#?}", a.guest, b.guest, a.sources, b.destinations)
+        })
+    }
+
     /// A guest is resumed with a permit of `epoch`.
     pub fn resumes(&mut self, site: usize, epoch: Epoch) -> Result<(), Violation> {
         self.sites[site].guest = Guest::Running;
+        self.won_before_it_runs(site, epoch)?;
         let here = self.sites[site].journal.is_here();
         self.must("no_resume_without_permit", here, || format!("site {site}, epoch {epoch}"))
     }
@@ -78,12 +137,20 @@ impl World {
         let last = self.sites[from].journal.last(packet.id);
         let on_disk = match &packet.message {
             MigrationMessage::Commit { .. } => {
-                matches!(last, Some(Record::Source(SourceRecord::Committed { .. })))
+                matches!(
+                    last,
+                    Some(Record::Source(SourceRecord::Committed { .. } | SourceRecord::Promised { .. }))
+                )
+            }
+            MigrationMessage::Offer { .. } => {
+                matches!(last, Some(Record::Source(SourceRecord::Offered { .. })))
             }
             MigrationMessage::Reserve { .. } => matches!(last, Some(Record::Source(_))),
             MigrationMessage::Abort { .. } => matches!(
                 last,
-                Some(Record::Source(SourceRecord::Aborted { .. } | SourceRecord::Returned { .. }))
+                Some(Record::Source(
+                    SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled
+                ))
             ),
             MigrationMessage::Loaded { .. } => {
                 matches!(last, Some(Record::Destination(DestinationRecord::Loaded)))
@@ -92,7 +159,12 @@ impl World {
                 matches!(last, Some(Record::Destination(DestinationRecord::Activated { .. })))
             }
             MigrationMessage::Refused { .. } => {
-                matches!(last, Some(Record::Destination(DestinationRecord::Refused { .. })))
+                matches!(
+                    last,
+                    Some(Record::Destination(
+                        DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }
+                    ))
+                )
             }
             MigrationMessage::Reserved(_) => matches!(last, Some(Record::Destination(_))),
             MigrationMessage::Propose(_)

@@ -4,6 +4,7 @@
 //! The decisions are the core's; the gateways around them are imitations of the daemon and its
 //! drivers. A schedule that fails is shortened and written to `seeds/`, and played again for ever.
 
+mod deadlines;
 mod gateway;
 mod invariants;
 mod parts;
@@ -13,11 +14,14 @@ mod schedule;
 mod support;
 mod world;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use invariants::Violation;
+use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::arbiter::Arbiter;
 use schedule::{Event, of_seed, shorten};
 use world::{Broken, World};
 
@@ -28,8 +32,18 @@ fn number(variable: &str, otherwise: u64) -> u64 {
     text.map_or(otherwise, |text| text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
 }
 
-fn play(events: &[Event]) -> Result<(), (usize, Violation)> {
-    World::new(None, None).play(events)
+const ARBITRATED: CommitMode = CommitMode::Arbitrated(Arbiter::Dns);
+
+fn play(commit: CommitMode, events: &[Event]) -> Result<(), (usize, Violation)> {
+    World::new(commit, None, None).play(events)
+}
+
+/// Files of schedules that are played with an arbiter begin so.
+fn prefix(commit: CommitMode) -> &'static str {
+    match commit {
+        CommitMode::Confirmed => "",
+        CommitMode::Arbitrated(_) => "arbitrated-",
+    }
 }
 
 fn seeds() -> PathBuf {
@@ -37,33 +51,33 @@ fn seeds() -> PathBuf {
 }
 
 /// Writes down a schedule that fails, as short as it can be made.
-fn keep(seed: u64, violation: &Violation) -> PathBuf {
-    let fails =
-        |events: &[Event]| play(events).is_err_and(|(_, found)| found.invariant == violation.invariant);
+fn keep(commit: CommitMode, seed: u64, violation: &Violation) -> PathBuf {
+    let fails = |events: &[Event]| {
+        play(commit, events).is_err_and(|(_, found)| found.invariant == violation.invariant)
+    };
     let events = shorten(of_seed(seed), fails);
     let lines: Vec<String> = events.iter().map(ToString::to_string).collect();
-    let path = seeds().join(format!("{}-{seed}.log", violation.invariant));
+    let path = seeds().join(format!("{}{}-{seed}.log", prefix(commit), violation.invariant));
     let text = format!("# {}, found with seed {seed}\n{}\n", violation.invariant, lines.join("\n"));
     fs::write(&path, text).expect("a writable directory of seeds");
     path
 }
 
-fn play_seeds(from: u64, to: u64) -> Option<(u64, Violation)> {
-    (from..to).find_map(|seed| play(&of_seed(seed)).err().map(|(_, violation)| (seed, violation)))
+fn play_seeds(commit: CommitMode, from: u64, to: u64) -> Option<(u64, Violation)> {
+    (from..to).find_map(|seed| play(commit, &of_seed(seed)).err().map(|(_, violation)| (seed, violation)))
 }
 
-#[test]
-fn every_schedule_keeps_every_promise() {
+fn play_all(commit: CommitMode) {
     let (schedules, first) = (number("LONGHAUL_SIM_SCHEDULES", SCHEDULES), number("LONGHAUL_SIM_SEED", 0));
     let began = Instant::now();
     let half = first + schedules / 2;
     let failed = std::thread::scope(|scope| {
-        let other = scope.spawn(|| play_seeds(half, first + schedules));
-        let mine = play_seeds(first, half);
+        let other = scope.spawn(|| play_seeds(commit, half, first + schedules));
+        let mine = play_seeds(commit, first, half);
         mine.or(other.join().expect("a simulation that does not panic"))
     });
     if let Some((seed, violation)) = failed {
-        let path = keep(seed, &violation);
+        let path = keep(commit, seed, &violation);
         panic!(
             "seed {seed} violates {}: {}; kept in {}",
             violation.invariant,
@@ -72,7 +86,17 @@ fn every_schedule_keeps_every_promise() {
         );
     }
     let rate = schedules as f64 / began.elapsed().as_secs_f64();
-    println!("{schedules} schedules from seed {first}, {rate:.0} schedules per second");
+    println!("{commit:?}: {schedules} schedules from seed {first}, {rate:.0} schedules per second");
+}
+
+#[test]
+fn every_schedule_keeps_every_promise() {
+    play_all(CommitMode::Confirmed);
+}
+
+#[test]
+fn every_schedule_with_an_arbiter_keeps_every_promise_and_nobody_waits_in_a_partition() {
+    play_all(ARBITRATED);
 }
 
 #[test]
@@ -88,13 +112,37 @@ fn every_kept_schedule_is_played_again() {
             .filter(|line| !line.starts_with('#'))
             .map(|line| line.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display())))
             .collect();
-        assert_eq!(play(&events), Ok(()), "{}", path.display());
+        let arbitrated =
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix(ARBITRATED)));
+        let commit = if arbitrated { ARBITRATED } else { CommitMode::Confirmed };
+        assert_eq!(play(commit, &events), Ok(()), "{}", path.display());
     }
 }
 
 #[test]
 fn an_undisturbed_machine_moves_and_its_name_follows() {
-    assert_eq!(play(&[]), Ok(()));
+    for commit in [CommitMode::Confirmed, ARBITRATED] {
+        assert_eq!(play(commit, &[]), Ok(()));
+    }
+}
+
+#[test]
+fn every_record_of_an_arbitrated_hand_over_is_written_in_some_schedule() {
+    let mut seen = BTreeMap::new();
+    for seed in 0..20_000 {
+        let mut world = World::new(ARBITRATED, None, None);
+        world.play(&of_seed(seed)).expect("a schedule that keeps every promise");
+        for record in world.sites.iter().flat_map(|site| site.journal.records.values().flatten()) {
+            *seen.entry(record.name()).or_insert(0u64) += 1;
+        }
+    }
+    println!("{seen:?}");
+    for record in ["offered", "reclaiming", "promised", "committed", "returned", "settled", "released"] {
+        assert!(seen.contains_key(record), "the source never wrote {record}");
+    }
+    for record in ["claiming", "owned", "activated", "refused", "handed back"] {
+        assert!(seen.contains_key(record), "the destination never wrote {record}");
+    }
 }
 
 #[test]
@@ -109,23 +157,42 @@ const TRIES: u64 = 100_000;
 
 #[test]
 fn every_invariant_catches_the_gateway_that_breaks_it() {
-    for (broken, invariant) in [
-        (Broken::SourceTimesOut, "never_two_running"),
-        (Broken::OldAbortResumes, "no_resume_without_permit"),
-        (Broken::ActsBeforeSync, "journal_precedes_message"),
-        (Broken::UnknownIsRefused, "unknown_is_not_refused"),
-        (Broken::RefusesAfterActivated, "never_two_owners"),
-        (Broken::RollsBackWithoutResuming, "rollback_leaves_source_running"),
-        (Broken::ForgetsCommitted, "exactly_one_runs_once_healed"),
-        (Broken::SilentOnceDone, "nothing_reserved_once_settled"),
-        (Broken::AsksOnce, "dns_points_at_the_owner_once_settled"),
-        (Broken::WritesTwice, "journal_in_order"),
-        (Broken::DeafToTheLink, "everybody_knows_once_settled"),
-        (Broken::TakesWhatIsGone, "no_lost_memory_is_taken"),
-        (Broken::ForgetsNames, "dns_points_at_the_owner_once_settled"),
-    ] {
+    is_found_out(
+        CommitMode::Confirmed,
+        &[
+            (Broken::SourceTimesOut, "never_two_running"),
+            (Broken::OldAbortResumes, "no_resume_without_permit"),
+            (Broken::ActsBeforeSync, "journal_precedes_message"),
+            (Broken::UnknownIsRefused, "unknown_is_not_refused"),
+            (Broken::RefusesAfterActivated, "never_two_owners"),
+            (Broken::RollsBackWithoutResuming, "rollback_leaves_source_running"),
+            (Broken::ForgetsCommitted, "exactly_one_runs_once_healed"),
+            (Broken::SilentOnceDone, "nothing_reserved_once_settled"),
+            (Broken::AsksOnce, "dns_points_at_the_owner_once_settled"),
+            (Broken::WritesTwice, "journal_in_order"),
+            (Broken::DeafToTheLink, "everybody_knows_once_settled"),
+            (Broken::TakesWhatIsGone, "no_lost_memory_is_taken"),
+            (Broken::ForgetsNames, "dns_points_at_the_owner_once_settled"),
+        ],
+    );
+    is_found_out(
+        ARBITRATED,
+        &[
+            (Broken::SourceTimesOut, "never_two_running"),
+            (Broken::TwoPrimaries, "never_two_running"),
+            (Broken::ClaimsWithoutAnAnswer, "nobody_runs_before_it_won"),
+            (Broken::TakesBackWithoutAnAnswer, "nobody_runs_before_it_won"),
+            (Broken::NeverPays, "dns_points_at_the_owner_once_settled"),
+            (Broken::AsksNobodyInACut, "somebody_runs_in_a_partition"),
+        ],
+    );
+}
+
+fn is_found_out(commit: CommitMode, mutants: &[(Broken, &'static str)]) {
+    for (broken, invariant) in mutants.iter().copied() {
         let found = (0..TRIES).find_map(|seed| {
-            let (at, violation) = World::new(Some(broken), Some(invariant)).play(&of_seed(seed)).err()?;
+            let mut world = World::new(commit, Some(broken), Some(invariant));
+            let (at, violation) = world.play(&of_seed(seed)).err()?;
             Some((seed, at, violation))
         });
         let (seed, at, violation) = found.unwrap_or_else(|| panic!("{broken:?} survived {TRIES} schedules"));

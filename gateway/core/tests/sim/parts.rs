@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName};
+use longhaul_core::migration::arbiter::{Request, Verdict, judge};
 use longhaul_core::migration::destination::{self, Destination};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Proposal, Reservation};
@@ -38,6 +39,10 @@ pub enum Work {
     Load,
     Activate(RunPermit),
     Discard,
+    /// Look whether what was loaded is still there.
+    Check,
+    /// Ask the arbiter.
+    Ask(Request),
 }
 
 impl Work {
@@ -47,7 +52,12 @@ impl Work {
             Self::Preflight | Self::Copy | Self::StopGuest | Self::SendRest | Self::Prepare | Self::Load => {
                 true
             }
-            Self::Rollback(_) | Self::Release | Self::Activate(_) | Self::Discard => false,
+            Self::Rollback(_)
+            | Self::Release
+            | Self::Activate(_)
+            | Self::Discard
+            | Self::Check
+            | Self::Ask(_) => false,
         }
     }
 }
@@ -171,7 +181,52 @@ pub struct NameServer {
     pub epoch: Epoch,
 }
 
+/// A compare-and-swap that has not been answered: it may still be applied, as long as the register says what it
+/// said when it was sent.
+#[derive(Clone, Copy, Debug)]
+pub struct UnderWay {
+    before: (usize, Epoch),
+    after: (usize, Epoch),
+}
+
 impl NameServer {
+    /// What the register says of the attempt that would begin `epoch`.
+    fn says(&self, epoch: Epoch) -> Verdict {
+        let owner = name(self.site);
+        judge(Some((self.epoch, owner.as_str())), Epoch(0), epoch, &name(0), &name(1))
+    }
+
+    /// Arbitrates, as the mood allows.
+    pub fn ask(&mut self, request: Request, epoch: Epoch) -> (Verdict, Option<UnderWay>) {
+        let winner = match (request, self.says(epoch)) {
+            (Request::ForDestination, Verdict::Open) => Some(1),
+            (Request::ForSource, Verdict::Open) => Some(0),
+            (Request::BackToSource, Verdict::Open | Verdict::Destination) => Some(0),
+            (_, _) => None,
+        };
+        let change =
+            winner.map(|winner| UnderWay { before: (self.site, self.epoch), after: (winner, epoch) });
+        match self.mood {
+            NameServerMood::Stalls => (Verdict::Unknown, change),
+            NameServerMood::Refuses => (Verdict::Unknown, None),
+            NameServerMood::Answers => {
+                change.into_iter().for_each(|change| self.apply(change));
+                (self.says(epoch), None)
+            }
+            NameServerMood::AppliesAndLosesTheAnswer => {
+                change.into_iter().for_each(|change| self.apply(change));
+                (Verdict::Unknown, None)
+            }
+        }
+    }
+
+    /// Epoch and owner stand for the transaction's number: none of them comes back.
+    pub fn apply(&mut self, change: UnderWay) {
+        if (self.site, self.epoch) == change.before {
+            (self.site, self.epoch) = change.after;
+        }
+    }
+
     /// Moves the name; whether the asker knows that it moved.
     pub fn swap(&mut self, site: usize, epoch: Epoch) -> bool {
         let done = self.site == site && self.epoch == epoch;
@@ -206,9 +261,9 @@ pub fn name(site: usize) -> SiteName {
     ["a", "b"][site].parse().expect("a literal name")
 }
 
-pub fn attempt(id: Id, epoch: Epoch, peer: usize) -> Attempt {
+pub fn attempt(id: Id, epoch: Epoch, peer: usize, commit: CommitMode) -> Attempt {
     let vm = "web1".parse().expect("a literal name");
-    Attempt { id: MigrationId(id.into()), vm, peer: name(peer), epoch }
+    Attempt { id: MigrationId(id.into()), vm, peer: name(peer), epoch, commit }
 }
 
 pub fn proposal(epoch: Epoch) -> Box<Proposal> {

@@ -32,6 +32,7 @@ fn attempt() -> Attempt {
         vm: "web1".parse().expect("a literal name"),
         peer: site("b"),
         epoch: Epoch(5),
+        commit: CommitMode::Confirmed,
     }
 }
 

@@ -6,10 +6,10 @@ use std::time::Duration;
 use longhaul_core::ids::Epoch;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{MigrationMessage, Refusal};
-use longhaul_core::migration::{destination, source};
+use longhaul_core::migration::{CommitMode, destination, source};
 
 use crate::invariants::Violation;
-use crate::parts::{Guest, Id, NameServer, NameServerMood, Packet, Site, Work};
+use crate::parts::{Guest, Id, NameServer, NameServerMood, Packet, Site, UnderWay, Work};
 use crate::schedule::{Event, Kind};
 
 /// Where the machine is at home.
@@ -36,6 +36,11 @@ pub enum Broken {
     WritesTwice,
     DeafToTheLink,
     TakesWhatIsGone,
+    ClaimsWithoutAnAnswer,
+    TakesBackWithoutAnAnswer,
+    NeverPays,
+    TwoPrimaries,
+    AsksNobodyInACut,
 }
 
 pub struct World {
@@ -47,6 +52,10 @@ pub struct World {
     /// What each gateway has been told of the link.
     pub noticed_down: [bool; 2],
     pub name_server: NameServer,
+    /// What a second primary says, to a gateway that asks the wrong one.
+    pub second_primary: NameServer,
+    pub under_way: Vec<UnderWay>,
+    pub commit: CommitMode,
     pub next_id: Id,
     pub epochs: BTreeMap<Id, Epoch>,
     pub all_sent: BTreeSet<Id>,
@@ -59,7 +68,7 @@ pub struct World {
 const UNDER_WAY: usize = 40;
 
 impl World {
-    pub fn new(broken: Option<Broken>, only: Option<&'static str>) -> Self {
+    pub fn new(commit: CommitMode, broken: Option<Broken>, only: Option<&'static str>) -> Self {
         let mut a = Site::new(Guest::Running);
         a.journal.owner = Some(Ownership::Here { epoch: Epoch(4) });
         let name_server = NameServer { mood: NameServerMood::Answers, site: A, epoch: Epoch(4) };
@@ -70,6 +79,9 @@ impl World {
             cut: [false; 2],
             noticed_down: [false; 2],
             name_server,
+            second_primary: name_server,
+            under_way: Vec::new(),
+            commit,
             next_id: 1,
             epochs: BTreeMap::new(),
             all_sent: BTreeSet::new(),
@@ -110,11 +122,11 @@ impl World {
     }
 
     /// Plays a schedule, heals the world, and says what was violated at which event.
-    pub fn play(mut self, events: &[Event]) -> Result<(), (usize, Violation)> {
+    pub fn play(&mut self, events: &[Event]) -> Result<(), (usize, Violation)> {
         for (at, event) in events.iter().enumerate() {
             self.apply(*event).and_then(|()| self.checked()).map_err(|violation| (at, violation))?;
         }
-        self.heal().map_err(|violation| (events.len(), violation))
+        self.partition().and_then(|()| self.heal()).map_err(|violation| (events.len(), violation))
     }
 
     fn checked(&mut self) -> Result<(), Violation> {
@@ -147,7 +159,13 @@ impl World {
             Kind::Boot => return self.boot(number % 2),
             Kind::Migrate => self.begin(),
             Kind::Abort => self.abort(),
-            Kind::NameServer => self.name_server.mood = mood(number),
+            Kind::NameServer => {
+                self.name_server.mood = mood(number);
+                if !self.under_way.is_empty() {
+                    let late = self.under_way.remove(number % self.under_way.len());
+                    self.name_server.apply(late);
+                }
+            }
             Kind::Lose => {}
         }
         Ok(())
@@ -322,38 +340,61 @@ impl World {
         }
     }
 
+    /// The WAN is cut for good, but both reach an arbiter: somebody must run all the same.
+    fn partition(&mut self) -> Result<(), Violation> {
+        if self.commit == CommitMode::Confirmed {
+            return Ok(());
+        }
+        self.cut = [true; 2];
+        self.packets.clear();
+        self.gateways_and_names_are_well();
+        let until = self.now + WELL_WITHIN;
+        while self.now < until && self.check_partitioned().is_err() {
+            self.goes_on()?;
+        }
+        self.check_partitioned()
+    }
+
     /// Links, gateways and the name server are well from now on; everything must end in time.
     fn heal(&mut self) -> Result<(), Violation> {
         self.cut = [false; 2];
+        self.gateways_and_names_are_well();
+        let until = self.now + WELL_WITHIN;
+        while self.now < until && self.check_settled().is_err() {
+            self.goes_on()?;
+        }
+        self.check_settled()
+    }
+
+    fn gateways_and_names_are_well(&mut self) {
         self.name_server.mood = NameServerMood::Answers;
         self.restart(A);
         self.restart(B);
-        let until = self.now + WELL_WITHIN;
-        while self.now < until && self.check_settled().is_err() {
-            self.notice(A);
-            self.notice(B);
-            for packet in std::mem::take(&mut self.packets) {
-                self.hear(packet);
+    }
+
+    fn goes_on(&mut self) -> Result<(), Violation> {
+        self.notice(A);
+        self.notice(B);
+        for packet in std::mem::take(&mut self.packets) {
+            self.hear(packet);
+            self.settle_disks()?;
+        }
+        for _ in 0..4 {
+            for (site, id) in self.busy() {
+                if site == A {
+                    self.source_works(id)?
+                } else {
+                    self.destination_works(id)?
+                }
                 self.settle_disks()?;
             }
-            for _ in 0..4 {
-                for (site, id) in self.busy() {
-                    if site == A {
-                        self.source_works(id)?
-                    } else {
-                        self.destination_works(id)?
-                    }
-                    self.settle_disks()?;
-                }
-            }
-            self.moves_name();
-            self.wait(Duration::from_millis(500));
-            self.settle_disks()?;
-            self.boot(A)?;
-            self.boot(B)?;
-            self.checked()?;
         }
-        self.check_settled()
+        self.moves_name();
+        self.wait(Duration::from_millis(500));
+        self.settle_disks()?;
+        self.boot(A)?;
+        self.boot(B)?;
+        self.checked()
     }
 
     fn settle_disks(&mut self) -> Result<(), Violation> {
