@@ -35,8 +35,6 @@ pub struct SceneOptions {
     pub ttl_s: u32,
     /// Lines for `[migration]` of both sites' configuration.
     pub migration: Vec<String>,
-    /// The name server arbitrates; both sites have its key then.
-    pub arbiter: bool,
 }
 
 /// The name server of a scene.
@@ -64,7 +62,6 @@ impl Default for SceneOptions {
             dns: DnsServer::Hickory,
             ttl_s: 20,
             migration: Vec::new(),
-            arbiter: false,
         }
     }
 }
