@@ -48,7 +48,7 @@ pub struct MachineView {
     pub at: Option<SiteName>,
     /// How often it was handed over.
     pub epoch: u64,
-    /// QEMU's run state, or `stopped`.
+    /// QEMU's run state, `stopped`, or `crashed`: its QEMU is gone although nobody stopped it.
     pub state: String,
     /// Guest memory.
     pub memory_bytes: u64,

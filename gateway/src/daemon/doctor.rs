@@ -87,6 +87,10 @@ impl Daemon {
     async fn machine(&self, machine: &super::Machine) -> Vec<Finding> {
         let definition = &machine.row.definition;
         let check = format!("machine {}", definition.name);
+        if self.is_crashed(machine) {
+            let remedy = "`longhaul vm start` boots it from its disk";
+            return vec![bad(&check, "its QEMU is gone although nobody stopped it", remedy)];
+        }
         let Some(guest) = &machine.guest else {
             return vec![bad(&check, "it is not running", "`longhaul vm start` starts it")];
         };

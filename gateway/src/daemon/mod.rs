@@ -121,6 +121,12 @@ struct Machine {
     guest: Option<Guest>,
 }
 
+impl Machine {
+    fn has_qemu(&self) -> bool {
+        self.guest.as_ref().is_some_and(|guest| !guest.qmp().is_closed())
+    }
+}
+
 /// A migration, running or shown after its end.
 struct Running {
     attempt: Attempt,

@@ -10,6 +10,7 @@ use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
+use longhaul_core::migration::recovery::{Facts, Qemu, next_step};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
@@ -18,7 +19,7 @@ use crate::hypervisor::Guest;
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, tell, visits};
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, MachineRow, SourceDriver};
+use crate::migration::{DestinationDriver, MachineRow, SourceDriver, chain};
 use crate::tunnel::TunnelError;
 
 /// Machines as the journal and the hypervisor know them, before anybody is given one. A monitor has one
@@ -33,11 +34,15 @@ impl Daemon {
             let guest = self.find(&row).await;
             found.insert(vm, (row, guest));
         }
-        for history in self.edges.journal.histories()? {
+        let histories = self.edges.journal.histories()?;
+        for history in &histories {
             let Some(last) = history.entries.last().map(|entry| entry.record.clone()) else { continue };
             match last {
                 Record::Source(last) => self.recover_source(history, last, &found).await,
-                Record::Destination(last) => self.recover_destination(history, last, &found).await,
+                Record::Destination(last) => {
+                    let overtaken = is_overtaken(history, &histories);
+                    self.recover_destination(history, last, overtaken, &found).await;
+                }
             }
         }
         for (vm, (row, guest)) in found {
@@ -50,29 +55,27 @@ impl Daemon {
         Ok(())
     }
 
-    async fn recover_source(&mut self, history: History, last: SourceRecord, found: &Found) {
+    async fn recover_source(&mut self, history: &History, last: SourceRecord, found: &Found) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
         let Some((row, guest)) = found.get(&attempt.vm).cloned() else { return };
-        let owed = match &last {
-            SourceRecord::Reserved { .. }
-            | SourceRecord::PreCopy { .. }
-            | SourceRecord::Parked
-            | SourceRecord::Committed { .. } => true,
-            // The guest of a machine that left is ended once.
-            SourceRecord::Released => guest.is_some() && self.is_latest(&attempt),
-            // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
-            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
-                let stands = stands_still(guest.as_ref()).await && proposal.running;
-                self.may_undo(&attempt) && (stands || row.ttl_before_s.is_some())
-            }
-        };
+        let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        let step = next_step(&Facts {
+            last: &Record::Source(last.clone()),
+            epoch: attempt.epoch,
+            owner: owner.as_ref(),
+            wanted: proposal.running,
+            qemu: qemu(guest.as_ref()).await,
+            owes_names: row.ttl_before_s.is_some(),
+            overtaken: false,
+            stale: false,
+        });
         if matches!(last, SourceRecord::Released) && self.is_latest(&attempt) {
             // The name is owed whether or not a guest is left to end: the anchor may have been told, and
             // have died before it wrote that down.
             tell(&self.anchors, AnchorCommand::MoveNames(attempt.vm.clone())).await;
         }
-        if !owed {
+        if !step.is_owed() {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
@@ -92,23 +95,39 @@ impl Daemon {
         );
     }
 
-    async fn recover_destination(&mut self, history: History, last: DestinationRecord, found: &Found) {
+    async fn recover_destination(
+        &mut self,
+        history: &History,
+        last: DestinationRecord,
+        overtaken: bool,
+        found: &Found,
+    ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation)) = destination_facts(&history.entries) else { return };
         let known = found.get(&attempt.vm).and_then(|(_, guest)| guest.clone());
         // Before it was written down, a machine that comes is known to the hypervisor only.
-        let guest = match known {
-            Some(guest) => Some(guest),
-            None => self.edges.hypervisor.find(&attempt.vm).await.ok().flatten(),
+        let (guest, qemu) = match known {
+            Some(guest) => (Some(guest.clone()), qemu(Some(&guest)).await),
+            None => match self.edges.hypervisor.find(&attempt.vm).await {
+                Ok(guest) => (guest.clone(), qemu(guest.as_ref()).await),
+                Err(error) => {
+                    tracing::warn!(vm = %attempt.vm, error = chain(&error), "QEMU cannot be asked");
+                    (None, Qemu::Unknown)
+                }
+            },
         };
-        let owed = match &last {
-            DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => true,
-            DestinationRecord::Activated { .. } => {
-                self.is_latest(&attempt) && stands_still(guest.as_ref()).await && proposal.running
-            }
-            DestinationRecord::Refused { .. } => self.is_latest(&attempt) && guest.is_some(),
-        };
-        if !owed {
+        let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        let step = next_step(&Facts {
+            last: &Record::Destination(last.clone()),
+            epoch: attempt.epoch,
+            owner: owner.as_ref(),
+            wanted: proposal.running,
+            qemu,
+            owes_names: false,
+            overtaken,
+            stale: false,
+        });
+        if !step.is_owed() {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
@@ -116,7 +135,9 @@ impl Daemon {
         let driver =
             DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
         let (viewer, shown) = (driver.viewer(), driver.guest());
-        self.spawn(attempt, inbox, viewer, shown, async move { driver.resume(guest, last).await.err() });
+        let qemu_found = qemu != Qemu::Gone;
+        let drive = async move { driver.resume(guest, qemu_found, last).await.err() };
+        self.spawn(attempt, inbox, viewer, shown, drive);
     }
 
     /// Rules and samplers of a machine that runs here, before anybody can ask for anything new: its open
@@ -127,7 +148,7 @@ impl Daemon {
             None => self.restore_home(row).await,
         };
         if let Err(error) = restored {
-            let error = crate::migration::chain(&error);
+            let error = chain(&error);
             tracing::error!(vm = %row.definition.name, error, "the machine's network could not be restored");
         }
     }
@@ -156,12 +177,6 @@ impl Daemon {
         Ok(())
     }
 
-    /// The machine is here, and nothing has happened to it since this attempt.
-    fn may_undo(&self, attempt: &Attempt) -> bool {
-        let known = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        known.is_some_and(|owner| owner.may_undo(attempt.epoch))
-    }
-
     /// Nothing has happened to the machine since this attempt.
     fn is_latest(&self, attempt: &Attempt) -> bool {
         let epoch = |ownership: &Ownership| ownership.epoch();
@@ -170,9 +185,24 @@ impl Daemon {
     }
 }
 
-async fn stands_still(guest: Option<&Guest>) -> bool {
-    let Some(guest) = guest else { return false };
-    guest.status().await.is_ok_and(|state| !state.is_running())
+async fn qemu(guest: Option<&Guest>) -> Qemu {
+    let Some(guest) = guest else { return Qemu::Gone };
+    match guest.status().await {
+        Ok(state) if state.is_running() => Qemu::Runs,
+        Ok(_) => Qemu::StandsStill,
+        Err(_) => Qemu::Unknown,
+    }
+}
+
+/// Whether another attempt of the same machine to come here was not refused: what runs is that one's.
+fn is_overtaken(history: &History, all: &[History]) -> bool {
+    all.iter().any(|other| {
+        let refused = matches!(
+            other.entries.last().map(|entry| &entry.record),
+            None | Some(Record::Source(_) | Record::Destination(DestinationRecord::Refused { .. }))
+        );
+        other.attempt.vm == history.attempt.vm && other.attempt.id != history.attempt.id && !refused
+    })
 }
 
 /// What was proposed, what is held for it, and whether the name was to stay behind.

@@ -43,9 +43,12 @@ impl Daemon {
             Some(Ownership::Arriving { .. }) => ("arriving", None),
             None => ("unknown", None),
         };
-        let state = match machine.and_then(|machine| machine.guest.as_ref()) {
-            Some(guest) => guest.status().await.map_or("gone".to_owned(), |state| state.to_string()),
-            None => "stopped".to_owned(),
+        let state = match machine {
+            Some(machine) if self.is_crashed(machine) => "crashed".to_owned(),
+            Some(Machine { guest: Some(guest), .. }) => {
+                guest.status().await.map_or("gone".to_owned(), |state| state.to_string())
+            }
+            Some(Machine { guest: None, .. }) | None => "stopped".to_owned(),
         };
         MachineView {
             name: definition.name.clone(),
@@ -58,6 +61,12 @@ impl Daemon {
             home: definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect(),
             care_of: row.care_of.iter().map(|care_of| care_of.addr).collect(),
         }
+    }
+
+    /// Nobody stopped it, and its QEMU is gone. The machine is this site's: one that left has none here.
+    pub(super) fn is_crashed(&self, machine: &Machine) -> bool {
+        let owner = self.edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
+        machine.row.wanted && !machine.has_qemu() && matches!(owner, Some(Ownership::Here { .. }))
     }
 
     pub(super) fn tunnel_view(&self) -> TunnelView {
@@ -108,7 +117,9 @@ impl Daemon {
         });
         page(&Figures {
             links: links.collect(),
-            machines_running: self.machines.values().filter(|machine| machine.guest.is_some()).count() as u64,
+            machines_running: self.machines.values().filter(|machine| machine.has_qemu()).count() as u64,
+            machines_crashed: self.machines.values().filter(|machine| self.is_crashed(machine)).count()
+                as u64,
             migrations_running: self
                 .migrations
                 .values()

@@ -39,6 +39,7 @@ pub mod ledger;
 pub mod message;
 pub mod permit;
 pub mod record;
+pub mod recovery;
 pub mod source;
 pub mod step;
 
