@@ -15,16 +15,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use gateway::api::types::{MachineView, MigrationView, Progressing};
+use gateway::generation::write_notes;
 use longhaul_core::migration::Stage;
+use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::record::{DestinationRecord, SourceRecord};
+use netns_tests::agent::RECORD_PORT;
 use netns_tests::guest::boot::READY;
+use netns_tests::scenario::demo::unix_ms;
 use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::VM;
+use netns_tests::scenario::traffic::Client;
 use netns_tests::scenario::{Scene, SceneOptions};
+use netns_tests::traffic::{RecordPlan, TrafficPlan};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -351,6 +357,107 @@ async fn a_name_that_was_owed_moves_after_a_restart_although_no_qemu_is_left() {
             Ok(scene.names.read(&Scene::name()).is_ok_and(|records| records.addresses == [care_of]))
         })
         .await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_machine_that_becomes_ours_after_a_restart_keeps_its_connections() {
+    play(slow("connections"), async |scene| {
+        scene.start_guest().await?;
+        let mut plan = TrafficPlan::new(unix_ms());
+        let to = (scene.home()?, RECORD_PORT).into();
+        plan.record = Some(RecordPlan { address: to, interval_ms: 10, gap_ms: 50 });
+        let mut client = Client::start(&scene.world.client, plan).await?;
+        let id = scene.begin_move().await?;
+        reaches(&scene.b, &id, Stage::Commitment).await?;
+        scene.world.wan.cut()?;
+        scene.b.kill()?;
+        scene.b.launch().await?;
+        scene.world.wan.heal()?;
+        let view = scene.wait_move(&id, LIMIT).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        // Restored before the API answers, which is what a launch waits for.
+        scene.a.kill()?;
+        scene.a.launch().await?;
+        let told = std::fs::read_to_string(scene.a.log())?;
+        let after = told.rsplit_once("home address attracted").context("Nothing is attracted")?.1;
+        ensure!(after.contains("gateway is ready"), "the gateway listens before it attracts");
+        scene.wait_for_link().await?;
+        tokio::time::sleep(QUIET).await;
+        client.close_old().await?;
+        let record = client.finish().await?.record.context("There is no record connection")?;
+        ensure!(record.content_ok && record.error.is_none(), "{record:?}");
+        Ok(())
+    })
+    .await;
+}
+
+/// Nothing starts the machine at a, and whoever asks is told why.
+async fn held_at_a(scene: &Scene) -> Result<()> {
+    let client = scene.a.client();
+    for refused in [client.start(&VM.parse()?).await, client.may_run(&VM.parse()?).await] {
+        let why = refused.err().context("It may run at a")?.to_string();
+        ensure!(why.contains("site b") && why.contains("journal"), "{why}");
+    }
+    let hold = machine(&scene.a).await?.context("site a forgot it")?.hold;
+    ensure!(hold.is_some_and(|hold| hold.contains("site b")), "the status does not say it");
+    let findings = client.doctor(Some(&VM.parse()?)).await?;
+    ensure!(findings.iter().any(|finding| !finding.ok && finding.detail.contains("held")), "{findings:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_journal_from_before_the_move_holds_the_machine_and_no_journal_refuses_its_disk() {
+    play(small("restored"), async |scene| {
+        scene.start_guest().await?;
+        let (journal, copy) = (scene.a.folder.join("state/journal.redb"), scene.folder.join("old.redb"));
+        scene.a.stop()?;
+        std::fs::copy(&journal, &copy)?;
+        scene.a.launch().await?;
+        scene.wait_for_link().await?;
+        let id = scene.begin_move().await?;
+        let view = scene.wait_move(&id, LIMIT).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        scene.a.kill()?;
+        std::fs::copy(&copy, &journal)?;
+        let disk = scene.disks[0].clone();
+        // Whoever restores a journal may restore the disk's name as well.
+        std::fs::rename(format!("{}.moved-e1", disk.display()), &disk)?;
+        scene.a.launch().await?;
+        held_at_a(scene).await?;
+        ensure!(qemu(&scene.a).is_none() && run_state(&scene.b).as_deref() == Some("running"));
+
+        scene.a.kill()?;
+        std::fs::remove_file(&journal)?;
+        scene.a.launch().await?;
+        let request =
+            gateway::api::types::DefineRequest { definition: scene.definition()?, disks: vec![disk] };
+        let why = scene.a.client().define(&request).await.err().context("It was defined")?.to_string();
+        ensure!(why.contains("site b") && why.contains(".generation"), "{why}");
+        Ok(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_journal_from_before_the_commitment_does_not_resume_the_guest_that_was_stopped_for_it() {
+    play(small("older"), async |scene| {
+        let definition = scene.definition()?;
+        let images = scene.disks.clone();
+        stands_still(&mut scene.a, definition, images.clone()).await?;
+        let journals = Written::begin(scene)?;
+        let mut a = journals.open(&scene.a, &images)?;
+        a.source(1, &journals.until_committed()[..2]).await?;
+        drop(a);
+        let attempt = attempt(1);
+        let note = Generation { vm: attempt.vm, epoch: attempt.epoch, owner: attempt.peer };
+        write_notes(&images, &note)?;
+        launch(scene).await?;
+        tokio::time::sleep(QUIET).await;
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() == Some("paused"), "site a: {state:?}; the machine may be b's");
+        held_at_a(scene).await
     })
     .await;
 }

@@ -10,11 +10,12 @@ use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
-use longhaul_core::migration::recovery::{Facts, Qemu, next_step};
+use longhaul_core::migration::recovery::{NextStep, Qemu};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
 use super::{Daemon, Machine};
+use crate::history::{Known, judge};
 use crate::hypervisor::Guest;
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, tell, visits};
@@ -24,7 +25,14 @@ use crate::tunnel::TunnelError;
 
 /// Machines as the journal and the hypervisor know them, before anybody is given one. A monitor has one
 /// client, so each QEMU is looked for once and handed on.
-type Found = BTreeMap<VmName, (MachineRow, Option<Guest>)>;
+type Found = BTreeMap<VmName, Taken>;
+
+/// A machine's row and its QEMU.
+#[derive(Clone)]
+struct Taken {
+    row: MachineRow,
+    guest: Option<Guest>,
+}
 
 impl Daemon {
     /// Folds the journal and goes on.
@@ -32,44 +40,49 @@ impl Daemon {
         let mut found = Found::new();
         for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
             let guest = self.find(&row).await;
-            found.insert(vm, (row, guest));
+            let held = self.held(&row);
+            if let Some(held) = &held {
+                tracing::error!(%vm, why = held.why, remedy = held.remedy, "machine is held");
+            }
+            let ours = matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. }));
+            // Before a driver works on them, so that it finds them known.
+            if ours && held.is_none() {
+                self.restore_network(&row).await;
+            }
+            found.insert(vm, Taken { row, guest });
         }
         let histories = self.edges.journal.histories()?;
         for history in &histories {
             let Some(last) = history.entries.last().map(|entry| entry.record.clone()) else { continue };
             match last {
-                Record::Source(last) => self.recover_source(history, last, &found).await,
+                Record::Source(last) => self.recover_source(history, &histories, last, &found).await,
                 Record::Destination(last) => {
-                    let overtaken = is_overtaken(history, &histories);
-                    self.recover_destination(history, last, overtaken, &found).await;
+                    self.recover_destination(history, &histories, last, &found).await;
                 }
             }
         }
-        for (vm, (row, guest)) in found {
+        for (vm, Taken { row, guest, .. }) in found {
             if matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. })) {
                 tracing::info!(%vm, runs = guest.is_some(), "machine taken up");
-                self.restore_network(&row).await;
                 self.machines.insert(vm, Machine { row, guest });
             }
         }
         Ok(())
     }
 
-    async fn recover_source(&mut self, history: &History, last: SourceRecord, found: &Found) {
+    async fn recover_source(
+        &mut self,
+        history: &History,
+        all: &[History],
+        last: SourceRecord,
+        found: &Found,
+    ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
-        let Some((row, guest)) = found.get(&attempt.vm).cloned() else { return };
+        let Some(Taken { row, guest }) = found.get(&attempt.vm).cloned() else { return };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let step = next_step(&Facts {
-            last: &Record::Source(last.clone()),
-            epoch: attempt.epoch,
-            owner: owner.as_ref(),
-            wanted: proposal.running,
-            qemu: qemu(guest.as_ref()).await,
-            owes_names: row.ttl_before_s.is_some(),
-            overtaken: false,
-            stale: false,
-        });
+        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu: qemu(guest.as_ref()).await };
+        let Some(step) = judge(history, all, &known) else { return };
         if matches!(last, SourceRecord::Released) && self.is_latest(&attempt) {
             // The name is owed whether or not a guest is left to end: the anchor may have been told, and
             // have died before it wrote that down.
@@ -98,13 +111,14 @@ impl Daemon {
     async fn recover_destination(
         &mut self,
         history: &History,
+        all: &[History],
         last: DestinationRecord,
-        overtaken: bool,
         found: &Found,
     ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation)) = destination_facts(&history.entries) else { return };
-        let known = found.get(&attempt.vm).and_then(|(_, guest)| guest.clone());
+        let taken = found.get(&attempt.vm);
+        let known = taken.and_then(|taken| taken.guest.clone());
         // Before it was written down, a machine that comes is known to the hypervisor only.
         let (guest, qemu) = match known {
             Some(guest) => (Some(guest.clone()), qemu(Some(&guest)).await),
@@ -117,16 +131,11 @@ impl Daemon {
             },
         };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let step = next_step(&Facts {
-            last: &Record::Destination(last.clone()),
-            epoch: attempt.epoch,
-            owner: owner.as_ref(),
-            wanted: proposal.running,
-            qemu,
-            owes_names: false,
-            overtaken,
-            stale: false,
-        });
+        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu };
+        let Some(step) = judge(history, all, &known) else { return };
+        if step == NextStep::AwaitSource {
+            self.prepare_visit(&proposal, &reservation).await;
+        }
         if !step.is_owed() {
             return;
         }
@@ -165,6 +174,16 @@ impl Daemon {
         Ok(())
     }
 
+    /// What a machine that may become ours any moment will need: the tunnel forgot it with the gateway.
+    async fn prepare_visit(&self, proposal: &Proposal, reservation: &Reservation) {
+        let (definition, home) = (&proposal.definition, &proposal.home_site);
+        for visit in visits(&self.edges, definition, reservation, &proposal.nics, home).unwrap_or_default() {
+            if let Err(error) = self.edges.tunnel.visit_prepare(visit).await {
+                tracing::error!(vm = %definition.name, error = chain(&error), "the machine's network could not be restored");
+            }
+        }
+    }
+
     async fn restore_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
         for nic in &row.definition.nics {
             let key = PortKey { machine: row.definition.name.clone(), nic: nic.name.clone() };
@@ -185,24 +204,14 @@ impl Daemon {
     }
 }
 
-async fn qemu(guest: Option<&Guest>) -> Qemu {
+/// How a machine's QEMU stands.
+pub(super) async fn qemu(guest: Option<&Guest>) -> Qemu {
     let Some(guest) = guest else { return Qemu::Gone };
     match guest.status().await {
         Ok(state) if state.is_running() => Qemu::Runs,
         Ok(_) => Qemu::StandsStill,
         Err(_) => Qemu::Unknown,
     }
-}
-
-/// Whether another attempt of the same machine to come here was not refused: what runs is that one's.
-fn is_overtaken(history: &History, all: &[History]) -> bool {
-    all.iter().any(|other| {
-        let refused = matches!(
-            other.entries.last().map(|entry| &entry.record),
-            None | Some(Record::Source(_) | Record::Destination(DestinationRecord::Refused { .. }))
-        );
-        other.attempt.vm == history.attempt.vm && other.attempt.id != history.attempt.id && !refused
-    })
 }
 
 /// What was proposed, what is held for it, and whether the name was to stay behind.

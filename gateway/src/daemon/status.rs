@@ -1,11 +1,17 @@
 //! What the daemon shows: machines, migrations, peers, the tunnel.
 
-use longhaul_core::ids::MigrationId;
+use std::collections::BTreeMap;
+
+use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::Ownership;
 
+use super::recovery::qemu;
 use super::{Daemon, Machine};
 use crate::api::RequestError;
-use crate::api::types::{MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView};
+use crate::api::types::{
+    JournalView, MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView,
+};
+use crate::history;
 use crate::metrics::{Figures, LinkFigures, page};
 use crate::migration::{Inbound, MachineRow};
 
@@ -56,6 +62,7 @@ impl Daemon {
             at,
             epoch: ownership.map_or(0, |ownership| ownership.epoch().0),
             state,
+            hold: self.held(row).map(|held| format!("{}; {}", held.why, held.remedy)),
             memory_bytes: definition.memory().0,
             disk_bytes: definition.volumes().map(|volume| volume.size_bytes).collect(),
             home: definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect(),
@@ -78,6 +85,21 @@ impl Daemon {
             dropped: status.counters.dropped_total(),
             held: status.ports.iter().map(|port| port.held_packets).sum(),
         }
+    }
+
+    /// What the journal holds, judged by what runs here now.
+    pub(super) async fn journal(&self, vm: Option<&VmName>) -> Result<Vec<JournalView>, RequestError> {
+        let mut qemus = BTreeMap::new();
+        for (name, machine) in &self.machines {
+            qemus.insert(name.clone(), qemu(machine.guest.as_ref()).await);
+        }
+        let views = history::views(&self.edges.journal, vm, &qemus);
+        let mut views = views.map_err(|error| RequestError::Failed(error.to_string()))?;
+        for view in &mut views {
+            let running = self.migrations.values().find(|running| running.attempt.id.to_string() == view.id);
+            view.under_way = running.is_some_and(|running| running.inbox.is_some());
+        }
+        Ok(views)
     }
 
     pub(super) fn migration(&self, id: MigrationId) -> Result<MigrationView, RequestError> {

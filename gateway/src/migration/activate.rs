@@ -31,7 +31,7 @@ pub(super) async fn run(
     permit: RunPermit,
 ) -> Held {
     let vm = leaf.attempt.vm.clone();
-    install_flows(&leaf, &vm, &handover).await;
+    tokio::join!(install_flows(&leaf, &vm, &handover), note_arrival(&leaf, &proposal));
     held.guest = find(&leaf, &vm, held.guest.take()).await;
     if let Some(guest) = &held.guest {
         mark_disks(&leaf, guest, &proposal).await;
@@ -74,6 +74,12 @@ async fn install_flows(leaf: &DestinationLeaf, vm: &VmName, handover: &Handover)
             tracing::warn!(%vm, error = chain(&error), "flows of before the move could not be installed");
         }
     }
+}
+
+/// Beside its disks stands that the machine is ours before it runs.
+async fn note_arrival(leaf: &DestinationLeaf, proposal: &Proposal) {
+    let images = super::anchor::pool_images(&leaf.edges, &leaf.attempt, proposal);
+    super::note(&leaf.attempt, images, leaf.edges.site()).await;
 }
 
 /// The QEMU that waits; `None` once it is certain that there is none.

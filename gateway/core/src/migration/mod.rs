@@ -34,6 +34,7 @@
 
 pub mod convergence;
 pub mod destination;
+pub mod generation;
 pub mod late;
 pub mod ledger;
 pub mod message;

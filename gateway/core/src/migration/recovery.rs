@@ -4,6 +4,8 @@
 //! it, and the journal listing prints it. In doubt the answer is to ask or to hold, never to guess. It
 //! performs nothing: the machines of the two sides do, from the same last record.
 
+use serde::{Deserialize, Serialize};
+
 use crate::ids::{Epoch, SiteName, VmName};
 use crate::migration::ledger::Ownership;
 use crate::migration::record::{DestinationRecord, Record, SourceRecord};
@@ -43,7 +45,8 @@ pub struct Facts<'a> {
 }
 
 /// What is done next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NextStep {
     /// Nothing at all until an operator has looked: the journal is older than a disk of the machine.
     Hold,
