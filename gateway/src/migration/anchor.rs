@@ -194,13 +194,12 @@ impl Anchor {
     }
 }
 
-/// Runs every anchor of this site; `views` shows them.
-pub async fn run(
-    edges: Edges,
-    mut commands: mpsc::Receiver<AnchorCommand>,
-    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
-) {
-    let mut names: BTreeMap<VmName, watch::Sender<bool>> = BTreeMap::new();
+/// The anchors that run, by their machines; what each is told is that its machine runs at its new place.
+pub type Running = BTreeMap<VmName, watch::Sender<bool>>;
+
+/// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
+/// connections stalled for the gateway's absence only.
+pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, AnchorView>>) -> Running {
     let rows: Vec<(VmName, Anchor)> = edges.journal.anchors().unwrap_or_else(|error| {
         tracing::error!(
             error = chain(&error),
@@ -208,9 +207,20 @@ pub async fn run(
         );
         Vec::new()
     });
+    let mut running = Running::new();
     for (vm, anchor) in rows {
-        names.insert(vm, start(&edges, anchor, Begin::Restored, &views));
+        running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
     }
+    running
+}
+
+/// Runs every anchor of this site, beginning with those that were restored; `views` shows them.
+pub async fn run(
+    edges: Edges,
+    mut names: Running,
+    mut commands: mpsc::Receiver<AnchorCommand>,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+) {
     while let Some(command) = commands.recv().await {
         match command {
             AnchorCommand::Attract(anchor) if names.contains_key(&anchor.vm) => {}
@@ -218,7 +228,7 @@ pub async fn run(
                 if let Err(error) = edges.journal.put_anchor(&anchor.vm, &*anchor) {
                     tracing::error!(vm = %anchor.vm, error = chain(&error), "anchor could not be written down");
                 }
-                names.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views));
+                names.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views).await);
             }
             AnchorCommand::MoveNames(vm) => {
                 if let Some(runs_there) = names.get(&vm) {
@@ -244,7 +254,7 @@ enum Begin {
     Restored,
 }
 
-fn start(
+async fn start(
     edges: &Edges,
     anchor: Anchor,
     begin: Begin,
@@ -253,8 +263,9 @@ fn start(
     let known_to_run = !matches!(anchor.names, NameState::Waiting);
     let (runs_there, told) = watch::channel(known_to_run);
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
-    let task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
-    tokio::spawn(task.run(begin));
+    let mut task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
+    task.attract(begin).await;
+    tokio::spawn(task.run());
     runs_there
 }
 
@@ -275,8 +286,7 @@ struct AnchorTask {
 const NAMES_AGAIN: Duration = Duration::from_secs(30);
 
 impl AnchorTask {
-    async fn run(mut self, begin: Begin) {
-        self.attract(begin).await;
+    async fn run(mut self) {
         if self.told.wait_for(|runs| *runs).await.is_err() {
             return;
         }
