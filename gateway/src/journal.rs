@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -89,6 +89,22 @@ impl Journal {
             Ok(())
         })?;
         Ok(journal)
+    }
+
+    /// Opens a copy of the journal at `path`, to look at it while no gateway runs on it. The file itself stays
+    /// as it is, also where a gateway that was killed has left something to repair.
+    pub fn open_copy(path: &Path) -> Result<Self, JournalError> {
+        let failed = |source| JournalError::Open { path: path.display().to_string(), source };
+        if let Err(error @ redb::DatabaseError::DatabaseAlreadyOpen) = ReadOnlyDatabase::open(path) {
+            return Err(failed(error));
+        }
+        let copy = std::env::temp_dir().join(format!("longhaul-journal-{:032x}", rand::random::<u128>()));
+        let copied = std::fs::copy(path, &copy).map_err(|error| failed(error.into()))?;
+        tracing::debug!(copied, "journal copied");
+        let opened = Self::open(&copy);
+        // The open file stays readable; its name is not needed any more.
+        drop(std::fs::remove_file(&copy));
+        opened
     }
 
     /// Makes the step's record durable, then hands out its actions.
@@ -363,9 +379,9 @@ mod tests {
         let committed =
             Record::Source(SourceRecord::Committed { handover: Box::new(Handover { nics: Vec::new() }) });
         let away = Ownership::after(Some(&here), &committed, Epoch(1), &peer).unwrap();
-        assert!(away.permit(&attempt().vm, None).is_err());
+        assert!(away.permit(&attempt().vm, None, &[]).is_err());
         let returned = Record::Source(SourceRecord::Returned { why: Refusal::Operator });
         let back = Ownership::after(Some(&away), &returned, Epoch(1), &peer).unwrap();
-        assert!(back.permit(&attempt().vm, None).is_ok());
+        assert!(back.permit(&attempt().vm, None, &[]).is_ok());
     }
 }

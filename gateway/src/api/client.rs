@@ -13,7 +13,8 @@ use tokio::net::UnixStream;
 use longhaul_core::ids::VmName;
 
 use super::types::{
-    AdoptRequest, DefineRequest, ErrorBody, Finding, MigrateRequest, MigrationView, Started, StatusView,
+    AdoptRequest, DefineRequest, ErrorBody, Finding, JournalView, MigrateRequest, MigrationView, Started,
+    StatusView,
 };
 
 /// Why there is no answer, or not the one hoped for.
@@ -67,6 +68,12 @@ impl Client {
     pub async fn doctor(&self, vm: Option<&VmName>) -> Result<Vec<Finding>, ClientError> {
         let query = vm.map(|vm| format!("?vm={vm}")).unwrap_or_default();
         self.ask(Method::GET, &format!("/v1/doctor{query}"), &()).await
+    }
+
+    /// What the journal holds of a machine's migrations, or of all.
+    pub async fn journal(&self, vm: Option<&VmName>) -> Result<Vec<JournalView>, ClientError> {
+        let query = vm.map(|vm| format!("?vm={vm}")).unwrap_or_default();
+        self.ask(Method::GET, &format!("/v1/journal{query}"), &()).await
     }
 
     /// Takes a definition.

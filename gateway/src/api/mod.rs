@@ -12,7 +12,9 @@ use tokio::sync::oneshot;
 use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::MayNotRun;
 
-use types::{AdoptRequest, DefineRequest, Finding, MigrateRequest, MigrationView, Started, StatusView};
+use types::{
+    AdoptRequest, DefineRequest, Finding, JournalView, MigrateRequest, MigrationView, Started, StatusView,
+};
 
 /// A request to the daemon's task, with the way back for the answer.
 #[derive(Debug)]
@@ -39,6 +41,8 @@ pub enum Request {
     MayRun(VmName, Reply<()>),
     /// What would make a migration fail.
     Doctor(Option<VmName>, oneshot::Sender<Vec<Finding>>),
+    /// What the journal holds of a machine's migrations, or of all, and what is done next.
+    Journal(Option<VmName>, Reply<Vec<JournalView>>),
     /// The metrics page.
     Metrics(oneshot::Sender<String>),
 }

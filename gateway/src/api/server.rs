@@ -37,6 +37,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
         .route("/v1/doctor", get(doctor))
+        .route("/v1/journal", get(journal))
         .route("/v1/machines", post(define))
         .route("/v1/machines/adopt", post(adopt))
         .route("/v1/machines/{name}/start", post(start))
@@ -52,7 +53,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
 struct Daemon(mpsc::Sender<Request>);
 
 #[derive(Deserialize)]
-struct DoctorQuery {
+struct MachineQuery {
     vm: Option<VmName>,
 }
 
@@ -97,8 +98,12 @@ async fn status(State(daemon): State<Daemon>) -> Response {
     daemon.look(Request::Status).await
 }
 
-async fn doctor(State(daemon): State<Daemon>, Query(query): Query<DoctorQuery>) -> Response {
+async fn doctor(State(daemon): State<Daemon>, Query(query): Query<MachineQuery>) -> Response {
     daemon.look(|reply| Request::Doctor(query.vm, reply)).await
+}
+
+async fn journal(State(daemon): State<Daemon>, Query(query): Query<MachineQuery>) -> Response {
+    daemon.ask(|reply| Request::Journal(query.vm, reply)).await
 }
 
 async fn define(State(daemon): State<Daemon>, Json(body): Json<DefineRequest>) -> Response {

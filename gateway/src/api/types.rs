@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::Stage;
+use longhaul_core::migration::recovery::NextStep;
 
 /// Everything there is to see at one site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -48,8 +49,11 @@ pub struct MachineView {
     pub at: Option<SiteName>,
     /// How often it was handed over.
     pub epoch: u64,
-    /// QEMU's run state, or `stopped`.
+    /// QEMU's run state, `stopped`, or `crashed`: its QEMU is gone although nobody stopped it.
     pub state: String,
+    /// Why nothing starts it here, if the journal is older than its disks.
+    #[serde(default)]
+    pub hold: Option<String>,
     /// Guest memory.
     pub memory_bytes: u64,
     /// Its disks' sizes.
@@ -153,6 +157,42 @@ pub struct MigrationView {
     pub started_ms: u64,
     /// When it was over.
     pub ended_ms: Option<u64>,
+}
+
+/// One migration, as this site's journal holds it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JournalView {
+    /// Its id, 32 hexadecimal digits.
+    pub id: String,
+    /// The machine.
+    pub vm: VmName,
+    /// The other site.
+    pub peer: SiteName,
+    /// The epoch that it would begin or has begun.
+    pub epoch: u64,
+    /// What this site is in it: `source` or `destination`.
+    pub role: String,
+    /// What was decided, in order.
+    pub records: Vec<RecordView>,
+    /// Who owns the machine now, for people.
+    pub owner: String,
+    /// What a gateway does about it when it starts.
+    pub next: NextStep,
+    /// The same for people, and what that waits for.
+    pub next_text: String,
+    /// A driver of the running gateway works on it.
+    pub under_way: bool,
+}
+
+/// One decision.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RecordView {
+    /// When.
+    pub at_ms: u64,
+    /// What.
+    pub name: String,
+    /// Why, where it ended something.
+    pub why: Option<String>,
 }
 
 /// A machine that left and whose connections still pass here.

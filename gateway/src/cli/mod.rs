@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage or
 //! configuration, 3 the daemon cannot be reached.
 
+mod journal;
 mod key;
 mod migrate;
 mod show;
@@ -61,6 +62,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// What was decided in each migration, who owns the machine, and what is done next
+    Journal {
+        /// Only this machine's
+        vm: Option<VmName>,
+        /// Read this file (state_dir/journal.redb) instead of asking the daemon, which must not run on it
+        #[arg(long)]
+        file: Option<PathBuf>,
+        /// Print the API's JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Make this site's key if there is none, and print the public half
     Key {
         /// Where the private key is kept
@@ -103,11 +115,13 @@ pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Serve { config, log_json } => return serve(&config, log_json),
         Command::Key { file } => return key::run(&file),
+        Command::Journal { vm, file: Some(file), json } => return journal::file(&file, vm.as_ref(), json),
         Command::Vm(_)
         | Command::Migrate(_)
         | Command::Status { .. }
         | Command::Watch
         | Command::Doctor { .. }
+        | Command::Journal { file: None, .. }
         | Command::MayRun { .. }
         | Command::Abort { .. } => {}
     }
@@ -131,6 +145,7 @@ async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> 
         Command::Status { json } => show::status(&client, json).await,
         Command::Watch => show::watch(&client).await,
         Command::Doctor { vm, json } => show::doctor(&client, vm.as_ref(), json).await,
+        Command::Journal { vm, json, .. } => journal::ask(&client, vm.as_ref(), json).await,
         Command::MayRun { vm } => {
             client.may_run(&vm).await?;
             Ok(ExitCode::SUCCESS)

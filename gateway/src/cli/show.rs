@@ -106,6 +106,9 @@ fn machine_lines(view: &StatusView) -> String {
             disk.to_string(),
             addresses.join(" ")
         );
+        if let Some(why) = &machine.hold {
+            lines += &format!("    HELD  {why}\n");
+        }
     }
     lines
 }

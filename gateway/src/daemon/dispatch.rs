@@ -42,6 +42,9 @@ impl Daemon {
             let text = format!("peer.{}.may_receive does not name {vm}", request.to);
             return Err(RequestError::Conflict(text));
         }
+        if let Some(held) = self.held(&machine.row) {
+            return Err(RequestError::Conflict(format!("{}; {}", held.why, held.remedy)));
+        }
         let epoch = self.owned_epoch(vm)?;
         if self.migration_of(vm).is_some() {
             return Err(RequestError::Conflict(format!("Machine {vm} is already moving")));

@@ -87,6 +87,13 @@ impl Daemon {
     async fn machine(&self, machine: &super::Machine) -> Vec<Finding> {
         let definition = &machine.row.definition;
         let check = format!("machine {}", definition.name);
+        if let Some(held) = self.held(&machine.row) {
+            return vec![bad(&check, &held.why, &held.remedy)];
+        }
+        if self.is_crashed(machine) {
+            let remedy = "`longhaul vm start` boots it from its disk";
+            return vec![bad(&check, "its QEMU is gone although nobody stopped it", remedy)];
+        }
         let Some(guest) = &machine.guest else {
             return vec![bad(&check, "it is not running", "`longhaul vm start` starts it")];
         };

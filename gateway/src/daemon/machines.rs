@@ -4,11 +4,12 @@
 //! is not moving.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::MachineDefinition;
+use longhaul_core::migration::generation::{Generation, behind, may_define};
 use longhaul_core::migration::ledger::{MayNotRun, Ownership};
 use longhaul_core::migration::message::Reservation;
 use longhaul_core::tunnel::policy::PortKey;
@@ -17,12 +18,19 @@ use tokio::sync::oneshot;
 use super::{Daemon, Machine};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Request, RequestError};
+use crate::generation::{read_note, read_notes};
 use crate::hypervisor::{DiskFile, DiskFormat, Guest, Placement, RunState, StartMode, parse_definition};
 use crate::migration::anchor::{AnchorCommand, tell, visits};
 use crate::migration::{Adopted, MachineRow, TAP_OWNER};
 use crate::tunnel::TunnelError;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
+
+/// A machine that nothing starts here, and what to do about it.
+pub(super) struct Held {
+    pub why: String,
+    pub remedy: String,
+}
 
 /// The tap of each NIC.
 type Ports = BTreeMap<DeviceName, String>;
@@ -43,6 +51,7 @@ impl Daemon {
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),
             Request::MayRun(vm, reply) => drop(reply.send(self.may_run(&vm))),
             Request::Doctor(vm, reply) => drop(reply.send(self.doctor(vm).await)),
+            Request::Journal(vm, reply) => drop(reply.send(self.journal(vm.as_ref()).await)),
             Request::Metrics(reply) => drop(reply.send(self.metrics())),
         }
     }
@@ -62,6 +71,7 @@ impl Daemon {
                 return Err(RequestError::Invalid(format!("There is no image {}", image.display())));
             }
         }
+        self.expect_current(&vm, &request.disks)?;
         self.know(definition, request.disks.clone(), None, None)
     }
 
@@ -78,6 +88,7 @@ impl Daemon {
         let differs = |error| RequestError::Failed(crate::migration::chain(&error));
         let ports = guest.taps(&definition).await.map_err(differs)?;
         let images = guest.image_files(&definition).await.map_err(differs)?;
+        self.expect_current(&vm, &images)?;
         for port in ports.values() {
             // Not sysfs: what is mounted there may show another network namespace.
             if nix::net::if_::if_nametoindex(port.as_str()).is_err() {
@@ -127,10 +138,38 @@ impl Daemon {
         }
     }
 
+    /// No disk is of a machine that another site owns, or newer than what is known here.
+    fn expect_current(&self, vm: &VmName, images: &[PathBuf]) -> Result<(), RequestError> {
+        let first = self.edges.journal.first_epoch(vm).map_err(|error| failed(&error))?;
+        for image in images {
+            let Some(note) = read_note(image).map_err(|error| failed(&error))? else { continue };
+            if let Err(stale) = may_define(&note, vm, first, self.edges.site()) {
+                let text = format!("{}: {stale}; {}", image.display(), stale.remedy());
+                return Err(RequestError::Conflict(text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Why nothing starts a machine here, although the ledger says that it is this site's.
+    pub(super) fn held(&self, row: &MachineRow) -> Option<Held> {
+        let vm = &row.definition.name;
+        let ownership = self.edges.journal.ownership(vm).unwrap_or_default()?;
+        let notes = match read_notes(&row.images) {
+            Ok(notes) => notes,
+            Err(error) => {
+                let remedy = "repair that file, or remove it if this is the newest copy there is".to_owned();
+                return Some(Held { why: crate::migration::chain(&error), remedy });
+            }
+        };
+        let stale = behind(&ownership, vm, &notes).err()?;
+        Some(Held { why: stale.to_string(), remedy: stale.remedy() })
+    }
+
     fn know(
         &mut self,
         definition: MachineDefinition,
-        images: Vec<std::path::PathBuf>,
+        images: Vec<PathBuf>,
         adopted: Option<Adopted>,
         guest: Option<Guest>,
     ) -> Result<(), RequestError> {
@@ -159,8 +198,10 @@ impl Daemon {
         if self.migration_of(vm).is_some() {
             return Err(MayNotRun::Moving(vm.clone()).into());
         }
-        let permit = ownership.permit(vm, None)?;
-        let Some(machine) = self.machines.get(vm) else { return Err(no_machine(vm)) };
+        let Some(machine) = self.machines.get(vm) else {
+            return Err(ownership.permit(vm, None, &[]).err().map_or_else(|| no_machine(vm), Into::into));
+        };
+        let permit = ownership.permit(vm, None, &notes(&machine.row)?)?;
         if let Some(guest) = &machine.guest
             && let Ok(state) = guest.status().await
         {
@@ -334,7 +375,8 @@ impl Daemon {
             return Err(MayNotRun::Moving(vm.clone()).into());
         }
         // The permit is not given away: whoever asks starts the machine by other means.
-        self.ownership(vm)?.permit(vm, None).map(drop)?;
+        let notes = self.machines.get(vm).map(|machine| notes(&machine.row)).transpose()?;
+        self.ownership(vm)?.permit(vm, None, &notes.unwrap_or_default()).map(drop)?;
         Ok(())
     }
 
@@ -369,6 +411,11 @@ impl Daemon {
         }
         found
     }
+}
+
+/// What stands beside a machine's disks.
+fn notes(row: &MachineRow) -> Result<Vec<Generation>, RequestError> {
+    read_notes(&row.images).map_err(|error| failed(&error))
 }
 
 /// An image's format by its name: what is not called `.qcow2` is raw.

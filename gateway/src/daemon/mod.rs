@@ -65,7 +65,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (edges, mut link_events) = build::edges(config).await?;
     let (anchors, anchor_commands) = mpsc::channel(64);
     let (anchor_views, anchor_watch) = watch::channel(BTreeMap::new());
-    tokio::spawn(anchor::run(edges.clone(), anchor_commands, anchor_views));
+    let restored = anchor::restore(&edges, &anchor_views).await;
+    tokio::spawn(anchor::run(edges.clone(), restored, anchor_commands, anchor_views));
     let (ended_tx, mut ended) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
     let mut daemon = Daemon {
@@ -119,6 +120,12 @@ struct Daemon {
 struct Machine {
     row: MachineRow,
     guest: Option<Guest>,
+}
+
+impl Machine {
+    fn has_qemu(&self) -> bool {
+        self.guest.as_ref().is_some_and(|guest| !guest.qmp().is_closed())
+    }
 }
 
 /// A migration, running or shown after its end.

@@ -1,11 +1,17 @@
 //! What the daemon shows: machines, migrations, peers, the tunnel.
 
-use longhaul_core::ids::MigrationId;
+use std::collections::BTreeMap;
+
+use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::Ownership;
 
+use super::recovery::qemu;
 use super::{Daemon, Machine};
 use crate::api::RequestError;
-use crate::api::types::{MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView};
+use crate::api::types::{
+    JournalView, MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView,
+};
+use crate::history;
 use crate::metrics::{Figures, LinkFigures, page};
 use crate::migration::{Inbound, MachineRow};
 
@@ -43,9 +49,12 @@ impl Daemon {
             Some(Ownership::Arriving { .. }) => ("arriving", None),
             None => ("unknown", None),
         };
-        let state = match machine.and_then(|machine| machine.guest.as_ref()) {
-            Some(guest) => guest.status().await.map_or("gone".to_owned(), |state| state.to_string()),
-            None => "stopped".to_owned(),
+        let state = match machine {
+            Some(machine) if self.is_crashed(machine) => "crashed".to_owned(),
+            Some(Machine { guest: Some(guest), .. }) => {
+                guest.status().await.map_or("gone".to_owned(), |state| state.to_string())
+            }
+            Some(Machine { guest: None, .. }) | None => "stopped".to_owned(),
         };
         MachineView {
             name: definition.name.clone(),
@@ -53,11 +62,18 @@ impl Daemon {
             at,
             epoch: ownership.map_or(0, |ownership| ownership.epoch().0),
             state,
+            hold: self.held(row).map(|held| format!("{}; {}", held.why, held.remedy)),
             memory_bytes: definition.memory().0,
             disk_bytes: definition.volumes().map(|volume| volume.size_bytes).collect(),
             home: definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect(),
             care_of: row.care_of.iter().map(|care_of| care_of.addr).collect(),
         }
+    }
+
+    /// Nobody stopped it, and its QEMU is gone. The machine is this site's: one that left has none here.
+    pub(super) fn is_crashed(&self, machine: &Machine) -> bool {
+        let owner = self.edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
+        machine.row.wanted && !machine.has_qemu() && matches!(owner, Some(Ownership::Here { .. }))
     }
 
     pub(super) fn tunnel_view(&self) -> TunnelView {
@@ -69,6 +85,21 @@ impl Daemon {
             dropped: status.counters.dropped_total(),
             held: status.ports.iter().map(|port| port.held_packets).sum(),
         }
+    }
+
+    /// What the journal holds, judged by what runs here now.
+    pub(super) async fn journal(&self, vm: Option<&VmName>) -> Result<Vec<JournalView>, RequestError> {
+        let mut qemus = BTreeMap::new();
+        for (name, machine) in &self.machines {
+            qemus.insert(name.clone(), qemu(machine.guest.as_ref()).await);
+        }
+        let views = history::views(&self.edges.journal, vm, &qemus);
+        let mut views = views.map_err(|error| RequestError::Failed(error.to_string()))?;
+        for view in &mut views {
+            let running = self.migrations.values().find(|running| running.attempt.id.to_string() == view.id);
+            view.under_way = running.is_some_and(|running| running.inbox.is_some());
+        }
+        Ok(views)
     }
 
     pub(super) fn migration(&self, id: MigrationId) -> Result<MigrationView, RequestError> {
@@ -108,7 +139,9 @@ impl Daemon {
         });
         page(&Figures {
             links: links.collect(),
-            machines_running: self.machines.values().filter(|machine| machine.guest.is_some()).count() as u64,
+            machines_running: self.machines.values().filter(|machine| machine.has_qemu()).count() as u64,
+            machines_crashed: self.machines.values().filter(|machine| self.is_crashed(machine)).count()
+                as u64,
             migrations_running: self
                 .migrations
                 .values()

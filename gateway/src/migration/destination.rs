@@ -70,14 +70,19 @@ impl DestinationDriver {
         self.drive(machine, step).await
     }
 
-    /// Goes on with one that a restart of the gateway interrupted; `guest` is the QEMU that was found.
+    /// Goes on with one that a restart of the gateway interrupted; `guest` is the QEMU that was found. One
+    /// that is there and did not answer is not in it, but `qemu_found`.
     pub async fn resume(
         mut self,
         guest: Option<Guest>,
+        qemu_found: bool,
         last: DestinationRecord,
     ) -> Result<Outcome, JournalError> {
-        let qemu_found = guest.is_some();
         self.work = Work::Idle(Box::new(Held::found(guest)));
+        if matches!(last, DestinationRecord::Loaded) {
+            let leaf = self.leaf.clone();
+            self.work.hand_on(|held, stop| prepare::watch(leaf, held, stop));
+        }
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Destination::recover(
             self.leaf.attempt.clone(),

@@ -1,6 +1,7 @@
 //! The way back at the destination: nothing of the attempt stays.
 //!
-//! May run twice; what is gone already is no failure.
+//! May run twice; what is gone already is no failure. As long as it is not certain that the waiting QEMU is
+//! gone it may have its disks open: then nothing of it is taken away, and it is asked again.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,8 +14,11 @@ use super::anchor::{pool_images, visits};
 use super::chain;
 use super::destination::DestinationLeaf;
 use super::prepare::Held;
+use crate::hypervisor::Guest;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(5);
+/// Between two tries.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Gives back everything that was held.
 pub(super) async fn run(
@@ -33,18 +37,7 @@ pub(super) async fn run(
     if held.images.is_empty() {
         know_visits(&leaf, &proposal, &reservation).await;
     }
-    let guest = match held.guest.take() {
-        Some(guest) => Some(guest),
-        None => leaf.edges.hypervisor.find(vm).await.unwrap_or_else(|error| {
-            tracing::warn!(%vm, error = chain(&error), "a waiting QEMU may be left: it cannot be asked");
-            None
-        }),
-    };
-    if let Some(guest) = guest
-        && let Err(error) = guest.quit(QEMU_LIMIT).await
-    {
-        tracing::warn!(%vm, error = chain(&error), "the waiting QEMU could not be ended");
-    }
+    end_qemu(&leaf, held.guest.take()).await;
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
     }
@@ -74,6 +67,29 @@ pub(super) async fn run(
     }
     leaf.report(Event::Discarded).await;
     Held::default()
+}
+
+/// Ends the waiting QEMU; returns only when it is gone.
+async fn end_qemu(leaf: &DestinationLeaf, mut known: Option<Guest>) {
+    let vm = &leaf.attempt.vm;
+    let mut told = false;
+    loop {
+        let tried = match known.take().filter(|guest| !guest.qmp().is_closed()) {
+            Some(guest) => guest.quit(QEMU_LIMIT).await.map(|()| None).map_err(|error| chain(&error)),
+            None => leaf.edges.hypervisor.find(vm).await.map(Some).map_err(|error| chain(&error)),
+        };
+        match tried {
+            Ok(None | Some(None)) => return,
+            Ok(Some(found)) => known = found,
+            Err(error) => {
+                if !told {
+                    tracing::warn!(%vm, error, "the waiting QEMU cannot be ended; its disks stay until it is gone, and no other attempt is taken");
+                }
+                told = true;
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
 }
 
 /// What a killed gateway installed can be undone only by a tunnel that knows it: it is prepared once more.

@@ -35,11 +35,13 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::ids::{DeviceName, MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
+use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
 use longhaul_core::tunnel::policy::PortKey;
 
 use crate::config::Config;
 use crate::dns::Names;
+use crate::generation::write_notes;
 use crate::hypervisor::{Guest, Hypervisor};
 use crate::journal::Journal;
 use crate::link::{Link, PeerHandle};
@@ -190,6 +192,16 @@ impl<E> Leaf<E> {
         if self.events.send(event).await.is_err() {
             tracing::debug!(vm = %self.attempt.vm, "event after the end of the migration");
         }
+    }
+}
+
+/// Writes beside each image that `owner` has owned the machine since this attempt's epoch.
+pub(crate) async fn note(attempt: &Attempt, images: Vec<PathBuf>, owner: &SiteName) {
+    let note = Generation { vm: attempt.vm.clone(), epoch: attempt.epoch, owner: owner.clone() };
+    let written = tokio::task::spawn_blocking(move || write_notes(&images, &note)).await;
+    // A task that was cancelled ends with the gateway, which repeats it.
+    if let Ok(Err(error)) = written {
+        tracing::error!(vm = %attempt.vm, error = chain(&error), "an old journal would not be noticed");
     }
 }
 

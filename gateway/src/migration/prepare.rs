@@ -35,6 +35,8 @@ use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
 use crate::migration::anchor::{pool_images, visits};
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
+/// Between two tries to find QEMU.
+const AGAIN: Duration = Duration::from_millis(500);
 /// QEMU only lets go of what it holds locally.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// QEMU opens its taps before it becomes the machine's user.
@@ -56,7 +58,7 @@ impl Held {
     }
 }
 
-/// Prepares, then waits for the machine until it is loaded or it is told to stop.
+/// Prepares, waits for the machine until it is loaded, and watches its QEMU until it is told to stop.
 ///
 /// Preparing is never broken off: a QEMU that is just being started would be nobody's.
 pub(super) async fn run(
@@ -75,10 +77,42 @@ pub(super) async fn run(
         () = told_to_stop(&mut stop) => return held,
         done = wait_for_it(&leaf, &mut held) => done,
     };
-    if let Err(why) = done {
-        leaf.report(Event::Failed(why)).await;
+    match done {
+        Ok(()) => watch(leaf, held, stop).await,
+        Err(why) => {
+            leaf.report(Event::Failed(why)).await;
+            held
+        }
+    }
+}
+
+/// Watches the QEMU of a machine that is loaded until it is told to stop. One that dies before the machine is
+/// ours is reported: the source has kept its memory and goes on.
+pub(super) async fn watch(leaf: DestinationLeaf, mut held: Held, mut stop: watch::Receiver<bool>) -> Held {
+    tokio::select! {
+        biased;
+        () = told_to_stop(&mut stop) => {}
+        () = gone(&leaf, &mut held) => leaf.report(Event::Failed(waiting_qemu_ended())).await,
     }
     held
+}
+
+/// Until the waiting QEMU is gone; after a restart of the gateway it may have to be found first.
+async fn gone(leaf: &DestinationLeaf, held: &mut Held) {
+    loop {
+        if let Some(guest) = &held.guest {
+            return guest.gone().await;
+        }
+        match leaf.edges.hypervisor.find(&leaf.attempt.vm).await {
+            Ok(None) => return,
+            Ok(found) => held.guest = found,
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    }
+}
+
+fn waiting_qemu_ended() -> Refusal {
+    Refusal::Hypervisor("the waiting QEMU ended".into())
 }
 
 async fn wait_for_it(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
@@ -197,7 +231,7 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     };
     let gone = async {
         guest.gone().await;
-        Err::<(), Refusal>(Refusal::Hypervisor("the waiting QEMU ended".into()))
+        Err::<(), Refusal>(waiting_qemu_ended())
     };
     tokio::select! {
         both = async { tokio::try_join!(disks, loaded) } => { both?; }

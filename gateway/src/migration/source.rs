@@ -183,6 +183,8 @@ impl SourceDriver {
             }
             Action::Attract(handover) => {
                 anchor::tell(&self.anchors, self.attract(&handover)).await;
+                let (attempt, images) = (self.leaf.attempt.clone(), self.row.images.clone());
+                tokio::spawn(async move { super::note(&attempt, images, &attempt.peer).await });
             }
             Action::Release => {
                 let vm = self.leaf.attempt.vm.clone();

@@ -34,11 +34,13 @@
 
 pub mod convergence;
 pub mod destination;
+pub mod generation;
 pub mod late;
 pub mod ledger;
 pub mod message;
 pub mod permit;
 pub mod record;
+pub mod recovery;
 pub mod source;
 pub mod step;
 

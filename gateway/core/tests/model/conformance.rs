@@ -259,7 +259,7 @@ impl World {
             Some(_) | None => None,
         };
         let owner = self.owns[site].as_ref().expect("the model boots an unknown machine");
-        let permit = owner.permit(&attempt("b").vm, unfinished).expect("the start gate is shut");
+        let permit = owner.permit(&attempt("b").vm, unfinished, &[]).expect("the start gate is shut");
         assert_eq!(permit.vm(), &attempt("b").vm);
         self.guests[site] = Guest::Running;
     }
