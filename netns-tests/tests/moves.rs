@@ -421,10 +421,14 @@ async fn a_refused_move_names_the_reason_and_leaves_both_sites_untouched() {
     assert!(error.contains("mars") && error.contains("configured are: b"), "{error}");
     assert_untouched(&scene, &before, "unknown names").await;
 
-    let cases: [(&str, &str, &str, &[&str]); 3] = [
+    let home = scene.home().unwrap().to_string();
+    let pool = care_of_line(&original);
+    let home_in_pool = pool.replace("= [", &format!("= [\"{home}\", "));
+    let cases: [(&str, &str, &str, &[&str]); 4] = [
         ("full disk", "keep_free_gib = 0", "keep_free_gib = 900000", &["disk space"]),
         ("policy", "may_send = [\"*\"]", "may_send = [\"db*\"]", &["peer.a.may_send", VM]),
-        ("no address", &care_of_line(&original), "care_of = []", &["care-of addresses"]),
+        ("no address", &pool, "care_of = []", &["care-of addresses"]),
+        ("home address in use", &pool, &home_in_pool, &[&home, "pool of care-of addresses"]),
     ];
     for (case, from, to, words) in cases {
         let before = reconfigure_b(&mut scene, |_| original.replace(from, to)).await;

@@ -10,7 +10,7 @@ use longhaul_core::ids::SiteName;
 use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
-use super::Edges;
+use super::{Edges, host};
 use crate::config::Config;
 
 /// What this host has left.
@@ -106,9 +106,18 @@ pub fn reserve(
 /// Everything that is asked before a proposal is accepted.
 pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
     check_policy(&edges.config, peer, proposal)?;
+    proposal.check_nics()?;
+    check_homes(edges, proposal).await?;
     check_room(&edges.config, room(edges)?, proposal)?;
     let host = edges.hypervisor.capabilities().await.map_err(super::hypervisor_failed)?;
     proposal.definition.check(&host).map_err(|error| Refusal::Incompatible(Refusal::text(error.to_string())))
+}
+
+/// A route to a visitor must not take the place of one that this host needs.
+async fn check_homes(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
+    let host = host::as_visited(edges).await.map_err(super::park::tunnel_failed)?;
+    host::check(&host, &proposal.definition)
+        .map_err(|needed| Refusal::Incompatible(format!("{needed} (at site {})", edges.site())))
 }
 
 fn room(edges: &Edges) -> Result<Room, Refusal> {

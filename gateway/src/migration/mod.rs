@@ -14,6 +14,7 @@ pub mod admission;
 pub mod anchor;
 mod destination;
 mod discard;
+mod host;
 mod park;
 mod precopy;
 mod preflight;
