@@ -97,9 +97,9 @@ struct FaultArgs {
     /// Their order and moments; a case is a function of this and of its number
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Only the case of this number
+    /// Only the case of this number; may be given more than once
     #[arg(long)]
-    only: Option<u64>,
+    only: Vec<u64>,
     /// Begin no case after so many minutes
     #[arg(long)]
     minutes: Option<u64>,
@@ -110,9 +110,8 @@ impl FaultArgs {
         FaultOptions {
             cases: self.cases,
             seed: self.seed,
-            only: self.only,
+            only: self.only.clone(),
             limit: self.minutes.map(|minutes| Duration::from_secs(minutes * 60)),
-            longest: Duration::MAX,
         }
     }
 }

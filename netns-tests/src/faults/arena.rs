@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use gateway::api::types::MachineView;
@@ -12,10 +12,11 @@ use longhaul_core::ids::VmName;
 
 use super::plan::Place;
 use crate::agent::client::ask;
+use crate::agent::control::AgentStatus;
 use crate::scenario::gateway::Gateway;
 use crate::scenario::programs::Programs;
 use crate::scenario::scene::VM;
-use crate::scenario::traces::{Traces, as_before, pool, qemus};
+use crate::scenario::traces::{Traces, as_before, images, pool, qemus};
 use crate::scenario::{Scene, SceneOptions};
 use crate::wan::WanProfile;
 
@@ -62,6 +63,7 @@ impl Arena {
         self.scene.wait_for_link().await?;
         if !self.guest {
             self.scene.start_guest().await?;
+            self.reachable().await?;
             self.guest = true;
         }
         if self.inhabited.is_none() {
@@ -69,6 +71,23 @@ impl Arena {
         }
         for place in Place::BOTH {
             std::fs::copy(self.gateway(place).journal(), self.old_journal(place))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the client reaches the new machine at its home address; a router may believe for a moment that it is
+    /// where the one before it was attracted to.
+    async fn reachable(&self) -> Result<()> {
+        let deadline = Instant::now() + TIDY;
+        let home = self.scene.home()?;
+        while let Err(error) = self.ask::<AgentStatus>(home, "/status").await {
+            if Instant::now() > deadline {
+                let site = self.scene.world.site("a")?;
+                let neighbours = [&site.host, &site.router].map(|host| host.output("ip", &["neigh"]));
+                let bridge = site.host.output("bridge", &["fdb", "show"]);
+                bail!("The new machine cannot be reached: {error:#}; {neighbours:?}, {bridge:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
         Ok(())
     }
@@ -144,9 +163,9 @@ impl Arena {
     /// place.
     pub async fn renew(&mut self) -> Result<()> {
         let vm: VmName = VM.parse()?;
-        let moved = pool(&self.scene.a)?;
+        let moved = images(&self.scene.a)?;
         ensure!(moved.iter().all(|name| name.contains(".moved-e")), "site a still has disks {moved:?}");
-        let arrived = pool(&self.scene.b)?;
+        let arrived = images(&self.scene.b)?;
         ensure!(arrived.len() == 1, "site b has disks {arrived:?}");
         self.scene.b.client().undefine(&vm, false).await.context("Site b does not forget the machine")?;
         self.scene.a.client().undefine(&vm, true).await.context("Site a does not forget the machine")?;
@@ -167,13 +186,13 @@ impl Arena {
     /// The name's TTL is what it was before the move.
     pub async fn ttl_is_restored(&self) -> Result<()> {
         let wanted = Some(self.scene.options.ttl_s);
-        let deadline = std::time::Instant::now() + TIDY;
+        let deadline = Instant::now() + TIDY;
         loop {
             let ttl = self.scene.names.read(&Scene::name())?.ttl_s();
             if ttl == wanted {
                 return Ok(());
             }
-            if std::time::Instant::now() > deadline {
+            if Instant::now() > deadline {
                 bail!("the name's TTL is {ttl:?}, it was {wanted:?}");
             }
             tokio::time::sleep(Duration::from_millis(200)).await;

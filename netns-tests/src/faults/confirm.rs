@@ -13,8 +13,9 @@ use crate::agent::client::ask;
 use crate::agent::control::AgentStatus;
 use crate::netns::Namespace;
 
-/// Between two questions.
-const PAUSE: Duration = Duration::from_millis(150);
+/// Between two questions. Each is a connection; one that just closes when the machine moves keeps the tunnel up for
+/// minutes.
+const PAUSE: Duration = Duration::from_millis(500);
 /// An answer that takes longer is not waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
 

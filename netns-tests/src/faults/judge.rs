@@ -18,13 +18,14 @@ use crate::guest::verify;
 use crate::scenario::disk_check;
 use crate::scenario::monitor::Monitor;
 use crate::scenario::scene::VM;
-use crate::scenario::traces::pool;
+use crate::scenario::traces::images;
 use crate::scenario::traffic::Client;
 
 /// A guest boots and answers within this, on a busy machine.
 const BOOT: Duration = Duration::from_secs(180);
-/// The tunnel ends within this once nobody needs it.
-const TUNNEL: Duration = Duration::from_secs(90);
+/// The tunnel ends within this once nobody needs it: a connection of which one end's last word was missed is given up
+/// after four minutes.
+const TUNNEL: Duration = Duration::from_secs(300);
 
 /// The sites that would run the machine if they were asked.
 pub async fn owners(arena: &Arena) -> Result<Vec<Place>> {
@@ -135,7 +136,7 @@ async fn moved_disk(arena: &Arena, id: &str) -> Result<(u64, Option<String>)> {
 
 async fn booted_disk(arena: &Arena) -> Result<(u64, Option<String>)> {
     arena.scene.b.client().stop(&VM.parse()?).await?;
-    let images = pool(&arena.scene.b)?;
+    let images = images(&arena.scene.b)?;
     let [image] = &images[..] else { bail!("Site b has disks {images:?}") };
     let work = tempfile::tempdir_in(arena.scene.world.lab.scratch())?;
     let (verdict, _) = verify::root_disk(&arena.scene.b.folder.join("disks").join(image), work.path())?;

@@ -25,17 +25,22 @@ impl Traces {
     /// Looks at a host.
     pub fn of(host: &Namespace) -> Result<Self> {
         let mut lines = BTreeSet::new();
-        let commands: [(&str, &[&str]); 5] = [
+        let commands: [(&str, &[&str]); 6] = [
             ("ip", &["-br", "link"]),
             ("ip", &["route", "show", "table", "all"]),
             ("ip", &["rule"]),
             ("ip", &["neigh", "show", "proxy"]),
+            ("bridge", &["fdb", "show"]),
             ("nft", &["-s", "list", "ruleset"]),
         ];
         for (program, arguments) in commands {
             for line in host.output(program, arguments)?.lines() {
                 // Sampled flows of a machine at home come with its clients and go by themselves.
                 if program == "nft" && line.contains(" timeout ") {
+                    continue;
+                }
+                // What a bridge has learned by itself comes and goes.
+                if program == "bridge" && !line.contains("permanent") {
                     continue;
                 }
                 // Only a device's name: its state follows the traffic.
@@ -99,6 +104,13 @@ pub fn kill_qemu(gateway: &Gateway) -> Result<()> {
     let [pid] = pids[..] else { bail!("Not one QEMU but {pids:?}") };
     kill(Pid::from_raw(pid), Signal::SIGKILL)?;
     Ok(())
+}
+
+/// Disks in a site's pool, without the notes beside them.
+pub fn images(gateway: &Gateway) -> Result<Vec<String>> {
+    let mut names = pool(gateway)?;
+    names.retain(|name| !name.ends_with(".generation"));
+    Ok(names)
 }
 
 /// Files in a site's pool of disks.
