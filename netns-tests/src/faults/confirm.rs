@@ -16,8 +16,8 @@ use crate::netns::Namespace;
 /// Between two questions. Each is a connection; one that just closes when the machine moves keeps the tunnel up for
 /// minutes.
 const PAUSE: Duration = Duration::from_millis(500);
-/// An answer that takes longer is not waited for.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// An answer that takes longer is not waited for; a pause, and most cuts, are shorter.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What clients were told.
 #[derive(Debug, Clone, Default)]
