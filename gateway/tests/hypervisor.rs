@@ -118,7 +118,14 @@ async fn a_machine_runs_as_a_user_of_its_own_under_a_filter() {
     assert!(field("Seccomp:").ends_with('2'), "{}", field("Seccomp:"));
     assert!(field("CapEff:").ends_with("0000000000000000"), "{}", field("CapEff:"));
     // Its own folder is open to it, for the sockets it makes while it runs.
-    guest.nbd_start(&guest.dir().unwrap().join("nbd.sock")).await.unwrap();
+    guest.nbd_start(&guest.own_dir().unwrap().join("nbd.sock")).await.unwrap();
+    // The gateway's logs, pid file and monitors are not: whoever breaks out of QEMU cannot replace them.
+    let dir = guest.dir().unwrap();
+    for name in ["console.log.1", "qemu.log", "pid", "qmp.sock"] {
+        let link = ["--reuid=64000", "--regid=64000", "--clear-groups", "ln", "-sfn", "/etc/passwd"];
+        let done = Command::new("setpriv").args(link).arg(dir.join(name)).output().await.unwrap();
+        assert!(!done.status.success(), "{name} was replaced");
+    }
     // It may connect to a socket of the gateway's once it was given to it.
     let socket = guest.dir().unwrap().join("memory.sock");
     let listener = UnixListener::bind(&socket).unwrap();

@@ -1,7 +1,8 @@
 //! Starts machines so that they outlive the gateway, and finds them again.
 //!
 //! ```text
-//!   <run>/vm/NAME/   qmp.sock  observer.sock  pid  console.log  qemu.log      owner: the machine's user
+//!   <run>/vm/NAME/       qmp.sock  observer.sock  pid  console.log  qemu.log    the gateway's; QEMU passes through
+//!   <run>/vm/NAME/own/   what QEMU makes while it runs                          the machine's user's
 //! ```
 //!
 //! QEMU runs in a session of its own, not as QEMU's own daemon: its system call filter then forbids it
@@ -12,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::{Firmware, HostCapabilities, KernelFiles, MachineDefinition, Sha256Digest};
 use longhaul_core::units::Bytes;
+use nix::libc::O_NOFOLLOW;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
@@ -152,8 +154,8 @@ impl Hypervisor {
         let qmp =
             QmpClient::connect(&dir.join(QMP_SOCKET), self.config.qmp.clone()).await.map_err(unreachable)?;
         let volumes = adopt::volumes_by_name(&qmp).await.map_err(unreachable)?;
-        let owner = fs::metadata(&dir).map_err(files("read", &dir))?;
-        let run_as = self.config.uids.map(|_| (owner.uid(), owner.gid()));
+        let group = fs::metadata(&dir).map_err(files("read", &dir))?.gid();
+        let run_as = self.config.uids.map(|_| (group, group));
         Ok(Some(self.guest(name, qmp, dir, process, run_as, volumes)))
     }
 
@@ -222,7 +224,9 @@ impl Hypervisor {
         arguments: &[String],
     ) -> Result<Child, HypervisorError> {
         let log = dir.join(QEMU_LOG);
-        let file = File::options().create(true).append(true).open(&log).map_err(files("write", &log))?;
+        let mut options = File::options();
+        options.create(true).append(true).mode(0o600).custom_flags(O_NOFOLLOW);
+        let file = options.open(&log).map_err(files("write", &log))?;
         let systemd = self.config.systemd && Path::new("/run/systemd/system").exists();
         let mut command = Command::new(if systemd { "systemd-run" } else { "setsid" });
         if systemd {

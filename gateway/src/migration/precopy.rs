@@ -343,7 +343,7 @@ impl LastSync {
 
 /// Where a socket lies that QEMU itself is to create: a folder it may write to.
 pub(super) fn guest_socket(guest: &Guest, own: &Path, name: &str) -> PathBuf {
-    guest.dir().unwrap_or(own).join(name)
+    guest.own_dir().unwrap_or_else(|| own.to_owned()).join(name)
 }
 
 pub(super) fn socket_dir(leaf: &SourceLeaf) -> Result<PathBuf, Refusal> {
