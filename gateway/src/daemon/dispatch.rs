@@ -18,7 +18,7 @@ use crate::api::types::{MigrateRequest, Started};
 use crate::hypervisor::Guest;
 use crate::journal::History;
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
+use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
 
 /// Messages that may wait for one driver.
 const INBOX: usize = 64;
@@ -42,13 +42,14 @@ impl Daemon {
             let text = format!("peer.{}.may_receive does not name {vm}", request.to);
             return Err(RequestError::Conflict(text));
         }
-        if let Some(held) = self.held(&machine.row) {
+        if let Some(held) = super::machines::held(&self.edges, &machine.row) {
             return Err(RequestError::Conflict(format!("{}; {}", held.why, held.remedy)));
         }
         let epoch = self.owned_epoch(vm)?;
         if self.migration_of(vm).is_some() {
             return Err(RequestError::Conflict(format!("Machine {vm} is already moving")));
         }
+        self.expect_idle(vm)?;
         if machine.row.handover.is_some() {
             let text = format!(
                 "Machine {vm} is visiting; this version moves machines from their home site {} only",
@@ -72,9 +73,7 @@ impl Daemon {
             max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
         };
         let (inbox, outbox) = mpsc::channel(INBOX);
-        // Paused by its operator is how it is wanted: an attempt that fails does not wake it.
-        let wanted = guest.status().await.map_or(machine.row.wanted, |state| state.is_running());
-        let row = MachineRow { wanted, ..machine.row.clone() };
+        let row = machine.row.clone();
         let anchors = self.anchors.clone();
         let driver = SourceDriver::new(
             self.edges.clone(),
@@ -186,6 +185,12 @@ impl Daemon {
     fn busy(&self, vm: &VmName) -> Option<Refusal> {
         if self.migration_of(vm).is_some() {
             return Some(Refusal::Busy(format!("{vm} is already moving at site {}", self.edges.site())));
+        }
+        if self.working.contains(vm) {
+            return Some(Refusal::Busy(format!(
+                "site {} is just taking up a machine {vm}",
+                self.edges.site()
+            )));
         }
         match self.edges.journal.ownership(vm) {
             Ok(Some(Ownership::Here { .. })) => {

@@ -6,6 +6,9 @@
 //!   ended drivers -/
 //! ```
 //!
+//! This task never waits for a QEMU: one that hangs would stop the messages of every other migration.
+//! Whatever asks one is a task that reports back.
+//!
 //! Recovery comes before listening: what the journal owes is begun before a peer or an operator can
 //! ask for anything new.
 
@@ -13,6 +16,7 @@ mod build;
 mod dispatch;
 mod doctor;
 mod machines;
+mod power;
 mod recovery;
 mod status;
 
@@ -69,6 +73,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tokio::spawn(anchor::run(edges.clone(), restored, anchor_commands, anchor_views));
     let (ended_tx, mut ended) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
+    let (worked_tx, mut worked) = mpsc::channel(64);
     let mut daemon = Daemon {
         edges,
         machines: BTreeMap::new(),
@@ -78,6 +83,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         anchor_views: anchor_watch,
         ended: ended_tx,
         admitted: admitted_tx,
+        working: BTreeSet::new(),
+        worked: worked_tx,
     };
     daemon.recover().await.context("Recovery failed; nothing was changed")?;
     let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
@@ -92,6 +99,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
             Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
+            Some(work) = worked.recv() => daemon.on_worked(work),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -114,9 +122,13 @@ struct Daemon {
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
     admitted: mpsc::Sender<Admitted>,
+    /// Machines that a task is just starting, stopping or adopting.
+    working: BTreeSet<VmName>,
+    worked: mpsc::Sender<power::Worked>,
 }
 
 /// A machine that this site knows.
+#[derive(Clone)]
 struct Machine {
     row: MachineRow,
     guest: Option<Guest>,

@@ -1,26 +1,53 @@
 //! What the daemon shows: machines, migrations, peers, the tunnel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
+use futures_util::future::join_all;
 use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::recovery::Qemu;
+use tokio::sync::oneshot;
 
+use super::machines::held;
 use super::recovery::qemu;
 use super::{Daemon, Machine};
-use crate::api::RequestError;
 use crate::api::types::{
     JournalView, MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView,
 };
+use crate::api::{Reply, RequestError};
 use crate::history;
+use crate::hypervisor::{Guest, QmpError};
 use crate::metrics::{Figures, LinkFigures, page};
-use crate::migration::{Inbound, MachineRow};
+use crate::migration::{Edges, Inbound, MachineRow};
+
+/// How long a QEMU may take to say its state: a look at all machines takes no longer.
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
 
 impl Daemon {
-    pub(super) async fn status(&self) -> StatusView {
-        let mut machines = Vec::new();
-        for (vm, row) in self.edges.journal.machines::<MachineRow>().unwrap_or_default() {
-            machines.push(self.machine_view(&row, self.machines.get(&vm)).await);
+    pub(super) fn status(&self, reply: oneshot::Sender<StatusView>) {
+        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
+        let looks: Vec<Look> = rows.iter().map(|(vm, _)| self.look(vm)).collect();
+        let mut view = self.view(rows.iter().map(|(_, row)| self.machine_view(row)).collect());
+        tokio::spawn(async move {
+            let states = join_all(looks.iter().map(run_state)).await;
+            for (machine, state) in view.machines.iter_mut().zip(states) {
+                machine.state = state;
+            }
+            // An asker that went away needs no answer.
+            drop(reply.send(view));
+        });
+    }
+
+    fn look(&self, vm: &VmName) -> Look {
+        match self.machines.get(vm) {
+            Some(machine) if is_crashed(&self.edges, machine) => Look::Crashed,
+            Some(Machine { guest: Some(guest), .. }) => Look::Ask(guest.clone()),
+            Some(Machine { guest: None, .. }) | None => Look::Stopped,
         }
+    }
+
+    fn view(&self, machines: Vec<MachineView>) -> StatusView {
         StatusView {
             site: self.edges.site().clone(),
             peers: self
@@ -40,7 +67,7 @@ impl Daemon {
         }
     }
 
-    async fn machine_view(&self, row: &MachineRow, machine: Option<&Machine>) -> MachineView {
+    fn machine_view(&self, row: &MachineRow) -> MachineView {
         let definition = &row.definition;
         let ownership = self.edges.journal.ownership(&definition.name).unwrap_or_default();
         let (owner, at) = match &ownership {
@@ -49,31 +76,19 @@ impl Daemon {
             Some(Ownership::Arriving { .. }) => ("arriving", None),
             None => ("unknown", None),
         };
-        let state = match machine {
-            Some(machine) if self.is_crashed(machine) => "crashed".to_owned(),
-            Some(Machine { guest: Some(guest), .. }) => {
-                guest.status().await.map_or("gone".to_owned(), |state| state.to_string())
-            }
-            Some(Machine { guest: None, .. }) | None => "stopped".to_owned(),
-        };
         MachineView {
             name: definition.name.clone(),
             owner: owner.to_owned(),
             at,
             epoch: ownership.map_or(0, |ownership| ownership.epoch().0),
-            state,
-            hold: self.held(row).map(|held| format!("{}; {}", held.why, held.remedy)),
+            // QEMU has not been asked yet.
+            state: String::new(),
+            hold: held(&self.edges, row).map(|held| format!("{}; {}", held.why, held.remedy)),
             memory_bytes: definition.memory().0,
             disk_bytes: definition.volumes().map(|volume| volume.size_bytes).collect(),
             home: definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect(),
             care_of: row.care_of.iter().map(|care_of| care_of.addr).collect(),
         }
-    }
-
-    /// Nobody stopped it, and its QEMU is gone. The machine is this site's: one that left has none here.
-    pub(super) fn is_crashed(&self, machine: &Machine) -> bool {
-        let owner = self.edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
-        machine.row.wanted && !machine.has_qemu() && matches!(owner, Some(Ownership::Here { .. }))
     }
 
     pub(super) fn tunnel_view(&self) -> TunnelView {
@@ -88,18 +103,25 @@ impl Daemon {
     }
 
     /// What the journal holds, judged by what runs here now.
-    pub(super) async fn journal(&self, vm: Option<&VmName>) -> Result<Vec<JournalView>, RequestError> {
-        let mut qemus = BTreeMap::new();
-        for (name, machine) in &self.machines {
-            qemus.insert(name.clone(), qemu(machine.guest.as_ref()).await);
-        }
-        let views = history::views(&self.edges.journal, vm, &qemus);
-        let mut views = views.map_err(|error| RequestError::Failed(error.to_string()))?;
-        for view in &mut views {
-            let running = self.migrations.values().find(|running| running.attempt.id.to_string() == view.id);
-            view.under_way = running.is_some_and(|running| running.inbox.is_some());
-        }
-        Ok(views)
+    pub(super) fn journal(&self, vm: Option<VmName>, reply: Reply<Vec<JournalView>>) {
+        let guests: Vec<(VmName, Option<Guest>)> =
+            self.machines.iter().map(|(vm, machine)| (vm.clone(), machine.guest.clone())).collect();
+        let ended = |id: &MigrationId| self.migrations[id].inbox.is_none();
+        let under_way: BTreeSet<String> =
+            self.migrations.keys().filter(|id| !ended(id)).map(ToString::to_string).collect();
+        let journal = self.edges.journal.clone();
+        tokio::spawn(async move {
+            let asked = guests.into_iter().map(async |(vm, guest)| (vm, qemu(guest.as_ref()).await));
+            let qemus: BTreeMap<VmName, Qemu> = join_all(asked).await.into_iter().collect();
+            let views = history::views(&journal, vm.as_ref(), &qemus).map(|mut views| {
+                for view in &mut views {
+                    view.under_way = under_way.contains(&view.id);
+                }
+                views
+            });
+            // An asker that went away needs no answer.
+            drop(reply.send(views.map_err(|error| RequestError::Failed(error.to_string()))));
+        });
     }
 
     pub(super) fn migration(&self, id: MigrationId) -> Result<MigrationView, RequestError> {
@@ -140,8 +162,11 @@ impl Daemon {
         page(&Figures {
             links: links.collect(),
             machines_running: self.machines.values().filter(|machine| machine.has_qemu()).count() as u64,
-            machines_crashed: self.machines.values().filter(|machine| self.is_crashed(machine)).count()
-                as u64,
+            machines_crashed: self
+                .machines
+                .values()
+                .filter(|machine| is_crashed(&self.edges, machine))
+                .count() as u64,
             migrations_running: self
                 .migrations
                 .values()
@@ -153,5 +178,32 @@ impl Daemon {
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,
         })
+    }
+}
+
+/// Nobody stopped it, and its QEMU is gone. The machine is this site's: one that left has none here.
+pub(super) fn is_crashed(edges: &Edges, machine: &Machine) -> bool {
+    let owner = edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
+    machine.row.wanted && !machine.has_qemu() && matches!(owner, Some(Ownership::Here { .. }))
+}
+
+/// Where a machine's state is to be learned.
+enum Look {
+    Stopped,
+    Crashed,
+    Ask(Guest),
+}
+
+/// What the machine's QEMU says of it.
+async fn run_state(look: &Look) -> String {
+    let guest = match look {
+        Look::Stopped => return "stopped".to_owned(),
+        Look::Crashed => return "crashed".to_owned(),
+        Look::Ask(guest) => guest,
+    };
+    match guest.status_within(LOOK_LIMIT).await {
+        Ok(state) => state.to_string(),
+        Err(QmpError::Timeout { .. }) => "no answer".to_owned(),
+        Err(_) => "gone".to_owned(),
     }
 }

@@ -168,6 +168,12 @@ impl Guest {
         Ok(RunState::from_name(&status.status))
     }
 
+    /// The run state, if QEMU says it within `limit`.
+    pub async fn status_within(&self, limit: Duration) -> Result<RunState, QmpError> {
+        let late = |_| QmpError::Timeout { command: "query-status".to_owned(), limit };
+        tokio::time::timeout(limit, self.status()).await.map_err(late)?
+    }
+
     /// QEMU's events from now on.
     pub fn events(&self) -> Events {
         self.qmp.events()

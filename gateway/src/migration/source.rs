@@ -96,7 +96,11 @@ impl SourceDriver {
     }
 
     /// Runs a new migration to its end.
-    pub async fn run(self) -> Result<Outcome, JournalError> {
+    pub async fn run(mut self) -> Result<Outcome, JournalError> {
+        // Paused by its operator is how it is wanted: an attempt that fails does not wake it.
+        if let Some(guest) = &self.guest {
+            self.row.wanted = guest.status().await.map_or(self.row.wanted, |state| state.is_running());
+        }
         let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
         let (machine, step) = Source::begin(attempt, limits, self.options.without_dns, now);
         self.drive(machine, step).await

@@ -1,0 +1,43 @@
+//! The daemon as a process, in a network namespace of its own: what it refuses to begin with, and that it
+//! answers whatever one machine's QEMU does. Nothing moves here.
+
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+#[path = "daemon/site.rs"]
+mod site;
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use site::*;
+
+#[test]
+fn a_qemu_that_hangs_keeps_nobody_else_waiting() {
+    let Some(site) = Site::new() else { return };
+    let gateway = site.serve();
+    for vm in ["web1", "web2"] {
+        site.define(vm);
+        site.longhaul(&["vm", "start", vm]).success();
+    }
+    site.signal("web1", Signal::SIGSTOP);
+    // Each of these asks the QEMU that hangs, and waits for it.
+    let stopping = site.begin(&["vm", "stop", "web1"]);
+    let looking = site.begin(&["doctor"]);
+    let began = Instant::now();
+    site.longhaul(&["may-run", "web2"]).success();
+    let listed = site.longhaul(&["vm", "list"]).success();
+    site.longhaul(&["vm", "stop", "web2"]).success();
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(6), "{took:?}");
+    let line = |vm: &str| listed.lines().find(|line| line.contains(vm)).unwrap_or_default();
+    assert!(line("web1").contains("no answer") && line("web2").contains("running"), "{listed}");
+    let refused = site.longhaul(&["vm", "start", "web1"]).failure(1);
+    assert!(refused.contains("is just being"), "{refused}");
+    site.signal("web1", Signal::SIGCONT);
+    stopping.join().unwrap().success();
+    looking.join().unwrap();
+    site.longhaul(&["vm", "start", "web1"]).success();
+    drop(gateway);
+}
