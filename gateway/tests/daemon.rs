@@ -41,3 +41,32 @@ fn a_qemu_that_hangs_keeps_nobody_else_waiting() {
     site.longhaul(&["vm", "start", "web1"]).success();
     drop(gateway);
 }
+
+#[test]
+fn a_configuration_that_this_host_contradicts_is_refused_before_anything_is_made() {
+    let Some(site) = Site::new() else { return };
+    let right = site.configuration();
+    let folder = site.path("").display().to_string();
+    std::fs::write(site.path("open-key"), "x").unwrap();
+    for (was, is, line, key) in [
+        ("/key\"", "/no-key\"", 3, "site.key_file"),
+        ("/pool\"", "/no-pool\"", 7, "storage.pool"),
+        ("[hypervisor]\n", "[hypervisor]\nuefi_code = \"/no-code\"\n", 9, "hypervisor.uefi_code"),
+        ("[hypervisor]\n", "[kernel.k]\nimage = \"/no-kernel\"\n[hypervisor]\n", 9, "kernel.k.image"),
+        ("[hypervisor]\n", "[link]\nlisten = \"192.0.2.77:4789\"\n[hypervisor]\n", 9, "link.listen"),
+        ("[hypervisor]\n", "[link]\nrate_mbit = 18446744073709551615\n[hypervisor]\n", 9, "rate_mbit"),
+        ("[hypervisor]\n", "[tunnel]\ndevice = \"lh 0\"\n[hypervisor]\n", 9, "tunnel.device"),
+        (
+            "[hypervisor]\n",
+            "[dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/no-key\"\n[hypervisor]\n",
+            11,
+            "dns.key_file",
+        ),
+    ] {
+        std::fs::write(site.config(), right.replace(was, is)).unwrap();
+        let said = site.serve_in_vain().failure(2);
+        let expected = format!("longhaul: {folder}site.toml:{line}: {key}: ");
+        assert!(said.starts_with(&expected), "{is}: {said}");
+        assert!(!site.path("state").exists() && !site.path("run").exists(), "{is}: something was made");
+    }
+}

@@ -163,6 +163,9 @@ fn serve(path: &std::path::Path, log_json: bool) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(&error, 2),
     };
+    if let Err((key, message)) = crate::daemon::check(&config) {
+        return fail(&Config::contradicted(path, &key, message), 2);
+    }
     crate::daemon::logs(log_json);
     match crate::daemon::run(config) {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,8 @@
 //! value is reported with file, line, key and what was expected.
 
 mod check;
+mod limits;
+mod line;
 mod sections;
 
 use std::collections::BTreeMap;
@@ -13,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+pub(crate) use limits::{UIDS, parse_prefix};
 pub use sections::{
     DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection, MigrationSection, PeerConfig,
     SiteConfig, StorageConfig, TunnelSection,
@@ -74,11 +77,13 @@ pub enum ConfigError {
         /// The key and what was expected.
         message: String,
     },
-    /// Two keys do not go together.
-    #[error("{path}: {key}: {message}")]
+    /// A value is out of its range, or does not go together with another or with this host.
+    #[error("{path}:{line}: {key}: {message}")]
     Conflict {
         /// The file.
         path: PathBuf,
+        /// The line, from 1.
+        line: usize,
         /// The key.
         key: String,
         /// What was expected.
@@ -106,18 +111,25 @@ impl Config {
             };
             ConfigError::Value { path: path.to_owned(), line, message }
         })?;
-        config.check().map_err(|check::Conflict { key, message }| ConfigError::Conflict {
-            path: path.to_owned(),
-            key,
-            message,
-        })?;
+        config.check().map_err(|check::Conflict { key, message }| conflict(path, text, key, message))?;
         Ok(config)
+    }
+
+    /// What is said of a key in the file at `path` whose value this host contradicts.
+    pub fn contradicted(path: &Path, key: &str, message: String) -> ConfigError {
+        // The file was read just now; without it, only the line is missing.
+        let text = fs::read_to_string(path).unwrap_or_default();
+        conflict(path, &text, key.to_owned(), message)
     }
 
     /// The peer called `name`.
     pub fn peer(&self, name: &longhaul_core::ids::SiteName) -> Option<&PeerConfig> {
         self.peer.iter().find(|peer| peer.name == *name)
     }
+}
+
+fn conflict(path: &Path, text: &str, key: String, message: String) -> ConfigError {
+    ConfigError::Conflict { path: path.to_owned(), line: line::line_of(text, &key), key, message }
 }
 
 /// The key that stands on `line`, for messages of the parser that name only a value.

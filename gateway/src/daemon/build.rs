@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use longhaul_core::units::Rate;
 
-use crate::config::Config;
+use crate::config::{Config, UIDS};
 use crate::dns::Names;
 use crate::hypervisor::{AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange};
 use crate::identity::Identity;
@@ -19,9 +19,6 @@ use crate::journal::Journal;
 use crate::link::{DatagramSender, Link, LinkConfig, LinkEvent, PeerConfig};
 use crate::migration::Edges;
 use crate::tunnel::{DatagramPath, Tunnel, TunnelConfig};
-
-/// The most machines that run under user ids of their own at once.
-const UIDS: u32 = 1000;
 
 /// Opens everything: journal, hypervisor, link, tunnel, names.
 pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiver<LinkEvent>)> {

@@ -12,6 +12,7 @@
 //! Recovery comes before listening: what the journal owes is begun before a peer or an operator can
 //! ask for anything new.
 
+mod before;
 mod build;
 mod dispatch;
 mod doctor;
@@ -46,6 +47,8 @@ use crate::migration::{Edges, Inbound, MachineRow};
 const MAX_ACCEPTED: usize = 64;
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
+
+pub use before::check;
 
 /// Sets up logging: for people on a terminal, or JSON lines.
 pub fn logs(json: bool) {

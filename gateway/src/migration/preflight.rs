@@ -112,8 +112,6 @@ fn home_prefixes(leaf: &SourceLeaf, home: &[Prefix]) -> Result<Vec<Prefix>, Refu
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, Refusal> {
-    let parsed = text
-        .split_once('/')
-        .and_then(|(addr, len)| Some(Prefix { addr: addr.parse().ok()?, len: len.parse().ok()? }));
-    parsed.ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
+    crate::config::parse_prefix(text)
+        .ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
 }
