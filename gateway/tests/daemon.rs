@@ -70,3 +70,22 @@ fn a_configuration_that_this_host_contradicts_is_refused_before_anything_is_made
         assert!(!site.path("state").exists() && !site.path("run").exists(), "{is}: something was made");
     }
 }
+
+#[test]
+fn a_gateway_whose_socket_cannot_be_bound_does_not_begin() {
+    let Some(site) = Site::new() else { return };
+    let api = format!("[storage]\npool = \"{}\"", site.path("pool").display());
+    let taken = site.path("taken");
+    std::fs::create_dir(&taken).unwrap();
+    for socket in [taken, site.path("none/api.sock")] {
+        let key = format!("api_socket = \"{}\"\n{api}", socket.display());
+        std::fs::write(site.config(), site.configuration().replace(&api, &key)).unwrap();
+        let said = site.serve_in_vain().failure(1);
+        assert!(said.contains("Cannot listen at") && !said.contains("is ready"), "{said}");
+    }
+    std::fs::write(site.config(), site.configuration()).unwrap();
+    drop(site.serve());
+    // What a killed gateway left is replaced.
+    assert!(site.path("run/api.sock").exists());
+    drop(site.serve());
+}

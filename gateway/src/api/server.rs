@@ -1,8 +1,8 @@
 //! Answers HTTP on the UNIX socket by asking the daemon's task. Decides nothing.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use axum::Router;
 use axum::extract::{Json, Path as UrlPath, Query, State};
@@ -18,16 +18,47 @@ use longhaul_core::ids::{MigrationId, VmName};
 use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest};
 use super::{Reply, Request, RequestError};
 
-/// Serves the API at `socket` until the process ends. A socket left by an earlier run is replaced.
-pub async fn serve(socket: &Path, requests: mpsc::Sender<Request>) -> io::Result<()> {
-    match std::fs::remove_file(socket) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
+/// The API's socket: bound, not answered yet. It is removed with this value, for a socket that nobody answers
+/// is worse than none.
+#[derive(Debug)]
+pub struct ApiSocket {
+    listener: UnixListener,
+    path: Bound,
+}
+
+#[derive(Debug)]
+struct Bound(PathBuf);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.0));
     }
-    let listener = UnixListener::bind(socket)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))?;
-    axum::serve(listener, router(requests)).await
+}
+
+impl ApiSocket {
+    /// Listens at `path`; whoever asks already waits. A socket left by an earlier run is replaced, so the caller
+    /// has made sure that no other gateway runs here. Anything that is no socket stays, and is an error.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        match std::fs::symlink_metadata(path) {
+            Ok(about) if about.file_type().is_socket() => std::fs::remove_file(path)?,
+            // Binding fails then and says why.
+            Ok(_) | Err(_) => {}
+        }
+        let socket = Self { listener: UnixListener::bind(path)?, path: Bound(path.to_owned()) };
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        Ok(socket)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path.0
+    }
+
+    /// Answers until the process ends.
+    pub async fn serve(self, requests: mpsc::Sender<Request>) -> io::Result<()> {
+        let Self { listener, path: _path } = self;
+        axum::serve(listener, router(requests)).await
+    }
 }
 
 /// The routes, over the daemon's request channel.

@@ -27,14 +27,15 @@ use std::io::IsTerminal;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinError;
 use tracing_subscriber::EnvFilter;
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{Proposal, Refusal};
 
+use crate::api::Request;
 use crate::api::types::AnchorView;
-use crate::api::{Request, server};
 use crate::config::Config;
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
@@ -68,8 +69,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
-    let socket = config.site.api_socket();
-    let (edges, mut link_events) = build::edges(config).await?;
+    let build::Opened { edges, mut link_events, api } = build::open(config).await?;
     let (anchors, anchor_commands) = mpsc::channel(64);
     let (anchor_views, anchor_watch) = watch::channel(BTreeMap::new());
     let restored = anchor::restore(&edges, &anchor_views).await;
@@ -91,9 +91,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     };
     daemon.recover().await.context("Recovery failed; nothing was changed")?;
     let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
-    let api_socket = socket.clone();
-    let api = tokio::spawn(async move { server::serve(&api_socket, requests_tx).await });
-    tracing::info!(site = %daemon.edges.site(), api = %socket.display(), "gateway is ready");
+    tracing::info!(site = %daemon.edges.site(), api = %api.path().display(), "gateway is ready");
+    let mut api = tokio::spawn(api.serve(requests_tx));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     loop {
@@ -103,16 +102,24 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
             Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
             Some(work) = worked.recv() => daemon.on_worked(work),
+            ended = &mut api => return Err(api_ended(ended)),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
     tracing::info!("stopping; machines and tunnels stay");
     api.abort();
-    // A socket that nobody answers is worse than none.
-    drop(std::fs::remove_file(&socket));
     daemon.edges.link.close().await;
     Ok(())
+}
+
+/// A gateway that nobody can ask is none; whatever watches it starts it again.
+fn api_ended(ended: Result<std::io::Result<()>, JoinError>) -> anyhow::Error {
+    let error = ended.map_or_else(anyhow::Error::from, |served| match served {
+        Ok(()) => anyhow::anyhow!("its socket was closed"),
+        Err(error) => error.into(),
+    });
+    error.context("The API failed; machines and tunnels stay")
 }
 
 /// What the one task owns.
