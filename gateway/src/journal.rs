@@ -5,7 +5,10 @@
 //! actions, so nothing that follows from a record can come before it. The journal interprets
 //! nothing but the order of records; recovery reads it back and folds it in the core.
 
-use std::path::Path;
+use std::fs::{OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -44,6 +47,15 @@ pub enum JournalError {
         #[source]
         source: redb::DatabaseError,
     },
+    /// The file cannot be kept from others.
+    #[error("Cannot make the journal {} readable by its owner only", path.display())]
+    Private {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// The store failed.
     #[error("Journal cannot be read or written; check the disk it is on")]
     Store(#[source] Box<redb::Error>),
@@ -74,8 +86,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens or creates the journal at `path`.
+    /// Opens or creates the journal at `path`, which nobody but its owner may read then.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
+        keep_private(path).map_err(|source| JournalError::Private { path: path.to_owned(), source })?;
         let database = Database::create(path)
             .map_err(|source| JournalError::Open { path: path.display().to_string(), source })?;
         let journal = Self { database: Arc::new(database) };
@@ -290,6 +303,13 @@ impl Journal {
     }
 }
 
+/// The file is there and its owner's alone; the store takes an empty one for new.
+fn keep_private(path: &Path) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.create(true).append(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))
+}
+
 /// Milliseconds since the UNIX epoch.
 pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
@@ -351,6 +371,19 @@ mod tests {
         }
         let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.ownership(&attempt().vm).unwrap(), Some(Ownership::Here { epoch: Epoch(0) }));
+    }
+
+    #[test]
+    fn only_its_owner_reads_the_journal() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let mode = || std::fs::metadata(&path).unwrap().mode() & 0o777;
+        drop(Journal::open(&path).unwrap());
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        drop(Journal::open(&path).unwrap());
+        assert_eq!(mode(), 0o600, "one of an earlier version");
     }
 
     #[test]

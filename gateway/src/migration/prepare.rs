@@ -9,8 +9,9 @@
 //! disks are flushed and nothing can write to them from outside any more: QEMU would let a late write
 //! into a running guest.
 
-use std::fs::OpenOptions;
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -164,11 +165,16 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
         let failed = |error: std::io::Error| {
             Refusal::Other(format!("site {} cannot make {}: {error}", leaf.edges.site(), path.display()))
         };
-        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(failed)?;
+        let file = new_image(&path).map_err(failed)?;
         held.images.push(path.clone());
         file.set_len(volume.size_bytes).map_err(failed)?;
     }
     Ok(())
+}
+
+/// A new file that nobody but its owner reads: it becomes a machine's disk.
+fn new_image(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
 async fn receive(
@@ -251,4 +257,20 @@ async fn close_disks(guest: &Guest, disks: &mut Vec<DiskTarget>) -> Result<(), R
     join_all(disks.drain(..).map(DiskTarget::close)).await;
     guest.close_exports(CLOSE_LIMIT).await.map_err(hypervisor_failed)?;
     guest.nbd_stop().await.map_err(hypervisor_failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_that_arrives_is_read_by_its_owner_only_and_replaces_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web1-root.raw");
+        let file = new_image(&path).unwrap();
+        assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o600);
+        assert!(new_image(&path).is_err());
+    }
 }
