@@ -135,6 +135,30 @@ async fn a_machine_runs_as_a_user_of_its_own_under_a_filter() {
     tokio::time::timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn a_machine_that_is_gone_holds_no_user_and_one_that_runs_keeps_its_folder() {
+    let range = UidRange { first: 64_100, count: 1 };
+    let Some(site) = Site::with(|config| config.uids = Some(range)).await else { return };
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can start machines as other users");
+        return;
+    }
+    fs::set_permissions(site.dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let definition = web1();
+    let placement = site.place(&definition);
+    let guest = site.hypervisor.start(&definition, &placement, StartMode::Incoming).await.unwrap();
+    site.hypervisor.remove_dir(&definition.name).unwrap();
+    assert!(site.hypervisor.machine_dir(&definition.name).exists());
+    guest.quit(LIMIT).await.unwrap();
+    let mut other = web1();
+    other.name = "web2".parse().unwrap();
+    let refused = site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap_err();
+    assert!(matches!(refused, HypervisorError::NoUid { count: 1 }), "{refused}");
+    site.hypervisor.remove_dir(&definition.name).unwrap();
+    site.hypervisor.remove_dir(&definition.name).unwrap();
+    site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap();
+}
+
 /// What QEMU takes for a Linux kernel: the boot protocol's header (2.0) and nothing behind it.
 fn kernel_image() -> Vec<u8> {
     let mut image = vec![0; 4096];

@@ -120,6 +120,9 @@ impl Daemon {
             leave_network(&self.edges, &row).await;
         }
         self.machines.remove(vm);
+        if let Err(error) = self.edges.hypervisor.remove_dir(vm) {
+            tracing::warn!(%vm, error = crate::migration::chain(&error), "the folder of its QEMU could not be removed");
+        }
         self.edges.journal.remove_machine(vm).map_err(|error| failed(&error))
     }
 

@@ -190,6 +190,16 @@ impl Hypervisor {
                 return Err(HypervisorError::Files { action: "end the process of", path: dir, source });
             }
         }
+        self.remove_dir(name)
+    }
+
+    /// Removes the run directory of a machine whose QEMU has ended, and with it the machine's hold on a user id.
+    /// One that runs keeps it. Logs go too; disk files stay.
+    pub fn remove_dir(&self, name: &VmName) -> Result<(), HypervisorError> {
+        let dir = self.machine_dir(name);
+        if self.process(name)?.is_some() {
+            return Ok(());
+        }
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(files("remove", &dir)(error)),
             Ok(()) | Err(_) => Ok(()),

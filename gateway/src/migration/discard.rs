@@ -41,6 +41,9 @@ pub(super) async fn run(
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
     }
+    if let Err(error) = leaf.edges.hypervisor.remove_dir(vm) {
+        tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
+    }
     for nic in &proposal.definition.nics {
         let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
         if let Err(error) = leaf.edges.tunnel.visit_undo(key.clone()).await {

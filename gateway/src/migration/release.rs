@@ -35,6 +35,11 @@ pub(super) async fn run(
     }
     let aside = images.iter().map(|image| moved_name(image, leaf.attempt.epoch.0));
     super::note(&leaf.attempt, images.iter().cloned().chain(aside).collect(), &leaf.attempt.peer).await;
+    if row.adopted.is_none()
+        && let Err(error) = leaf.edges.hypervisor.remove_dir(vm)
+    {
+        tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
+    }
     for image in &images {
         let aside = moved_name(image, leaf.attempt.epoch.0);
         match std::fs::rename(image, &aside) {
