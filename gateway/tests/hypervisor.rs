@@ -8,7 +8,7 @@
 mod site;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -157,6 +157,25 @@ async fn a_machine_that_is_gone_holds_no_user_and_one_that_runs_keeps_its_folder
     site.hypervisor.remove_dir(&definition.name).unwrap();
     site.hypervisor.remove_dir(&definition.name).unwrap();
     site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_start_that_fails_does_not_take_another_machines_disk() {
+    let range = UidRange { first: 64_200, count: 2 };
+    let Some(site) = Site::with(|config| config.uids = Some(range)).await else { return };
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can start machines as other users");
+        return;
+    }
+    fs::set_permissions(site.dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let (_guest, placement) = site.running(&web1()).await;
+    let mut other = web1();
+    other.name = "web2".parse().unwrap();
+    let refused = site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap_err().to_string();
+    assert!(refused.contains("lock"), "{refused}");
+    for file in placement.disks.values() {
+        assert_eq!(fs::metadata(&file.path).unwrap().uid(), 64_200, "{}", file.path.display());
+    }
 }
 
 /// What QEMU takes for a Linux kernel: the boot protocol's header (2.0) and nothing behind it.

@@ -16,7 +16,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use longhaul_core::ids::{DeviceName, VmName};
@@ -47,6 +47,7 @@ const LOGS: &[&str] = &[CONSOLE_LOG, QEMU_LOG];
 pub struct Hypervisor {
     config: HypervisorConfig,
     accelerator: OnceCell<Accelerator>,
+    claiming: Mutex<()>,
 }
 
 impl Hypervisor {
@@ -56,7 +57,7 @@ impl Hypervisor {
         DirBuilder::new().recursive(true).mode(0o711).create(&vms).map_err(files("make the folder", &vms))?;
         // Machines' users go through, but do not look around.
         fs::set_permissions(&vms, Permissions::from_mode(0o711)).map_err(files("open the folder", &vms))?;
-        Ok(Self { config, accelerator: OnceCell::new() })
+        Ok(Self { config, accelerator: OnceCell::new(), claiming: Mutex::new(()) })
     }
 
     /// The configuration.
@@ -119,30 +120,43 @@ impl Hypervisor {
             Firmware::Kernel(boot) => self.config.kernels.get(&boot.name),
             Firmware::Bios | Firmware::Uefi(_) => None,
         };
-        let vms = self.config.run_dir.join("vm");
-        let run_as = run_dir::user_for(self.config.uids, &vms, &dir)?;
+        run_dir::expect_disks(placement)?;
+        let accelerator = self.accelerator().await;
+        let run_as = self.claim(&dir)?;
         let host = HostSide {
-            accelerator: self.accelerator().await,
+            accelerator,
             dir: &dir,
             kernel,
             uefi_code: self.config.uefi_code.as_deref(),
             run_as,
             sandbox: self.config.sandbox,
         };
-        let arguments = command_line::command_line(definition, placement, &host, mode)?;
-        run_dir::prepare_dir(&dir, run_as)?;
-        run_dir::give_disks(placement, run_as)?;
+        let arguments = command_line::command_line(definition, placement, &host, mode).inspect_err(|_| {
+            // Nothing of a machine that is refused stays; the refusal is what counts.
+            let _ = fs::remove_dir_all(&dir);
+        })?;
         let launched = self.launch(name, &dir, &arguments).await?;
         let started = self.started(name, &dir, run_as, launched).await?;
-        match adopt::verify(&started.qmp, definition).await {
-            Ok(volumes) => Ok(Guest { volumes, ..started }),
-            Err(source) => {
-                // Nothing of a machine that is refused stays; the refusal is what counts.
-                let _ = started.quit(self.config.start_limit).await;
-                let _ = fs::remove_dir_all(&dir);
-                Err(HypervisorError::NotAsDefined { name: name.clone(), source })
-            }
-        }
+        let refused = match adopt::verify(&started.qmp, definition).await {
+            // Only now: QEMU holds the locks of its disks, so they are no other machine's.
+            Ok(volumes) => match run_dir::give_disks(placement, run_as) {
+                Ok(()) => return Ok(Guest { volumes, ..started }),
+                Err(error) => error,
+            },
+            Err(source) => HypervisorError::NotAsDefined { name: name.clone(), source },
+        };
+        let _ = started.quit(self.config.start_limit).await;
+        let _ = fs::remove_dir_all(&dir);
+        Err(refused)
+    }
+
+    /// Makes the machine's folder, which holds a user for it.
+    fn claim(&self, dir: &Path) -> Result<Option<(u32, u32)>, HypervisorError> {
+        // Two machines that start at once must not find the same user free.
+        let _one_at_a_time = self.claiming.lock().unwrap_or_else(PoisonError::into_inner);
+        let run_as = run_dir::user_for(self.config.uids, &self.config.run_dir.join("vm"), dir)?;
+        run_dir::prepare_dir(dir, run_as)?;
+        Ok(run_as)
     }
 
     /// The machine of this name if its QEMU runs, with a new connection to its monitor. The machine's other

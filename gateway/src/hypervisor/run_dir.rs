@@ -66,6 +66,14 @@ fn is_log(path: &Path, about: &Metadata) -> bool {
     called && about.is_file() && about.nlink() == 1 && about.uid() == geteuid().as_raw()
 }
 
+/// Every disk is there.
+pub(super) fn expect_disks(placement: &Placement) -> Result<(), HypervisorError> {
+    for file in placement.disks.values() {
+        fs::metadata(&file.path).map_err(files("use the disk", &file.path))?;
+    }
+    Ok(())
+}
+
 /// Gives regular files to the machine's user; QEMU opens them again when a migration ends.
 pub(super) fn give_disks(placement: &Placement, run_as: Option<(u32, u32)>) -> Result<(), HypervisorError> {
     for file in placement.disks.values() {
@@ -147,7 +155,7 @@ mod tests {
             format: super::super::DiskFormat::Raw,
         };
         let placement = Placement { disks: [("root".parse().unwrap(), file)].into(), ..Placement::default() };
-        let error = give_disks(&placement, None).unwrap_err().to_string();
+        let error = expect_disks(&placement).unwrap_err().to_string();
         assert_eq!(error, "Cannot use the disk /nonexistent/root.raw");
     }
 }
