@@ -89,3 +89,33 @@ fn a_gateway_whose_socket_cannot_be_bound_does_not_begin() {
     assert!(site.path("run/api.sock").exists());
     drop(site.serve());
 }
+
+#[test]
+fn a_definition_that_could_not_start_is_refused() {
+    let Some(site) = Site::new() else { return };
+    let _gateway = site.serve();
+    site.define("web1");
+    let (definition, image) = (site.path("web2.toml"), site.path("web2.raw"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let refused = |text: String, image: &std::path::Path, code: i32| {
+        std::fs::write(&definition, text).unwrap();
+        site.define_as(&definition, image).failure(code)
+    };
+    let right = definition_of("web2");
+    let said = refused(right.replace("vcpus = 1", "vcpus = 0"), &image, 2);
+    assert!(said.starts_with(&format!("longhaul: {}:3: ", definition.display())), "{said}");
+    let nic = "[[nics]]\nname = \"lan\"\nmac = \"52:54:00:00:00:01\"\nhome = [\"198.51.100.10/24\"]\nlan = \"no\"\npci = \"04.0\"\n";
+    for (text, image, expected) in [
+        (right.clone(), site.path("pool"), "neither a file"),
+        (right.replace("1048576", "2097152"), image.clone(), "has 1048576 bytes"),
+        (format!("cpu = \"no-such-cpu\"\n{right}"), image.clone(), "no-such-cpu"),
+        (format!("{right}{nic}"), image.clone(), "[lan.no]"),
+    ] {
+        let said = refused(text, &image, 2);
+        assert!(said.contains(expected), "{said}");
+    }
+    let said = refused(right.clone(), &site.path("web1.raw"), 1);
+    assert!(said.contains("is a disk of machine web1"), "{said}");
+    std::fs::write(&definition, right).unwrap();
+    site.define_as(&definition, &image).success();
+}

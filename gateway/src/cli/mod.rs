@@ -1,6 +1,6 @@
 //! The command line: what was typed becomes a request to the daemon, the answer becomes text.
 //!
-//! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage or
+//! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage, definition or
 //! configuration, 3 the daemon cannot be reached.
 
 mod journal;
@@ -12,6 +12,7 @@ mod vm;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use axum::http::StatusCode;
 use clap::{Parser, Subcommand};
 
 use longhaul_core::ids::{SiteName, VmName};
@@ -132,7 +133,11 @@ pub fn run(cli: Cli) -> ExitCode {
     match runtime.block_on(ask(Client::new(&cli.socket), cli.command)) {
         Ok(code) => code,
         Err(error) => {
-            let code = if matches!(error, ClientError::Unreachable { .. }) { 3 } else { 1 };
+            let code = match &error {
+                ClientError::Unreachable { .. } => 3,
+                ClientError::Refused { status: StatusCode::UNPROCESSABLE_ENTITY, .. } => 2,
+                ClientError::Broken(_) | ClientError::Form(_) | ClientError::Refused { .. } => 1,
+            };
             fail(&error, code)
         }
     }

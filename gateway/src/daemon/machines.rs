@@ -1,5 +1,6 @@
 //! Machines of this site: define, forget, find again. What waits for a QEMU stands in `power`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use longhaul_core::ids::VmName;
@@ -10,7 +11,6 @@ use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::oneshot;
 
 use super::{Daemon, Machine};
-use crate::api::types::DefineRequest;
 use crate::api::{Request, RequestError};
 use crate::generation::{read_note, read_notes};
 use crate::hypervisor::{DiskFormat, Guest, parse_definition};
@@ -29,7 +29,7 @@ impl Daemon {
         // An asker that went away needs no answer.
         match request {
             Request::Status(reply) => self.status(reply),
-            Request::Define(body, reply) => drop(reply.send(self.define(&body))),
+            Request::Define(body, reply) => self.define(*body, reply),
             Request::Adopt(body, reply) => self.adopt(*body, reply),
             Request::Start(vm, reply) => self.start(&vm, reply),
             Request::Stop(vm, reply) => self.stop(&vm, reply),
@@ -44,23 +44,30 @@ impl Daemon {
         }
     }
 
-    fn define(&mut self, request: &DefineRequest) -> Result<(), RequestError> {
-        let definition = parse(&request.definition)?;
-        let vm = definition.name.clone();
-        self.expect_unknown(&vm)?;
-        let volumes = definition.volumes().count();
-        if request.disks.len() != volumes {
-            let text =
-                format!("The definition has {volumes} volumes, {} images were given", request.disks.len());
-            return Err(RequestError::Invalid(text));
-        }
-        for image in &request.disks {
-            if !image.exists() {
-                return Err(RequestError::Invalid(format!("There is no image {}", image.display())));
+    /// No other machine of this site has one of these images.
+    pub(super) fn expect_free(&self, images: &[PathBuf]) -> Result<(), RequestError> {
+        let real = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
+        let mut taken: BTreeMap<PathBuf, VmName> = BTreeMap::new();
+        for (vm, row) in self.edges.journal.machines::<MachineRow>().map_err(|error| failed(&error))? {
+            // What a machine that left had is set aside under another name.
+            if !matches!(self.edges.journal.ownership(&vm), Ok(Some(Ownership::Away { .. }))) {
+                taken.extend(row.images.iter().map(|image| (real(image), vm.clone())));
             }
         }
-        expect_current(&self.edges, &vm, &request.disks)?;
-        self.know(definition, request.disks.clone(), None, None)
+        let mut given = BTreeSet::new();
+        for image in images {
+            if let Some(vm) = taken.get(&real(image)) {
+                let text = format!(
+                    "Image {} is a disk of machine {vm}; two machines on one disk destroy it",
+                    image.display()
+                );
+                return Err(RequestError::Conflict(text));
+            }
+            if !given.insert(real(image)) {
+                return Err(RequestError::Invalid(format!("Image {} was given twice", image.display())));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn expect_unknown(&self, vm: &VmName) -> Result<(), RequestError> {

@@ -16,6 +16,7 @@ mod before;
 mod build;
 mod dispatch;
 mod doctor;
+mod image;
 mod machines;
 mod power;
 mod recovery;

@@ -1,4 +1,4 @@
-//! Starting, stopping and adopting machines: each in a task of its own, for a QEMU may take long to answer, or
+//! Defining, starting, stopping and adopting machines: each in a task of its own, for a QEMU may take long to answer, or
 //! never do so, and the daemon's task has other machines.
 //!
 //! ```text
@@ -10,18 +10,20 @@
 //! down before it is done.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use longhaul_core::ids::{DeviceName, VmName};
-use longhaul_core::machine::MachineDefinition;
+use longhaul_core::machine::{HostCapabilities, MachineDefinition, Nic};
 use longhaul_core::migration::message::Reservation;
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::units::Bytes;
 use tokio::sync::mpsc;
 
 use super::machines::{expect_current, failed, format_of, leave_network, no_machine, notes, parse};
-use super::{Daemon, Machine};
-use crate::api::types::AdoptRequest;
+use super::{Daemon, Machine, image};
+use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Reply, RequestError};
 use crate::hypervisor::{DiskFile, Guest, Placement, RunState, StartMode};
 use crate::migration::anchor::visits;
@@ -42,6 +44,8 @@ pub(super) struct Worked {
 
 /// What has become of a machine.
 enum Change {
+    /// It can run here.
+    Defined(Box<MachineDefinition>, Vec<PathBuf>),
     /// It was taken over.
     Adopted(Box<Taken>),
     /// It runs.
@@ -52,12 +56,28 @@ enum Change {
 
 struct Taken {
     definition: MachineDefinition,
-    images: Vec<std::path::PathBuf>,
+    images: Vec<PathBuf>,
     adopted: Adopted,
     guest: Guest,
 }
 
 impl Daemon {
+    pub(super) fn define(&mut self, request: DefineRequest, reply: Reply<()>) {
+        let definition = parse(&request.definition).and_then(|definition| {
+            self.expect_unknown(&definition.name)?;
+            self.expect_free(&request.disks)?;
+            expect_current(&self.edges, &definition.name, &request.disks)?;
+            Ok(definition)
+        });
+        match definition {
+            Ok(definition) => {
+                let (vm, power) = (definition.name.clone(), self.power());
+                self.work(vm, reply, async move { power.define(definition, request.disks).await });
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
     pub(super) fn adopt(&mut self, request: AdoptRequest, reply: Reply<()>) {
         let definition = parse(&request.definition).and_then(|definition| {
             self.expect_unknown(&definition.name)?;
@@ -135,6 +155,11 @@ impl Daemon {
         let Worked { vm, outcome, reply } = worked;
         self.working.remove(&vm);
         let answer = outcome.and_then(|change| match change {
+            Change::Defined(definition, images) => {
+                // Another definition may have taken them meanwhile.
+                self.expect_free(&images)?;
+                self.know(*definition, images, None, None)
+            }
             Change::Adopted(taken) => {
                 let Taken { definition, images, adopted, guest } = *taken;
                 self.know(definition, images, Some(adopted), Some(guest))
@@ -159,6 +184,25 @@ struct Power {
 }
 
 impl Power {
+    /// Finds now what would make the machine's start fail.
+    async fn define(
+        &self,
+        definition: MachineDefinition,
+        images: Vec<PathBuf>,
+    ) -> Result<Change, RequestError> {
+        for nic in &definition.nics {
+            if !self.edges.config.lan.contains_key(nic.lan.as_str()) {
+                return Err(no_lan(nic));
+            }
+        }
+        image::check(&definition, &images).map_err(RequestError::Invalid)?;
+        let host = self.edges.hypervisor.capabilities().await.map_err(|error| failed(&error))?;
+        // Memory is looked for when it starts.
+        let host = HostCapabilities { free_memory: Bytes(u64::MAX), ..host };
+        definition.check(&host).map_err(|error| RequestError::Invalid(error.to_string()))?;
+        Ok(Change::Defined(Box::new(definition), images))
+    }
+
     async fn adopt(
         &self,
         request: AdoptRequest,
@@ -269,12 +313,7 @@ impl Power {
         let mut taps = BTreeMap::new();
         for nic in &definition.nics {
             let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
-            let lan = self.edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| {
-                RequestError::Invalid(format!(
-                    "This site has no [lan.{}], which NIC {} wants",
-                    nic.lan, nic.name
-                ))
-            })?;
+            let lan = self.edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| no_lan(nic))?;
             let visiting = row.handover.is_some();
             let bridge = (!visiting).then(|| lan.bridge.clone());
             let tap = self
@@ -336,4 +375,8 @@ impl Power {
         tracing::info!(%vm, "machine stopped");
         Ok(Change::Stopped(Box::new(stopped)))
     }
+}
+
+fn no_lan(nic: &Nic) -> RequestError {
+    RequestError::Invalid(format!("This site has no [lan.{}], which NIC {} wants", nic.lan, nic.name))
 }
