@@ -13,6 +13,7 @@ mod build;
 mod dispatch;
 mod doctor;
 mod machines;
+mod proposals;
 mod recovery;
 mod status;
 
@@ -37,9 +38,8 @@ use crate::link::LinkEvent;
 use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
 use crate::migration::{Edges, Inbound, MachineRow};
+use proposals::Proposals;
 
-/// Proposals that were accepted and wait for their reservation; beyond it the oldest is forgotten.
-const MAX_ACCEPTED: usize = 64;
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
 
@@ -73,7 +73,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         edges,
         machines: BTreeMap::new(),
         migrations: BTreeMap::new(),
-        accepted: BTreeMap::new(),
+        proposals: Proposals::default(),
         anchors,
         anchor_views: anchor_watch,
         ended: ended_tx,
@@ -91,7 +91,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
-            Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
+            Some(answer) = admitted.recv() => daemon.on_admitted(answer),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -109,7 +109,7 @@ struct Daemon {
     edges: Edges,
     machines: BTreeMap<VmName, Machine>,
     migrations: BTreeMap<MigrationId, Running>,
-    accepted: BTreeMap<MigrationId, (SiteName, Proposal)>,
+    proposals: Proposals,
     anchors: mpsc::Sender<AnchorCommand>,
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
@@ -162,7 +162,7 @@ impl Daemon {
                 tracing::warn!(%peer, ?reason, "link is down");
                 self.tell_migrations_with(&peer, || Inbound::LinkDown).await;
             }
-            LinkEvent::Control { peer, message } => self.on_message(peer, message).await,
+            LinkEvent::Control { peer, message } => self.on_message(peer, message),
             LinkEvent::Unreachable { peer, reason } => {
                 tracing::warn!(%peer, reason, "peer cannot be reached")
             }
