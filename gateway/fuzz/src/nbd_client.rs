@@ -61,10 +61,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         [&[0, 3][..], &1u32.to_be_bytes(), &4096u32.to_be_bytes(), &(2u32 << 20).to_be_bytes()].concat();
     let going = [reply(7, 3, &export), reply(7, 3, &sizes), reply(7, 1, b"")].concat();
     let mut simple = [greeting.clone(), reply(8, 0x8000_0001, b""), going.clone()].concat();
-    for cookie in 0..6u64 {
+    for cookie in 1..=4u64 {
         let head = [&0x6744_6698u32.to_be_bytes()[..], &0u32.to_be_bytes(), &cookie.to_be_bytes()].concat();
         simple.extend(head);
-        if cookie == 0 {
+        if cookie == 1 {
             simple.extend([7; READ as usize]);
         }
     }
@@ -74,12 +74,12 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let half = [&512u64.to_be_bytes()[..], &[9; 8]].concat();
     let hole = [&520u64.to_be_bytes()[..], &8u32.to_be_bytes()].concat();
     let status = [1u32, 4096, 2, 61440, 0].map(u32::to_be_bytes).concat();
-    structured.extend(chunk(0, 1, 0, &half));
-    structured.extend(chunk(1, 2, 0, &hole));
-    structured.extend(chunk(1, 5, 1, &status));
-    structured.extend(chunk(1, 0, 2, b""));
-    structured.extend(chunk(1, 0x8001, 3, &[0, 0, 0, 28, 0, 0]));
-    structured.extend(chunk(1, 0, 4, b""));
+    structured.extend(chunk(0, 1, 1, &half));
+    structured.extend(chunk(1, 2, 1, &hole));
+    structured.extend(chunk(1, 5, 2, &status));
+    structured.extend(chunk(1, 0, 3, b""));
+    structured.extend(chunk(1, 0x8001, 4, &[0, 0, 0, 28, 0, 0]));
+    structured.extend(chunk(1, 0, 5, b""));
     vec![("simple", simple), ("structured", structured)]
 }
 

@@ -30,9 +30,9 @@ pub fn run(data: &[u8]) {
         let _ = reassembly.handle_datagram(world.now, bytes.clone());
         assert!(reassembly.len() <= ReassemblyConfig::default().max_entries);
         match kind & 7 {
-            0..=2 => world.from_peer(world.b, bytes),
-            3 => world.from_peer(world.c, bytes),
-            4 | 5 => world.from_device(bytes),
+            0..=2 => world.peer_sends(world.b, bytes),
+            3 => world.peer_sends(world.c, bytes),
+            4 | 5 => world.device_sends(bytes),
             6 => drop(world.datapath.resumed(world.now, &key("web2"))),
             _ => drop(world.datapath.handle_status(world.now)),
         }
@@ -58,14 +58,14 @@ impl World {
         Self { datapath, b, c, now: Duration::ZERO }
     }
 
-    fn from_peer(&mut self, peer: PeerSlot, datagram: Bytes) {
+    fn peer_sends(&mut self, peer: PeerSlot, datagram: Bytes) {
         let Some(packet) = self.datapath.handle_datagram(self.now, peer, datagram) else { return };
         let view = Packet::parse(&packet).expect("it was parsed");
         assert!(peer == self.b && (view.source() == AWAY || view.destination() == VISITS));
         let _ = (view.flow(Side::Guest), view.flow(Side::Remote), view.tcp_flags());
     }
 
-    fn from_device(&mut self, packet: Bytes) {
+    fn device_sends(&mut self, packet: Bytes) {
         let Some(peer) = self.datapath.handle_packet(self.now, packet.clone()) else { return };
         assert!(peer == self.b);
         let view = Packet::parse(&packet).expect("it was parsed");

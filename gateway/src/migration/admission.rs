@@ -218,6 +218,19 @@ mod tests {
     }
 
     #[test]
+    fn what_the_peers_table_does_not_allow_is_declined_with_the_rule() {
+        let declined = |peer: &str, spoil: fn(&mut Proposal)| {
+            let mut proposal = proposal(HOME, 0);
+            spoil(&mut proposal);
+            check_policy(&config(), &site(peer), &proposal).unwrap_err().to_string()
+        };
+        assert_eq!(check_policy(&config(), &site("b"), &proposal(HOME, 0)), Ok(()));
+        assert!(declined("c", |_| {}).contains("c is not configured"));
+        assert!(declined("b", |p| p.definition.name = "db1".parse().unwrap()).contains("may_send"));
+        assert!(declined("b", |p| p.definition.memory_mib = 8193).contains("max_memory_mib is 8192"));
+    }
+
+    #[test]
     fn only_the_owner_of_the_newest_epoch_brings_a_machine_back() {
         let away = Ownership::Away { site: site("b"), epoch: Epoch(5) };
         let check = |peer, epoch| check_epoch(Some(&away), &site(peer), &proposal(HOME, epoch));
