@@ -162,6 +162,14 @@ impl Journal {
         })
     }
 
+    /// What migration `id` is or was, if this site has a record of it.
+    pub fn attempt(&self, id: MigrationId) -> Result<Option<Attempt>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(PEERS).map_err(store)?;
+        let value = table.get(id.0).map_err(store)?;
+        value.map(|value| decode(value.value())).transpose()
+    }
+
     /// The records of one migration, in order.
     pub fn entries(&self, id: MigrationId) -> Result<Vec<Entry>, JournalError> {
         let transaction = self.database.begin_read().map_err(store)?;

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod cleanup;
 pub mod exec;
 pub mod faults;
+pub mod fuzz;
 pub mod guest;
 pub mod install;
 pub mod netns;

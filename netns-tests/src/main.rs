@@ -9,7 +9,7 @@ use netns_tests::scenario::options::{DnsServer, parse_rate, parse_share, parse_t
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::{SceneOptions, demo};
 use netns_tests::traffic::command::{ClientArguments, client_main};
-use netns_tests::{cleanup, install, suite};
+use netns_tests::{cleanup, fuzz, install, suite};
 
 /// Longhaul's laboratory: two sites, a WAN, clients, name servers and real QEMU guests on one machine
 #[derive(Debug, Parser)]
@@ -29,6 +29,14 @@ enum Command {
     Test {
         /// Only tests whose name contains this
         filter: Option<String>,
+    },
+    /// Feed every decoder what a fuzzer thinks of
+    Fuzz {
+        /// Only this target
+        target: Option<String>,
+        /// How long each target is fuzzed
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
     },
     /// Build the demo's world and guest, and open a shell in it
     Shell(DemoArgs),
@@ -152,6 +160,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
             Ok(report.failed.is_empty() && report.leftovers == 0)
         }
         Command::Test { filter } => suite::run(filter.as_deref()),
+        Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Command::Shell(args) => {
             cleanup::remove_on_signals()?;
             let programs = Programs::build()?;

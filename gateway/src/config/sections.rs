@@ -254,6 +254,10 @@ pub struct PeerConfig {
     /// The most disk one machine from it may have, in GiB (default 0: none may come).
     #[serde(default)]
     pub max_disk_gib: u64,
+    /// How many machines from it may be on their way here at once (default 4). Each takes a QEMU, a
+    /// care-of address and its windows while it comes.
+    #[serde(default = "default_max_arriving")]
+    pub max_arriving: u32,
 }
 
 impl PeerConfig {
@@ -325,6 +329,10 @@ fn default_run() -> PathBuf {
 
 fn default_reserve() -> u64 {
     1
+}
+
+fn default_max_arriving() -> u32 {
+    4
 }
 
 fn default_ttl() -> u32 {

@@ -19,6 +19,7 @@ mod doctor;
 mod image;
 mod machines;
 mod power;
+mod proposals;
 mod recovery;
 mod status;
 
@@ -44,9 +45,8 @@ use crate::link::LinkEvent;
 use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
 use crate::migration::{Edges, Inbound, MachineRow};
+use proposals::Proposals;
 
-/// Proposals that were accepted and wait for their reservation; beyond it the oldest is forgotten.
-const MAX_ACCEPTED: usize = 64;
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
 
@@ -82,7 +82,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         edges,
         machines: BTreeMap::new(),
         migrations: BTreeMap::new(),
-        accepted: BTreeMap::new(),
+        proposals: Proposals::default(),
         anchors,
         anchor_views: anchor_watch,
         ended: ended_tx,
@@ -101,7 +101,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
-            Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
+            Some(answer) = admitted.recv() => daemon.on_admitted(answer),
             Some(work) = worked.recv() => daemon.on_worked(work),
             ended = &mut api => return Err(api_ended(ended)),
             _ = terminate.recv() => break,
@@ -128,7 +128,7 @@ struct Daemon {
     edges: Edges,
     machines: BTreeMap<VmName, Machine>,
     migrations: BTreeMap<MigrationId, Running>,
-    accepted: BTreeMap<MigrationId, (SiteName, Proposal)>,
+    proposals: Proposals,
     anchors: mpsc::Sender<AnchorCommand>,
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
@@ -185,7 +185,7 @@ impl Daemon {
                 tracing::warn!(%peer, ?reason, "link is down");
                 self.tell_migrations_with(&peer, || Inbound::LinkDown).await;
             }
-            LinkEvent::Control { peer, message } => self.on_message(peer, message).await,
+            LinkEvent::Control { peer, message } => self.on_message(peer, message),
             LinkEvent::Unreachable { peer, reason } => {
                 tracing::warn!(%peer, reason, "peer cannot be reached")
             }

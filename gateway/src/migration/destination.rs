@@ -141,7 +141,7 @@ impl DestinationDriver {
         match action {
             Action::Send(message) => {
                 let attempt = &self.leaf.attempt;
-                self.leaf.edges.send(&attempt.peer, attempt.id, &message).await;
+                self.leaf.edges.send(&attempt.peer, attempt.id, &message);
             }
             Action::Prepare => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());

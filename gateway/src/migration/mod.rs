@@ -161,13 +161,14 @@ impl Edges {
         self.link.peer(site)
     }
 
-    /// Says something to a peer; what is lost is repeated by the machines.
-    pub async fn send(&self, peer: &SiteName, id: MigrationId, message: &MigrationMessage) {
+    /// Says something to a peer. Never waits, so that a peer that reads nothing holds up nobody; what is
+    /// lost is repeated by the machines.
+    pub fn send(&self, peer: &SiteName, id: MigrationId, message: &MigrationMessage) {
         let Some(handle) = self.link.peer(peer) else { return };
         match message.to_wire(id) {
             Ok(wire) => {
-                if handle.send(wire).await.is_err() {
-                    tracing::debug!(%peer, "message lost, link is down");
+                if let Err(error) = handle.try_send(wire) {
+                    tracing::debug!(%peer, %error, "message lost");
                 }
             }
             Err(error) => tracing::warn!(%peer, %error, "message does not fit a frame"),

@@ -171,7 +171,7 @@ impl SourceDriver {
             }
             Action::Send(message) => {
                 let attempt = &self.leaf.attempt;
-                self.leaf.edges.send(&attempt.peer, attempt.id, &message).await;
+                self.leaf.edges.send(&attempt.peer, attempt.id, &message);
             }
             Action::StartPreCopy(reservation) => {
                 let Some(guest) = self.running_guest().await else { return };
