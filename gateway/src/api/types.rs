@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::recovery::NextStep;
+use longhaul_core::migration::resolve::Keep;
 
 /// Everything there is to see at one site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -264,6 +265,16 @@ pub struct MigrateRequest {
     /// The pause to aim at instead of the configured one.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
+}
+
+/// Decides a move that waits for a peer that is gone for good.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ResolveRequest {
+    /// Where the machine is to be.
+    pub keep: Keep,
+    /// The site whose copy is destroyed, typed by the operator.
+    #[serde(default)]
+    pub destroyed: Option<SiteName>,
 }
 
 /// A migration that began.

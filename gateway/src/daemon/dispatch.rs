@@ -160,6 +160,7 @@ impl Daemon {
             | MigrationMessage::Abort { .. }
             | MigrationMessage::Reserved(_)
             | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message).await,
+            MigrationMessage::TakenBack { .. } => self.on_taken_back(id, &peer).await,
             // An answer to a driver that has ended, and nothing waits for one to it.
             MigrationMessage::Accept
             | MigrationMessage::Decline(_)

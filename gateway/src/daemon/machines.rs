@@ -50,6 +50,7 @@ impl Daemon {
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),
             Request::MayRun(vm, reply) => drop(reply.send(self.may_run(&vm))),
+            Request::Resolve(vm, body, reply) => drop(reply.send(self.resolve(&vm, &body).await)),
             Request::Doctor(vm, reply) => drop(reply.send(self.doctor(vm).await)),
             Request::Journal(vm, reply) => drop(reply.send(self.journal(vm.as_ref()).await)),
             Request::Metrics(reply) => drop(reply.send(self.metrics())),

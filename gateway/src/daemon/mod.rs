@@ -14,6 +14,7 @@ mod dispatch;
 mod doctor;
 mod machines;
 mod recovery;
+mod resolve;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -157,6 +158,7 @@ impl Daemon {
             LinkEvent::Up { peer, restarted, .. } => {
                 tracing::info!(%peer, restarted, "link is up");
                 self.tell_migrations_with(&peer, || Inbound::LinkUp).await;
+                self.tell_taken_back(&peer).await;
             }
             LinkEvent::Down { peer, reason } => {
                 tracing::warn!(%peer, ?reason, "link is down");

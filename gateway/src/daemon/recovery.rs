@@ -234,7 +234,8 @@ fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>, boo
                 | SourceRecord::Committed { .. }
                 | SourceRecord::Released
                 | SourceRecord::Aborted { .. }
-                | SourceRecord::Returned { .. },
+                | SourceRecord::Returned { .. }
+                | SourceRecord::TakenBack { .. },
             )
             | Record::Destination(_) => {}
         }
@@ -251,7 +252,9 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
         Record::Destination(
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
-            | DestinationRecord::Refused { .. },
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled,
         )
         | Record::Source(_) => None,
     })
