@@ -465,6 +465,11 @@ async fn a_journal_from_before_the_move_holds_the_machine_and_no_journal_refuses
         let id = scene.begin_move().await?;
         let view = scene.wait_move(&id, LIMIT).await?;
         ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        wait("the kept disk to be listed", async || {
+            let kept = scene.a.client().status().await?.kept;
+            Ok(kept.iter().any(|disk| disk.vm.as_str() == VM && disk.until_ms > Some(disk.since_ms)))
+        })
+        .await?;
         scene.a.kill()?;
         std::fs::copy(&copy, &journal)?;
         let disk = scene.disks[0].clone();

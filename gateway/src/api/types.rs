@@ -26,6 +26,24 @@ pub struct StatusView {
     pub anchors: Vec<AnchorView>,
     /// The tunnel's counters.
     pub tunnel: TunnelView,
+    /// Disks of machines that left.
+    #[serde(default)]
+    pub kept: Vec<KeptView>,
+}
+
+/// A disk of a machine that left, as it was then.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KeptView {
+    /// The machine.
+    pub vm: VmName,
+    /// The file.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// When the machine was released.
+    pub since_ms: u64,
+    /// When it is deleted, if it is.
+    pub until_ms: Option<u64>,
 }
 
 /// Another site.

@@ -12,6 +12,7 @@
 mod build;
 mod dispatch;
 mod doctor;
+mod kept;
 mod machines;
 mod recovery;
 mod resolve;
@@ -87,12 +88,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!(site = %daemon.edges.site(), api = %socket.display(), "gateway is ready");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // The first look is at once.
+    let mut daily = tokio::time::interval(kept::DAILY);
     loop {
         tokio::select! {
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
             Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
+            _ = daily.tick() => daemon.delete_due_disks(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
