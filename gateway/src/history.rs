@@ -129,6 +129,10 @@ fn why(record: &Record) -> Option<String> {
     match record {
         Record::Source(SourceRecord::Aborted { why } | SourceRecord::Returned { why })
         | Record::Destination(DestinationRecord::Refused { why }) => Some(why.to_string()),
+        Record::Source(SourceRecord::TakenBack { destroyed })
+        | Record::Destination(DestinationRecord::TakenOver { destroyed, .. }) => {
+            Some(format!("said that the copy at site {destroyed} is destroyed"))
+        }
         Record::Source(
             SourceRecord::Reserved { .. }
             | SourceRecord::PreCopy { .. }
@@ -139,7 +143,8 @@ fn why(record: &Record) -> Option<String> {
         | Record::Destination(
             DestinationRecord::Reserved { .. }
             | DestinationRecord::Loaded
-            | DestinationRecord::Activated { .. },
+            | DestinationRecord::Activated { .. }
+            | DestinationRecord::Overruled,
         ) => None,
     }
 }

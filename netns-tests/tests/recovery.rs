@@ -14,13 +14,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use gateway::api::types::{MachineView, MigrationView, Progressing};
+use gateway::api::types::{MachineView, MigrationView, Progressing, ResolveRequest};
 use gateway::generation::write_notes;
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::record::{DestinationRecord, SourceRecord};
+use longhaul_core::migration::resolve::Keep;
 use netns_tests::agent::RECORD_PORT;
 use netns_tests::guest::boot::READY;
 use netns_tests::scenario::demo::unix_ms;
@@ -342,6 +343,51 @@ async fn a_loaded_machine_whose_qemu_is_gone_is_refused_and_a_committed_source_r
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_operator_takes_a_machine_back_from_a_site_that_is_gone_and_that_site_learns_it_when_it_is_back() {
+    play(small("resolve"), async |scene| {
+        let definition = scene.definition()?;
+        let images = scene.disks.clone();
+        stands_still(&mut scene.a, definition, images.clone()).await?;
+        let journals = Written::begin(scene)?;
+        let mut a = journals.open(&scene.a, &images)?;
+        a.source(1, &journals.until_committed()).await?;
+        let image = journals.pool_image(&scene.b);
+        std::fs::write(&image, "the disk at b")?;
+        let mut b = journals.open(&scene.b, &[image])?;
+        b.destination(1, &[journals.held(), DestinationRecord::Loaded, journals.activated()]).await?;
+        drop((a, b));
+        scene.a.launch().await?;
+        let (client, vm) = (scene.a.client(), VM.parse()?);
+        let mut request = ResolveRequest { keep: Keep::Here, destroyed: None };
+        let why = client.resolve(&vm, &request).await.err().context("It was decided unasked")?.to_string();
+        ensure!(why.contains("--i-have-destroyed-the-other-copy=b") && why.contains("two copies"), "{why}");
+        ensure!(run_state(&scene.a).as_deref() == Some("paused"));
+        request.destroyed = Some("b".parse()?);
+        client.resolve(&vm, &request).await?;
+        wait("the guest to run at a", async || Ok(run_state(&scene.a).as_deref() == Some("running"))).await?;
+        wait("a new epoch", async || {
+            Ok(machine(&scene.a).await?.is_some_and(|seen| seen.owner == "here" && seen.epoch == 2))
+        })
+        .await?;
+        let told = client.journal(Some(&vm)).await?;
+        let last = told[0].records.last().context("There is no record")?;
+        ensure!(last.why.as_ref().is_some_and(|why| why.contains("site b is destroyed")), "{told:?}");
+
+        scene.b.launch().await?;
+        scene.wait_for_link().await?;
+        wait("site b to learn it", async || {
+            Ok(machine(&scene.b).await?.is_some_and(|seen| seen.owner == "away" && seen.epoch == 2))
+        })
+        .await?;
+        ensure!(scene.b.client().start(&vm).await.is_err(), "site b starts it");
+        let why = client.resolve(&vm, &request).await.err().context("It was decided twice")?.to_string();
+        ensure!(why.contains("waits"), "{why}");
+        Ok(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_name_that_was_owed_moves_after_a_restart_although_no_qemu_is_left() {
     play(small("name"), async |scene| {
         let journals = Written::begin(scene)?;
@@ -419,6 +465,11 @@ async fn a_journal_from_before_the_move_holds_the_machine_and_no_journal_refuses
         let id = scene.begin_move().await?;
         let view = scene.wait_move(&id, LIMIT).await?;
         ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        wait("the kept disk to be listed", async || {
+            let kept = scene.a.client().status().await?.kept;
+            Ok(kept.iter().any(|disk| disk.vm.as_str() == VM && disk.until_ms > Some(disk.since_ms)))
+        })
+        .await?;
         scene.a.kill()?;
         std::fs::copy(&copy, &journal)?;
         let disk = scene.disks[0].clone();

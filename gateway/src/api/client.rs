@@ -13,8 +13,8 @@ use tokio::net::UnixStream;
 use longhaul_core::ids::VmName;
 
 use super::types::{
-    AdoptRequest, DefineRequest, ErrorBody, Finding, JournalView, MigrateRequest, MigrationView, Started,
-    StatusView,
+    AdoptRequest, DefineRequest, ErrorBody, Finding, JournalView, MigrateRequest, MigrationView,
+    ResolveRequest, Started, StatusView,
 };
 
 /// Why there is no answer, or not the one hoped for.
@@ -104,6 +104,11 @@ impl Client {
     /// Whether something else may start the machine here.
     pub async fn may_run(&self, vm: &VmName) -> Result<(), ClientError> {
         self.ask(Method::GET, &format!("/v1/machines/{vm}/may-run"), &()).await
+    }
+
+    /// Decides a move that waits for a peer that is gone for good.
+    pub async fn resolve(&self, vm: &VmName, request: &ResolveRequest) -> Result<(), ClientError> {
+        self.ask(Method::POST, &format!("/v1/machines/{vm}/resolve"), request).await
     }
 
     /// Begins a migration.

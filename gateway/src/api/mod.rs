@@ -13,7 +13,8 @@ use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::MayNotRun;
 
 use types::{
-    AdoptRequest, DefineRequest, Finding, JournalView, MigrateRequest, MigrationView, Started, StatusView,
+    AdoptRequest, DefineRequest, Finding, JournalView, MigrateRequest, MigrationView, ResolveRequest,
+    Started, StatusView,
 };
 
 /// A request to the daemon's task, with the way back for the answer.
@@ -37,6 +38,8 @@ pub enum Request {
     Migration(MigrationId, Reply<MigrationView>),
     /// Ends a migration that has not committed.
     Abort(MigrationId, Reply<()>),
+    /// Decides a move that waits for a peer that is gone for good.
+    Resolve(VmName, ResolveRequest, Reply<()>),
     /// Whether a machine may be started here by something else (a start gate).
     MayRun(VmName, Reply<()>),
     /// What would make a migration fail.

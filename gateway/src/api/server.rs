@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use longhaul_core::ids::{MigrationId, VmName};
 
-use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest};
+use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest, ResolveRequest};
 use super::{Reply, Request, RequestError};
 
 /// The API's socket: bound, not answered yet. It is removed with this value, for a socket that nobody answers
@@ -74,6 +74,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/machines/{name}/start", post(start))
         .route("/v1/machines/{name}/stop", post(stop))
         .route("/v1/machines/{name}/may-run", get(may_run))
+        .route("/v1/machines/{name}/resolve", post(resolve))
         .route("/v1/machines/{name}", axum::routing::delete(undefine))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
@@ -155,6 +156,14 @@ async fn stop(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> R
 
 async fn may_run(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
     daemon.ask(|reply| Request::MayRun(name, reply)).await
+}
+
+async fn resolve(
+    State(daemon): State<Daemon>,
+    UrlPath(name): UrlPath<VmName>,
+    Json(body): Json<ResolveRequest>,
+) -> Response {
+    daemon.ask(|reply| Request::Resolve(name, body, reply)).await
 }
 
 async fn undefine(

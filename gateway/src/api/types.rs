@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::recovery::NextStep;
+use longhaul_core::migration::resolve::Keep;
 
 /// Everything there is to see at one site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -25,6 +26,24 @@ pub struct StatusView {
     pub anchors: Vec<AnchorView>,
     /// The tunnel's counters.
     pub tunnel: TunnelView,
+    /// Disks of machines that left.
+    #[serde(default)]
+    pub kept: Vec<KeptView>,
+}
+
+/// A disk of a machine that left, as it was then.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KeptView {
+    /// The machine.
+    pub vm: VmName,
+    /// The file.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// When the machine was released.
+    pub since_ms: u64,
+    /// When it is deleted, if it is.
+    pub until_ms: Option<u64>,
 }
 
 /// Another site.
@@ -264,6 +283,16 @@ pub struct MigrateRequest {
     /// The pause to aim at instead of the configured one.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
+}
+
+/// Decides a move that waits for a peer that is gone for good.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ResolveRequest {
+    /// Where the machine is to be.
+    pub keep: Keep,
+    /// The site whose copy is destroyed, typed by the operator.
+    #[serde(default)]
+    pub destroyed: Option<SiteName>,
 }
 
 /// A migration that began.

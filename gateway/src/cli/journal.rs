@@ -50,7 +50,7 @@ fn page(view: &JournalView) -> String {
 }
 
 /// RFC 3339 in UTC. Days to a date after Hinnant, *chrono-Compatible Low-Level Date Algorithms*.
-fn utc(unix_ms: u64) -> String {
+pub(super) fn utc(unix_ms: u64) -> String {
     let (days, of_day) = (unix_ms / 86_400_000, unix_ms % 86_400_000);
     let shifted = days + 719_468;
     let (era, of_era) = (shifted / 146_097, shifted % 146_097);

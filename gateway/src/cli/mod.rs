@@ -16,8 +16,10 @@ use axum::http::StatusCode;
 use clap::{Parser, Subcommand};
 
 use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::migration::resolve::Keep;
 
 use crate::api::client::{Client, ClientError};
+use crate::api::types::ResolveRequest;
 use crate::config::Config;
 
 /// Move running virtual machines between sites
@@ -85,11 +87,29 @@ enum Command {
         /// The machine
         vm: VmName,
     },
+    /// Decide a move whose other site is gone for good. While that site can be reached, this is refused
+    Resolve {
+        /// The machine
+        vm: VmName,
+        /// Where it is to be
+        #[arg(long, value_enum)]
+        keep: Place,
+        /// What `--keep here` wants: the site whose copy you have destroyed. If it is not, two copies run
+        #[arg(long, value_name = "SITE")]
+        i_have_destroyed_the_other_copy: Option<SiteName>,
+    },
     /// End a migration that has not committed
     Abort {
         /// The migration's id
         id: String,
     },
+}
+
+/// A place, as it is typed.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Place {
+    Here,
+    There,
 }
 
 /// Arguments of `longhaul migrate`.
@@ -124,6 +144,7 @@ pub fn run(cli: Cli) -> ExitCode {
         | Command::Doctor { .. }
         | Command::Journal { file: None, .. }
         | Command::MayRun { .. }
+        | Command::Resolve { .. }
         | Command::Abort { .. } => {}
     }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -153,6 +174,15 @@ async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> 
         Command::Journal { vm, json, .. } => journal::ask(&client, vm.as_ref(), json).await,
         Command::MayRun { vm } => {
             client.may_run(&vm).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Resolve { vm, keep, i_have_destroyed_the_other_copy: destroyed } => {
+            let keep = match keep {
+                Place::Here => Keep::Here,
+                Place::There => Keep::There,
+            };
+            client.resolve(&vm, &ResolveRequest { keep, destroyed }).await?;
+            println!("decided; `longhaul journal {vm}` shows it");
             Ok(ExitCode::SUCCESS)
         }
         Command::Abort { id } => {

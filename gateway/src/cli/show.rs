@@ -7,6 +7,7 @@ use std::time::Duration;
 use longhaul_core::ids::VmName;
 use longhaul_core::units::Bytes;
 
+use super::journal::utc;
 use crate::api::client::{Client, ClientError};
 use crate::api::types::{AnchorView, MigrationView, Progressing, StatusView};
 
@@ -77,6 +78,14 @@ fn page(view: &StatusView) -> String {
     }
     for anchor in &view.anchors {
         page += &anchor_line(anchor);
+    }
+    if !view.kept.is_empty() {
+        page += "disks kept of machines that left\n";
+    }
+    for disk in &view.kept {
+        let until = disk.until_ms.map_or("until it is removed".to_owned(), |ms| format!("until {}", utc(ms)));
+        page +=
+            &format!("  {:<16} {}  {}  {until}\n", disk.vm.as_str(), disk.path.display(), Bytes(disk.bytes));
     }
     let tunnel = &view.tunnel;
     page += &format!(

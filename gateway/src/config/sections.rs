@@ -94,6 +94,10 @@ pub struct StorageConfig {
     /// Space that arrivals leave free, in GiB (default 1).
     #[serde(default = "default_reserve")]
     pub keep_free_gib: u64,
+    /// Days for which the disk of a machine that left is kept aside (default 30; 0: until an operator removes
+    /// it). It is a copy of before the move, and takes the space it took.
+    #[serde(default = "default_kept_days")]
+    pub keep_moved_disks_d: u64,
 }
 
 /// `[hypervisor]`: how QEMU is run.
@@ -325,6 +329,10 @@ fn default_state() -> PathBuf {
 
 fn default_run() -> PathBuf {
     PathBuf::from("/run/longhaul")
+}
+
+fn default_kept_days() -> u64 {
+    30
 }
 
 fn default_reserve() -> u64 {

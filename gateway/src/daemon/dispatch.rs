@@ -131,7 +131,7 @@ impl Daemon {
     }
 
     /// A peer said something.
-    pub(super) fn on_message(&mut self, peer: SiteName, message: Message) {
+    pub(super) async fn on_message(&mut self, peer: SiteName, message: Message) {
         let Message::Migration { id, body } = message else { return };
         let message = match MigrationMessage::from_wire(&body) {
             Ok(message) => message,
@@ -159,6 +159,7 @@ impl Daemon {
             | MigrationMessage::Abort { .. }
             | MigrationMessage::Reserved(_)
             | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message),
+            MigrationMessage::TakenBack { .. } => self.on_taken_back(id, &peer).await,
             // An answer to a driver that has ended, and nothing waits for one to it.
             MigrationMessage::Accept
             | MigrationMessage::Decline(_)
@@ -306,17 +307,20 @@ impl Daemon {
 fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a Reservation> {
     let holds = match &history.entries.last()?.record {
         Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded) => true,
-        Record::Destination(DestinationRecord::Activated { .. }) => {
+        Record::Destination(DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }) => {
             ownership == Some(&Ownership::Here { epoch: history.attempt.epoch })
         }
-        Record::Destination(DestinationRecord::Refused { .. }) | Record::Source(_) => false,
+        Record::Destination(DestinationRecord::Refused { .. } | DestinationRecord::Overruled)
+        | Record::Source(_) => false,
     };
     let reservation = history.entries.iter().find_map(|entry| match &entry.record {
         Record::Destination(DestinationRecord::Reserved { reservation, .. }) => Some(reservation),
         Record::Destination(
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
-            | DestinationRecord::Refused { .. },
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled,
         )
         | Record::Source(_) => None,
     });

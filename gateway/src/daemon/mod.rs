@@ -17,10 +17,12 @@ mod build;
 mod dispatch;
 mod doctor;
 mod image;
+mod kept;
 mod machines;
 mod power;
 mod proposals;
 mod recovery;
+mod resolve;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -96,6 +98,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut api = tokio::spawn(api.serve(requests_tx));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // The first look is at once.
+    let mut daily = tokio::time::interval(kept::DAILY);
     loop {
         tokio::select! {
             Some(event) = link_events.recv() => daemon.on_link(event).await,
@@ -104,6 +108,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(answer) = admitted.recv() => daemon.on_admitted(answer),
             Some(work) = worked.recv() => daemon.on_worked(work),
             ended = &mut api => return Err(api_ended(ended)),
+            _ = daily.tick() => daemon.delete_due_disks(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -180,12 +185,13 @@ impl Daemon {
             LinkEvent::Up { peer, restarted, .. } => {
                 tracing::info!(%peer, restarted, "link is up");
                 self.tell_migrations_with(&peer, || Inbound::LinkUp).await;
+                self.tell_taken_back(&peer);
             }
             LinkEvent::Down { peer, reason } => {
                 tracing::warn!(%peer, ?reason, "link is down");
                 self.tell_migrations_with(&peer, || Inbound::LinkDown).await;
             }
-            LinkEvent::Control { peer, message } => self.on_message(peer, message),
+            LinkEvent::Control { peer, message } => self.on_message(peer, message).await,
             LinkEvent::Unreachable { peer, reason } => {
                 tracing::warn!(%peer, reason, "peer cannot be reached")
             }

@@ -14,6 +14,7 @@ use longhaul_core::migration::recovery::{NextStep, Qemu};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
+use super::machines::held;
 use super::{Daemon, Machine};
 use crate::history::{Known, judge};
 use crate::hypervisor::Guest;
@@ -40,7 +41,7 @@ impl Daemon {
         let mut found = Found::new();
         for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
             let guest = self.find(&row).await;
-            let held = self.held(&row);
+            let held = held(&self.edges, &row);
             if let Some(held) = &held {
                 tracing::error!(%vm, why = held.why, remedy = held.remedy, "machine is held");
             }
@@ -234,7 +235,8 @@ fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>, boo
                 | SourceRecord::Committed { .. }
                 | SourceRecord::Released
                 | SourceRecord::Aborted { .. }
-                | SourceRecord::Returned { .. },
+                | SourceRecord::Returned { .. }
+                | SourceRecord::TakenBack { .. },
             )
             | Record::Destination(_) => {}
         }
@@ -251,7 +253,9 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
         Record::Destination(
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
-            | DestinationRecord::Refused { .. },
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled,
         )
         | Record::Source(_) => None,
     })

@@ -64,6 +64,7 @@ impl Daemon {
             migrations: self.migrations.values().map(|running| running.viewer.current()).collect(),
             anchors: self.anchor_views.borrow().values().cloned().collect(),
             tunnel: self.tunnel_view(),
+            kept: self.kept_disks(),
         }
     }
 

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::destination::{Action, Destination, DestinationLimits, Event, Outcome};
-use longhaul_core::migration::message::{Proposal, Reservation};
+use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::DestinationRecord;
 use longhaul_core::migration::step::Step;
 
@@ -130,6 +130,11 @@ impl DestinationDriver {
                     Inbound::Message(message) => return Event::Peer(message),
                     // The source decides whether an attempt ends.
                     Inbound::Abort => {}
+                    // Its flows went with the source; its neighbours are known.
+                    Inbound::Resolve(verdict) => {
+                        let handover = Handover { nics: self.proposal.nics.clone() };
+                        return Event::Resolved(verdict, Box::new(handover));
+                    }
                 },
                 Some(event) = self.events.recv() => return event,
                 () = tokio::time::sleep(wait) => return Event::Tick,

@@ -38,6 +38,7 @@ use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
+use longhaul_core::migration::resolve::Verdict;
 use longhaul_core::tunnel::policy::PortKey;
 
 use crate::config::Config;
@@ -116,6 +117,8 @@ pub enum Inbound {
     Message(MigrationMessage),
     /// The operator wants it to end.
     Abort,
+    /// An operator decided for a peer that is gone for good.
+    Resolve(Verdict),
 }
 
 /// What a leaf works with: the edges, what is attempted, and the ways back.

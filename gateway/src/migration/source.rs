@@ -147,6 +147,7 @@ impl SourceDriver {
                 Inbound::LinkDown => Event::LinkDown,
                 Inbound::Message(message) => self.heard(message),
                 Inbound::Abort => Event::AbortRequested,
+                Inbound::Resolve(verdict) => Event::Resolved(verdict),
             },
             Some(event) = self.events.recv() => event,
             () = tokio::time::sleep(wait) => Event::Tick,

@@ -20,6 +20,7 @@ use crate::ids::SiteName;
 use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use crate::migration::permit::RunPermit;
 use crate::migration::record::{DestinationRecord, Record};
+use crate::migration::resolve::{Decided, Verdict};
 use crate::migration::step::Step;
 use crate::migration::{Attempt, Stage};
 
@@ -58,6 +59,8 @@ pub enum Event {
     Discarded,
     /// Something local failed.
     Failed(Refusal),
+    /// An operator decided for a source that is gone for good; what is known of connections.
+    Resolved(Verdict, Box<Handover>),
     /// A deadline may have passed.
     Tick,
 }
@@ -151,7 +154,7 @@ impl Destination {
             DestinationRecord::Loaded => {
                 destination.refuse(Refusal::Hypervisor(format!("QEMU at site {site} is gone")))
             }
-            DestinationRecord::Activated { handover } => {
+            DestinationRecord::Activated { handover } | DestinationRecord::TakenOver { handover, .. } => {
                 destination.state = State::Activating { done: false };
                 let permit = destination.permit();
                 Step::act(vec![Action::Activate(permit, handover)])
@@ -159,6 +162,11 @@ impl Destination {
             DestinationRecord::Refused { why } => {
                 destination.state = State::Refusing { why };
                 Step::act(vec![Action::Discard])
+            }
+            // Its disk stays, as that of any machine that is elsewhere.
+            DestinationRecord::Overruled => {
+                destination.state = State::Done(Outcome::Refused(Refusal::Operator));
+                Step::nothing()
             }
         };
         (destination, step)
@@ -211,6 +219,7 @@ impl Destination {
             Event::Activated => self.on_activated(),
             Event::Discarded => self.on_discarded(),
             Event::Failed(why) => self.on_failed(why),
+            Event::Resolved(verdict, handover) => self.on_resolved(verdict, handover),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -223,11 +232,15 @@ impl Destination {
                 self.on_commit(handover)
             }
             MigrationMessage::Abort { epoch, why } if epoch == self.attempt.epoch => self.on_abort(why),
+            MigrationMessage::TakenBack { epoch } if epoch > self.attempt.epoch => {
+                self.on_abort(Refusal::Operator)
+            }
             // A repeated proposal: the answer is what became of it.
             MigrationMessage::Propose(_) => Step::act(vec![Action::Send(MigrationMessage::Accept)]),
             // Of another epoch: late, and about nothing that concerns this attempt.
             MigrationMessage::Reserve { .. }
             | MigrationMessage::Commit { .. }
+            | MigrationMessage::TakenBack { .. }
             | MigrationMessage::Abort { .. } => Step::nothing(),
             MigrationMessage::Accept
             | MigrationMessage::Reserved(_)
@@ -314,6 +327,20 @@ impl Destination {
             State::Refusing { .. } | State::Done(Outcome::Refused(_)) => self.answer_reserve(),
             State::Activating { done: true } | State::Done(Outcome::Active) => self.say_activated(),
             State::Activating { done: false } => Step::nothing(),
+        }
+    }
+
+    /// The operator's word stands in for the source's, which may have given the machine up or not.
+    fn on_resolved(&mut self, verdict: Verdict, handover: Box<Handover>) -> Step<Action> {
+        match (&self.state, verdict.decided()) {
+            (State::Loaded, Decided::Ours { destroyed }) => {
+                self.state = State::Activating { done: false };
+                let permit = self.permit();
+                let record = DestinationRecord::TakenOver { handover: handover.clone(), destroyed };
+                Step::record(Record::Destination(record), vec![Action::Activate(permit, handover)])
+            }
+            (State::Loaded, Decided::Theirs) => self.refuse(Refusal::Operator),
+            (_, Decided::Ours { .. } | Decided::Theirs) => Step::nothing(),
         }
     }
 

@@ -5,7 +5,7 @@
 //! destination would hold memory, disks and addresses for ever for an attempt that was given up.
 
 use crate::ids::Epoch;
-use crate::migration::message::MigrationMessage;
+use crate::migration::message::{MigrationMessage, Refusal};
 use crate::migration::record::{DestinationRecord, Record, SourceRecord};
 
 /// The answer to `heard`, given the `last` record of its migration and the epoch that stands in it.
@@ -22,6 +22,7 @@ pub fn answer(last: Option<(Epoch, &Record)>, heard: &MigrationMessage) -> Optio
         | MigrationMessage::Decline(_)
         | MigrationMessage::Activated { .. }
         | MigrationMessage::Refused { .. }
+        | MigrationMessage::TakenBack { .. }
         | MigrationMessage::Unknown => None,
     }
 }
@@ -29,8 +30,11 @@ pub fn answer(last: Option<(Epoch, &Record)>, heard: &MigrationMessage) -> Optio
 fn as_destination(last: Option<(Epoch, &Record)>) -> Option<MigrationMessage> {
     let Some((epoch, last)) = last else { return Some(MigrationMessage::Unknown) };
     match last {
-        Record::Destination(DestinationRecord::Activated { .. }) => {
+        Record::Destination(DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }) => {
             Some(MigrationMessage::Activated { epoch })
+        }
+        Record::Destination(DestinationRecord::Overruled) => {
+            Some(MigrationMessage::Refused { epoch, why: Refusal::Operator })
         }
         Record::Destination(DestinationRecord::Refused { why }) => {
             Some(MigrationMessage::Refused { epoch, why: why.clone() })
@@ -47,6 +51,9 @@ fn as_source(last: Option<(Epoch, &Record)>) -> Option<MigrationMessage> {
     match last {
         Record::Source(SourceRecord::Aborted { why } | SourceRecord::Returned { why }) => {
             Some(MigrationMessage::Abort { epoch, why: why.clone() })
+        }
+        Record::Source(SourceRecord::TakenBack { .. }) => {
+            Some(MigrationMessage::Abort { epoch, why: Refusal::Operator })
         }
         Record::Source(
             SourceRecord::Reserved { .. }

@@ -47,6 +47,7 @@ impl Ownership {
         match record {
             Record::Source(SourceRecord::Committed { .. }) => Some(Self::Away { site: peer.clone(), epoch }),
             Record::Source(SourceRecord::Returned { .. }) => Some(Self::Here { epoch }),
+            Record::Source(SourceRecord::TakenBack { .. }) => Some(Self::Here { epoch: epoch.next() }),
             Record::Source(
                 SourceRecord::Reserved { .. }
                 | SourceRecord::PreCopy { .. }
@@ -60,7 +61,12 @@ impl Ownership {
                     Some(Self::Here { .. } | Self::Arriving { .. }) | None => Some(Self::Arriving { epoch }),
                 }
             }
-            Record::Destination(DestinationRecord::Activated { .. }) => Some(Self::Here { epoch }),
+            Record::Destination(
+                DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. },
+            ) => Some(Self::Here { epoch }),
+            Record::Destination(DestinationRecord::Overruled) => {
+                Some(Self::Away { site: peer.clone(), epoch: epoch.next() })
+            }
             Record::Destination(DestinationRecord::Refused { .. }) => match before {
                 Some(Self::Arriving { .. }) | None => None,
                 Some(other @ (Self::Here { .. } | Self::Away { .. })) => Some(other.clone()),

@@ -64,6 +64,11 @@ pub enum MigrationMessage {
     },
     /// Destination: it has no record of this migration. Not a refusal.
     Unknown,
+    /// Source: an operator took the machine back while the destination was gone.
+    TakenBack {
+        /// The epoch that began at the source.
+        epoch: Epoch,
+    },
 }
 
 /// What the source asks the destination to take.

@@ -41,6 +41,7 @@ pub mod message;
 pub mod permit;
 pub mod record;
 pub mod recovery;
+pub mod resolve;
 pub mod source;
 pub mod step;
 

@@ -3,8 +3,9 @@
 //! A [`RunPermit`] has no public constructor, is neither `Clone` nor `Copy`, and is what a hypervisor
 //! asks for before it lets a guest run. It is made in three places only: by the source machine while
 //! `Committed` was never written (or on a durable refusal), by the destination machine in the step
-//! that records `Activated`, and by the ledger for a machine that this site owns. Reviewing those
-//! three is reviewing the product's promise.
+//! that records `Activated`, and by the ledger for a machine that this site owns. In both machines an
+//! operator's word can stand in for that of a peer that is gone for good: a `Verdict`, which `resolve` alone
+//! makes. Reviewing those is reviewing the product's promise.
 
 use crate::ids::{Epoch, VmName};
 

@@ -8,11 +8,14 @@
 //! ```text
 //! source:       Reserved -> PreCopy -> [Parked] -> Committed -> Released
 //!                   \          \          \            \-> Returned
-//!                    `----------`----------`-> Aborted
-//! destination:  Reserved -> Loaded -> Activated
-//!                   \          \-> Refused
-//!                    `-> Refused
+//!                    `----------`----------`-> Aborted   `-> TakenBack
+//! destination:  Reserved -> Loaded -> Activated ---------> Overruled
+//!                   \          \  \-> TakenOver ----------^
+//!                    `-> Refused `-> Refused
 //! ```
+//!
+//! `TakenBack` and `TakenOver` are an operator's word for a peer that is gone for good; `Overruled` is written by one
+//! that comes back nevertheless.
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -66,6 +69,11 @@ pub enum SourceRecord {
         /// Why.
         why: Refusal,
     },
+    /// An operator took it back after `Committed`; a new epoch begins.
+    TakenBack {
+        /// The site whose copy is destroyed, as the operator said.
+        destroyed: SiteName,
+    },
 }
 
 /// Decisions of the destination.
@@ -92,6 +100,15 @@ pub enum DestinationRecord {
         /// Why.
         why: Refusal,
     },
+    /// An operator made it ours without the source's word.
+    TakenOver {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+        /// The site whose copy is destroyed, as the operator said.
+        destroyed: SiteName,
+    },
+    /// It was ours, and an operator took it back at the source while we were gone.
+    Overruled,
 }
 
 /// A record that cannot follow the one before it.
@@ -140,6 +157,7 @@ impl SourceRecord {
             Self::Released => "released",
             Self::Aborted { .. } => "aborted",
             Self::Returned { .. } => "returned",
+            Self::TakenBack { .. } => "taken back by an operator",
         }
     }
 
@@ -151,7 +169,10 @@ impl SourceRecord {
                 true
             }
             (Some(Self::Parked), Self::Committed { .. } | Self::Aborted { .. }) => true,
-            (Some(Self::Committed { .. }), Self::Released | Self::Returned { .. }) => true,
+            (
+                Some(Self::Committed { .. }),
+                Self::Released | Self::Returned { .. } | Self::TakenBack { .. },
+            ) => true,
             (_, _) => false,
         }
     }
@@ -165,6 +186,8 @@ impl DestinationRecord {
             Self::Loaded => "loaded",
             Self::Activated { .. } => "activated",
             Self::Refused { .. } => "refused",
+            Self::TakenOver { .. } => "taken over by an operator",
+            Self::Overruled => "overruled by an operator at the other site",
         }
     }
 
@@ -172,7 +195,10 @@ impl DestinationRecord {
         match (last, self) {
             (None, Self::Reserved { .. }) => true,
             (Some(Self::Reserved { .. }), Self::Loaded | Self::Refused { .. }) => true,
-            (Some(Self::Loaded), Self::Activated { .. } | Self::Refused { .. }) => true,
+            (Some(Self::Loaded), Self::Activated { .. } | Self::Refused { .. } | Self::TakenOver { .. }) => {
+                true
+            }
+            (Some(Self::Activated { .. } | Self::TakenOver { .. }), Self::Overruled) => true,
             (_, _) => false,
         }
     }

@@ -122,9 +122,11 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
         SourceRecord::Released if is_latest && facts.qemu != Qemu::Gone => NextStep::Release,
         SourceRecord::Released => NextStep::Nothing,
         // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
-        SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
+        SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::TakenBack { .. } => {
+            let begun =
+                if matches!(last, SourceRecord::TakenBack { .. }) { facts.epoch.next() } else { facts.epoch };
             let stands = facts.wanted && facts.qemu == Qemu::StandsStill;
-            let may = facts.owner.is_some_and(|owner| owner.may_undo(facts.epoch));
+            let may = facts.owner.is_some_and(|owner| owner.may_undo(begun));
             if may && (stands || facts.owes_names) { NextStep::RollBack } else { NextStep::Nothing }
         }
     }
@@ -136,7 +138,8 @@ fn of_destination(last: &DestinationRecord, facts: &Facts<'_>) -> NextStep {
         DestinationRecord::Reserved { .. } => NextStep::Refuse,
         DestinationRecord::Loaded if facts.qemu == Qemu::Gone => NextStep::Refuse,
         DestinationRecord::Loaded => NextStep::AwaitSource,
-        DestinationRecord::Activated { .. } => {
+        DestinationRecord::Overruled => NextStep::Nothing,
+        DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. } => {
             // One that is gone crashed here: its disk is started when its operator says so.
             let waits = matches!(facts.qemu, Qemu::StandsStill | Qemu::Unknown);
             if is_latest && facts.wanted && waits { NextStep::Activate } else { NextStep::Nothing }

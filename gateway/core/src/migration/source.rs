@@ -23,6 +23,7 @@ use crate::migration::convergence::{Convergence, Decision, PauseBudget, Progress
 use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use crate::migration::permit::RunPermit;
 use crate::migration::record::{Record, SourceRecord};
+use crate::migration::resolve::{Decided, Verdict};
 use crate::migration::step::Step;
 use crate::migration::{Attempt, Stage};
 
@@ -81,6 +82,8 @@ pub enum Event {
     TidiedUp,
     /// The operator wants it to end.
     AbortRequested,
+    /// An operator decided for a peer that is gone for good.
+    Resolved(Verdict),
     /// A deadline may have passed.
     Tick,
 }
@@ -184,6 +187,11 @@ impl Source {
                 let permit = source.permit();
                 Step::act(vec![Action::Rollback(permit)])
             }
+            SourceRecord::TakenBack { .. } => {
+                source.state = State::Aborting { why: Refusal::Operator, rolled_back: false, told: true };
+                let permit = RunPermit::grant(source.attempt.vm.clone(), source.attempt.epoch.next());
+                Step::act(vec![Action::Rollback(permit)])
+            }
         };
         (source, step)
     }
@@ -275,6 +283,7 @@ impl Source {
             Event::RolledBack => self.on_rolled_back(),
             Event::TidiedUp => self.on_tidied_up(),
             Event::AbortRequested => self.give_up(Refusal::Operator),
+            Event::Resolved(verdict) => self.on_resolved(verdict),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -306,6 +315,7 @@ impl Source {
             MigrationMessage::Propose(_)
             | MigrationMessage::Reserve { .. }
             | MigrationMessage::Commit { .. }
+            | MigrationMessage::TakenBack { .. }
             | MigrationMessage::Abort { .. } => {
                 self.give_up(Refusal::PeerMisbehaved("a source's message was sent to the source".into()))
             }
@@ -442,6 +452,19 @@ impl Source {
         }
     }
 
+    /// The operator's word stands in for the destination's: it was given away, and its copy there is destroyed.
+    fn on_resolved(&mut self, verdict: Verdict) -> Step<Action> {
+        match (&self.state, verdict.decided()) {
+            (State::Committed { .. }, Decided::Ours { destroyed }) => {
+                self.state = State::Aborting { why: Refusal::Operator, rolled_back: false, told: true };
+                let permit = RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch.next());
+                let record = SourceRecord::TakenBack { destroyed };
+                Step::record(Record::Source(record), vec![Action::Rollback(permit)])
+            }
+            (_, Decided::Ours { .. } | Decided::Theirs) => Step::nothing(),
+        }
+    }
+
     /// The destination has no record: nothing is held there, so an abort needs no answer. After
     /// `Committed` it changes nothing: unknown is not refused.
     fn on_unknown(&mut self) -> Step<Action> {
@@ -568,7 +591,8 @@ impl Source {
         stopped_at + predicted * 2 + self.limits.pause_budget
     }
 
-    /// Called only where `Committed` was never written, or the peer durably refused: see [`super`].
+    /// Called only where `Committed` was never written, the peer durably refused, or an operator took the machine
+    /// back from a peer that is gone: see [`super`].
     fn permit(&self) -> RunPermit {
         debug_assert!(matches!(self.state, State::Aborting { .. }), "a permit outside an abort");
         RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch)

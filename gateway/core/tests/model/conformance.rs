@@ -100,6 +100,7 @@ fn as_model(message: &MigrationMessage) -> Message {
         MigrationMessage::Refused { .. } => Message::Refused,
         MigrationMessage::Abort { .. } => Message::Abort,
         MigrationMessage::Unknown => Message::Unknown,
+        MigrationMessage::TakenBack { .. } => panic!("an operator decided, who is not of this model"),
         MigrationMessage::Decline(why) => panic!("a machine declined: {why}"),
     }
 }

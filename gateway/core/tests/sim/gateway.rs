@@ -318,7 +318,7 @@ impl World {
                 site.runs_there = self.broken != Some(Broken::ForgetsNames);
                 site.guest != Guest::Gone
             }
-            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } => {
+            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::TakenBack { .. } => {
                 let may = match self.broken {
                     Some(Broken::OldAbortResumes) => owner.epoch() <= epoch,
                     Some(_) | None => owner.may_undo(epoch),
@@ -342,7 +342,10 @@ impl World {
         let owed = match &last {
             DestinationRecord::Reserved { .. } | DestinationRecord::Loaded => true,
             // Not written down yet: without that nobody could start it again either.
-            DestinationRecord::Activated { .. } => is_latest && (stands || site.held.contains(&id)),
+            DestinationRecord::Overruled => false,
+            DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. } => {
+                is_latest && (stands || site.held.contains(&id))
+            }
             DestinationRecord::Refused { .. } => is_latest && site.held.contains(&id),
         };
         if !owed {

@@ -94,6 +94,9 @@ impl World {
             MigrationMessage::Refused { .. } => {
                 matches!(last, Some(Record::Destination(DestinationRecord::Refused { .. })))
             }
+            MigrationMessage::TakenBack { .. } => {
+                matches!(last, Some(Record::Source(SourceRecord::TakenBack { .. })))
+            }
             MigrationMessage::Reserved(_) => matches!(last, Some(Record::Destination(_))),
             MigrationMessage::Propose(_)
             | MigrationMessage::Accept
