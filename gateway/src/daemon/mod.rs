@@ -14,6 +14,7 @@ mod dispatch;
 mod doctor;
 mod machines;
 mod recovery;
+mod retries;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,13 +23,14 @@ use std::io::IsTerminal;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{Proposal, Refusal};
 
-use crate::api::types::AnchorView;
+use crate::api::types::{AnchorView, MigrateRequest};
 use crate::api::{Request, server};
 use crate::config::Config;
 use crate::hypervisor::Guest;
@@ -37,6 +39,7 @@ use crate::link::LinkEvent;
 use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
 use crate::migration::{Edges, Inbound, MachineRow};
+use retries::PlannedRetry;
 
 /// Proposals that were accepted and wait for their reservation; beyond it the oldest is forgotten.
 const MAX_ACCEPTED: usize = 64;
@@ -74,6 +77,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         machines: BTreeMap::new(),
         migrations: BTreeMap::new(),
         accepted: BTreeMap::new(),
+        retries: BTreeMap::new(),
         anchors,
         anchor_views: anchor_watch,
         ended: ended_tx,
@@ -87,7 +91,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     loop {
+        let retry_at = daemon.next_retry_at();
         tokio::select! {
+            () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
+                daemon.begin_retries().await;
+            }
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
@@ -110,6 +118,8 @@ struct Daemon {
     machines: BTreeMap<VmName, Machine>,
     migrations: BTreeMap<MigrationId, Running>,
     accepted: BTreeMap<MigrationId, (SiteName, Proposal)>,
+    /// Attempts that follow by themselves, by the machine.
+    retries: BTreeMap<VmName, PlannedRetry>,
     anchors: mpsc::Sender<AnchorCommand>,
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
@@ -131,6 +141,8 @@ impl Machine {
 /// A migration, running or shown after its end.
 struct Running {
     attempt: Attempt,
+    /// What was asked for, where this site is the source.
+    request: Option<MigrateRequest>,
     /// `None` once it has ended.
     inbox: Option<mpsc::Sender<Inbound>>,
     viewer: Viewer,
@@ -188,6 +200,7 @@ impl Daemon {
         let vm = running.attempt.vm.clone();
         let guest = running.guest.borrow().clone();
         self.refresh(&vm, guest).await;
+        self.plan_retry(end.id);
         let shown: BTreeSet<MigrationId> = self
             .migrations
             .iter()

@@ -41,6 +41,7 @@ pub mod message;
 pub mod permit;
 pub mod record;
 pub mod recovery;
+pub mod retry;
 pub mod source;
 pub mod step;
 
