@@ -46,6 +46,7 @@ impl Daemon {
             Request::Start(vm, reply) => drop(reply.send(self.start(&vm).await)),
             Request::Stop(vm, reply) => drop(reply.send(self.stop(&vm).await)),
             Request::Undefine(vm, forget, reply) => drop(reply.send(self.undefine(&vm, forget).await)),
+            Request::Discard(vm, reply) => drop(reply.send(self.discard(&vm))),
             Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),

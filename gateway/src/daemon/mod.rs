@@ -19,6 +19,7 @@ mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,11 +39,13 @@ use crate::journal::JournalError;
 use crate::link::LinkEvent;
 use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
-use crate::migration::{Edges, Inbound, MachineRow};
+use crate::migration::{Edges, Inbound, MachineRow, partial};
 use retries::PlannedRetry;
 
 /// Proposals that were accepted and wait for their reservation; beyond it the oldest is forgotten.
 const MAX_ACCEPTED: usize = 64;
+/// Partial disks that are too old are looked for this often.
+const SWEEP: Duration = Duration::from_secs(600);
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
 
@@ -90,9 +93,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!(site = %daemon.edges.site(), api = %socket.display(), "gateway is ready");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut sweep = tokio::time::interval(SWEEP);
     loop {
         let retry_at = daemon.next_retry_at();
         tokio::select! {
+            _ = sweep.tick() => partial::sweep(&daemon.edges.config.storage),
             () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
                 daemon.begin_retries().await;
             }

@@ -1,6 +1,7 @@
 //! What the daemon shows: machines, migrations, peers, the tunnel.
 
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::Ownership;
@@ -9,10 +10,11 @@ use super::recovery::qemu;
 use super::{Daemon, Machine};
 use crate::api::RequestError;
 use crate::api::types::{
-    JournalView, MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView,
+    JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView, TunnelView,
 };
 use crate::history;
 use crate::metrics::{Figures, LinkFigures, page};
+use crate::migration::partial::{self, Partial};
 use crate::migration::{Inbound, MachineRow};
 
 impl Daemon {
@@ -36,7 +38,29 @@ impl Daemon {
             machines,
             migrations: self.migrations.values().map(|running| running.viewer.current()).collect(),
             anchors: self.anchor_views.borrow().values().cloned().collect(),
+            partials: self.partial_views(),
             tunnel: self.tunnel_view(),
+        }
+    }
+
+    fn partial_views(&self) -> Vec<PartialView> {
+        let kept = partial::list(&self.edges.config.storage.pool).into_iter();
+        let since = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let view = |partial: Partial| PartialView {
+            vm: partial.of.vm,
+            disk: partial.of.disk.to_string(),
+            from: partial.of.from,
+            bytes: partial.taken.0,
+            kept_ms: since(partial.since),
+        };
+        kept.map(view).collect()
+    }
+
+    /// Throws away what is kept of a machine that did not come.
+    pub(super) fn discard(&self, vm: &VmName) -> Result<(), RequestError> {
+        match partial::forget(&self.edges.config.storage.pool, vm) {
+            0 => Err(RequestError::NotFound(format!("No disks of {vm} are kept here"))),
+            _ => Ok(()),
         }
     }
 

@@ -15,6 +15,7 @@ pub mod anchor;
 mod destination;
 mod discard;
 mod park;
+pub mod partial;
 mod precopy;
 mod preflight;
 mod prepare;
