@@ -55,6 +55,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 2}\r\n",
     ]
     .concat();
-    let oob = [greeting("\"oob\"").as_str(), "{\"return\": {}, \"id\": 0}\r\n", "{\"id\": 1, \"return\": []}\n"].concat();
+    let oob =
+        [greeting("\"oob\"").as_str(), "{\"return\": {}, \"id\": 0}\r\n", "{\"id\": 1, \"return\": []}\n"]
+            .concat();
     vec![("plain", plain.into_bytes()), ("oob", oob.into_bytes())]
 }

@@ -24,6 +24,9 @@ pub struct StatusView {
     pub migrations: Vec<MigrationView>,
     /// Machines that left and whose connections still pass here.
     pub anchors: Vec<AnchorView>,
+    /// Disks of machines that did not come, kept for the next attempt.
+    #[serde(default)]
+    pub partials: Vec<PartialView>,
     /// The tunnel's counters.
     pub tunnel: TunnelView,
     /// Disks of machines that left.
@@ -130,6 +133,19 @@ pub struct WanBytes {
     pub control: u64,
 }
 
+/// The attempt that follows one that did not move the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetryView {
+    /// Which retry it is, from 1.
+    pub number: u32,
+    /// How many there are at most.
+    pub of: u32,
+    /// How long after the end of this attempt it begins, if the link is up then.
+    pub delay_ms: u64,
+    /// Its id, once it has begun.
+    pub id: Option<String>,
+}
+
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MigrationView {
@@ -145,6 +161,12 @@ pub struct MigrationView {
     pub progressing: Progressing,
     /// Why it stayed or is being undone.
     pub reason: Option<String>,
+    /// The attempt that follows this one by itself, if one does.
+    #[serde(default)]
+    pub retry: Option<RetryView>,
+    /// The attempt that this one follows.
+    #[serde(default)]
+    pub follows: Option<String>,
     /// What is different about the machine at its new place, for people.
     #[serde(default)]
     pub notices: Vec<String>,
@@ -166,6 +188,9 @@ pub struct MigrationView {
     pub rounds: Vec<RoundView>,
     /// Disk bytes copied and in all.
     pub disk: (u64, u64),
+    /// Disk bytes that an earlier attempt had left at the other site and that were not sent again.
+    #[serde(default)]
+    pub disk_kept: u64,
     /// Memory bytes that QEMU has not written yet, and in all.
     pub memory: (u64, u64),
     /// The guest's pause as this gateway saw it: stop asked to the peer's word that it runs.
@@ -212,6 +237,21 @@ pub struct RecordView {
     pub name: String,
     /// Why, where it ended something.
     pub why: Option<String>,
+}
+
+/// A disk that an attempt to move a machine here has left, kept for the next one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PartialView {
+    /// The machine.
+    pub vm: VmName,
+    /// The disk in its definition.
+    pub disk: String,
+    /// The site it came from.
+    pub from: SiteName,
+    /// Bytes it takes in the pool.
+    pub bytes: u64,
+    /// When the attempt ended.
+    pub kept_ms: u64,
 }
 
 /// A machine that left and whose connections still pass here.
