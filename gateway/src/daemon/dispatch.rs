@@ -291,17 +291,20 @@ impl Daemon {
 fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a Reservation> {
     let holds = match &history.entries.last()?.record {
         Record::Destination(DestinationRecord::Reserved { .. } | DestinationRecord::Loaded) => true,
-        Record::Destination(DestinationRecord::Activated { .. }) => {
+        Record::Destination(DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }) => {
             ownership == Some(&Ownership::Here { epoch: history.attempt.epoch })
         }
-        Record::Destination(DestinationRecord::Refused { .. }) | Record::Source(_) => false,
+        Record::Destination(DestinationRecord::Refused { .. } | DestinationRecord::Overruled)
+        | Record::Source(_) => false,
     };
     let reservation = history.entries.iter().find_map(|entry| match &entry.record {
         Record::Destination(DestinationRecord::Reserved { reservation, .. }) => Some(reservation),
         Record::Destination(
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
-            | DestinationRecord::Refused { .. },
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled,
         )
         | Record::Source(_) => None,
     });
