@@ -40,7 +40,7 @@ impl Daemon {
         let mut found = Found::new();
         for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
             let guest = self.find(&row).await;
-            let held = self.held(&row);
+            let held = super::machines::held(&self.edges, &row);
             if let Some(held) = &held {
                 tracing::error!(%vm, why = held.why, remedy = held.remedy, "machine is held");
             }
