@@ -85,8 +85,8 @@ mod tests {
                 epoch: Epoch(epoch),
                 owner: owner.parse().unwrap(),
             };
-            write_notes(&[image.clone()], &note).unwrap();
-            assert_eq!(read_notes(&[image.clone()]).unwrap(), [note]);
+            write_notes(std::slice::from_ref(&image), &note).unwrap();
+            assert_eq!(read_notes(std::slice::from_ref(&image)).unwrap(), [note]);
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing but the note is left");
         fs::write(note_path(&image), "epoch = -1").unwrap();

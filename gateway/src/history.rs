@@ -192,7 +192,7 @@ mod tests {
         let here = Ownership::Here { epoch: Epoch(3) };
         let history = history(1, 3, refused());
         let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs };
-        let next = judge(&history, &[history.clone()], &known).unwrap();
+        let next = judge(&history, std::slice::from_ref(&history), &known).unwrap();
         let view = view(&history, Some(&here), next);
         assert_eq!((view.role.as_str(), view.next), ("destination", NextStep::Nothing));
         assert_eq!(view.records[0].why.as_deref(), Some("Aborted by the operator"));

@@ -344,6 +344,7 @@ async fn a_pause_that_was_cut_off_is_tried_again_and_sends_only_what_differs() {
         let view = scene.wait_move(&id, MOVE).await?;
         println!("stood still for {:.1?}: {:?}, {:?}", stopped.elapsed(), view.reason, view.retry);
         ensure!(view.retry.is_some_and(|retry| (retry.number, retry.of) == (1, 3)), "nothing follows");
+        drop(monitor);
         let state = run_state(&scene.a);
         ensure!(state.as_deref() == Some("running"), "{state:?} before the WAN is back");
         scene.world.wan.heal()?;
@@ -356,7 +357,6 @@ async fn a_pause_that_was_cut_off_is_tried_again_and_sends_only_what_differs() {
         ensure!(view.disk_kept > 10 << 20, "{} bytes were kept", view.disk_kept);
         let kept = scene.b.client().status().await?.partials;
         ensure!(kept.is_empty(), "still kept: {kept:?}");
-        drop(monitor);
         connection_was_right(client).await?;
         tunnel_comes_down(scene).await?;
         runs_at_b(scene, &view).await
@@ -399,6 +399,7 @@ async fn an_abort_between_two_attempts_is_the_end() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         scene.world.wan.cut()?;
+        drop(monitor);
         scene.wait_move(&id, MOVE).await?;
         scene.world.wan.heal()?;
         scene.wait_for_link().await?;

@@ -245,10 +245,10 @@ async fn a_source_that_asks_again_hears_that_the_machine_is_the_others_although_
         let image = journals.pool_image(&scene.b);
         std::fs::write(&image, "the disk at b")?;
         let disk = scene.disks[0].clone();
-        let mut a = journals.open(&scene.a, &[disk.clone()])?;
+        let mut a = journals.open(&scene.a, std::slice::from_ref(&disk))?;
         a.define(&Ownership::Here { epoch: attempt(1).epoch })?;
         a.source(1, &journals.until_committed()).await?;
-        let mut b = journals.open(&scene.b, &[image.clone()])?;
+        let mut b = journals.open(&scene.b, std::slice::from_ref(&image))?;
         b.destination(1, &[journals.held(), DestinationRecord::Loaded, journals.activated()]).await?;
         drop((a, b));
         launch(scene).await?;

@@ -97,7 +97,7 @@ pub fn memory_stream(pages: u64) -> Vec<u8> {
     stream.push(1);
     stream.extend(SECTION);
     stream.extend(b"\x03ram\0\0\0\0\0\0\0\x04");
-    stream.extend((pages * PAGE | 4).to_be_bytes());
+    stream.extend(((pages * PAGE) | 4).to_be_bytes());
     stream.extend(b"\x06pc.ram");
     stream.extend((pages * PAGE).to_be_bytes());
     end_section(&mut stream);
@@ -105,7 +105,7 @@ pub fn memory_stream(pages: u64) -> Vec<u8> {
     stream.extend(SECTION);
     for page in 0..pages {
         let (kind, name) = (if page % 2 == 0 { 8 } else { 2 }, if page == 0 { 0 } else { 0x20 });
-        stream.extend((page * PAGE | kind | name).to_be_bytes());
+        stream.extend(((page * PAGE) | kind | name).to_be_bytes());
         if page == 0 {
             stream.extend(b"\x06pc.ram");
         }

@@ -115,7 +115,7 @@ mod tests {
         let note =
             Generation { vm: "web1".parse().unwrap(), epoch: Epoch(epoch), owner: "b".parse().unwrap() };
         if with_note {
-            write_notes(&[path.clone()], &note).unwrap();
+            write_notes(std::slice::from_ref(&path), &note).unwrap();
         }
         path
     }

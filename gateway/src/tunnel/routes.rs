@@ -473,15 +473,16 @@ fn read_neighbour(entry: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
 }
 
 fn read_address(message: &AddressMessage) -> Option<(u32, Prefix)> {
-    let mut own = None;
+    let (mut local, mut address) = (None, None);
     for attribute in &message.attributes {
-        match attribute {
-            AddressAttribute::Local(addr) => own = Some(*addr),
+        if let AddressAttribute::Local(addr) = attribute {
+            local = Some(*addr);
+        } else if let AddressAttribute::Address(addr) = attribute {
             // The other end's on a line of two; else the same.
-            AddressAttribute::Address(addr) => own = own.or(Some(*addr)),
-            _ => {}
+            address = Some(*addr);
         }
     }
+    let own = local.or(address);
     Some((message.header.index, Prefix { addr: own?, len: message.header.prefix_len }))
 }
 

@@ -201,8 +201,11 @@ impl BlockMap {
     }
 }
 
+/// Hints of neighbouring blocks, and the first one's number.
+type Run = (u64, Vec<Hint>);
+
 /// The runs with hints, and the block behind the last. Allocates no more than the chunk holds.
-fn read_runs(first: u64, count: u32, mut chunk: Bytes) -> Result<(Vec<(u64, Vec<Hint>)>, u64), MapError> {
+fn read_runs(first: u64, count: u32, mut chunk: Bytes) -> Result<(Vec<Run>, u64), MapError> {
     let (mut runs, mut at) = (Vec::new(), first);
     for _ in 0..count {
         let skipped = chunk.try_get_u32_le().map_err(|_| MapError::Length)?;
