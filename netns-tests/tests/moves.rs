@@ -332,6 +332,8 @@ async fn forget_everywhere(scene: &mut Scene, epoch: u64) {
     for disk in &scene.disks {
         let kept = format!("{}.moved-e{epoch}", disk.display());
         wait("the kept disk", 20 * SECOND, || std::fs::rename(&kept, disk).ok()).await;
+        // The operator says that this copy counts: the note beside it says that site b has a newer one.
+        drop(std::fs::remove_file(format!("{}.generation", disk.display())));
     }
     // The name as its operator writes it: at home, and owned by nobody.
     let folder = scene.world.lab.scratch().join("dns");
