@@ -130,6 +130,19 @@ pub struct WanBytes {
     pub control: u64,
 }
 
+/// The attempt that follows one that did not move the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetryView {
+    /// Which retry it is, from 1.
+    pub number: u32,
+    /// How many there are at most.
+    pub of: u32,
+    /// How long after the end of this attempt it begins, if the link is up then.
+    pub delay_ms: u64,
+    /// Its id, once it has begun.
+    pub id: Option<String>,
+}
+
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MigrationView {
@@ -145,6 +158,12 @@ pub struct MigrationView {
     pub progressing: Progressing,
     /// Why it stayed or is being undone.
     pub reason: Option<String>,
+    /// The attempt that follows this one by itself, if one does.
+    #[serde(default)]
+    pub retry: Option<RetryView>,
+    /// The attempt that this one follows.
+    #[serde(default)]
+    pub follows: Option<String>,
     /// What is different about the machine at its new place, for people.
     #[serde(default)]
     pub notices: Vec<String>,

@@ -9,7 +9,7 @@ use longhaul_core::units::Bytes;
 
 use super::journal::utc;
 use crate::api::client::{Client, ClientError};
-use crate::api::types::{AnchorView, MigrationView, Progressing, StatusView};
+use crate::api::types::{AnchorView, MigrationView, Progressing, RetryView, StatusView};
 
 /// `longhaul status`.
 pub async fn status(client: &Client, json: bool) -> Result<ExitCode, ClientError> {
@@ -129,10 +129,22 @@ fn migration_line(migration: &MigrationView) -> String {
             Some(pause) => format!("moved, paused {pause:.0} ms"),
             None => "moved".to_owned(),
         },
-        Progressing::Stayed => format!("stayed: {}", migration.reason.as_deref().unwrap_or("unknown")),
+        Progressing::Stayed => {
+            format!("stayed: {}{}", migration.reason.as_deref().unwrap_or("unknown"), follows(migration))
+        }
     };
     let (vm, from, to, id) = (&migration.vm, &migration.from, &migration.to, &migration.id);
     format!("  {:<16} {from} -> {to}  {state}  [{id}]\n", vm.as_str())
+}
+
+fn follows(migration: &MigrationView) -> String {
+    match &migration.retry {
+        Some(RetryView { number, of, id: Some(id), .. }) => {
+            format!("; tried again ({number} of {of}) as {id}")
+        }
+        Some(RetryView { number, of, id: None, .. }) => format!("; trying again ({number} of {of})"),
+        None => String::new(),
+    }
 }
 
 fn anchor_line(anchor: &AnchorView) -> String {

@@ -37,6 +37,8 @@ impl Config {
             "migration.disk_flush_ms",
             "1 to 60000",
         )?;
+        expect(self.migration.retries <= 100, "migration.retries", "at most 100")?;
+        expect((1..=600).contains(&self.migration.retry_delay_s), "migration.retry_delay_s", "1 to 600")?;
         if let Some(dns) = &self.dns {
             expect(!dns.servers.is_empty(), "dns.servers", "at least the primary server")?;
             expect((1..=3600).contains(&dns.move_ttl_s), "dns.move_ttl_s", "1 to 3600")?;

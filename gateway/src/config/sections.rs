@@ -6,10 +6,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use longhaul_core::ids::SiteName;
+use longhaul_core::migration::retry::RetryLimits;
 
 /// `[site]`: who this site is and where its daemon keeps things.
 #[derive(Debug, Clone, Deserialize)]
@@ -219,6 +221,12 @@ pub struct MigrationSection {
     pub disk_flush_mib: u64,
     /// And at least this often while there is something to flush (default 100 ms). The same cost.
     pub disk_flush_ms: u64,
+    /// How often a machine that stayed for a reason that passes (a pause that took too long, a restarted
+    /// gateway at the other site) is tried again without being asked (default 3; 0 is never). Each retry
+    /// pauses the guest once more.
+    pub retries: u32,
+    /// The wait before the first of them (default 2 s), doubled each time.
+    pub retry_delay_s: u64,
 }
 
 impl Default for MigrationSection {
@@ -231,7 +239,16 @@ impl Default for MigrationSection {
             disk_buffer_mib: 64,
             disk_flush_mib: 4,
             disk_flush_ms: 100,
+            retries: 3,
+            retry_delay_s: 2,
         }
+    }
+}
+
+impl MigrationSection {
+    /// How often and how soon a machine that stayed is tried again.
+    pub fn retry_limits(&self) -> RetryLimits {
+        RetryLimits { retries: self.retries, first_delay: Duration::from_secs(self.retry_delay_s) }
     }
 }
 

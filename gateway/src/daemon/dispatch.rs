@@ -12,7 +12,8 @@ use longhaul_core::migration::record::{DestinationRecord, Record};
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
 
-use super::{Admitted, Daemon, Ended, Running};
+use super::retries::Following;
+use super::{Admitted, Daemon, Ended, Machine, Running};
 use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
 use crate::hypervisor::Guest;
@@ -26,6 +27,63 @@ const INBOX: usize = 64;
 impl Daemon {
     /// `longhaul migrate`.
     pub(super) async fn migrate(&mut self, request: MigrateRequest) -> Result<Started, RequestError> {
+        let vm = request.vm.clone();
+        let started = self.begin(request, None).await?;
+        self.forget_retries(&vm);
+        Ok(started)
+    }
+
+    /// Begins an attempt: the operator's own, or the one that follows another.
+    pub(super) async fn begin(
+        &mut self,
+        request: MigrateRequest,
+        follows: Option<&Following>,
+    ) -> Result<Started, RequestError> {
+        let (machine, guest, epoch) = self.movable(&request)?;
+        let vm = &request.vm;
+        let attempt = Attempt {
+            id: MigrationId(rand::random()),
+            vm: vm.clone(),
+            peer: request.to.clone(),
+            epoch: epoch.next(),
+        };
+        let options = SourceOptions {
+            without_dns: request.without_dns,
+            max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
+            retry: follows.map_or(0, |following| following.number),
+        };
+        let (inbox, outbox) = mpsc::channel(INBOX);
+        let row = machine.row.clone();
+        let anchors = self.anchors.clone();
+        let driver = SourceDriver::new(
+            self.edges.clone(),
+            attempt.clone(),
+            Some(guest),
+            row,
+            options,
+            outbox,
+            anchors,
+        );
+        let (viewer, guest) = (driver.viewer(), driver.guest());
+        viewer.change(|view| {
+            view.follows = follows.map(|following| following.id.to_string());
+        });
+        let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
+        if !up {
+            drop(inbox.try_send(Inbound::LinkDown));
+        }
+        let retry = follows.map_or(0, |following| following.number);
+        tracing::info!(%vm, to = %request.to, id = %attempt.id, retry, "migration begins");
+        let id = attempt.id;
+        self.spawn(attempt, inbox, viewer, guest, async move { driver.run().await.err() });
+        if let Some(running) = self.migrations.get_mut(&id) {
+            running.request = Some(request);
+        }
+        Ok(Started { id: id.to_string() })
+    }
+
+    /// The machine that is asked for, if it may and can move now.
+    fn movable(&self, request: &MigrateRequest) -> Result<(&Machine, Guest, Epoch), RequestError> {
         let vm = &request.vm;
         let Some(machine) = self.machines.get(vm) else {
             return Err(RequestError::NotFound(format!(
@@ -62,36 +120,7 @@ impl Daemon {
                 "Machine {vm} is not running; start it, or copy its disk"
             )));
         };
-        let attempt = Attempt {
-            id: MigrationId(rand::random()),
-            vm: vm.clone(),
-            peer: request.to.clone(),
-            epoch: epoch.next(),
-        };
-        let options = SourceOptions {
-            without_dns: request.without_dns,
-            max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
-        };
-        let (inbox, outbox) = mpsc::channel(INBOX);
-        let row = machine.row.clone();
-        let anchors = self.anchors.clone();
-        let driver = SourceDriver::new(
-            self.edges.clone(),
-            attempt.clone(),
-            Some(guest),
-            row,
-            options,
-            outbox,
-            anchors,
-        );
-        let (viewer, guest) = (driver.viewer(), driver.guest());
-        let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
-        if !up {
-            drop(inbox.try_send(Inbound::LinkDown));
-        }
-        tracing::info!(%vm, to = %request.to, id = %attempt.id, "migration begins");
-        self.spawn(attempt.clone(), inbox, viewer, guest, async move { driver.run().await.err() });
-        Ok(Started { id: attempt.id.to_string() })
+        Ok((machine, guest, epoch))
     }
 
     fn owned_epoch(&self, vm: &VmName) -> Result<Epoch, RequestError> {
@@ -127,7 +156,7 @@ impl Daemon {
             },
             span,
         ));
-        self.migrations.insert(id, Running { attempt, inbox: Some(inbox), viewer, guest });
+        self.migrations.insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest });
     }
 
     /// A peer said something.

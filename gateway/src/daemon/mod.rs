@@ -23,6 +23,7 @@ mod power;
 mod proposals;
 mod recovery;
 mod resolve;
+mod retries;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,6 +33,7 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinError;
+use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
@@ -39,7 +41,7 @@ use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{Proposal, Refusal};
 
 use crate::api::Request;
-use crate::api::types::AnchorView;
+use crate::api::types::{AnchorView, MigrateRequest};
 use crate::config::Config;
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
@@ -48,6 +50,7 @@ use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
 use crate::migration::{Edges, Inbound, MachineRow};
 use proposals::Proposals;
+use retries::PlannedRetry;
 
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
@@ -85,6 +88,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         machines: BTreeMap::new(),
         migrations: BTreeMap::new(),
         proposals: Proposals::default(),
+        retries: BTreeMap::new(),
         anchors,
         anchor_views: anchor_watch,
         ended: ended_tx,
@@ -101,7 +105,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // The first look is at once.
     let mut daily = tokio::time::interval(kept::DAILY);
     loop {
+        let retry_at = daemon.next_retry_at();
         tokio::select! {
+            () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
+                daemon.begin_retries().await;
+            }
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
@@ -134,6 +142,8 @@ struct Daemon {
     machines: BTreeMap<VmName, Machine>,
     migrations: BTreeMap<MigrationId, Running>,
     proposals: Proposals,
+    /// Attempts that follow by themselves, by the machine.
+    retries: BTreeMap<VmName, PlannedRetry>,
     anchors: mpsc::Sender<AnchorCommand>,
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
@@ -159,6 +169,8 @@ impl Machine {
 /// A migration, running or shown after its end.
 struct Running {
     attempt: Attempt,
+    /// What was asked for, where this site is the source.
+    request: Option<MigrateRequest>,
     /// `None` once it has ended.
     inbox: Option<mpsc::Sender<Inbound>>,
     viewer: Viewer,
@@ -217,6 +229,7 @@ impl Daemon {
         let vm = running.attempt.vm.clone();
         let guest = running.guest.borrow().clone();
         self.refresh(&vm, guest).await;
+        self.plan_retry(end.id);
         let shown: BTreeSet<MigrationId> = self
             .migrations
             .iter()

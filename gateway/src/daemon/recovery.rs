@@ -94,7 +94,7 @@ impl Daemon {
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
         let (inbox, outbox) = mpsc::channel(64);
-        let options = SourceOptions { without_dns, max_downtime: None };
+        let options = SourceOptions { without_dns, ..SourceOptions::default() };
         let anchors = self.anchors.clone();
         let row = MachineRow { wanted: proposal.running, ..row };
         let driver =

@@ -132,11 +132,14 @@ impl Daemon {
         }
     }
 
-    pub(super) async fn abort(&self, id: MigrationId) -> Result<(), RequestError> {
+    pub(super) async fn abort(&mut self, id: MigrationId) -> Result<(), RequestError> {
         let Some(running) = self.migrations.get(&id) else {
             return Err(RequestError::NotFound(format!("No migration {id}; `longhaul status` lists them")));
         };
         let Some(inbox) = &running.inbox else {
+            if self.forget_retry_after(id) {
+                return Ok(());
+            }
             return Err(RequestError::Conflict(format!("Migration {id} is over")));
         };
         if running.viewer.current().from != *self.edges.site() {

@@ -21,7 +21,7 @@ use super::precopy::Transfer;
 use super::view::Viewer;
 use super::work::Work;
 use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release, rollback};
-use crate::api::types::{Progressing, WanBytes};
+use crate::api::types::{Progressing, RetryView, WanBytes};
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
 use crate::link::PeerHandle;
@@ -37,6 +37,8 @@ pub struct SourceOptions {
     pub without_dns: bool,
     /// The pause to aim at instead of the configured one.
     pub max_downtime: Option<Duration>,
+    /// Which retry it is; 0 is the operator's own attempt.
+    pub retry: u32,
 }
 
 /// Drives one migration away from this site to its end.
@@ -52,6 +54,8 @@ pub struct SourceDriver {
     reservation: Option<Reservation>,
     ttl_before_s: watch::Sender<Option<u32>>,
     wan_before: WanBytes,
+    /// The operator wants no attempt to follow.
+    ended_by_operator: bool,
 }
 
 impl SourceDriver {
@@ -82,6 +86,7 @@ impl SourceDriver {
             reservation: None,
             ttl_before_s: watch::Sender::new(None),
             wan_before,
+            ended_by_operator: false,
         }
     }
 
@@ -146,7 +151,11 @@ impl SourceDriver {
                 Inbound::LinkUp => Event::LinkUp,
                 Inbound::LinkDown => Event::LinkDown,
                 Inbound::Message(message) => self.heard(message),
-                Inbound::Abort => Event::AbortRequested,
+                Inbound::Abort => {
+                    self.ended_by_operator = true;
+                    self.leaf.viewer.retry(None);
+                    Event::AbortRequested
+                }
                 Inbound::Resolve(verdict) => Event::Resolved(verdict),
             },
             Some(event) = self.events.recv() => event,
@@ -241,7 +250,7 @@ impl SourceDriver {
             && let Some(why) = machine.aborting()
         {
             // The peer is still to be told; for the operator it is over.
-            viewer.end(Progressing::Stayed, Some(why.to_string()));
+            self.stay(why);
         }
         if let Some(peer) = self.leaf.edges.peer(&self.leaf.attempt.peer) {
             let now = wan_bytes(&peer);
@@ -266,9 +275,28 @@ impl SourceDriver {
             }
             Outcome::Stayed(why) => {
                 tracing::info!(%vm, %why, "machine stayed");
-                self.leaf.viewer.end(Progressing::Stayed, Some(why.to_string()));
+                self.stay(why);
             }
         }
+    }
+
+    /// Shows that the machine stayed, and what follows from that: the daemon begins it.
+    fn stay(&self, why: &Refusal) {
+        let viewer = &self.leaf.viewer;
+        if viewer.current().progressing != Progressing::Running {
+            return;
+        }
+        let edges = &self.leaf.edges;
+        let limits = edges.config.migration.retry_limits();
+        let retry = limits.after(self.options.retry, why, edges.site()).filter(|_| !self.ended_by_operator);
+        // First what follows: who sees the end must see both.
+        viewer.retry(retry.map(|retry| RetryView {
+            number: retry.number,
+            of: limits.retries,
+            delay_ms: retry.delay.as_millis() as u64,
+            id: None,
+        }));
+        viewer.end(Progressing::Stayed, Some(why.to_string()));
     }
 
     fn limits(&self) -> SourceLimits {

@@ -169,6 +169,9 @@ pub enum Refusal {
     /// Anything local that has no name of its own.
     #[error("{0}")]
     Other(String),
+    /// The guest was paused for longer than it may be, and runs again at the source.
+    #[error("Guest stood still past its pause budget and was resumed")]
+    PauseBudget,
 }
 
 impl Proposal {

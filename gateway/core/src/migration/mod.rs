@@ -42,6 +42,7 @@ pub mod permit;
 pub mod record;
 pub mod recovery;
 pub mod resolve;
+pub mod retry;
 pub mod source;
 pub mod step;
 

@@ -537,11 +537,9 @@ impl Source {
             State::Parking { stopped_at: Some(at), predicted, .. }
                 if now >= self.pause_deadline(*at, *predicted) =>
             {
-                self.give_up(Refusal::Link("the guest stood still past its pause budget".into()))
+                self.give_up(Refusal::PauseBudget)
             }
-            State::Parked { give_up_at, .. } if now >= *give_up_at => {
-                self.give_up(Refusal::Link("the guest stood still past its pause budget".into()))
-            }
+            State::Parked { give_up_at, .. } if now >= *give_up_at => self.give_up(Refusal::PauseBudget),
             State::Preflight
             | State::Proposed { .. }
             | State::Reserving { .. }
