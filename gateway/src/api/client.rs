@@ -101,6 +101,11 @@ impl Client {
         self.ask(Method::DELETE, &format!("/v1/machines/{vm}?forget={forget}"), &()).await
     }
 
+    /// Throws away the disks that are kept of a machine that did not come.
+    pub async fn discard(&self, vm: &VmName) -> Result<(), ClientError> {
+        self.ask(Method::DELETE, &format!("/v1/partials/{vm}"), &()).await
+    }
+
     /// Whether something else may start the machine here.
     pub async fn may_run(&self, vm: &VmName) -> Result<(), ClientError> {
         self.ask(Method::GET, &format!("/v1/machines/{vm}/may-run"), &()).await

@@ -32,6 +32,8 @@ pub enum Request {
     Stop(VmName, Reply<()>),
     /// Forgets a machine that is stopped; one that is at another site only if that is said. Its disk stays.
     Undefine(VmName, bool, Reply<()>),
+    /// Throws away the disks that are kept of a machine that did not come.
+    Discard(VmName, Reply<()>),
     /// Begins a migration.
     Migrate(MigrateRequest, Reply<Started>),
     /// One migration.

@@ -76,6 +76,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/machines/{name}/may-run", get(may_run))
         .route("/v1/machines/{name}/resolve", post(resolve))
         .route("/v1/machines/{name}", axum::routing::delete(undefine))
+        .route("/v1/partials/{name}", axum::routing::delete(discard))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
         .with_state(Daemon(requests))
@@ -172,6 +173,10 @@ async fn undefine(
     Query(query): Query<UndefineQuery>,
 ) -> Response {
     daemon.ask(|reply| Request::Undefine(name, query.forget, reply)).await
+}
+
+async fn discard(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Discard(name, reply)).await
 }
 
 async fn migrate(State(daemon): State<Daemon>, Json(body): Json<MigrateRequest>) -> Response {

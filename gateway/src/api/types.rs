@@ -24,6 +24,9 @@ pub struct StatusView {
     pub migrations: Vec<MigrationView>,
     /// Machines that left and whose connections still pass here.
     pub anchors: Vec<AnchorView>,
+    /// Disks of machines that did not come, kept for the next attempt.
+    #[serde(default)]
+    pub partials: Vec<PartialView>,
     /// The tunnel's counters.
     pub tunnel: TunnelView,
     /// Disks of machines that left.
@@ -185,6 +188,9 @@ pub struct MigrationView {
     pub rounds: Vec<RoundView>,
     /// Disk bytes copied and in all.
     pub disk: (u64, u64),
+    /// Disk bytes that an earlier attempt had left at the other site and that were not sent again.
+    #[serde(default)]
+    pub disk_kept: u64,
     /// Memory bytes that QEMU has not written yet, and in all.
     pub memory: (u64, u64),
     /// The guest's pause as this gateway saw it: stop asked to the peer's word that it runs.
@@ -231,6 +237,21 @@ pub struct RecordView {
     pub name: String,
     /// Why, where it ended something.
     pub why: Option<String>,
+}
+
+/// A disk that an attempt to move a machine here has left, kept for the next one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PartialView {
+    /// The machine.
+    pub vm: VmName,
+    /// The disk in its definition.
+    pub disk: String,
+    /// The site it came from.
+    pub from: SiteName,
+    /// Bytes it takes in the pool.
+    pub bytes: u64,
+    /// When the attempt ended.
+    pub kept_ms: u64,
 }
 
 /// A machine that left and whose connections still pass here.

@@ -144,7 +144,14 @@ impl Display {
                 view.ended_ms.unwrap_or(view.started_ms).saturating_sub(view.started_ms) as f64 / 1e3;
             let pause = view.pause_ms.map_or("unknown".to_owned(), |pause| format!("{pause:.0} ms"));
             let wan = Bytes(view.wan.memory + view.wan.disk + view.wan.control + view.wan.tunnel);
-            println!("{} runs at {} after {seconds:.1} s; paused {pause}; {wan} sent", view.vm, view.to);
+            let kept = match view.disk_kept {
+                0 => String::new(),
+                bytes => format!("; {} of disk was there already", Bytes(bytes)),
+            };
+            println!(
+                "{} runs at {} after {seconds:.1} s; paused {pause}; {wan} sent{kept}",
+                view.vm, view.to
+            );
         }
         if !json && !moved {
             let reason = view.reason.as_deref().unwrap_or("no reason given");

@@ -87,6 +87,13 @@ fn page(view: &StatusView) -> String {
         page +=
             &format!("  {:<16} {}  {}  {until}\n", disk.vm.as_str(), disk.path.display(), Bytes(disk.bytes));
     }
+    if !view.partials.is_empty() {
+        page += "disks kept of machines that did not come\n";
+    }
+    for partial in &view.partials {
+        let (vm, disk, from) = (&partial.vm, &partial.disk, &partial.from);
+        page += &format!("  {:<16} {disk:<12} from {from}  {}\n", vm.as_str(), Bytes(partial.bytes));
+    }
     let tunnel = &view.tunnel;
     page += &format!(
         "tunnel: {} packets out, {} in, {} dropped, {} held\n",

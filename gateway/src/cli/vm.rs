@@ -49,6 +49,11 @@ pub enum VmCommand {
         #[arg(long)]
         forget: bool,
     },
+    /// Throw away the disks kept of a machine that did not come
+    Discard {
+        /// The machine
+        vm: VmName,
+    },
     /// List machines
     List,
 }
@@ -69,6 +74,7 @@ pub async fn run(client: &Client, command: VmCommand) -> Result<ExitCode, Client
             let qmp = std::path::absolute(&qmp).unwrap_or(qmp);
             client.adopt(&AdoptRequest { definition, qmp }).await?;
         }
+        VmCommand::Discard { vm } => client.discard(&vm).await?,
         VmCommand::List => super::show::machines(&client.status().await?),
     }
     Ok(ExitCode::SUCCESS)

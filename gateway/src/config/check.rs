@@ -37,6 +37,7 @@ impl Config {
             "migration.disk_flush_ms",
             "1 to 60000",
         )?;
+        expect((1..=4096).contains(&self.migration.disk_map_mib), "migration.disk_map_mib", "1 to 4096")?;
         expect(self.migration.retries <= 100, "migration.retries", "at most 100")?;
         expect((1..=600).contains(&self.migration.retry_delay_s), "migration.retry_delay_s", "1 to 600")?;
         if let Some(dns) = &self.dns {

@@ -100,6 +100,16 @@ pub struct StorageConfig {
     /// it). It is a copy of before the move, and takes the space it took.
     #[serde(default = "default_kept_days")]
     pub keep_moved_disks_d: u64,
+    /// How long what an attempt copied of a machine's disks is kept, in hours, when the machine did not come
+    /// (default 24; 0 throws it away at once). The next attempt sends only what differs.
+    #[serde(default = "default_keep_partial")]
+    pub keep_partial_h: u64,
+    /// The most such disks (default 16). The oldest go first.
+    #[serde(default = "default_keep_partial_count")]
+    pub keep_partial_count: usize,
+    /// The most space they take together, in GiB (default 100). They also go when an arrival needs room.
+    #[serde(default = "default_keep_partial_gib")]
+    pub keep_partial_gib: u64,
 }
 
 /// `[hypervisor]`: how QEMU is run.
@@ -216,6 +226,9 @@ pub struct MigrationSection {
     /// Buffer for disk writes that wait for the WAN, in MiB per disk (default 64); beyond it they are read
     /// again later.
     pub disk_buffer_mib: u64,
+    /// Memory for what the other site tells of a disk that it kept from an earlier attempt, in MiB per disk
+    /// (default 64: 256 GiB of content). What finds no room is sent again.
+    pub disk_map_mib: u64,
     /// A disk that arrives is flushed after this much, in MiB (default 4). What is not flushed when the guest
     /// stops lengthens its pause; less costs a slow disk more flushes while it fills.
     pub disk_flush_mib: u64,
@@ -237,6 +250,7 @@ impl Default for MigrationSection {
             pause_budget_s: 5,
             cut_limit_s: 600,
             disk_buffer_mib: 64,
+            disk_map_mib: 64,
             disk_flush_mib: 4,
             disk_flush_ms: 100,
             retries: 3,
@@ -358,6 +372,18 @@ fn default_reserve() -> u64 {
 
 fn default_max_arriving() -> u32 {
     4
+}
+
+fn default_keep_partial() -> u64 {
+    24
+}
+
+fn default_keep_partial_count() -> usize {
+    16
+}
+
+fn default_keep_partial_gib() -> u64 {
+    100
 }
 
 fn default_ttl() -> u32 {

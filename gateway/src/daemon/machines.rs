@@ -34,6 +34,7 @@ impl Daemon {
             Request::Start(vm, reply) => self.start(&vm, reply),
             Request::Stop(vm, reply) => self.stop(&vm, reply),
             Request::Undefine(vm, forget, reply) => drop(reply.send(self.undefine(&vm, forget).await)),
+            Request::Discard(vm, reply) => drop(reply.send(self.discard(&vm))),
             Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),

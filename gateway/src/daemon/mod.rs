@@ -28,6 +28,7 @@ mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -48,10 +49,12 @@ use crate::journal::JournalError;
 use crate::link::LinkEvent;
 use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
-use crate::migration::{Edges, Inbound, MachineRow};
+use crate::migration::{Edges, Inbound, MachineRow, partial};
 use proposals::Proposals;
 use retries::PlannedRetry;
 
+/// Partial disks that are too old are looked for this often.
+const SWEEP: Duration = Duration::from_secs(600);
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
 
@@ -104,9 +107,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     // The first look is at once.
     let mut daily = tokio::time::interval(kept::DAILY);
+    let mut sweep = tokio::time::interval(SWEEP);
     loop {
         let retry_at = daemon.next_retry_at();
         tokio::select! {
+            _ = sweep.tick() => partial::sweep(&daemon.edges.config.storage),
             () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
                 daemon.begin_retries().await;
             }

@@ -1,7 +1,7 @@
 //! What the daemon shows: machines, migrations, peers, the tunnel.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 use longhaul_core::ids::{MigrationId, VmName};
@@ -13,12 +13,13 @@ use super::machines::held;
 use super::recovery::qemu;
 use super::{Daemon, Machine};
 use crate::api::types::{
-    JournalView, MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView,
+    JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView, TunnelView,
 };
 use crate::api::{Reply, RequestError};
 use crate::history;
 use crate::hypervisor::{Guest, QmpError};
 use crate::metrics::{Figures, LinkFigures, page};
+use crate::migration::partial::{self, Partial};
 use crate::migration::{Edges, Inbound, MachineRow};
 
 /// How long a QEMU may take to say its state: a look at all machines takes no longer.
@@ -63,8 +64,30 @@ impl Daemon {
             machines,
             migrations: self.migrations.values().map(|running| running.viewer.current()).collect(),
             anchors: self.anchor_views.borrow().values().cloned().collect(),
+            partials: self.partial_views(),
             tunnel: self.tunnel_view(),
             kept: self.kept_disks(),
+        }
+    }
+
+    fn partial_views(&self) -> Vec<PartialView> {
+        let kept = partial::list(&self.edges.config.storage.pool).into_iter();
+        let since = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let view = |partial: Partial| PartialView {
+            vm: partial.of.vm,
+            disk: partial.of.disk.to_string(),
+            from: partial.of.from,
+            bytes: partial.taken.0,
+            kept_ms: since(partial.since),
+        };
+        kept.map(view).collect()
+    }
+
+    /// Throws away what is kept of a machine that did not come.
+    pub(super) fn discard(&self, vm: &VmName) -> Result<(), RequestError> {
+        match partial::forget(&self.edges.config.storage.pool, vm) {
+            0 => Err(RequestError::NotFound(format!("No disks of {vm} are kept here"))),
+            _ => Ok(()),
         }
     }
 

@@ -56,7 +56,7 @@ impl Class {
     pub(super) fn of(channel: Channel) -> Self {
         match channel {
             Channel::Memory => Self::Memory,
-            Channel::Disk(_) => Self::Disk,
+            Channel::Disk(_) | Channel::Map(_) => Self::Disk,
         }
     }
 }

@@ -14,6 +14,7 @@ use longhaul_core::tunnel::handover::NicHandover;
 use longhaul_core::tunnel::policy::PortKey;
 
 use super::destination::DestinationLeaf;
+use super::partial;
 use super::prepare::Held;
 use super::{MachineRow, chain};
 use crate::hypervisor::Guest;
@@ -49,6 +50,7 @@ pub(super) async fn run(
         }
     }
     remember(&leaf, &proposal, &reservation, Some(&handover));
+    partial::forget(&leaf.edges.config.storage.pool, &vm);
     match &held.guest {
         Some(_) => tracing::info!(%vm, "machine runs here"),
         None => say_crashed(&leaf, &vm),

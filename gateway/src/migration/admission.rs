@@ -1,4 +1,5 @@
-//! What a destination answers to a proposal: policy, capabilities, room. Holds nothing.
+//! What a destination answers to a proposal: policy, capabilities, room. Holds nothing, but room that
+//! partial disks take is made.
 //!
 //! Everything is denied that the peer's table does not allow. The answer names the rule or the figure,
 //! so that the operator at the other site knows what to change and where.
@@ -11,7 +12,7 @@ use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
-use super::{Edges, host};
+use super::{Edges, host, partial};
 use crate::config::Config;
 
 /// What this host has left.
@@ -147,7 +148,13 @@ pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Resul
     check_policy(&edges.config, peer, proposal)?;
     proposal.check_nics()?;
     check_homes(edges, proposal).await?;
-    check_room(&edges.config, room(edges)?, proposal)?;
+    let (storage, vm) = (&edges.config.storage, &proposal.definition.name);
+    let kept = partial::kept_for(&storage.pool, vm, peer);
+    let disk: u64 = proposal.definition.volumes().map(|volume| volume.size_bytes).sum();
+    partial::make_room(storage, Bytes(disk.saturating_sub(kept.0)), Some(vm));
+    let mut room = room(edges)?;
+    room.disk.0 += kept.0;
+    check_room(&edges.config, room, proposal)?;
     let host = edges.hypervisor.capabilities().await.map_err(super::hypervisor_failed)?;
     proposal.definition.check(&host).map_err(|error| Refusal::Incompatible(Refusal::text(error.to_string())))
 }

@@ -16,6 +16,7 @@ mod destination;
 mod discard;
 mod host;
 mod park;
+pub mod partial;
 mod precopy;
 mod preflight;
 mod prepare;

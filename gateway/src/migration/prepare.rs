@@ -19,16 +19,19 @@ use tokio::sync::watch;
 
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetConfig as MirrorConfig;
+use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
+use longhaul_core::units::Bytes;
 
 use super::activate::remember;
 use super::destination::DestinationLeaf;
 use super::park::tunnel_failed;
-use super::precopy::{disk_failed, guest_socket, memory_failed};
+use super::partial::{self, PartialOf};
+use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
 use super::{chain, hypervisor_failed, told_to_stop};
-use crate::disk::DiskTarget;
 use crate::disk::nbd::NbdClient;
+use crate::disk::{DiskMap, DiskTarget};
 use crate::hypervisor::{
     Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
 };
@@ -48,6 +51,9 @@ pub const TAP_OWNER: u32 = 0;
 pub(super) struct Held {
     pub guest: Option<Guest>,
     pub images: Vec<PathBuf>,
+    /// For each image, whether an earlier attempt had left it.
+    kept: Vec<bool>,
+    pub maps: Vec<DiskMap>,
     disks: Vec<DiskTarget>,
     memory: Option<TargetHandle>,
 }
@@ -165,8 +171,17 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
         let failed = |error: std::io::Error| {
             Refusal::Other(format!("site {} cannot make {}: {error}", leaf.edges.site(), path.display()))
         };
+        let of = partial_of(leaf, volume.name);
+        let pool = &leaf.edges.config.storage.pool;
+        if partial::take(pool, &of, Bytes(volume.size_bytes), &path).map_err(failed)? {
+            tracing::info!(vm = %of.vm, disk = %of.disk, "going on with what an earlier attempt has left");
+            held.images.push(path);
+            held.kept.push(true);
+            continue;
+        }
         let file = new_image(&path).map_err(failed)?;
         held.images.push(path.clone());
+        held.kept.push(false);
         file.set_len(volume.size_bytes).map_err(failed)?;
     }
     Ok(())
@@ -175,6 +190,12 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
 /// A new file that nobody but its owner reads: it becomes a machine's disk.
 fn new_image(path: &Path) -> std::io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// What a disk that comes is kept as if the machine does not.
+pub(super) fn partial_of(leaf: &DestinationLeaf, disk: &DeviceName) -> PartialOf {
+    let (vm, from) = (leaf.attempt.vm.clone(), leaf.attempt.peer.clone());
+    PartialOf { vm, disk: disk.clone(), from }
 }
 
 async fn receive(
@@ -202,6 +223,12 @@ async fn receive(
         let client = NbdClient::connect(&filling, volume.name.as_str()).await.map_err(disk_failed)?;
         let id = BulkId { migration, channel: Channel::Disk(index as u8) };
         let channel = peer.bulk_receiver(id, window).await.map_err(disk_failed)?;
+        let id = BulkId { migration, channel: Channel::Map(index as u8) };
+        let telling = peer.bulk_sender(id, MAP_WINDOW).await.map_err(disk_failed)?;
+        held.maps.push(match (held.kept.get(index), held.images.get(index)) {
+            (Some(true), Some(image)) => DiskMap::of_kept_disk(image.clone(), client.clone(), telling),
+            _ => DiskMap::of_new_disk(telling),
+        });
         let target = DiskTarget::spawn(volume.size_bytes, mirror, channel, client).map_err(disk_failed)?;
         held.disks.push(target);
     }
@@ -243,6 +270,7 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
         both = async { tokio::try_join!(disks, loaded) } => { both?; }
         Err(why) = gone => return Err(why),
     }
+    held.maps.clear();
     close_disks(guest, &mut held.disks).await?;
     let state = guest.status().await.map_err(hypervisor_failed)?;
     if !matches!(state, RunState::Paused | RunState::Prelaunch) {

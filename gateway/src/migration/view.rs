@@ -42,6 +42,7 @@ impl Viewer {
             eta_s: None,
             rounds: Vec::new(),
             disk: (0, 0),
+            disk_kept: 0,
             memory: (0, 0),
             pause_ms: None,
             wan: WanBytes::default(),
