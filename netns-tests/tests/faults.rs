@@ -26,6 +26,7 @@ use netns_tests::scenario::traces::{Traces, as_before, kill_qemu, qemus, run_sta
 use netns_tests::scenario::traffic::Client;
 use netns_tests::scenario::{Scene, SceneOptions};
 use netns_tests::traffic::{RecordPlan, TrafficPlan};
+use netns_tests::wan::Direction;
 use serde_json::json;
 use tokio::sync::Mutex;
 
@@ -85,11 +86,15 @@ struct Before {
     b: Traces,
 }
 
-/// The guest runs at a, and b has nothing of it: no QEMU, no disk, no tap, no route. Site a's network and
-/// the name's TTL are as before.
+/// The guest runs at a, and b has nothing of it but what it keeps for the next attempt: no QEMU, no image, no
+/// tap, no route. Site a's network and the name's TTL are as before.
 async fn stayed(scene: &Scene, before: &Before) -> Result<()> {
     let deadline = Instant::now() + TIDY;
-    let disks = || Ok::<_, std::io::Error>(std::fs::read_dir(scene.b.folder.join("disks"))?.count());
+    let disks = || {
+        let found = std::fs::read_dir(scene.b.folder.join("disks"))?.flatten();
+        let image = |entry: &std::fs::DirEntry| entry.path().extension().is_none_or(|it| it != "partial");
+        Ok::<_, std::io::Error>(found.filter(image).count())
+    };
     while !qemus(&scene.b).is_empty() || disks()? > 0 {
         if Instant::now() > deadline {
             bail!("Site b still has {:?} and {} disks", qemus(&scene.b), disks()?);
@@ -295,7 +300,8 @@ async fn an_abort_in_pre_copy_leaves_the_guest_at_home_and_nothing_elsewhere() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
-    let options = SceneOptions { migration: vec!["pause_budget_s = 1".into()], ..small("fault-pause") };
+    let migration = vec!["pause_budget_s = 1".into(), "retries = 0".into()];
+    let options = SceneOptions { migration, ..small("fault-pause") };
     play(options, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
@@ -315,6 +321,100 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
         connection_was_right(client).await?;
         tunnel_comes_down(scene).await?;
         runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_pause_that_was_cut_off_is_tried_again_and_sends_only_what_differs() {
+    let migration = vec!["pause_budget_s = 1".into()];
+    let options = SceneOptions { migration, dirty_disk_kib_per_s: 16, ..small("fault-again") };
+    play(options, async |scene, _| {
+        let client = record_client(scene).await?;
+        let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+        let id = scene.begin_move().await?;
+        let first = disk_over_the_wan(scene, &id).await?;
+        let deadline = Instant::now() + MOVE;
+        while !monitor.events().iter().any(|event| event.name == "STOP") {
+            ensure!(Instant::now() < deadline, "The guest was never stopped");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        scene.world.wan.cut()?;
+        let stopped = Instant::now();
+        let view = scene.wait_move(&id, MOVE).await?;
+        println!("stood still for {:.1?}: {:?}, {:?}", stopped.elapsed(), view.reason, view.retry);
+        ensure!(view.retry.is_some_and(|retry| (retry.number, retry.of) == (1, 3)), "nothing follows");
+        drop(monitor);
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() == Some("running"), "{state:?} before the WAN is back");
+        scene.world.wan.heal()?;
+        let second_id = next_attempt(scene, &id).await?;
+        let second = disk_over_the_wan(scene, &second_id).await?;
+        println!("disk over the WAN: {first} bytes, then {second} bytes");
+        ensure!(first > 10 << 20 && second * 20 < first, "{second} of {first} bytes were sent again");
+        let view = scene.wait_move(&second_id, MOVE).await?;
+        ensure!(view.progressing == Progressing::Moved && view.follows == Some(id), "{view:?}");
+        ensure!(view.disk_kept > 10 << 20, "{} bytes were kept", view.disk_kept);
+        let kept = scene.b.client().status().await?.partials;
+        ensure!(kept.is_empty(), "still kept: {kept:?}");
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+/// Bytes that site a puts on the WAN until its disks are in step.
+async fn disk_over_the_wan(scene: &Scene, id: &str) -> Result<u64> {
+    let offered = || Ok::<_, anyhow::Error>(scene.world.wan.counters(Direction::ToFar)?.offered.bytes);
+    let before = offered()?;
+    let in_step = |view: &MigrationView| view.disk.1 > 0 && view.disk.0 == view.disk.1;
+    until(scene, id, |view| view.stage == Stage::PreCopy && (view.round >= 1 || in_step(view))).await?;
+    Ok(offered()? - before)
+}
+
+/// The attempt that follows this one by itself, once it has begun.
+async fn next_attempt(scene: &Scene, id: &str) -> Result<String> {
+    let deadline = Instant::now() + MOVE;
+    loop {
+        let view = scene.a.client().migration(id).await?;
+        if let Some(next) = view.retry.as_ref().and_then(|retry| retry.id.clone()) {
+            return Ok(next);
+        }
+        ensure!(view.retry.is_some() && Instant::now() < deadline, "Nothing follows: {view:?}");
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// An operator ends it for good while the next attempt still waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_abort_between_two_attempts_is_the_end() {
+    let migration = vec!["pause_budget_s = 1".into(), "retry_delay_s = 600".into()];
+    play(SceneOptions { migration, ..small("fault-no-more") }, async |scene, before| {
+        let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+        let id = scene.begin_move().await?;
+        let deadline = Instant::now() + MOVE;
+        while !monitor.events().iter().any(|event| event.name == "STOP") {
+            ensure!(Instant::now() < deadline, "The guest was never stopped");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        scene.world.wan.cut()?;
+        drop(monitor);
+        scene.wait_move(&id, MOVE).await?;
+        scene.world.wan.heal()?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let kept = scene.b.client().status().await?.partials;
+        ensure!(kept.len() == 1 && kept[0].bytes > 10 << 20, "kept: {kept:?}");
+        scene.a.client().abort(&id).await?;
+        let deadline = Instant::now() + TIDY;
+        while let Some(retry) = scene.a.client().migration(&id).await?.retry {
+            ensure!(Instant::now() < deadline, "{retry:?} still follows");
+            tokio::time::sleep(LOOK).await;
+        }
+        scene.b.client().discard(&VM.parse()?).await?;
+        ensure!(scene.b.client().status().await?.partials.is_empty(), "they were to be thrown away");
+        Ok(())
     })
     .await;
 }

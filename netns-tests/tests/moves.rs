@@ -129,6 +129,8 @@ impl Holdings {
         let mut disks: Vec<String> = std::fs::read_dir(gateway.folder.join("disks"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            // What is kept for the next attempt is no machine's.
+            .filter(|name| !name.ends_with(".partial"))
             .collect();
         disks.sort();
         let pids = host.output("ip", &["netns", "pids", host.name()]).unwrap();

@@ -53,6 +53,8 @@ fn small(name: &str) -> SceneOptions {
         loss: 0.0,
         memory_mib: 128,
         disk_bytes: 512 << 20,
+        // An attempt that failed is the end of it here.
+        migration: vec!["retries = 0".into()],
         ..SceneOptions::default()
     }
 }
@@ -61,7 +63,7 @@ fn small(name: &str) -> SceneOptions {
 fn slow(name: &str) -> SceneOptions {
     SceneOptions {
         rtt: Duration::from_millis(1000),
-        migration: vec!["pause_budget_s = 60".into()],
+        migration: vec!["retries = 0".into(), "pause_budget_s = 60".into()],
         ..small(name)
     }
 }
@@ -115,7 +117,9 @@ fn run_state(gateway: &Gateway) -> Option<String> {
 
 fn disks(gateway: &Gateway) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(gateway.folder.join("disks")).unwrap();
-    entries.map(|entry| entry.unwrap().path()).collect()
+    let paths = entries.map(|entry| entry.unwrap().path());
+    // What is kept for the next attempt is no machine's.
+    paths.filter(|path| path.extension().is_none_or(|extension| extension != "partial")).collect()
 }
 
 async fn machine(gateway: &Gateway) -> Result<Option<MachineView>> {

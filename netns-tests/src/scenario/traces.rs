@@ -109,7 +109,8 @@ pub fn kill_qemu(gateway: &Gateway) -> Result<()> {
 /// Disks in a site's pool, without the notes beside them.
 pub fn images(gateway: &Gateway) -> Result<Vec<String>> {
     let mut names = pool(gateway)?;
-    names.retain(|name| !name.ends_with(".generation"));
+    // What is kept for the next attempt is no machine's.
+    names.retain(|name| !name.ends_with(".generation") && !name.ends_with(".partial"));
     Ok(names)
 }
 
