@@ -173,6 +173,18 @@ pool = "/var/lib/longhaul/disks"
     }
 
     #[test]
+    fn limits_are_taken_up_to_their_bounds_and_not_beyond() {
+        let with = |line: &str| format!("{SMALL}[migration]\n{line}\n");
+        for line in ["retries = 100", "retries = 0", "retry_delay_s = 600", "disk_map_mib = 4096"] {
+            Config::parse(Path::new("site.toml"), &with(line)).unwrap();
+        }
+        for line in ["retries = 101", "retry_delay_s = 601", "retry_delay_s = 0", "disk_map_mib = 0"] {
+            let key = line.split(' ').next().unwrap();
+            assert!(error(&with(line)).contains(&format!("migration.{key}")), "{line}");
+        }
+    }
+
+    #[test]
     fn keys_that_do_not_go_together_are_named() {
         let peer = "[[peer]]\nname = \"a\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\n";
         let message = error(&format!("{SMALL}{peer}"));
