@@ -5,11 +5,14 @@
 //! actions, so nothing that follows from a record can come before it. The journal interprets
 //! nothing but the order of records; recovery reads it back and folds it in the core.
 
-use std::path::Path;
+use std::fs::{OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -46,6 +49,15 @@ pub enum JournalError {
         #[source]
         source: redb::DatabaseError,
     },
+    /// The file cannot be kept from others.
+    #[error("Cannot make the journal {} readable by its owner only", path.display())]
+    Private {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// The store failed.
     #[error("Journal cannot be read or written; check the disk it is on")]
     Store(#[source] Box<redb::Error>),
@@ -76,8 +88,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens or creates the journal at `path`.
+    /// Opens or creates the journal at `path`, which nobody but its owner may read then.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
+        keep_private(path).map_err(|source| JournalError::Private { path: path.to_owned(), source })?;
         let database = Database::create(path)
             .map_err(|source| JournalError::Open { path: path.display().to_string(), source })?;
         let journal = Self { database: Arc::new(database) };
@@ -92,6 +105,22 @@ impl Journal {
             Ok(())
         })?;
         Ok(journal)
+    }
+
+    /// Opens a copy of the journal at `path`, to look at it while no gateway runs on it. The file itself stays
+    /// as it is, also where a gateway that was killed has left something to repair.
+    pub fn open_copy(path: &Path) -> Result<Self, JournalError> {
+        let failed = |source| JournalError::Open { path: path.display().to_string(), source };
+        if let Err(error @ redb::DatabaseError::DatabaseAlreadyOpen) = ReadOnlyDatabase::open(path) {
+            return Err(failed(error));
+        }
+        let copy = std::env::temp_dir().join(format!("longhaul-journal-{:032x}", rand::random::<u128>()));
+        let copied = std::fs::copy(path, &copy).map_err(|error| failed(error.into()))?;
+        tracing::debug!(copied, "journal copied");
+        let opened = Self::open(&copy);
+        // The open file stays readable; its name is not needed any more.
+        drop(std::fs::remove_file(&copy));
+        opened
     }
 
     /// Makes the step's record durable, then hands out its actions.
@@ -134,6 +163,14 @@ impl Journal {
             };
             Ok(())
         })
+    }
+
+    /// What migration `id` is or was, if this site has a record of it.
+    pub fn attempt(&self, id: MigrationId) -> Result<Option<Attempt>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(PEERS).map_err(store)?;
+        let value = table.get(id.0).map_err(store)?;
+        value.map(|value| decode(value.value())).transpose()
     }
 
     /// The records of one migration, in order.
@@ -296,6 +333,13 @@ impl Journal {
     }
 }
 
+/// The file is there and its owner's alone; the store takes an empty one for new.
+fn keep_private(path: &Path) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.create(true).append(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))
+}
+
 /// Milliseconds since the UNIX epoch.
 pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
@@ -384,6 +428,19 @@ mod tests {
     }
 
     #[test]
+    fn only_its_owner_reads_the_journal() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let mode = || std::fs::metadata(&path).unwrap().mode() & 0o777;
+        drop(Journal::open(&path).unwrap());
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        drop(Journal::open(&path).unwrap());
+        assert_eq!(mode(), 0o600, "one of an earlier version");
+    }
+
+    #[test]
     fn a_forgotten_machine_leaves_the_highest_epoch_of_its_name() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal");
@@ -409,9 +466,9 @@ mod tests {
         let committed =
             Record::Source(SourceRecord::Committed { handover: Box::new(Handover { nics: Vec::new() }) });
         let away = Ownership::after(Some(&here), &committed, Epoch(1), &peer).unwrap();
-        assert!(away.permit(&attempt().vm, None).is_err());
+        assert!(away.permit(&attempt().vm, None, &[]).is_err());
         let returned = Record::Source(SourceRecord::Returned { why: Refusal::Operator });
         let back = Ownership::after(Some(&away), &returned, Epoch(1), &peer).unwrap();
-        assert!(back.permit(&attempt().vm, None).is_ok());
+        assert!(back.permit(&attempt().vm, None, &[]).is_ok());
     }
 }

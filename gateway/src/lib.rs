@@ -11,6 +11,8 @@ pub mod config;
 pub mod daemon;
 pub mod disk;
 pub mod dns;
+pub mod generation;
+pub mod history;
 pub mod hypervisor;
 pub mod identity;
 pub mod journal;

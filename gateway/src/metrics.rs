@@ -31,6 +31,8 @@ pub struct Figures {
     pub links: Vec<LinkFigures>,
     /// Machines that this site owns and that run.
     pub machines_running: u64,
+    /// Machines that this site owns, that nobody stopped, and whose QEMU is gone.
+    pub machines_crashed: u64,
     /// Migrations under way.
     pub migrations_running: u64,
     /// Machines whose connections are held here.
@@ -52,6 +54,8 @@ struct Peer {
 pub fn page(figures: &Figures) -> String {
     let mut registry = Registry::with_prefix("longhaul");
     gauge(&mut registry, "machines_running", "Machines that run here", figures.machines_running);
+    let crashed = "Machines of this site whose QEMU is gone although nobody stopped them";
+    gauge(&mut registry, "machines_crashed", crashed, figures.machines_crashed);
     gauge(&mut registry, "migrations_running", "Migrations under way", figures.migrations_running);
     gauge(&mut registry, "anchors", "Machines that left and whose connections pass here", figures.anchors);
     gauge(&mut registry, "tunnel_packets_out", "Guests' packets sent to peers", figures.tunnel_packets_out);

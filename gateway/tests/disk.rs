@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a step that fails here fails the test")]
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -13,8 +14,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use gateway::chunk::{ChunkClosed, ChunkRecv, ChunkSend};
 use gateway::disk::nbd::{NbdClient, NbdServer};
-use gateway::disk::{DiskSource, DiskSourceConfig, DiskTarget, DiskTargetError, block_hashes};
-use longhaul_core::disk::{Barrier, SourceConfig, TargetConfig};
+use gateway::disk::{DiskMap, DiskSource, DiskSourceConfig, DiskTarget, DiskTargetError, block_hashes};
+use longhaul_core::disk::{Barrier, SourceConfig, TargetConfig, TargetDisk};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -230,6 +231,7 @@ struct Lab {
     source: DiskSource,
     target: DiskTarget,
     flow: watch::Sender<Flow>,
+    _map: Option<DiskMap>,
     _server: NbdServer,
 }
 
@@ -242,13 +244,15 @@ struct Scenario {
     damage: Option<usize>,
     /// The images lie in memory, where the host's own disk does not delay `stop`, which flushes.
     in_memory: bool,
+    /// The target's disk is of an earlier attempt, and the source is told what it holds.
+    kept: bool,
 }
 
 impl Default for Scenario {
     fn default() -> Self {
         let mirror = SourceConfig::default();
         let target = TargetConfig::default();
-        Self { size: 32 * MIB, mirror, target, sync: "none", damage: None, in_memory: false }
+        Self { size: 32 * MIB, mirror, target, sync: "none", damage: None, in_memory: false, kept: false }
     }
 }
 
@@ -271,15 +275,18 @@ impl Lab {
         let (sending, receiving, flow) = chunk_queue(scenario.damage);
         target_qemu.export(&path("b.nbd"), true).await;
         let disk = NbdClient::connect(&path("b.nbd"), "disk0").await.unwrap();
+        let (telling, told, _always_up) = chunk_queue(None);
+        let map = scenario.kept.then(|| DiskMap::of_kept_disk(path("b.raw"), disk.clone(), telling));
+        let told = scenario.kept.then_some(told);
         let target = DiskTarget::spawn(scenario.size, scenario.target, receiving, disk).unwrap();
 
         let config = DiskSourceConfig { mirror: scenario.mirror, ..DiskSourceConfig::default() };
-        let (export, mut source) = DiskSource::spawn("disk0", scenario.size, config, sending);
+        let (export, mut source) = DiskSource::spawn("disk0", scenario.size, config, sending, told);
         let server = NbdServer::bind(&path("mirror.nbd"), vec![export]).unwrap();
         source_qemu.mirror_into(&path("mirror.nbd"), scenario.sync).await;
         source_qemu.export(&path("a.nbd"), false).await;
         source.begin(&path("a.nbd"), "disk0").await.unwrap();
-        Some(Self { directory, source_qemu, target_qemu, source, target, flow, _server: server })
+        Some(Self { directory, source_qemu, target_qemu, source, target, flow, _map: map, _server: server })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -345,7 +352,6 @@ fn watch_lateness() -> watch::Receiver<Duration> {
 
 /// Content that does not compress, with a hole in its second half.
 fn noise(path: &Path, bytes: u64) {
-    use std::os::unix::fs::FileExt;
     let file = std::fs::File::options().write(true).open(path).unwrap();
     let mut noise = vec![0; bytes as usize];
     blake3::Hasher::new().finalize_xof().fill(&mut noise);
@@ -359,7 +365,7 @@ fn noise(path: &Path, bytes: u64) {
 async fn a_disk_that_is_written_all_the_time_arrives_whole() {
     // Not a multiple of a block, as disks may be.
     let size = 256 * MIB + 5 * 512;
-    let mirror = SourceConfig { target_is_zero: true, ..SourceConfig::default() };
+    let mirror = SourceConfig { target: TargetDisk::Zero, ..SourceConfig::default() };
     let scenario = Scenario { size, mirror, ..Scenario::default() };
     let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 128 * MIB)).await else { return };
     let started = Instant::now();
@@ -385,6 +391,37 @@ async fn a_disk_that_is_written_all_the_time_arrives_whole() {
     let left = NbdClient::connect(&lab.path("a.nbd"), "disk0").await.unwrap();
     let right = NbdClient::connect(&lab.path("b.nbd"), "disk0").await.unwrap();
     assert!(block_hashes(&left).await.unwrap() == block_hashes(&right).await.unwrap());
+    lab.compare().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_copy_sends_only_what_differs() {
+    // Not a multiple of a block, as disks may be.
+    let size = 256 * MIB + 5 * 512;
+    let mirror = SourceConfig { target: TargetDisk::Told, ..SourceConfig::default() };
+    let scenario = Scenario { size, mirror, kept: true, ..Scenario::default() };
+    let fill = |disk: &Path| {
+        noise(disk, 200 * MIB);
+        let kept = disk.with_file_name("b.raw");
+        std::fs::copy(disk, &kept).unwrap();
+        let file = std::fs::File::options().write(true).open(&kept).unwrap();
+        file.set_len(size).unwrap();
+        // Blocks that the first copy had wrong, cut short, not at all, and where the source has nothing.
+        file.write_all_at(&[1; 100_000], 10 * MIB).unwrap();
+        file.write_all_at(&[0; MIB as usize], 50 * MIB + 512).unwrap();
+        file.write_all_at(&[2; MIB as usize], 120 * MIB).unwrap();
+    };
+    let Some(mut lab) = Lab::start(scenario, fill).await else { return };
+    for round in 0..20u64 {
+        lab.source_qemu.io(&format!("write -P {} {} 4k", round + 1, round * 3 * MIB)).await;
+        lab.source_qemu.io(&format!("write -z {} 64k", (round * 7 + 1) * MIB)).await;
+    }
+    lab.until_in_step().await;
+    lab.finish().await;
+    let (source, target) = (*lab.source.progress().borrow(), *lab.target.progress().borrow());
+    println!("200 MiB of 256 MiB kept: {:?}", source.counters);
+    assert!(source.counters.chunk_bytes < 6 * MIB, "{:?}", source.counters);
+    assert!(target.counters.same_bytes > 190 * MIB, "{:?}", target.counters);
     lab.compare().await;
 }
 
@@ -492,7 +529,7 @@ async fn a_damaged_chunk_is_refused_and_never_proven() {
 /// Writes for a while at a steady rate, stops, and says what was not durable then and how long the proof took.
 async fn pause_of_a_busy_disk(target: TargetConfig, on_disk: &Path) -> Option<(u64, Duration)> {
     // The source's image lies in memory, the destination's does not: only the latter's flushes take time.
-    let mirror = SourceConfig { target_is_zero: true, ..SourceConfig::default() };
+    let mirror = SourceConfig { target: TargetDisk::Zero, ..SourceConfig::default() };
     let scenario = Scenario { size: 64 * MIB, mirror, target, in_memory: true, ..Scenario::default() };
     let image = on_disk.join("b.raw");
     std::fs::File::create(&image).unwrap().set_len(scenario.size).unwrap();

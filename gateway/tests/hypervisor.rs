@@ -8,7 +8,7 @@
 mod site;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -118,7 +118,14 @@ async fn a_machine_runs_as_a_user_of_its_own_under_a_filter() {
     assert!(field("Seccomp:").ends_with('2'), "{}", field("Seccomp:"));
     assert!(field("CapEff:").ends_with("0000000000000000"), "{}", field("CapEff:"));
     // Its own folder is open to it, for the sockets it makes while it runs.
-    guest.nbd_start(&guest.dir().unwrap().join("nbd.sock")).await.unwrap();
+    guest.nbd_start(&guest.own_dir().unwrap().join("nbd.sock")).await.unwrap();
+    // The gateway's logs, pid file and monitors are not: whoever breaks out of QEMU cannot replace them.
+    let dir = guest.dir().unwrap();
+    for name in ["console.log.1", "qemu.log", "pid", "qmp.sock"] {
+        let link = ["--reuid=64000", "--regid=64000", "--clear-groups", "ln", "-sfn", "/etc/passwd"];
+        let done = Command::new("setpriv").args(link).arg(dir.join(name)).output().await.unwrap();
+        assert!(!done.status.success(), "{name} was replaced");
+    }
     // It may connect to a socket of the gateway's once it was given to it.
     let socket = guest.dir().unwrap().join("memory.sock");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -126,6 +133,49 @@ async fn a_machine_runs_as_a_user_of_its_own_under_a_filter() {
     guest.let_connect(&socket).unwrap();
     guest.migrate_to(&socket).await.unwrap();
     tokio::time::timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_machine_that_is_gone_holds_no_user_and_one_that_runs_keeps_its_folder() {
+    let range = UidRange { first: 64_100, count: 1 };
+    let Some(site) = Site::with(|config| config.uids = Some(range)).await else { return };
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can start machines as other users");
+        return;
+    }
+    fs::set_permissions(site.dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let definition = web1();
+    let placement = site.place(&definition);
+    let guest = site.hypervisor.start(&definition, &placement, StartMode::Incoming).await.unwrap();
+    site.hypervisor.remove_dir(&definition.name).unwrap();
+    assert!(site.hypervisor.machine_dir(&definition.name).exists());
+    guest.quit(LIMIT).await.unwrap();
+    let mut other = web1();
+    other.name = "web2".parse().unwrap();
+    let refused = site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap_err();
+    assert!(matches!(refused, HypervisorError::NoUid { count: 1 }), "{refused}");
+    site.hypervisor.remove_dir(&definition.name).unwrap();
+    site.hypervisor.remove_dir(&definition.name).unwrap();
+    site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_start_that_fails_does_not_take_another_machines_disk() {
+    let range = UidRange { first: 64_200, count: 2 };
+    let Some(site) = Site::with(|config| config.uids = Some(range)).await else { return };
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can start machines as other users");
+        return;
+    }
+    fs::set_permissions(site.dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let (_guest, placement) = site.running(&web1()).await;
+    let mut other = web1();
+    other.name = "web2".parse().unwrap();
+    let refused = site.hypervisor.start(&other, &placement, StartMode::Boot).await.unwrap_err().to_string();
+    assert!(refused.contains("lock"), "{refused}");
+    for file in placement.disks.values() {
+        assert_eq!(fs::metadata(&file.path).unwrap().uid(), 64_200, "{}", file.path.display());
+    }
 }
 
 /// What QEMU takes for a Linux kernel: the boot protocol's header (2.0) and nothing behind it.

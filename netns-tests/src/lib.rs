@@ -4,6 +4,8 @@
 pub mod agent;
 pub mod cleanup;
 pub mod exec;
+pub mod faults;
+pub mod fuzz;
 pub mod guest;
 pub mod install;
 pub mod netns;

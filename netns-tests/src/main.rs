@@ -4,11 +4,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use netns_tests::faults::{self, FaultOptions};
 use netns_tests::scenario::options::{DnsServer, parse_rate, parse_share, parse_time};
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::{SceneOptions, demo};
 use netns_tests::traffic::command::{ClientArguments, client_main};
-use netns_tests::{cleanup, install, suite};
+use netns_tests::{cleanup, fuzz, install, suite};
 
 /// Longhaul's laboratory: two sites, a WAN, clients, name servers and real QEMU guests on one machine
 #[derive(Debug, Parser)]
@@ -22,10 +23,20 @@ struct Lab {
 enum Command {
     /// Move a running web server from site a to site b while a client uses it
     Demo(DemoArgs),
+    /// Break everything in every stage of a move, and judge what is left from outside
+    Faults(FaultArgs),
     /// Install what is missing and run every test
     Test {
         /// Only tests whose name contains this
         filter: Option<String>,
+    },
+    /// Feed every decoder what a fuzzer thinks of
+    Fuzz {
+        /// Only this target
+        target: Option<String>,
+        /// How long each target is fuzzed
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
     },
     /// Build the demo's world and guest, and open a shell in it
     Shell(DemoArgs),
@@ -86,6 +97,33 @@ impl DemoArgs {
     }
 }
 
+#[derive(Debug, Clone, clap::Args)]
+struct FaultArgs {
+    /// How many cases
+    #[arg(long, default_value_t = 200)]
+    cases: u64,
+    /// Their order and moments; a case is a function of this and of its number
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only the case of this number; may be given more than once
+    #[arg(long)]
+    only: Vec<u64>,
+    /// Begin no case after so many minutes
+    #[arg(long)]
+    minutes: Option<u64>,
+}
+
+impl FaultArgs {
+    fn options(&self) -> FaultOptions {
+        FaultOptions {
+            cases: self.cases,
+            seed: self.seed,
+            only: self.only.clone(),
+            limit: self.minutes.map(|minutes| Duration::from_secs(minutes * 60)),
+        }
+    }
+}
+
 fn kib_per_s(rate_mbit: f64) -> f64 {
     rate_mbit * 1e6 / 8.0 / 1024.0
 }
@@ -115,7 +153,14 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let programs = Programs::build()?;
             runtime()?.block_on(demo::run(args.options(), &programs))
         }
+        Command::Faults(args) => {
+            cleanup::remove_on_signals()?;
+            let programs = Programs::build()?;
+            let report = runtime()?.block_on(faults::run(&args.options(), &programs))?;
+            Ok(report.failed.is_empty() && report.leftovers == 0)
+        }
         Command::Test { filter } => suite::run(filter.as_deref()),
+        Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Command::Shell(args) => {
             cleanup::remove_on_signals()?;
             let programs = Programs::build()?;

@@ -1,4 +1,4 @@
-//! `cargo lab test`: every test, cheapest first, in two runs of cargo.
+//! `cargo lab test`: every test, cheapest first, in two runs of cargo with a short run of the fuzzer between.
 //!
 //! The real-machine tests take turns: a machine with two cores runs one world at a time. What a
 //! machine cannot run says `skipped:` and why; the summary counts those lines.
@@ -9,8 +9,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
+use crate::fuzz;
 use crate::guest::image::{GuestImage, ImageSpec};
 use crate::scenario::programs::Programs;
+
+/// How long each fuzz target runs. A longer run is `cargo lab fuzz --seconds N`.
+const FUZZ_S: u64 = 4;
 
 /// Runs them all, or those whose name contains `filter`.
 pub fn run(filter: Option<&str>) -> Result<bool> {
@@ -25,6 +29,9 @@ pub fn run(filter: Option<&str>) -> Result<bool> {
     let mut skipped = Vec::new();
     for arguments in runs {
         let alone = arguments.contains(&"netns-tests") && !arguments.contains(&"--exclude");
+        if alone && filter.is_none() {
+            well &= fuzz::run(None, FUZZ_S)?;
+        }
         well &= cargo(arguments, filter, alone, &mut skipped)?;
     }
     for line in &skipped {

@@ -108,6 +108,10 @@ impl fmt::Debug for MigrationId {
 pub struct Epoch(pub u64);
 
 impl Epoch {
+    /// Beyond it no machine is taken from a peer: no machine is handed over that often, and counting on
+    /// from there cannot overflow.
+    pub const MAX_FROM_PEER: Self = Self(1 << 48);
+
     /// The epoch of the next hand-over.
     pub fn next(self) -> Self {
         Self(self.0 + 1)

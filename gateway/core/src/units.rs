@@ -33,7 +33,7 @@ pub struct Rate(pub u64);
 impl Rate {
     /// A rate from decimal megabits per second, as links are sold.
     pub const fn mbit(mbit: u64) -> Self {
-        Self(mbit * 1_000_000 / 8)
+        Self(mbit.saturating_mul(125_000))
     }
 
     /// How long `bytes` take at this rate; `None` at rate zero.

@@ -13,7 +13,8 @@ use tokio::net::UnixStream;
 use longhaul_core::ids::VmName;
 
 use super::types::{
-    AdoptRequest, DefineRequest, ErrorBody, Finding, MigrateRequest, MigrationView, Started, StatusView,
+    AdoptRequest, DefineRequest, ErrorBody, Finding, JournalView, MigrateRequest, MigrationView,
+    ResolveRequest, Started, StatusView,
 };
 
 /// Why there is no answer, or not the one hoped for.
@@ -69,6 +70,12 @@ impl Client {
         self.ask(Method::GET, &format!("/v1/doctor{query}"), &()).await
     }
 
+    /// What the journal holds of a machine's migrations, or of all.
+    pub async fn journal(&self, vm: Option<&VmName>) -> Result<Vec<JournalView>, ClientError> {
+        let query = vm.map(|vm| format!("?vm={vm}")).unwrap_or_default();
+        self.ask(Method::GET, &format!("/v1/journal{query}"), &()).await
+    }
+
     /// Takes a definition.
     pub async fn define(&self, request: &DefineRequest) -> Result<(), ClientError> {
         self.ask(Method::POST, "/v1/machines", request).await
@@ -94,9 +101,19 @@ impl Client {
         self.ask(Method::DELETE, &format!("/v1/machines/{vm}?forget={forget}"), &()).await
     }
 
+    /// Throws away the disks that are kept of a machine that did not come.
+    pub async fn discard(&self, vm: &VmName) -> Result<(), ClientError> {
+        self.ask(Method::DELETE, &format!("/v1/partials/{vm}"), &()).await
+    }
+
     /// Whether something else may start the machine here.
     pub async fn may_run(&self, vm: &VmName) -> Result<(), ClientError> {
         self.ask(Method::GET, &format!("/v1/machines/{vm}/may-run"), &()).await
+    }
+
+    /// Decides a move that waits for a peer that is gone for good.
+    pub async fn resolve(&self, vm: &VmName, request: &ResolveRequest) -> Result<(), ClientError> {
+        self.ask(Method::POST, &format!("/v1/machines/{vm}/resolve"), request).await
     }
 
     /// Begins a migration.

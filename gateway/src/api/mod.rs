@@ -12,7 +12,10 @@ use tokio::sync::oneshot;
 use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::MayNotRun;
 
-use types::{AdoptRequest, DefineRequest, Finding, MigrateRequest, MigrationView, Started, StatusView};
+use types::{
+    AdoptRequest, DefineRequest, Finding, JournalView, MigrateRequest, MigrationView, ResolveRequest,
+    Started, StatusView,
+};
 
 /// A request to the daemon's task, with the way back for the answer.
 #[derive(Debug)]
@@ -29,16 +32,22 @@ pub enum Request {
     Stop(VmName, Reply<()>),
     /// Forgets a machine that is stopped; one that is at another site only if that is said. Its disk stays.
     Undefine(VmName, bool, Reply<()>),
+    /// Throws away the disks that are kept of a machine that did not come.
+    Discard(VmName, Reply<()>),
     /// Begins a migration.
     Migrate(MigrateRequest, Reply<Started>),
     /// One migration.
     Migration(MigrationId, Reply<MigrationView>),
     /// Ends a migration that has not committed.
     Abort(MigrationId, Reply<()>),
+    /// Decides a move that waits for a peer that is gone for good.
+    Resolve(VmName, ResolveRequest, Reply<()>),
     /// Whether a machine may be started here by something else (a start gate).
     MayRun(VmName, Reply<()>),
     /// What would make a migration fail.
     Doctor(Option<VmName>, oneshot::Sender<Vec<Finding>>),
+    /// What the journal holds of a machine's migrations, or of all, and what is done next.
+    Journal(Option<VmName>, Reply<Vec<JournalView>>),
     /// The metrics page.
     Metrics(oneshot::Sender<String>),
 }

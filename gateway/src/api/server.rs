@@ -1,8 +1,8 @@
 //! Answers HTTP on the UNIX socket by asking the daemon's task. Decides nothing.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use axum::Router;
 use axum::extract::{Json, Path as UrlPath, Query, State};
@@ -15,19 +15,50 @@ use tokio::sync::{mpsc, oneshot};
 
 use longhaul_core::ids::{MigrationId, VmName};
 
-use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest};
+use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest, ResolveRequest};
 use super::{Reply, Request, RequestError};
 
-/// Serves the API at `socket` until the process ends. A socket left by an earlier run is replaced.
-pub async fn serve(socket: &Path, requests: mpsc::Sender<Request>) -> io::Result<()> {
-    match std::fs::remove_file(socket) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
+/// The API's socket: bound, not answered yet. It is removed with this value, for a socket that nobody answers
+/// is worse than none.
+#[derive(Debug)]
+pub struct ApiSocket {
+    listener: UnixListener,
+    path: Bound,
+}
+
+#[derive(Debug)]
+struct Bound(PathBuf);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.0));
     }
-    let listener = UnixListener::bind(socket)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))?;
-    axum::serve(listener, router(requests)).await
+}
+
+impl ApiSocket {
+    /// Listens at `path`; whoever asks already waits. A socket left by an earlier run is replaced, so the caller
+    /// has made sure that no other gateway runs here. Anything that is no socket stays, and is an error.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        match std::fs::symlink_metadata(path) {
+            Ok(about) if about.file_type().is_socket() => std::fs::remove_file(path)?,
+            // Binding fails then and says why.
+            Ok(_) | Err(_) => {}
+        }
+        let socket = Self { listener: UnixListener::bind(path)?, path: Bound(path.to_owned()) };
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        Ok(socket)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path.0
+    }
+
+    /// Answers until the process ends.
+    pub async fn serve(self, requests: mpsc::Sender<Request>) -> io::Result<()> {
+        let Self { listener, path: _path } = self;
+        axum::serve(listener, router(requests)).await
+    }
 }
 
 /// The routes, over the daemon's request channel.
@@ -37,12 +68,15 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
         .route("/v1/doctor", get(doctor))
+        .route("/v1/journal", get(journal))
         .route("/v1/machines", post(define))
         .route("/v1/machines/adopt", post(adopt))
         .route("/v1/machines/{name}/start", post(start))
         .route("/v1/machines/{name}/stop", post(stop))
         .route("/v1/machines/{name}/may-run", get(may_run))
+        .route("/v1/machines/{name}/resolve", post(resolve))
         .route("/v1/machines/{name}", axum::routing::delete(undefine))
+        .route("/v1/partials/{name}", axum::routing::delete(discard))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
         .with_state(Daemon(requests))
@@ -52,7 +86,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
 struct Daemon(mpsc::Sender<Request>);
 
 #[derive(Deserialize)]
-struct DoctorQuery {
+struct MachineQuery {
     vm: Option<VmName>,
 }
 
@@ -97,8 +131,12 @@ async fn status(State(daemon): State<Daemon>) -> Response {
     daemon.look(Request::Status).await
 }
 
-async fn doctor(State(daemon): State<Daemon>, Query(query): Query<DoctorQuery>) -> Response {
+async fn doctor(State(daemon): State<Daemon>, Query(query): Query<MachineQuery>) -> Response {
     daemon.look(|reply| Request::Doctor(query.vm, reply)).await
+}
+
+async fn journal(State(daemon): State<Daemon>, Query(query): Query<MachineQuery>) -> Response {
+    daemon.ask(|reply| Request::Journal(query.vm, reply)).await
 }
 
 async fn define(State(daemon): State<Daemon>, Json(body): Json<DefineRequest>) -> Response {
@@ -121,12 +159,24 @@ async fn may_run(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -
     daemon.ask(|reply| Request::MayRun(name, reply)).await
 }
 
+async fn resolve(
+    State(daemon): State<Daemon>,
+    UrlPath(name): UrlPath<VmName>,
+    Json(body): Json<ResolveRequest>,
+) -> Response {
+    daemon.ask(|reply| Request::Resolve(name, body, reply)).await
+}
+
 async fn undefine(
     State(daemon): State<Daemon>,
     UrlPath(name): UrlPath<VmName>,
     Query(query): Query<UndefineQuery>,
 ) -> Response {
     daemon.ask(|reply| Request::Undefine(name, query.forget, reply)).await
+}
+
+async fn discard(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Discard(name, reply)).await
 }
 
 async fn migrate(State(daemon): State<Daemon>, Json(body): Json<MigrateRequest>) -> Response {

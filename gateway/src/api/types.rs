@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::Stage;
+use longhaul_core::migration::recovery::NextStep;
+use longhaul_core::migration::resolve::Keep;
 
 /// Everything there is to see at one site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -22,8 +24,29 @@ pub struct StatusView {
     pub migrations: Vec<MigrationView>,
     /// Machines that left and whose connections still pass here.
     pub anchors: Vec<AnchorView>,
+    /// Disks of machines that did not come, kept for the next attempt.
+    #[serde(default)]
+    pub partials: Vec<PartialView>,
     /// The tunnel's counters.
     pub tunnel: TunnelView,
+    /// Disks of machines that left.
+    #[serde(default)]
+    pub kept: Vec<KeptView>,
+}
+
+/// A disk of a machine that left, as it was then.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KeptView {
+    /// The machine.
+    pub vm: VmName,
+    /// The file.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// When the machine was released.
+    pub since_ms: u64,
+    /// When it is deleted, if it is.
+    pub until_ms: Option<u64>,
 }
 
 /// Another site.
@@ -48,8 +71,11 @@ pub struct MachineView {
     pub at: Option<SiteName>,
     /// How often it was handed over.
     pub epoch: u64,
-    /// QEMU's run state, or `stopped`.
+    /// QEMU's run state, `stopped`, or `crashed`: its QEMU is gone although nobody stopped it.
     pub state: String,
+    /// Why nothing starts it here, if the journal is older than its disks.
+    #[serde(default)]
+    pub hold: Option<String>,
     /// Guest memory.
     pub memory_bytes: u64,
     /// Its disks' sizes.
@@ -107,6 +133,19 @@ pub struct WanBytes {
     pub control: u64,
 }
 
+/// The attempt that follows one that did not move the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetryView {
+    /// Which retry it is, from 1.
+    pub number: u32,
+    /// How many there are at most.
+    pub of: u32,
+    /// How long after the end of this attempt it begins, if the link is up then.
+    pub delay_ms: u64,
+    /// Its id, once it has begun.
+    pub id: Option<String>,
+}
+
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MigrationView {
@@ -122,6 +161,12 @@ pub struct MigrationView {
     pub progressing: Progressing,
     /// Why it stayed or is being undone.
     pub reason: Option<String>,
+    /// The attempt that follows this one by itself, if one does.
+    #[serde(default)]
+    pub retry: Option<RetryView>,
+    /// The attempt that this one follows.
+    #[serde(default)]
+    pub follows: Option<String>,
     /// What is different about the machine at its new place, for people.
     #[serde(default)]
     pub notices: Vec<String>,
@@ -143,6 +188,9 @@ pub struct MigrationView {
     pub rounds: Vec<RoundView>,
     /// Disk bytes copied and in all.
     pub disk: (u64, u64),
+    /// Disk bytes that an earlier attempt had left at the other site and that were not sent again.
+    #[serde(default)]
+    pub disk_kept: u64,
     /// Memory bytes that QEMU has not written yet, and in all.
     pub memory: (u64, u64),
     /// The guest's pause as this gateway saw it: stop asked to the peer's word that it runs.
@@ -153,6 +201,57 @@ pub struct MigrationView {
     pub started_ms: u64,
     /// When it was over.
     pub ended_ms: Option<u64>,
+}
+
+/// One migration, as this site's journal holds it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JournalView {
+    /// Its id, 32 hexadecimal digits.
+    pub id: String,
+    /// The machine.
+    pub vm: VmName,
+    /// The other site.
+    pub peer: SiteName,
+    /// The epoch that it would begin or has begun.
+    pub epoch: u64,
+    /// What this site is in it: `source` or `destination`.
+    pub role: String,
+    /// What was decided, in order.
+    pub records: Vec<RecordView>,
+    /// Who owns the machine now, for people.
+    pub owner: String,
+    /// What a gateway does about it when it starts.
+    pub next: NextStep,
+    /// The same for people, and what that waits for.
+    pub next_text: String,
+    /// A driver of the running gateway works on it.
+    pub under_way: bool,
+}
+
+/// One decision.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RecordView {
+    /// When.
+    pub at_ms: u64,
+    /// What.
+    pub name: String,
+    /// Why, where it ended something.
+    pub why: Option<String>,
+}
+
+/// A disk that an attempt to move a machine here has left, kept for the next one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PartialView {
+    /// The machine.
+    pub vm: VmName,
+    /// The disk in its definition.
+    pub disk: String,
+    /// The site it came from.
+    pub from: SiteName,
+    /// Bytes it takes in the pool.
+    pub bytes: u64,
+    /// When the attempt ended.
+    pub kept_ms: u64,
 }
 
 /// A machine that left and whose connections still pass here.
@@ -224,6 +323,16 @@ pub struct MigrateRequest {
     /// The pause to aim at instead of the configured one.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
+}
+
+/// Decides a move that waits for a peer that is gone for good.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ResolveRequest {
+    /// Where the machine is to be.
+    pub keep: Keep,
+    /// The site whose copy is destroyed, typed by the operator.
+    #[serde(default)]
+    pub destroyed: Option<SiteName>,
 }
 
 /// A migration that began.

@@ -1,7 +1,8 @@
 //! `longhaul migrate`: begins a migration and shows it until it is over.
 //!
 //! A bar on a terminal, plain lines elsewhere, JSON lines by flag. Ctrl-C asks before it aborts: a
-//! second one within five seconds aborts, and only what has not committed can be aborted.
+//! second one within five seconds aborts, and only what has not committed can be aborted. An attempt
+//! that another one follows by itself is not the end: that one is shown.
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -14,7 +15,7 @@ use longhaul_core::units::{Bytes, Rate};
 
 use super::MigrateArgs;
 use crate::api::client::{Client, ClientError};
-use crate::api::types::{MigrateRequest, MigrationView, Progressing};
+use crate::api::types::{MigrateRequest, MigrationView, Progressing, RetryView};
 
 /// How often the daemon is asked.
 const LOOK: Duration = Duration::from_millis(200);
@@ -31,10 +32,11 @@ pub async fn run(client: &Client, args: &MigrateArgs) -> Result<ExitCode, Client
         without_dns: args.without_dns,
         max_downtime_ms: args.max_downtime,
     };
-    let id = client.migrate(&request).await?.id;
+    let mut id = client.migrate(&request).await?.id;
     let mut display = Display::new(args.json);
     let mut asked: Option<Instant> = None;
     let mut told = 0;
+    let mut retried = false;
     loop {
         let view = client.migration(&id).await?;
         if !args.json {
@@ -42,8 +44,20 @@ pub async fn run(client: &Client, args: &MigrateArgs) -> Result<ExitCode, Client
         }
         told = view.notices.len();
         display.show(&view);
-        if view.progressing != Progressing::Running {
-            return Ok(display.finish(&view));
+        match &view.retry {
+            Some(retry) if view.progressing == Progressing::Stayed => {
+                if !retried && !args.json {
+                    display.say(&trying_again(&view, retry));
+                }
+                retried = true;
+                if let Some(next) = &retry.id {
+                    id = next.clone();
+                    retried = false;
+                    continue;
+                }
+            }
+            Some(_) | None if view.progressing == Progressing::Running => {}
+            Some(_) | None => return Ok(display.finish(&view)),
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
@@ -130,7 +144,14 @@ impl Display {
                 view.ended_ms.unwrap_or(view.started_ms).saturating_sub(view.started_ms) as f64 / 1e3;
             let pause = view.pause_ms.map_or("unknown".to_owned(), |pause| format!("{pause:.0} ms"));
             let wan = Bytes(view.wan.memory + view.wan.disk + view.wan.control + view.wan.tunnel);
-            println!("{} runs at {} after {seconds:.1} s; paused {pause}; {wan} sent", view.vm, view.to);
+            let kept = match view.disk_kept {
+                0 => String::new(),
+                bytes => format!("; {} of disk was there already", Bytes(bytes)),
+            };
+            println!(
+                "{} runs at {} after {seconds:.1} s; paused {pause}; {wan} sent{kept}",
+                view.vm, view.to
+            );
         }
         if !json && !moved {
             let reason = view.reason.as_deref().unwrap_or("no reason given");
@@ -138,6 +159,11 @@ impl Display {
         }
         if moved { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
+}
+
+fn trying_again(view: &MigrationView, retry: &RetryView) -> String {
+    let why = view.reason.as_deref().unwrap_or("It stayed");
+    format!("{why}; trying again ({} of {}), Ctrl-C twice ends that", retry.number, retry.of)
 }
 
 fn line(view: &MigrationView) -> String {

@@ -1,8 +1,9 @@
 //! The command line: what was typed becomes a request to the daemon, the answer becomes text.
 //!
-//! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage or
+//! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage, definition or
 //! configuration, 3 the daemon cannot be reached.
 
+mod journal;
 mod key;
 mod migrate;
 mod show;
@@ -11,11 +12,14 @@ mod vm;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use axum::http::StatusCode;
 use clap::{Parser, Subcommand};
 
 use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::migration::resolve::Keep;
 
 use crate::api::client::{Client, ClientError};
+use crate::api::types::ResolveRequest;
 use crate::config::Config;
 
 /// Move running virtual machines between sites
@@ -61,6 +65,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// What was decided in each migration, who owns the machine, and what is done next
+    Journal {
+        /// Only this machine's
+        vm: Option<VmName>,
+        /// Read this file (state_dir/journal.redb) instead of asking the daemon, which must not run on it
+        #[arg(long)]
+        file: Option<PathBuf>,
+        /// Print the API's JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Make this site's key if there is none, and print the public half
     Key {
         /// Where the private key is kept
@@ -72,11 +87,29 @@ enum Command {
         /// The machine
         vm: VmName,
     },
+    /// Decide a move whose other site is gone for good. While that site can be reached, this is refused
+    Resolve {
+        /// The machine
+        vm: VmName,
+        /// Where it is to be
+        #[arg(long, value_enum)]
+        keep: Place,
+        /// What `--keep here` wants: the site whose copy you have destroyed. If it is not, two copies run
+        #[arg(long, value_name = "SITE")]
+        i_have_destroyed_the_other_copy: Option<SiteName>,
+    },
     /// End a migration that has not committed
     Abort {
         /// The migration's id
         id: String,
     },
+}
+
+/// A place, as it is typed.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Place {
+    Here,
+    There,
 }
 
 /// Arguments of `longhaul migrate`.
@@ -103,12 +136,15 @@ pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Serve { config, log_json } => return serve(&config, log_json),
         Command::Key { file } => return key::run(&file),
+        Command::Journal { vm, file: Some(file), json } => return journal::file(&file, vm.as_ref(), json),
         Command::Vm(_)
         | Command::Migrate(_)
         | Command::Status { .. }
         | Command::Watch
         | Command::Doctor { .. }
+        | Command::Journal { file: None, .. }
         | Command::MayRun { .. }
+        | Command::Resolve { .. }
         | Command::Abort { .. } => {}
     }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -118,7 +154,11 @@ pub fn run(cli: Cli) -> ExitCode {
     match runtime.block_on(ask(Client::new(&cli.socket), cli.command)) {
         Ok(code) => code,
         Err(error) => {
-            let code = if matches!(error, ClientError::Unreachable { .. }) { 3 } else { 1 };
+            let code = match &error {
+                ClientError::Unreachable { .. } => 3,
+                ClientError::Refused { status: StatusCode::UNPROCESSABLE_ENTITY, .. } => 2,
+                ClientError::Broken(_) | ClientError::Form(_) | ClientError::Refused { .. } => 1,
+            };
             fail(&error, code)
         }
     }
@@ -131,8 +171,18 @@ async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> 
         Command::Status { json } => show::status(&client, json).await,
         Command::Watch => show::watch(&client).await,
         Command::Doctor { vm, json } => show::doctor(&client, vm.as_ref(), json).await,
+        Command::Journal { vm, json, .. } => journal::ask(&client, vm.as_ref(), json).await,
         Command::MayRun { vm } => {
             client.may_run(&vm).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Resolve { vm, keep, i_have_destroyed_the_other_copy: destroyed } => {
+            let keep = match keep {
+                Place::Here => Keep::Here,
+                Place::There => Keep::There,
+            };
+            client.resolve(&vm, &ResolveRequest { keep, destroyed }).await?;
+            println!("decided; `longhaul journal {vm}` shows it");
             Ok(ExitCode::SUCCESS)
         }
         Command::Abort { id } => {
@@ -148,6 +198,9 @@ fn serve(path: &std::path::Path, log_json: bool) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(&error, 2),
     };
+    if let Err((key, message)) = crate::daemon::check(&config) {
+        return fail(&Config::contradicted(path, &key, message), 2);
+    }
     crate::daemon::logs(log_json);
     match crate::daemon::run(config) {
         Ok(()) => ExitCode::SUCCESS,

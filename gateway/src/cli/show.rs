@@ -7,8 +7,9 @@ use std::time::Duration;
 use longhaul_core::ids::VmName;
 use longhaul_core::units::Bytes;
 
+use super::journal::utc;
 use crate::api::client::{Client, ClientError};
-use crate::api::types::{AnchorView, MigrationView, Progressing, StatusView};
+use crate::api::types::{AnchorView, MigrationView, Progressing, RetryView, StatusView};
 
 /// `longhaul status`.
 pub async fn status(client: &Client, json: bool) -> Result<ExitCode, ClientError> {
@@ -78,6 +79,21 @@ fn page(view: &StatusView) -> String {
     for anchor in &view.anchors {
         page += &anchor_line(anchor);
     }
+    if !view.kept.is_empty() {
+        page += "disks kept of machines that left\n";
+    }
+    for disk in &view.kept {
+        let until = disk.until_ms.map_or("until it is removed".to_owned(), |ms| format!("until {}", utc(ms)));
+        page +=
+            &format!("  {:<16} {}  {}  {until}\n", disk.vm.as_str(), disk.path.display(), Bytes(disk.bytes));
+    }
+    if !view.partials.is_empty() {
+        page += "disks kept of machines that did not come\n";
+    }
+    for partial in &view.partials {
+        let (vm, disk, from) = (&partial.vm, &partial.disk, &partial.from);
+        page += &format!("  {:<16} {disk:<12} from {from}  {}\n", vm.as_str(), Bytes(partial.bytes));
+    }
     let tunnel = &view.tunnel;
     page += &format!(
         "tunnel: {} packets out, {} in, {} dropped, {} held\n",
@@ -106,6 +122,9 @@ fn machine_lines(view: &StatusView) -> String {
             disk.to_string(),
             addresses.join(" ")
         );
+        if let Some(why) = &machine.hold {
+            lines += &format!("    HELD  {why}\n");
+        }
     }
     lines
 }
@@ -117,10 +136,22 @@ fn migration_line(migration: &MigrationView) -> String {
             Some(pause) => format!("moved, paused {pause:.0} ms"),
             None => "moved".to_owned(),
         },
-        Progressing::Stayed => format!("stayed: {}", migration.reason.as_deref().unwrap_or("unknown")),
+        Progressing::Stayed => {
+            format!("stayed: {}{}", migration.reason.as_deref().unwrap_or("unknown"), follows(migration))
+        }
     };
     let (vm, from, to, id) = (&migration.vm, &migration.from, &migration.to, &migration.id);
     format!("  {:<16} {from} -> {to}  {state}  [{id}]\n", vm.as_str())
+}
+
+fn follows(migration: &MigrationView) -> String {
+    match &migration.retry {
+        Some(RetryView { number, of, id: Some(id), .. }) => {
+            format!("; tried again ({number} of {of}) as {id}")
+        }
+        Some(RetryView { number, of, id: None, .. }) => format!("; trying again ({number} of {of})"),
+        None => String::new(),
+    }
 }
 
 fn anchor_line(anchor: &AnchorView) -> String {

@@ -1,6 +1,6 @@
 //! `longhaul vm`: machines this site runs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Subcommand;
@@ -9,6 +9,7 @@ use longhaul_core::ids::VmName;
 
 use crate::api::client::{Client, ClientError};
 use crate::api::types::{AdoptRequest, DefineRequest};
+use crate::hypervisor::parse_definition;
 
 /// What can be done with a machine.
 #[derive(Debug, Subcommand)]
@@ -48,6 +49,11 @@ pub enum VmCommand {
         #[arg(long)]
         forget: bool,
     },
+    /// Throw away the disks kept of a machine that did not come
+    Discard {
+        /// The machine
+        vm: VmName,
+    },
     /// List machines
     List,
 }
@@ -68,16 +74,25 @@ pub async fn run(client: &Client, command: VmCommand) -> Result<ExitCode, Client
             let qmp = std::path::absolute(&qmp).unwrap_or(qmp);
             client.adopt(&AdoptRequest { definition, qmp }).await?;
         }
+        VmCommand::Discard { vm } => client.discard(&vm).await?,
         VmCommand::List => super::show::machines(&client.status().await?),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn read(path: &PathBuf) -> Option<String> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Some(text),
+/// The text of a definition that is sound. The gateway checks it again; here the file's name is known.
+fn read(path: &Path) -> Option<String> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
         Err(error) => {
             eprintln!("longhaul: cannot read {}: {error}", path.display());
+            return None;
+        }
+    };
+    match parse_definition(&text, path) {
+        Ok(_) => Some(text),
+        Err(error) => {
+            eprintln!("longhaul: {error}");
             None
         }
     }

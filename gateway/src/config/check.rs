@@ -1,6 +1,7 @@
 //! Checks that need more than one key.
 //!
-//! Nothing here looks at the machine it runs on: that is what `longhaul doctor` is for.
+//! Nothing here looks at the machine it runs on: the daemon does before it makes anything, and `longhaul
+//! doctor` does.
 
 use std::collections::BTreeSet;
 
@@ -18,27 +19,27 @@ pub(super) struct Conflict {
 impl Config {
     pub(super) fn check(&self) -> Result<(), Conflict> {
         self.check_ranges()?;
+        self.check_limits()?;
         self.check_lans()?;
         self.check_peers()
     }
 
     fn check_ranges(&self) -> Result<(), Conflict> {
-        expect(self.link.rate_mbit > 0, "link.rate_mbit", "at least 1")?;
         expect((1200..=9000).contains(&self.link.mtu_bytes), "link.mtu_bytes", "1200 to 9000")?;
         expect((1..=1024).contains(&self.link.window_mib), "link.window_mib", "1 to 1024")?;
         expect((1..=1024).contains(&self.link.socket_buffer_mib), "link.socket_buffer_mib", "1 to 1024")?;
         expect((1..=600).contains(&self.link.idle_timeout_s), "link.idle_timeout_s", "1 to 600")?;
         let accel = self.hypervisor.accel.as_str();
         expect(matches!(accel, "auto" | "kvm" | "tcg"), "hypervisor.accel", "auto, kvm or tcg")?;
-        let device = self.tunnel.device.as_str();
-        expect((1..=15).contains(&device.len()), "tunnel.device", "an interface name of 1 to 15 characters")?;
-        expect(self.migration.pause_limit_s > 0, "migration.pause_limit_s", "at least 1")?;
         expect((1..=1024).contains(&self.migration.disk_flush_mib), "migration.disk_flush_mib", "1 to 1024")?;
         expect(
             (1..=60_000).contains(&self.migration.disk_flush_ms),
             "migration.disk_flush_ms",
             "1 to 60000",
         )?;
+        expect((1..=4096).contains(&self.migration.disk_map_mib), "migration.disk_map_mib", "1 to 4096")?;
+        expect(self.migration.retries <= 100, "migration.retries", "at most 100")?;
+        expect((1..=600).contains(&self.migration.retry_delay_s), "migration.retry_delay_s", "1 to 600")?;
         if let Some(dns) = &self.dns {
             expect(!dns.servers.is_empty(), "dns.servers", "at least the primary server")?;
             expect((1..=3600).contains(&dns.move_ttl_s), "dns.move_ttl_s", "1 to 3600")?;
@@ -76,7 +77,7 @@ impl Config {
     }
 }
 
-fn expect(holds: bool, key: &str, expected: &str) -> Result<(), Conflict> {
+pub(super) fn expect(holds: bool, key: &str, expected: &str) -> Result<(), Conflict> {
     if holds {
         return Ok(());
     }

@@ -5,6 +5,8 @@
 //! value is reported with file, line, key and what was expected.
 
 mod check;
+mod limits;
+mod line;
 mod sections;
 
 use std::collections::BTreeMap;
@@ -13,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+pub(crate) use limits::{UIDS, parse_prefix};
 pub use sections::{
     ArbiterChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection, MigrationSection,
     PeerConfig, SiteConfig, StorageConfig, TunnelSection,
@@ -74,11 +77,13 @@ pub enum ConfigError {
         /// The key and what was expected.
         message: String,
     },
-    /// Two keys do not go together.
-    #[error("{path}: {key}: {message}")]
+    /// A value is out of its range, or does not go together with another or with this host.
+    #[error("{path}:{line}: {key}: {message}")]
     Conflict {
         /// The file.
         path: PathBuf,
+        /// The line, from 1.
+        line: usize,
         /// The key.
         key: String,
         /// What was expected.
@@ -94,11 +99,11 @@ impl Config {
         let config = Self::parse(path, &text)?;
         match config.peer.iter().find(|peer| peer.arbiter != ArbiterChoice::None) {
             None => Ok(config),
-            Some(peer) => Err(ConfigError::Conflict {
-                path: path.to_owned(),
-                key: format!("peer.{}.arbiter", peer.name),
-                message: "\"dns\" is not available yet: it was not run on real machines; use \"none\"".into(),
-            }),
+            Some(peer) => {
+                let key = format!("peer.{}.arbiter", peer.name);
+                let why = "\"dns\" is not available yet: it was not run on real machines; use \"none\"";
+                Err(conflict(path, &text, key, why.into()))
+            }
         }
     }
 
@@ -114,18 +119,25 @@ impl Config {
             };
             ConfigError::Value { path: path.to_owned(), line, message }
         })?;
-        config.check().map_err(|check::Conflict { key, message }| ConfigError::Conflict {
-            path: path.to_owned(),
-            key,
-            message,
-        })?;
+        config.check().map_err(|check::Conflict { key, message }| conflict(path, text, key, message))?;
         Ok(config)
+    }
+
+    /// What is said of a key in the file at `path` whose value this host contradicts.
+    pub fn contradicted(path: &Path, key: &str, message: String) -> ConfigError {
+        // The file was read just now; without it, only the line is missing.
+        let text = fs::read_to_string(path).unwrap_or_default();
+        conflict(path, &text, key.to_owned(), message)
     }
 
     /// The peer called `name`.
     pub fn peer(&self, name: &longhaul_core::ids::SiteName) -> Option<&PeerConfig> {
         self.peer.iter().find(|peer| peer.name == *name)
     }
+}
+
+fn conflict(path: &Path, text: &str, key: String, message: String) -> ConfigError {
+    ConfigError::Conflict { path: path.to_owned(), line: line::line_of(text, &key), key, message }
 }
 
 /// The key that stands on `line`, for messages of the parser that name only a value.
@@ -192,6 +204,18 @@ pool = "/var/lib/longhaul/disks"
     fn a_wrong_value_is_named_with_its_line_and_key() {
         let message = error(&SMALL.replace("\"a\"", "\"A!\""));
         assert!(message.starts_with("site.toml:3: name:") && message.contains("a-z"), "{message}");
+    }
+
+    #[test]
+    fn limits_are_taken_up_to_their_bounds_and_not_beyond() {
+        let with = |line: &str| format!("{SMALL}[migration]\n{line}\n");
+        for line in ["retries = 100", "retries = 0", "retry_delay_s = 600", "disk_map_mib = 4096"] {
+            Config::parse(Path::new("site.toml"), &with(line)).unwrap();
+        }
+        for line in ["retries = 101", "retry_delay_s = 601", "retry_delay_s = 0", "disk_map_mib = 0"] {
+            let key = line.split(' ').next().unwrap();
+            assert!(error(&with(line)).contains(&format!("migration.{key}")), "{line}");
+        }
     }
 
     #[test]

@@ -6,12 +6,14 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use longhaul_core::ids::SiteName;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
+use longhaul_core::migration::retry::RetryLimits;
 
 /// `[site]`: who this site is and where its daemon keeps things.
 #[derive(Debug, Clone, Deserialize)]
@@ -96,6 +98,20 @@ pub struct StorageConfig {
     /// Space that arrivals leave free, in GiB (default 1).
     #[serde(default = "default_reserve")]
     pub keep_free_gib: u64,
+    /// Days for which the disk of a machine that left is kept aside (default 30; 0: until an operator removes
+    /// it). It is a copy of before the move, and takes the space it took.
+    #[serde(default = "default_kept_days")]
+    pub keep_moved_disks_d: u64,
+    /// How long what an attempt copied of a machine's disks is kept, in hours, when the machine did not come
+    /// (default 24; 0 throws it away at once). The next attempt sends only what differs.
+    #[serde(default = "default_keep_partial")]
+    pub keep_partial_h: u64,
+    /// The most such disks (default 16). The oldest go first.
+    #[serde(default = "default_keep_partial_count")]
+    pub keep_partial_count: usize,
+    /// The most space they take together, in GiB (default 100). They also go when an arrival needs room.
+    #[serde(default = "default_keep_partial_gib")]
+    pub keep_partial_gib: u64,
 }
 
 /// `[hypervisor]`: how QEMU is run.
@@ -212,11 +228,20 @@ pub struct MigrationSection {
     /// Buffer for disk writes that wait for the WAN, in MiB per disk (default 64); beyond it they are read
     /// again later.
     pub disk_buffer_mib: u64,
+    /// Memory for what the other site tells of a disk that it kept from an earlier attempt, in MiB per disk
+    /// (default 64: 256 GiB of content). What finds no room is sent again.
+    pub disk_map_mib: u64,
     /// A disk that arrives is flushed after this much, in MiB (default 4). What is not flushed when the guest
     /// stops lengthens its pause; less costs a slow disk more flushes while it fills.
     pub disk_flush_mib: u64,
     /// And at least this often while there is something to flush (default 100 ms). The same cost.
     pub disk_flush_ms: u64,
+    /// How often a machine that stayed for a reason that passes (a pause that took too long, a restarted
+    /// gateway at the other site) is tried again without being asked (default 3; 0 is never). Each retry
+    /// pauses the guest once more.
+    pub retries: u32,
+    /// The wait before the first of them (default 2 s), doubled each time.
+    pub retry_delay_s: u64,
 }
 
 impl Default for MigrationSection {
@@ -227,9 +252,19 @@ impl Default for MigrationSection {
             pause_budget_s: 5,
             cut_limit_s: 600,
             disk_buffer_mib: 64,
+            disk_map_mib: 64,
             disk_flush_mib: 4,
             disk_flush_ms: 100,
+            retries: 3,
+            retry_delay_s: 2,
         }
+    }
+}
+
+impl MigrationSection {
+    /// How often and how soon a machine that stayed is tried again.
+    pub fn retry_limits(&self) -> RetryLimits {
+        RetryLimits { retries: self.retries, first_delay: Duration::from_secs(self.retry_delay_s) }
     }
 }
 
@@ -256,6 +291,10 @@ pub struct PeerConfig {
     /// The most disk one machine from it may have, in GiB (default 0: none may come).
     #[serde(default)]
     pub max_disk_gib: u64,
+    /// How many machines from it may be on their way here at once (default 4). Each takes a QEMU, a
+    /// care-of address and its windows while it comes.
+    #[serde(default = "default_max_arriving")]
+    pub max_arriving: u32,
     /// Who decides who has a machine when this link is cut in the middle of a hand-over: `none` (default) or `dns`.
     #[serde(default)]
     pub arbiter: ArbiterChoice,
@@ -349,8 +388,28 @@ fn default_run() -> PathBuf {
     PathBuf::from("/run/longhaul")
 }
 
+fn default_kept_days() -> u64 {
+    30
+}
+
 fn default_reserve() -> u64 {
     1
+}
+
+fn default_max_arriving() -> u32 {
+    4
+}
+
+fn default_keep_partial() -> u64 {
+    24
+}
+
+fn default_keep_partial_count() -> usize {
+    16
+}
+
+fn default_keep_partial_gib() -> u64 {
+    100
 }
 
 fn default_ttl() -> u32 {

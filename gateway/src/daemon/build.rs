@@ -11,7 +11,8 @@ use tokio::sync::mpsc;
 
 use longhaul_core::units::Rate;
 
-use crate::config::Config;
+use crate::api::server::ApiSocket;
+use crate::config::{Config, UIDS};
 use crate::dns::Names;
 use crate::hypervisor::{AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange};
 use crate::identity::Identity;
@@ -20,11 +21,15 @@ use crate::link::{DatagramSender, Link, LinkConfig, LinkEvent, PeerConfig};
 use crate::migration::Edges;
 use crate::tunnel::{DatagramPath, Tunnel, TunnelConfig};
 
-/// The most machines that run under user ids of their own at once.
-const UIDS: u32 = 1000;
+/// What a daemon begins with.
+pub(super) struct Opened {
+    pub edges: Edges,
+    pub link_events: mpsc::Receiver<LinkEvent>,
+    pub api: ApiSocket,
+}
 
-/// Opens everything: journal, hypervisor, link, tunnel, names.
-pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiver<LinkEvent>)> {
+/// Opens everything: journal, the API's socket, hypervisor, link, tunnel, names.
+pub(super) async fn open(config: Config) -> anyhow::Result<Opened> {
     for folder in [&config.site.state_dir, &config.site.run_dir] {
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -33,6 +38,11 @@ pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiv
             .with_context(|| format!("Cannot make {}", folder.display()))?;
     }
     let journal = Journal::open(&config.site.state_dir.join("journal.redb"))?;
+    // After the journal, which no other gateway has open then.
+    let api = config.site.api_socket();
+    let api = ApiSocket::bind(&api).with_context(|| {
+        format!("Cannot listen at {} for the command line; set site.api_socket to a path in a folder that is there", api.display())
+    })?;
     let identity = Identity::load(&config.site.key_file).with_context(|| {
         format!("Cannot use {}; `longhaul key` makes a key", config.site.key_file.display())
     })?;
@@ -40,7 +50,7 @@ pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiv
     let names = config.dns.as_ref().map(Names::open).transpose()?.map(Arc::new);
     let tunnel_config = Arc::new(tunnel(&config));
     let tunnel = Tunnel::start((*tunnel_config).clone()).await.context("Cannot start the tunnel")?;
-    let (link, events) = Link::open(link(&config)?, &identity).await.context("Cannot start the link")?;
+    let (link, link_events) = Link::open(link(&config)?, &identity).await.context("Cannot start the link")?;
     for peer in link.peers() {
         let path = Arc::new(LinkPath(peer.datagram_sender()));
         tunnel.add_peer(peer.name().clone(), path, peer.take_datagrams()).await?;
@@ -55,7 +65,7 @@ pub(super) async fn edges(config: Config) -> anyhow::Result<(Edges, mpsc::Receiv
         names,
         start: Instant::now(),
     };
-    Ok((edges, events))
+    Ok(Opened { edges, link_events, api })
 }
 
 fn hypervisor(config: &Config) -> anyhow::Result<HypervisorConfig> {

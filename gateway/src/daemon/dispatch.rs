@@ -4,21 +4,22 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName, VmName};
-use longhaul_core::migration::Attempt;
 use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{MigrationMessage, Proposal, Refusal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Record};
+use longhaul_core::migration::{Attempt, CommitMode};
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
 
-use super::{Admitted, Daemon, Ended, MAX_ACCEPTED, Running};
+use super::retries::Following;
+use super::{Admitted, Daemon, Ended, Machine, Running};
 use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
 use crate::hypervisor::Guest;
-use crate::journal::History;
+use crate::journal::{History, Journal, JournalError};
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
+use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
 
 /// Messages that may wait for one driver.
 const INBOX: usize = 64;
@@ -26,6 +27,66 @@ const INBOX: usize = 64;
 impl Daemon {
     /// `longhaul migrate`.
     pub(super) async fn migrate(&mut self, request: MigrateRequest) -> Result<Started, RequestError> {
+        let vm = request.vm.clone();
+        let started = self.begin(request, None).await?;
+        self.forget_retries(&vm);
+        Ok(started)
+    }
+
+    /// Begins an attempt: the operator's own, or the one that follows another.
+    pub(super) async fn begin(
+        &mut self,
+        request: MigrateRequest,
+        follows: Option<&Following>,
+    ) -> Result<Started, RequestError> {
+        let (machine, guest, epoch) = self.movable(&request)?;
+        let peer = self.edges.config.peer(&request.to);
+        let commit = peer.map_or(CommitMode::Confirmed, |peer| peer.arbiter.commit_mode());
+        let vm = &request.vm;
+        let attempt = Attempt {
+            id: MigrationId(rand::random()),
+            vm: vm.clone(),
+            peer: request.to.clone(),
+            epoch: epoch.next(),
+            commit,
+        };
+        let options = SourceOptions {
+            without_dns: request.without_dns,
+            max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
+            retry: follows.map_or(0, |following| following.number),
+        };
+        let (inbox, outbox) = mpsc::channel(INBOX);
+        let row = machine.row.clone();
+        let anchors = self.anchors.clone();
+        let driver = SourceDriver::new(
+            self.edges.clone(),
+            attempt.clone(),
+            Some(guest),
+            row,
+            options,
+            outbox,
+            anchors,
+        );
+        let (viewer, guest) = (driver.viewer(), driver.guest());
+        viewer.change(|view| {
+            view.follows = follows.map(|following| following.id.to_string());
+        });
+        let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
+        if !up {
+            drop(inbox.try_send(Inbound::LinkDown));
+        }
+        let retry = follows.map_or(0, |following| following.number);
+        tracing::info!(%vm, to = %request.to, id = %attempt.id, retry, "migration begins");
+        let id = attempt.id;
+        self.spawn(attempt, inbox, viewer, guest, async move { driver.run().await.err() });
+        if let Some(running) = self.migrations.get_mut(&id) {
+            running.request = Some(request);
+        }
+        Ok(Started { id: id.to_string() })
+    }
+
+    /// The machine that is asked for, if it may and can move now.
+    fn movable(&self, request: &MigrateRequest) -> Result<(&Machine, Guest, Epoch), RequestError> {
         let vm = &request.vm;
         let Some(machine) = self.machines.get(vm) else {
             return Err(RequestError::NotFound(format!(
@@ -42,10 +103,14 @@ impl Daemon {
             let text = format!("peer.{}.may_receive does not name {vm}", request.to);
             return Err(RequestError::Conflict(text));
         }
+        if let Some(held) = super::machines::held(&self.edges, &machine.row) {
+            return Err(RequestError::Conflict(format!("{}; {}", held.why, held.remedy)));
+        }
         let epoch = self.owned_epoch(vm)?;
         if self.migration_of(vm).is_some() {
             return Err(RequestError::Conflict(format!("Machine {vm} is already moving")));
         }
+        self.expect_idle(vm)?;
         if machine.row.handover.is_some() {
             let text = format!(
                 "Machine {vm} is visiting; this version moves machines from their home site {} only",
@@ -58,39 +123,7 @@ impl Daemon {
                 "Machine {vm} is not running; start it, or copy its disk"
             )));
         };
-        let attempt = Attempt {
-            id: MigrationId(rand::random()),
-            vm: vm.clone(),
-            peer: request.to.clone(),
-            epoch: epoch.next(),
-            commit: peer.arbiter.commit_mode(),
-        };
-        let options = SourceOptions {
-            without_dns: request.without_dns,
-            max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
-        };
-        let (inbox, outbox) = mpsc::channel(INBOX);
-        // Paused by its operator is how it is wanted: an attempt that fails does not wake it.
-        let wanted = guest.status().await.map_or(machine.row.wanted, |state| state.is_running());
-        let row = MachineRow { wanted, ..machine.row.clone() };
-        let anchors = self.anchors.clone();
-        let driver = SourceDriver::new(
-            self.edges.clone(),
-            attempt.clone(),
-            Some(guest),
-            row,
-            options,
-            outbox,
-            anchors,
-        );
-        let (viewer, guest) = (driver.viewer(), driver.guest());
-        let up = self.edges.peer(&request.to).is_some_and(|peer| peer.is_up());
-        if !up {
-            drop(inbox.try_send(Inbound::LinkDown));
-        }
-        tracing::info!(%vm, to = %request.to, id = %attempt.id, "migration begins");
-        self.spawn(attempt.clone(), inbox, viewer, guest, async move { driver.run().await.err() });
-        Ok(Started { id: attempt.id.to_string() })
+        Ok((machine, guest, epoch))
     }
 
     fn owned_epoch(&self, vm: &VmName) -> Result<Epoch, RequestError> {
@@ -117,7 +150,7 @@ impl Daemon {
         inbox: mpsc::Sender<Inbound>,
         viewer: crate::migration::view::Viewer,
         guest: watch::Receiver<Option<Guest>>,
-        drive: impl Future<Output = Option<crate::journal::JournalError>> + Send + 'static,
+        drive: impl Future<Output = Option<JournalError>> + Send + 'static,
     ) {
         let (id, ended) = (attempt.id, self.ended.clone());
         let span = tracing::info_span!("migration", vm = %attempt.vm, id = %attempt.id);
@@ -129,7 +162,7 @@ impl Daemon {
             },
             span,
         ));
-        self.migrations.insert(id, Running { attempt, inbox: Some(inbox), viewer, guest });
+        self.migrations.insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest });
     }
 
     /// A peer said something.
@@ -156,12 +189,13 @@ impl Daemon {
         }
         match message {
             MigrationMessage::Propose(proposal) => self.on_proposal(id, peer, proposal),
-            MigrationMessage::Reserve { .. } => self.on_reserve(id, peer, &message).await,
+            MigrationMessage::Reserve { .. } => self.on_reserve(id, peer, &message),
             MigrationMessage::Commit { .. }
             | MigrationMessage::Offer { .. }
             | MigrationMessage::Abort { .. }
             | MigrationMessage::Reserved(_)
-            | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message).await,
+            | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message),
+            MigrationMessage::TakenBack { .. } => self.on_taken_back(id, &peer).await,
             // An answer to a driver that has ended, and nothing waits for one to it.
             MigrationMessage::Accept
             | MigrationMessage::Decline(_)
@@ -172,8 +206,11 @@ impl Daemon {
     }
 
     fn on_proposal(&mut self, id: MigrationId, peer: SiteName, proposal: Box<Proposal>) {
-        let vm = proposal.definition.name.clone();
-        let busy = self.busy(&vm);
+        if !self.proposals.begin(&peer, id) {
+            tracing::debug!(%peer, %id, "proposal dropped; the peer repeats it");
+            return;
+        }
+        let busy = self.busy(&peer, &proposal);
         let (edges, admitted) = (self.edges.clone(), self.admitted.clone());
         tokio::spawn(async move {
             let verdict = match busy {
@@ -185,9 +222,19 @@ impl Daemon {
         });
     }
 
-    fn busy(&self, vm: &VmName) -> Option<Refusal> {
+    fn busy(&self, peer: &SiteName, proposal: &Proposal) -> Option<Refusal> {
+        let vm = &proposal.definition.name;
+        if let Err(why) = admission::check_arriving(&self.edges.config, peer, self.arriving_from(peer)) {
+            return Some(why);
+        }
         if self.migration_of(vm).is_some() {
             return Some(Refusal::Busy(format!("{vm} is already moving at site {}", self.edges.site())));
+        }
+        if self.working.contains(vm) {
+            return Some(Refusal::Busy(format!(
+                "site {} is just taking up a machine {vm}",
+                self.edges.site()
+            )));
         }
         match self.edges.journal.ownership(vm) {
             Ok(Some(Ownership::Here { .. })) => {
@@ -196,7 +243,10 @@ impl Daemon {
             Ok(Some(Ownership::Offered { .. })) => {
                 Some(Refusal::Busy(format!("{vm} is being handed over at site {}", self.edges.site())))
             }
-            Ok(Some(Ownership::Away { .. } | Ownership::Arriving { .. }) | None) => {
+            Ok(known @ (Some(Ownership::Away { .. } | Ownership::Arriving { .. }) | None)) => {
+                if let Err(why) = admission::check_epoch(known.as_ref(), peer, proposal) {
+                    return Some(why);
+                }
                 let anchored =
                     self.anchor_views.borrow().get(vm).is_some_and(|view| view.closed_ms.is_none());
                 anchored.then(|| {
@@ -210,42 +260,49 @@ impl Daemon {
         }
     }
 
+    /// How many machines of `peer` are on their way here.
+    fn arriving_from(&self, peer: &SiteName) -> usize {
+        let here = self.edges.site();
+        let arriving = self.migrations.values().filter(|running| {
+            running.inbox.is_some() && running.attempt.peer == *peer && running.viewer.current().to == *here
+        });
+        arriving.count()
+    }
+
     /// The answer to a proposal is known.
-    pub(super) async fn on_admitted(&mut self, admitted: Admitted) {
+    pub(super) fn on_admitted(&mut self, admitted: Admitted) {
         let Admitted { id, peer, proposal, verdict } = admitted;
         let answer = match verdict {
             Ok(()) => {
-                while self.accepted.len() >= MAX_ACCEPTED {
-                    self.accepted.pop_first();
-                }
-                self.accepted.insert(id, (peer.clone(), *proposal));
+                self.proposals.end(&peer, id, Some(*proposal));
                 MigrationMessage::Accept
             }
             Err(why) => {
                 tracing::info!(%peer, vm = %proposal.definition.name, %why, "proposal declined");
+                self.proposals.end(&peer, id, None);
                 MigrationMessage::Decline(why)
             }
         };
-        self.say(id, &peer, answer).await;
+        self.say(id, &peer, answer);
     }
 
-    async fn on_reserve(&mut self, id: MigrationId, peer: SiteName, message: &MigrationMessage) {
-        let known = self.edges.journal.entries(id).unwrap_or_default();
-        if !known.is_empty() {
-            return self.answer_from_journal(id, peer, message).await;
+    fn on_reserve(&mut self, id: MigrationId, peer: SiteName, message: &MigrationMessage) {
+        // One that cannot be read is answered like one that is there: not at all, and it is logged.
+        if !self.edges.journal.entries(id).is_ok_and(|known| known.is_empty()) {
+            return self.answer_from_journal(id, peer, message);
         }
-        let Some((_, proposal)) = self.accepted.remove(&id).filter(|(from, _)| *from == peer) else {
+        let Some(proposal) = self.proposals.take(&peer, id) else {
             let why = Refusal::Restarted(self.edges.site().clone());
-            return self.say(id, &peer, MigrationMessage::Decline(why)).await;
+            return self.say(id, &peer, MigrationMessage::Decline(why));
         };
         let vm = proposal.definition.name.clone();
-        if let Some(why) = self.busy(&vm) {
-            return self.say(id, &peer, MigrationMessage::Decline(why)).await;
+        if let Some(why) = self.busy(&peer, &proposal) {
+            return self.say(id, &peer, MigrationMessage::Decline(why));
         }
         let taken = self.taken_addresses();
         let reservation = match admission::reserve(&self.edges.config, &taken, &proposal) {
             Ok(reservation) => reservation,
-            Err(why) => return self.say(id, &peer, MigrationMessage::Decline(why)).await,
+            Err(why) => return self.say(id, &peer, MigrationMessage::Decline(why)),
         };
         let (epoch, commit) = (proposal.epoch.next(), proposal.commit);
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
@@ -258,22 +315,16 @@ impl Daemon {
     }
 
     /// A late word about a migration that has no driver any more.
-    async fn answer_from_journal(&mut self, id: MigrationId, peer: SiteName, message: &MigrationMessage) {
-        let entries = match self.edges.journal.entries(id) {
-            Ok(entries) => entries,
-            Err(error) => {
-                tracing::error!(%id, %error, "journal cannot be read; the peer gets no answer");
-                return;
-            }
-        };
-        let last = entries.last().map(|entry| (entry.epoch, &entry.record));
-        if let Some(answer) = late::answer(last, message) {
-            self.say(id, &peer, answer).await;
+    fn answer_from_journal(&self, id: MigrationId, peer: SiteName, message: &MigrationMessage) {
+        match late_answer(&self.edges.journal, id, &peer, message) {
+            Ok(Some(answer)) => self.say(id, &peer, answer),
+            Ok(None) => {}
+            Err(error) => tracing::error!(%id, %error, "journal cannot be read; the peer gets no answer"),
         }
     }
 
-    async fn say(&self, id: MigrationId, peer: &SiteName, message: MigrationMessage) {
-        self.edges.send(peer, id, &message).await;
+    fn say(&self, id: MigrationId, peer: &SiteName, message: MigrationMessage) {
+        self.edges.send(peer, id, &message);
     }
 
     /// Care-of addresses that machines have here, or are about to have.
@@ -301,10 +352,14 @@ fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a R
             | DestinationRecord::Claiming { .. }
             | DestinationRecord::Owned { .. },
         ) => true,
-        Record::Destination(DestinationRecord::Activated { .. }) => {
+        Record::Destination(DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }) => {
             ownership == Some(&Ownership::Here { epoch: history.attempt.epoch })
         }
-        Record::Destination(DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. })
+        Record::Destination(
+            DestinationRecord::Refused { .. }
+            | DestinationRecord::Overruled
+            | DestinationRecord::HandedBack { .. },
+        )
         | Record::Source(_) => false,
     };
     let reservation = history.entries.iter().find_map(|entry| match &entry.record {
@@ -313,6 +368,8 @@ fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a R
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
             | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled
             | DestinationRecord::Claiming { .. }
             | DestinationRecord::Owned { .. }
             | DestinationRecord::HandedBack { .. },
@@ -322,11 +379,27 @@ fn held<'a>(history: &'a History, ownership: Option<&Ownership>) -> Option<&'a R
     reservation.filter(|_| holds)
 }
 
+/// The journal's word for `peer`, if it is the one that the migration is with.
+fn late_answer(
+    journal: &Journal,
+    id: MigrationId,
+    peer: &SiteName,
+    message: &MigrationMessage,
+) -> Result<Option<MigrationMessage>, JournalError> {
+    if journal.attempt(id)?.is_some_and(|attempt| attempt.peer != *peer) {
+        tracing::warn!(%peer, %id, "message about somebody else's migration ignored");
+        return Ok(None);
+    }
+    let entries = journal.entries(id)?;
+    let last = entries.last().map(|entry| (entry.epoch, &entry.record));
+    Ok(late::answer(last, message))
+}
+
 #[cfg(test)]
 mod tests {
-    use longhaul_core::migration::CommitMode;
     use longhaul_core::migration::message::{CareOf, Handover};
-    use longhaul_core::migration::record::Entry;
+    use longhaul_core::migration::record::{Entry, SourceRecord};
+    use longhaul_core::migration::step::Step;
     use longhaul_core::tunnel::handover::Prefix;
 
     use super::*;
@@ -383,5 +456,45 @@ mod tests {
         assert!(held(&activated(), None).is_none(), "forgotten");
         assert!(held(&activated(), Some(&away)).is_none(), "moved on");
         assert!(held(&activated(), Some(&here(4))).is_none(), "it has come again since");
+    }
+
+    fn attempt() -> Attempt {
+        let (vm, peer) = ("web1".parse().unwrap(), "b".parse().unwrap());
+        Attempt { id: MigrationId(7), vm, peer, epoch: Epoch(4), commit: CommitMode::Confirmed }
+    }
+
+    fn site(name: &str) -> SiteName {
+        name.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_journals_word_is_for_the_peer_of_the_migration_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&folder.path().join("journal.redb")).unwrap();
+        let proposal = serde_json::from_value(serde_json::json!({
+            "definition": {"name": "web1", "machine": "pc-q35-7.2", "vcpus": 1, "memory_mib": 64},
+            "home_site": "a", "hypervisor": "", "epoch": 3, "running": true, "commit": "confirmed", "nics": [],
+        }));
+        let peer = site("b");
+        let reserved =
+            SourceRecord::Reserved { peer, proposal: Box::new(proposal.unwrap()), without_names: false };
+        let aborted = SourceRecord::Aborted { why: Refusal::Operator };
+        for record in [reserved, aborted] {
+            journal.commit(&attempt(), Step::<()>::record(Record::Source(record), Vec::new())).await.unwrap();
+        }
+        let answer =
+            |peer: &str, message| late_answer(&journal, MigrationId(7), &site(peer), message).unwrap();
+        let loaded = MigrationMessage::Loaded { epoch: Epoch(4) };
+        assert!(matches!(answer("b", &loaded), Some(MigrationMessage::Abort { .. })));
+        assert_eq!(answer("c", &loaded), None);
+        let handover = Box::new(Handover { nics: Vec::new() });
+        let commit = MigrationMessage::Commit { epoch: Epoch(4), handover };
+        assert_eq!(answer("b", &commit), None, "it is the source here and takes no machine");
+        let unknown = late_answer(&journal, MigrationId(8), &site("c"), &commit).unwrap();
+        assert_eq!(
+            unknown,
+            Some(MigrationMessage::Unknown),
+            "a machine that was never reserved is not taken"
+        );
     }
 }

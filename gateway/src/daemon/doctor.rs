@@ -2,15 +2,37 @@
 //!
 //! Looks, and changes nothing.
 
-use longhaul_core::ids::{Epoch, VmName};
+use std::collections::BTreeMap;
 
-use super::Daemon;
+use longhaul_core::ids::{Epoch, VmName};
+use tokio::sync::oneshot;
+
+use super::machines::held;
+use super::status::is_crashed;
+use super::{Daemon, Machine};
 use crate::api::types::Finding;
 use crate::config::ArbiterChoice;
-use crate::migration::chain;
+use crate::migration::{Edges, chain};
 
 impl Daemon {
-    pub(super) async fn doctor(&self, vm: Option<VmName>) -> Vec<Finding> {
+    /// Looks in a task of its own: QEMUs and name servers may take long to answer.
+    pub(super) fn doctor(&self, vm: Option<VmName>, reply: oneshot::Sender<Vec<Finding>>) {
+        let doctor = Doctor { edges: self.edges.clone(), machines: self.machines.clone() };
+        tokio::spawn(async move {
+            // An asker that went away needs no answer.
+            drop(reply.send(doctor.look(vm).await));
+        });
+    }
+}
+
+/// What is looked at.
+struct Doctor {
+    edges: Edges,
+    machines: BTreeMap<VmName, Machine>,
+}
+
+impl Doctor {
+    async fn look(&self, vm: Option<VmName>) -> Vec<Finding> {
         let mut findings = vec![self.hypervisor().await, self.pool()];
         findings.extend(self.lans());
         findings.extend(self.peers());
@@ -111,9 +133,16 @@ impl Daemon {
         findings
     }
 
-    async fn machine(&self, machine: &super::Machine) -> Vec<Finding> {
+    async fn machine(&self, machine: &Machine) -> Vec<Finding> {
         let definition = &machine.row.definition;
         let check = format!("machine {}", definition.name);
+        if let Some(held) = held(&self.edges, &machine.row) {
+            return vec![bad(&check, &held.why, &held.remedy)];
+        }
+        if is_crashed(&self.edges, machine) {
+            let remedy = "`longhaul vm start` boots it from its disk";
+            return vec![bad(&check, "its QEMU is gone although nobody stopped it", remedy)];
+        }
         let Some(guest) = &machine.guest else {
             return vec![bad(&check, "it is not running", "`longhaul vm start` starts it")];
         };
@@ -131,7 +160,7 @@ impl Daemon {
         findings
     }
 
-    async fn names(&self, machine: &super::Machine) -> Option<Finding> {
+    async fn names(&self, machine: &Machine) -> Option<Finding> {
         let name = machine.row.definition.dns_name.as_ref()?;
         let check = format!("name {name}");
         let Some(names) = &self.edges.names else {

@@ -6,42 +6,59 @@
 //!   ended drivers -/
 //! ```
 //!
+//! This task never waits for a QEMU: one that hangs would stop the messages of every other migration.
+//! Whatever asks one is a task that reports back.
+//!
 //! Recovery comes before listening: what the journal owes is begun before a peer or an operator can
 //! ask for anything new.
 
+mod before;
 mod build;
 mod dispatch;
 mod doctor;
+mod image;
+mod kept;
 mod machines;
+mod power;
+mod proposals;
 mod recovery;
+mod resolve;
+mod retries;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinError;
+use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{Proposal, Refusal};
 
-use crate::api::types::AnchorView;
-use crate::api::{Request, server};
+use crate::api::Request;
+use crate::api::types::{AnchorView, MigrateRequest};
 use crate::config::Config;
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
 use crate::link::LinkEvent;
 use crate::migration::anchor::{self, AnchorCommand};
 use crate::migration::view::Viewer;
-use crate::migration::{Edges, Inbound, MachineRow};
+use crate::migration::{Edges, Inbound, MachineRow, partial};
+use proposals::Proposals;
+use retries::PlannedRetry;
 
-/// Proposals that were accepted and wait for their reservation; beyond it the oldest is forgotten.
-const MAX_ACCEPTED: usize = 64;
+/// Partial disks that are too old are looked for this often.
+const SWEEP: Duration = Duration::from_secs(600);
 /// Ended migrations that the status still shows.
 const MAX_SHOWN: usize = 100;
+
+pub use before::check;
 
 /// Sets up logging: for people on a terminal, or JSON lines.
 pub fn logs(json: bool) {
@@ -61,46 +78,67 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
-    let socket = config.site.api_socket();
-    let (edges, mut link_events) = build::edges(config).await?;
+    let build::Opened { edges, mut link_events, api } = build::open(config).await?;
     let (anchors, anchor_commands) = mpsc::channel(64);
     let (anchor_views, anchor_watch) = watch::channel(BTreeMap::new());
-    tokio::spawn(anchor::run(edges.clone(), anchor_commands, anchor_views));
+    let restored = anchor::restore(&edges, &anchor_views).await;
+    tokio::spawn(anchor::run(edges.clone(), restored, anchor_commands, anchor_views));
     let (ended_tx, mut ended) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
+    let (worked_tx, mut worked) = mpsc::channel(64);
     let mut daemon = Daemon {
         edges,
         machines: BTreeMap::new(),
         migrations: BTreeMap::new(),
-        accepted: BTreeMap::new(),
+        proposals: Proposals::default(),
+        retries: BTreeMap::new(),
         anchors,
         anchor_views: anchor_watch,
         ended: ended_tx,
         admitted: admitted_tx,
+        working: BTreeSet::new(),
+        worked: worked_tx,
     };
     daemon.recover().await.context("Recovery failed; nothing was changed")?;
     let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
-    let api_socket = socket.clone();
-    let api = tokio::spawn(async move { server::serve(&api_socket, requests_tx).await });
-    tracing::info!(site = %daemon.edges.site(), api = %socket.display(), "gateway is ready");
+    tracing::info!(site = %daemon.edges.site(), api = %api.path().display(), "gateway is ready");
+    let mut api = tokio::spawn(api.serve(requests_tx));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // The first look is at once.
+    let mut daily = tokio::time::interval(kept::DAILY);
+    let mut sweep = tokio::time::interval(SWEEP);
     loop {
+        let retry_at = daemon.next_retry_at();
         tokio::select! {
+            _ = sweep.tick() => partial::sweep(&daemon.edges.config.storage),
+            () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
+                daemon.begin_retries().await;
+            }
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
-            Some(answer) = admitted.recv() => daemon.on_admitted(answer).await,
+            Some(answer) = admitted.recv() => daemon.on_admitted(answer),
+            Some(work) = worked.recv() => daemon.on_worked(work),
+            ended = &mut api => return Err(api_ended(ended)),
+            _ = daily.tick() => daemon.delete_due_disks(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
     tracing::info!("stopping; machines and tunnels stay");
     api.abort();
-    // A socket that nobody answers is worse than none.
-    drop(std::fs::remove_file(&socket));
     daemon.edges.link.close().await;
     Ok(())
+}
+
+/// A gateway that nobody can ask is none; whatever watches it starts it again.
+fn api_ended(ended: Result<std::io::Result<()>, JoinError>) -> anyhow::Error {
+    let error = ended.map_or_else(anyhow::Error::from, |served| match served {
+        Ok(()) => anyhow::anyhow!("its socket was closed"),
+        Err(error) => error.into(),
+    });
+    error.context("The API failed; machines and tunnels stay")
 }
 
 /// What the one task owns.
@@ -108,22 +146,36 @@ struct Daemon {
     edges: Edges,
     machines: BTreeMap<VmName, Machine>,
     migrations: BTreeMap<MigrationId, Running>,
-    accepted: BTreeMap<MigrationId, (SiteName, Proposal)>,
+    proposals: Proposals,
+    /// Attempts that follow by themselves, by the machine.
+    retries: BTreeMap<VmName, PlannedRetry>,
     anchors: mpsc::Sender<AnchorCommand>,
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
     admitted: mpsc::Sender<Admitted>,
+    /// Machines that a task is just starting, stopping or adopting.
+    working: BTreeSet<VmName>,
+    worked: mpsc::Sender<power::Worked>,
 }
 
 /// A machine that this site knows.
+#[derive(Clone)]
 struct Machine {
     row: MachineRow,
     guest: Option<Guest>,
 }
 
+impl Machine {
+    fn has_qemu(&self) -> bool {
+        self.guest.as_ref().is_some_and(|guest| !guest.qmp().is_closed())
+    }
+}
+
 /// A migration, running or shown after its end.
 struct Running {
     attempt: Attempt,
+    /// What was asked for, where this site is the source.
+    request: Option<MigrateRequest>,
     /// `None` once it has ended.
     inbox: Option<mpsc::Sender<Inbound>>,
     viewer: Viewer,
@@ -150,6 +202,7 @@ impl Daemon {
             LinkEvent::Up { peer, restarted, .. } => {
                 tracing::info!(%peer, restarted, "link is up");
                 self.tell_migrations_with(&peer, || Inbound::LinkUp).await;
+                self.tell_taken_back(&peer);
             }
             LinkEvent::Down { peer, reason } => {
                 tracing::warn!(%peer, ?reason, "link is down");
@@ -181,6 +234,7 @@ impl Daemon {
         let vm = running.attempt.vm.clone();
         let guest = running.guest.borrow().clone();
         self.refresh(&vm, guest).await;
+        self.plan_retry(end.id);
         let shown: BTreeSet<MigrationId> = self
             .migrations
             .iter()

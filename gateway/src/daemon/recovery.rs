@@ -6,24 +6,34 @@
 use std::collections::BTreeMap;
 
 use longhaul_core::ids::VmName;
+use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
-use longhaul_core::migration::{Attempt, CommitMode};
+use longhaul_core::migration::recovery::{NextStep, Qemu};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
+use super::machines::held;
 use super::{Daemon, Machine};
+use crate::history::{Known, judge};
 use crate::hypervisor::Guest;
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, ports, tell, visits};
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, MachineRow, SourceDriver};
+use crate::migration::{DestinationDriver, MachineRow, SourceDriver, chain};
 use crate::tunnel::TunnelError;
 
 /// Machines as the journal and the hypervisor know them, before anybody is given one. A monitor has one
 /// client, so each QEMU is looked for once and handed on.
-type Found = BTreeMap<VmName, (MachineRow, Option<Guest>)>;
+type Found = BTreeMap<VmName, Taken>;
+
+/// A machine's row and its QEMU.
+#[derive(Clone)]
+struct Taken {
+    row: MachineRow,
+    guest: Option<Guest>,
+}
 
 impl Daemon {
     /// Folds the journal and goes on.
@@ -31,60 +41,60 @@ impl Daemon {
         let mut found = Found::new();
         for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
             let guest = self.find(&row).await;
-            found.insert(vm, (row, guest));
+            let held = held(&self.edges, &row);
+            if let Some(held) = &held {
+                tracing::error!(%vm, why = held.why, remedy = held.remedy, "machine is held");
+            }
+            let ours = matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. }));
+            // Before a driver works on them, so that it finds them known.
+            if ours && held.is_none() {
+                self.restore_network(&row).await;
+            }
+            found.insert(vm, Taken { row, guest });
         }
-        for history in self.edges.journal.histories()? {
+        let histories = self.edges.journal.histories()?;
+        for history in &histories {
             let Some(last) = history.entries.last().map(|entry| entry.record.clone()) else { continue };
             match last {
-                Record::Source(last) => self.recover_source(history, last, &found).await,
-                Record::Destination(last) => self.recover_destination(history, last, &found).await,
+                Record::Source(last) => self.recover_source(history, &histories, last, &found).await,
+                Record::Destination(last) => {
+                    self.recover_destination(history, &histories, last, &found).await;
+                }
             }
         }
-        for (vm, (row, guest)) in found {
+        for (vm, Taken { row, guest, .. }) in found {
             if matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. })) {
                 tracing::info!(%vm, runs = guest.is_some(), "machine taken up");
-                self.restore_network(&row).await;
                 self.machines.insert(vm, Machine { row, guest });
             }
         }
         Ok(())
     }
 
-    async fn recover_source(&mut self, history: History, last: SourceRecord, found: &Found) {
+    async fn recover_source(
+        &mut self,
+        history: &History,
+        all: &[History],
+        last: SourceRecord,
+        found: &Found,
+    ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
-        let Some((row, guest)) = found.get(&attempt.vm).cloned() else { return };
-        let owed = match &last {
-            SourceRecord::Reserved { .. }
-            | SourceRecord::PreCopy { .. }
-            | SourceRecord::Parked
-            | SourceRecord::Offered { .. }
-            | SourceRecord::Reclaiming { .. }
-            | SourceRecord::Promised { .. }
-            | SourceRecord::Committed { .. } => true,
-            // The register may still name the other site.
-            SourceRecord::Returned { .. } if attempt.commit != CommitMode::Confirmed => {
-                self.may_undo(&attempt)
-            }
-            // The guest of a machine that left is ended once.
-            SourceRecord::Released => guest.is_some() && self.is_latest(&attempt),
-            // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
-            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled => {
-                let stands = stands_still(guest.as_ref()).await && proposal.running;
-                self.may_undo(&attempt) && (stands || row.ttl_before_s.is_some())
-            }
-        };
+        let Some(Taken { row, guest }) = found.get(&attempt.vm).cloned() else { return };
+        let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu: qemu(guest.as_ref()).await };
+        let Some(step) = judge(history, all, &known) else { return };
         if matches!(last, SourceRecord::Released) && self.is_latest(&attempt) {
             // The name is owed whether or not a guest is left to end: the anchor may have been told, and
             // have died before it wrote that down.
             tell(&self.anchors, AnchorCommand::MoveNames(attempt.vm.clone())).await;
         }
-        if !owed {
+        if !step.is_owed() {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
         let (inbox, outbox) = mpsc::channel(64);
-        let options = SourceOptions { without_dns, max_downtime: None };
+        let options = SourceOptions { without_dns, ..SourceOptions::default() };
         let anchors = self.anchors.clone();
         let row = MachineRow { wanted: proposal.running, ..row };
         let driver =
@@ -99,27 +109,35 @@ impl Daemon {
         );
     }
 
-    async fn recover_destination(&mut self, history: History, last: DestinationRecord, found: &Found) {
+    async fn recover_destination(
+        &mut self,
+        history: &History,
+        all: &[History],
+        last: DestinationRecord,
+        found: &Found,
+    ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation)) = destination_facts(&history.entries) else { return };
-        let known = found.get(&attempt.vm).and_then(|(_, guest)| guest.clone());
+        let taken = found.get(&attempt.vm);
+        let known = taken.and_then(|taken| taken.guest.clone());
         // Before it was written down, a machine that comes is known to the hypervisor only.
-        let guest = match known {
-            Some(guest) => Some(guest),
-            None => self.edges.hypervisor.find(&attempt.vm).await.ok().flatten(),
+        let (guest, qemu) = match known {
+            Some(guest) => (Some(guest.clone()), qemu(Some(&guest)).await),
+            None => match self.edges.hypervisor.find(&attempt.vm).await {
+                Ok(guest) => (guest.clone(), qemu(guest.as_ref()).await),
+                Err(error) => {
+                    tracing::warn!(vm = %attempt.vm, error = chain(&error), "QEMU cannot be asked");
+                    (None, Qemu::Unknown)
+                }
+            },
         };
-        let owed = match &last {
-            DestinationRecord::Reserved { .. }
-            | DestinationRecord::Loaded
-            | DestinationRecord::Claiming { .. }
-            | DestinationRecord::Owned { .. } => true,
-            DestinationRecord::HandedBack { .. } => self.is_latest(&attempt),
-            DestinationRecord::Activated { .. } => {
-                self.is_latest(&attempt) && stands_still(guest.as_ref()).await && proposal.running
-            }
-            DestinationRecord::Refused { .. } => self.is_latest(&attempt) && guest.is_some(),
-        };
-        if !owed {
+        let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu };
+        let Some(step) = judge(history, all, &known) else { return };
+        if matches!(step, NextStep::AwaitSource | NextStep::AskArbiter | NextStep::Take) {
+            self.prepare_visit(&proposal, &reservation).await;
+        }
+        if !step.is_owed() {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
@@ -127,7 +145,9 @@ impl Daemon {
         let driver =
             DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
         let (viewer, shown) = (driver.viewer(), driver.guest());
-        self.spawn(attempt, inbox, viewer, shown, async move { driver.resume(guest, last).await.err() });
+        let qemu_found = qemu != Qemu::Gone;
+        let drive = async move { driver.resume(guest, qemu_found, last).await.err() };
+        self.spawn(attempt, inbox, viewer, shown, drive);
     }
 
     /// Rules and samplers of a machine that runs here, before anybody can ask for anything new: its open
@@ -138,7 +158,7 @@ impl Daemon {
             None => self.restore_home(row).await,
         };
         if let Err(error) = restored {
-            let error = crate::migration::chain(&error);
+            let error = chain(&error);
             tracing::error!(vm = %row.definition.name, error, "the machine's network could not be restored");
         }
     }
@@ -153,6 +173,16 @@ impl Daemon {
             self.edges.tunnel.visit_resumed(key).await?;
         }
         Ok(())
+    }
+
+    /// What a machine that may become ours any moment will need: the tunnel forgot it with the gateway.
+    async fn prepare_visit(&self, proposal: &Proposal, reservation: &Reservation) {
+        let (definition, home) = (&proposal.definition, &proposal.home_site);
+        for visit in visits(&self.edges, definition, reservation, &proposal.nics, home).unwrap_or_default() {
+            if let Err(error) = self.edges.tunnel.visit_prepare(visit).await {
+                tracing::error!(vm = %definition.name, error = chain(&error), "the machine's network could not be restored");
+            }
+        }
     }
 
     async fn restore_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
@@ -172,12 +202,6 @@ impl Daemon {
         Ok(())
     }
 
-    /// The machine is here, and nothing has happened to it since this attempt.
-    fn may_undo(&self, attempt: &Attempt) -> bool {
-        let known = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        known.is_some_and(|owner| owner.may_undo(attempt.epoch))
-    }
-
     /// Nothing has happened to the machine since this attempt.
     fn is_latest(&self, attempt: &Attempt) -> bool {
         let epoch = |ownership: &Ownership| ownership.epoch();
@@ -186,9 +210,14 @@ impl Daemon {
     }
 }
 
-async fn stands_still(guest: Option<&Guest>) -> bool {
-    let Some(guest) = guest else { return false };
-    guest.status().await.is_ok_and(|state| !state.is_running())
+/// How a machine's QEMU stands.
+pub(super) async fn qemu(guest: Option<&Guest>) -> Qemu {
+    let Some(guest) = guest else { return Qemu::Gone };
+    match guest.status().await {
+        Ok(state) if state.is_running() => Qemu::Runs,
+        Ok(_) => Qemu::StandsStill,
+        Err(_) => Qemu::Unknown,
+    }
 }
 
 /// What was proposed, what is held for it, and whether the name was to stay behind.
@@ -207,6 +236,7 @@ fn source_facts(entries: &[Entry]) -> Option<(Proposal, Option<Reservation>, boo
                 | SourceRecord::Released
                 | SourceRecord::Aborted { .. }
                 | SourceRecord::Returned { .. }
+                | SourceRecord::TakenBack { .. }
                 | SourceRecord::Offered { .. }
                 | SourceRecord::Reclaiming { .. }
                 | SourceRecord::Promised { .. }
@@ -228,6 +258,8 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
             DestinationRecord::Loaded
             | DestinationRecord::Activated { .. }
             | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled
             | DestinationRecord::Claiming { .. }
             | DestinationRecord::Owned { .. }
             | DestinationRecord::HandedBack { .. },
@@ -239,6 +271,7 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
 #[cfg(test)]
 mod tests {
     use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::CommitMode;
 
     use super::*;
 

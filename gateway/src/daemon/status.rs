@@ -1,20 +1,54 @@
 //! What the daemon shows: machines, migrations, peers, the tunnel.
 
-use longhaul_core::ids::MigrationId;
-use longhaul_core::migration::ledger::Ownership;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_util::future::join_all;
+use longhaul_core::ids::{MigrationId, VmName};
+use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::recovery::Qemu;
+use tokio::sync::oneshot;
+
+use super::machines::held;
+use super::recovery::qemu;
 use super::{Daemon, Machine};
-use crate::api::RequestError;
-use crate::api::types::{MachineView, MigrationView, PeerView, Progressing, StatusView, TunnelView};
+use crate::api::types::{
+    JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView, TunnelView,
+};
+use crate::api::{Reply, RequestError};
+use crate::history;
+use crate::hypervisor::{Guest, QmpError};
 use crate::metrics::{Figures, LinkFigures, page};
-use crate::migration::{Inbound, MachineRow};
+use crate::migration::partial::{self, Partial};
+use crate::migration::{Edges, Inbound, MachineRow};
+
+/// How long a QEMU may take to say its state: a look at all machines takes no longer.
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
 
 impl Daemon {
-    pub(super) async fn status(&self) -> StatusView {
-        let mut machines = Vec::new();
-        for (vm, row) in self.edges.journal.machines::<MachineRow>().unwrap_or_default() {
-            machines.push(self.machine_view(&row, self.machines.get(&vm)).await);
+    pub(super) fn status(&self, reply: oneshot::Sender<StatusView>) {
+        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
+        let looks: Vec<Look> = rows.iter().map(|(vm, _)| self.look(vm)).collect();
+        let mut view = self.view(rows.iter().map(|(_, row)| self.machine_view(row)).collect());
+        tokio::spawn(async move {
+            let states = join_all(looks.iter().map(run_state)).await;
+            for (machine, state) in view.machines.iter_mut().zip(states) {
+                machine.state = state;
+            }
+            // An asker that went away needs no answer.
+            drop(reply.send(view));
+        });
+    }
+
+    fn look(&self, vm: &VmName) -> Look {
+        match self.machines.get(vm) {
+            Some(machine) if is_crashed(&self.edges, machine) => Look::Crashed,
+            Some(Machine { guest: Some(guest), .. }) => Look::Ask(guest.clone()),
+            Some(Machine { guest: None, .. }) | None => Look::Stopped,
         }
+    }
+
+    fn view(&self, machines: Vec<MachineView>) -> StatusView {
         StatusView {
             site: self.edges.site().clone(),
             peers: self
@@ -30,11 +64,34 @@ impl Daemon {
             machines,
             migrations: self.migrations.values().map(|running| running.viewer.current()).collect(),
             anchors: self.anchor_views.borrow().values().cloned().collect(),
+            partials: self.partial_views(),
             tunnel: self.tunnel_view(),
+            kept: self.kept_disks(),
         }
     }
 
-    async fn machine_view(&self, row: &MachineRow, machine: Option<&Machine>) -> MachineView {
+    fn partial_views(&self) -> Vec<PartialView> {
+        let kept = partial::list(&self.edges.config.storage.pool).into_iter();
+        let since = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let view = |partial: Partial| PartialView {
+            vm: partial.of.vm,
+            disk: partial.of.disk.to_string(),
+            from: partial.of.from,
+            bytes: partial.taken.0,
+            kept_ms: since(partial.since),
+        };
+        kept.map(view).collect()
+    }
+
+    /// Throws away what is kept of a machine that did not come.
+    pub(super) fn discard(&self, vm: &VmName) -> Result<(), RequestError> {
+        match partial::forget(&self.edges.config.storage.pool, vm) {
+            0 => Err(RequestError::NotFound(format!("No disks of {vm} are kept here"))),
+            _ => Ok(()),
+        }
+    }
+
+    fn machine_view(&self, row: &MachineRow) -> MachineView {
         let definition = &row.definition;
         let ownership = self.edges.journal.ownership(&definition.name).unwrap_or_default();
         let (owner, at) = match &ownership {
@@ -44,16 +101,14 @@ impl Daemon {
             Some(Ownership::Offered { site, .. }) => ("offered", Some(site.clone())),
             None => ("unknown", None),
         };
-        let state = match machine.and_then(|machine| machine.guest.as_ref()) {
-            Some(guest) => guest.status().await.map_or("gone".to_owned(), |state| state.to_string()),
-            None => "stopped".to_owned(),
-        };
         MachineView {
             name: definition.name.clone(),
             owner: owner.to_owned(),
             at,
             epoch: ownership.map_or(0, |ownership| ownership.epoch().0),
-            state,
+            // QEMU has not been asked yet.
+            state: String::new(),
+            hold: held(&self.edges, row).map(|held| format!("{}; {}", held.why, held.remedy)),
             memory_bytes: definition.memory().0,
             disk_bytes: definition.volumes().map(|volume| volume.size_bytes).collect(),
             home: definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect(),
@@ -72,6 +127,28 @@ impl Daemon {
         }
     }
 
+    /// What the journal holds, judged by what runs here now.
+    pub(super) fn journal(&self, vm: Option<VmName>, reply: Reply<Vec<JournalView>>) {
+        let guests: Vec<(VmName, Option<Guest>)> =
+            self.machines.iter().map(|(vm, machine)| (vm.clone(), machine.guest.clone())).collect();
+        let ended = |id: &MigrationId| self.migrations[id].inbox.is_none();
+        let under_way: BTreeSet<String> =
+            self.migrations.keys().filter(|id| !ended(id)).map(ToString::to_string).collect();
+        let journal = self.edges.journal.clone();
+        tokio::spawn(async move {
+            let asked = guests.into_iter().map(async |(vm, guest)| (vm, qemu(guest.as_ref()).await));
+            let qemus: BTreeMap<VmName, Qemu> = join_all(asked).await.into_iter().collect();
+            let views = history::views(&journal, vm.as_ref(), &qemus).map(|mut views| {
+                for view in &mut views {
+                    view.under_way = under_way.contains(&view.id);
+                }
+                views
+            });
+            // An asker that went away needs no answer.
+            drop(reply.send(views.map_err(|error| RequestError::Failed(error.to_string()))));
+        });
+    }
+
     pub(super) fn migration(&self, id: MigrationId) -> Result<MigrationView, RequestError> {
         match self.migrations.get(&id) {
             Some(running) => Ok(running.viewer.current()),
@@ -79,11 +156,14 @@ impl Daemon {
         }
     }
 
-    pub(super) async fn abort(&self, id: MigrationId) -> Result<(), RequestError> {
+    pub(super) async fn abort(&mut self, id: MigrationId) -> Result<(), RequestError> {
         let Some(running) = self.migrations.get(&id) else {
             return Err(RequestError::NotFound(format!("No migration {id}; `longhaul status` lists them")));
         };
         let Some(inbox) = &running.inbox else {
+            if self.forget_retry_after(id) {
+                return Ok(());
+            }
             return Err(RequestError::Conflict(format!("Migration {id} is over")));
         };
         if running.viewer.current().from != *self.edges.site() {
@@ -109,7 +189,12 @@ impl Daemon {
         });
         page(&Figures {
             links: links.collect(),
-            machines_running: self.machines.values().filter(|machine| machine.guest.is_some()).count() as u64,
+            machines_running: self.machines.values().filter(|machine| machine.has_qemu()).count() as u64,
+            machines_crashed: self
+                .machines
+                .values()
+                .filter(|machine| is_crashed(&self.edges, machine))
+                .count() as u64,
             migrations_running: self
                 .migrations
                 .values()
@@ -121,5 +206,32 @@ impl Daemon {
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,
         })
+    }
+}
+
+/// Nobody stopped it, and its QEMU is gone. The machine is this site's: one that left has none here.
+pub(super) fn is_crashed(edges: &Edges, machine: &Machine) -> bool {
+    let owner = edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
+    machine.row.wanted && !machine.has_qemu() && matches!(owner, Some(Ownership::Here { .. }))
+}
+
+/// Where a machine's state is to be learned.
+enum Look {
+    Stopped,
+    Crashed,
+    Ask(Guest),
+}
+
+/// What the machine's QEMU says of it.
+async fn run_state(look: &Look) -> String {
+    let guest = match look {
+        Look::Stopped => return "stopped".to_owned(),
+        Look::Crashed => return "crashed".to_owned(),
+        Look::Ask(guest) => guest,
+    };
+    match guest.status_within(LOOK_LIMIT).await {
+        Ok(state) => state.to_string(),
+        Err(QmpError::Timeout { .. }) => "no answer".to_owned(),
+        Err(_) => "gone".to_owned(),
     }
 }

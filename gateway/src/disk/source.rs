@@ -4,6 +4,7 @@
 //!  NbdServer ──changes──▶ ┌────────────┐ ──chunks──▶ ChunkSend
 //!  NbdClient ◀──runs───── │ MirrorSource│
 //!            ──content──▶ └────────────┘ ◀──begin, finish, reopen── DiskSource
+//!  ChunkRecv ──map of the destination's disk──▶
 //! ```
 //!
 //! A channel that stalls stops nothing here: changes are taken in and answered, only chunks wait. The
@@ -24,7 +25,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::nbd::{Extent, GuestChange, NbdClient, NbdError, NbdExport};
-use crate::chunk::{ChunkClosed, ChunkSend, MAX_CHUNK};
+use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK};
 
 /// Data read by one request of ours, in bytes.
 const READ_UNIT: u64 = 1 << 20;
@@ -121,11 +122,14 @@ pub struct DiskSource {
 impl DiskSource {
     /// Starts the task of the disk `name` of `size` bytes. The export is for an
     /// [`super::nbd::NbdServer`]; QEMU's mirror job writes into it.
-    pub fn spawn<C: ChunkSend>(
+    ///
+    /// `map` is what the destination tells of its disk, where [`SourceConfig::target`] says that it does.
+    pub fn spawn<C: ChunkSend, M: ChunkRecv>(
         name: &str,
         size: u64,
         config: DiskSourceConfig,
         channel: C,
+        map: Option<M>,
     ) -> (NbdExport, Self) {
         let (changes, changed) = mpsc::channel(CHANGES);
         let (commands, commanded) = mpsc::channel(1);
@@ -137,6 +141,7 @@ impl DiskSource {
             config,
             mirror,
             channel,
+            map,
             changes: changed,
             commands: commanded,
             progress: published,
@@ -212,10 +217,12 @@ impl Drop for DiskSource {
 
 type ReadDone = Result<(ReadRun, Vec<Content>), NbdError>;
 
-struct Task<C> {
+struct Task<C, M> {
     config: DiskSourceConfig,
     mirror: MirrorSource,
     channel: C,
+    /// What the destination has, as long as it tells more.
+    map: Option<M>,
     changes: mpsc::Receiver<GuestChange>,
     commands: mpsc::Receiver<Command>,
     progress: watch::Sender<SourceProgress>,
@@ -227,7 +234,7 @@ struct Task<C> {
     finishing: Option<oneshot::Sender<Barrier>>,
 }
 
-impl<C: ChunkSend> Task<C> {
+impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
     async fn run(mut self) -> Result<(), DiskSourceError> {
         loop {
             self.start_reads();
@@ -241,6 +248,7 @@ impl<C: ChunkSend> Task<C> {
             let sending = self.chunk.clone();
             tokio::select! {
                 Some(change) = self.changes.recv() => self.take_change(change)?,
+                told = next_of(&mut self.map), if self.map.is_some() => self.take_map(told),
                 Some(read) = self.reads.next(), if !self.reads.is_empty() => self.take_read(read)?,
                 sent = self.channel.send(sending.unwrap_or_default()), if self.chunk.is_some() => {
                     sent?;
@@ -274,6 +282,15 @@ impl<C: ChunkSend> Task<C> {
                 Ok(())
             }
         }
+    }
+
+    fn take_map(&mut self, told: Option<Bytes>) {
+        match told.map(|chunk| self.mirror.handle_map(chunk)) {
+            Some(Ok(())) => return,
+            Some(Err(error)) => tracing::warn!(%error, "the rest of the destination's map is not used"),
+            None => self.mirror.handle_map_end(),
+        }
+        self.map = None;
     }
 
     fn take_read(&mut self, read: ReadDone) -> Result<(), DiskSourceError> {
@@ -345,8 +362,12 @@ impl<C: ChunkSend> Task<C> {
     }
 }
 
+async fn next_of<M: ChunkRecv>(map: &mut Option<M>) -> Option<Bytes> {
+    map.as_mut()?.recv().await
+}
+
 /// Reads a run, or its beginning: zeros as far as they reach, and up to [`READ_UNIT`] of data.
-async fn read_run(reader: &NbdClient, run: ReadRun) -> Result<Vec<Content>, NbdError> {
+pub(super) async fn read_run(reader: &NbdClient, run: ReadRun) -> Result<Vec<Content>, NbdError> {
     let extents = reader.block_status(run.offset, run.len).await?;
     let (mut content, mut at, mut read) = (Vec::new(), run.offset, 0);
     for (zero, len) in block_extents(&extents, run.len) {

@@ -133,6 +133,7 @@ impl Drop for DiskTarget {
 
 enum Done {
     Applied(u64),
+    Hashed(u64, [u8; 32]),
     Flushed,
 }
 
@@ -164,6 +165,7 @@ impl<C: ChunkRecv> Task<C> {
                     None => self.open = false,
                 },
                 Some(done) = self.work.next(), if !self.work.is_empty() => match done? {
+                    Done::Hashed(number, hash) => self.mirror.handle_hashed(number, hash)?,
                     Done::Applied(number) => self.mirror.handle_applied(number),
                     Done::Flushed => self.mirror.handle_flushed(),
                 },
@@ -180,6 +182,10 @@ impl<C: ChunkRecv> Task<C> {
             })),
             Step::Zero { number, offset, len } => self.work.push(Box::pin(async move {
                 disk.write_zeroes(offset, len).await.map(|()| Done::Applied(number))
+            })),
+            Step::Hash { number, offset, len } => self.work.push(Box::pin(async move {
+                let content = disk.read(offset, len).await?;
+                Ok(Done::Hashed(number, *blake3::hash(&content).as_bytes()))
             })),
             Step::Flush => {
                 self.work.push(Box::pin(async move { disk.flush().await.map(|()| Done::Flushed) }));

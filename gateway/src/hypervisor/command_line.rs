@@ -127,6 +127,11 @@ pub(super) const PID_FILE: &str = "pid";
 /// What the guest writes to its serial port.
 pub(super) const CONSOLE_LOG: &str = "console.log";
 
+/// The folder inside the run directory in which QEMU itself may make sockets while it runs.
+pub(super) const OWN_DIR: &str = "own";
+/// No socket of a machine has a longer path inside its run directory.
+const LONGEST_SOCKET: &str = "own/incoming.sock";
+
 /// The node through which a volume is read and written, with its format.
 pub(super) fn node_name(volume: &DeviceName) -> String {
     format!("disk-{volume}")
@@ -291,11 +296,12 @@ impl Line {
         let console = escaped(&host.dir.join(CONSOLE_LOG))?;
         self.add("-chardev", format!("file,id=console,path={console},append=on"));
         self.add("-serial", "chardev:console");
+        let longest = host.dir.join(LONGEST_SOCKET);
+        if longest.as_os_str().len() > 107 {
+            return Err(CommandLineError::LongPath(longest));
+        }
         for (id, socket) in [("qmp", QMP_SOCKET), ("observer", OBSERVER_SOCKET)] {
             let path = host.dir.join(socket);
-            if path.as_os_str().len() > 107 {
-                return Err(CommandLineError::LongPath(path));
-            }
             self.add("-chardev", format!("socket,id={id},path={},server=on,wait=off", escaped(&path)?));
             self.add("-mon", format!("chardev={id},mode=control"));
         }
@@ -436,7 +442,7 @@ mod tests {
         assert!(matches!(refused(&web1(), &placement, dir), CommandLineError::BadTap { .. }));
         placement.disks.clear();
         assert_eq!(refused(&web1(), &placement, dir), CommandLineError::NoFile("root".parse().unwrap()));
-        let long = PathBuf::from(format!("/{}", "x".repeat(107 - "/observer.sock".len() - 1)));
+        let long = PathBuf::from(format!("/{}", "x".repeat(107 - "/own/incoming.sock".len() - 1)));
         assert!(command_line(&web1(), &self::placement(), &host(&long), StartMode::Boot).is_ok());
         let longer = long.with_extension("y");
         assert!(matches!(refused(&web1(), &self::placement(), &longer), CommandLineError::LongPath(_)));

@@ -134,9 +134,14 @@ impl Guest {
         self.home.as_ref().map(|home| home.process.pid)
     }
 
-    /// The machine's run directory, which its QEMU may write to; `None` for an adopted machine.
+    /// The machine's run directory, which its QEMU cannot write to; `None` for an adopted machine.
     pub fn dir(&self) -> Option<&Path> {
         self.home.as_ref().map(|home| home.dir.as_path())
+    }
+
+    /// The folder in which its QEMU may make sockets; `None` for an adopted machine.
+    pub fn own_dir(&self) -> Option<PathBuf> {
+        self.dir().map(|dir| dir.join(super::command_line::OWN_DIR))
     }
 
     /// The second monitor's socket, for whoever observes; `None` for an adopted machine.
@@ -161,6 +166,12 @@ impl Guest {
         }
         let status: Status = self.qmp.query("query-status", json!({})).await?;
         Ok(RunState::from_name(&status.status))
+    }
+
+    /// The run state, if QEMU says it within `limit`.
+    pub async fn status_within(&self, limit: Duration) -> Result<RunState, QmpError> {
+        let late = |_| QmpError::Timeout { command: "query-status".to_owned(), limit };
+        tokio::time::timeout(limit, self.status()).await.map_err(late)?
     }
 
     /// QEMU's events from now on.

@@ -1,7 +1,8 @@
 //! Starts machines so that they outlive the gateway, and finds them again.
 //!
 //! ```text
-//!   <run>/vm/NAME/   qmp.sock  observer.sock  pid  console.log  qemu.log      owner: the machine's user
+//!   <run>/vm/NAME/       qmp.sock  observer.sock  pid  console.log  qemu.log    the gateway's; QEMU passes through
+//!   <run>/vm/NAME/own/   what QEMU makes while it runs                          the machine's user's
 //! ```
 //!
 //! QEMU runs in a session of its own, not as QEMU's own daemon: its system call filter then forbids it
@@ -12,15 +13,16 @@
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::machine::{Firmware, HostCapabilities, KernelFiles, MachineDefinition, Sha256Digest};
 use longhaul_core::units::Bytes;
+use nix::libc::O_NOFOLLOW;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
@@ -45,6 +47,7 @@ const LOGS: &[&str] = &[CONSOLE_LOG, QEMU_LOG];
 pub struct Hypervisor {
     config: HypervisorConfig,
     accelerator: OnceCell<Accelerator>,
+    claiming: Mutex<()>,
 }
 
 impl Hypervisor {
@@ -54,7 +57,7 @@ impl Hypervisor {
         DirBuilder::new().recursive(true).mode(0o711).create(&vms).map_err(files("make the folder", &vms))?;
         // Machines' users go through, but do not look around.
         fs::set_permissions(&vms, Permissions::from_mode(0o711)).map_err(files("open the folder", &vms))?;
-        Ok(Self { config, accelerator: OnceCell::new() })
+        Ok(Self { config, accelerator: OnceCell::new(), claiming: Mutex::new(()) })
     }
 
     /// The configuration.
@@ -117,30 +120,43 @@ impl Hypervisor {
             Firmware::Kernel(boot) => self.config.kernels.get(&boot.name),
             Firmware::Bios | Firmware::Uefi(_) => None,
         };
-        let vms = self.config.run_dir.join("vm");
-        let run_as = run_dir::user_for(self.config.uids, &vms, &dir)?;
+        run_dir::expect_disks(placement)?;
+        let accelerator = self.accelerator().await;
+        let run_as = self.claim(&dir)?;
         let host = HostSide {
-            accelerator: self.accelerator().await,
+            accelerator,
             dir: &dir,
             kernel,
             uefi_code: self.config.uefi_code.as_deref(),
             run_as,
             sandbox: self.config.sandbox,
         };
-        let arguments = command_line::command_line(definition, placement, &host, mode)?;
-        run_dir::prepare_dir(&dir, run_as)?;
-        run_dir::give_disks(placement, run_as)?;
+        let arguments = command_line::command_line(definition, placement, &host, mode).inspect_err(|_| {
+            // Nothing of a machine that is refused stays; the refusal is what counts.
+            let _ = fs::remove_dir_all(&dir);
+        })?;
         let launched = self.launch(name, &dir, &arguments).await?;
         let started = self.started(name, &dir, run_as, launched).await?;
-        match adopt::verify(&started.qmp, definition).await {
-            Ok(volumes) => Ok(Guest { volumes, ..started }),
-            Err(source) => {
-                // Nothing of a machine that is refused stays; the refusal is what counts.
-                let _ = started.quit(self.config.start_limit).await;
-                let _ = fs::remove_dir_all(&dir);
-                Err(HypervisorError::NotAsDefined { name: name.clone(), source })
-            }
-        }
+        let refused = match adopt::verify(&started.qmp, definition).await {
+            // Only now: QEMU holds the locks of its disks, so they are no other machine's.
+            Ok(volumes) => match run_dir::give_disks(placement, run_as) {
+                Ok(()) => return Ok(Guest { volumes, ..started }),
+                Err(error) => error,
+            },
+            Err(source) => HypervisorError::NotAsDefined { name: name.clone(), source },
+        };
+        let _ = started.quit(self.config.start_limit).await;
+        let _ = fs::remove_dir_all(&dir);
+        Err(refused)
+    }
+
+    /// Makes the machine's folder, which holds a user for it.
+    fn claim(&self, dir: &Path) -> Result<Option<(u32, u32)>, HypervisorError> {
+        // Two machines that start at once must not find the same user free.
+        let _one_at_a_time = self.claiming.lock().unwrap_or_else(PoisonError::into_inner);
+        let run_as = run_dir::user_for(self.config.uids, &self.config.run_dir.join("vm"), dir)?;
+        run_dir::prepare_dir(dir, run_as)?;
+        Ok(run_as)
     }
 
     /// The machine of this name if its QEMU runs, with a new connection to its monitor. The machine's other
@@ -152,8 +168,8 @@ impl Hypervisor {
         let qmp =
             QmpClient::connect(&dir.join(QMP_SOCKET), self.config.qmp.clone()).await.map_err(unreachable)?;
         let volumes = adopt::volumes_by_name(&qmp).await.map_err(unreachable)?;
-        let owner = fs::metadata(&dir).map_err(files("read", &dir))?;
-        let run_as = self.config.uids.map(|_| (owner.uid(), owner.gid()));
+        let group = fs::metadata(&dir).map_err(files("read", &dir))?.gid();
+        let run_as = self.config.uids.map(|_| (group, group));
         Ok(Some(self.guest(name, qmp, dir, process, run_as, volumes)))
     }
 
@@ -187,6 +203,16 @@ impl Hypervisor {
                 let source = io::Error::from(io::ErrorKind::TimedOut);
                 return Err(HypervisorError::Files { action: "end the process of", path: dir, source });
             }
+        }
+        self.remove_dir(name)
+    }
+
+    /// Removes the run directory of a machine whose QEMU has ended, and with it the machine's hold on a user id.
+    /// One that runs keeps it. Logs go too; disk files stay.
+    pub fn remove_dir(&self, name: &VmName) -> Result<(), HypervisorError> {
+        let dir = self.machine_dir(name);
+        if self.process(name)?.is_some() {
+            return Ok(());
         }
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(files("remove", &dir)(error)),
@@ -222,7 +248,9 @@ impl Hypervisor {
         arguments: &[String],
     ) -> Result<Child, HypervisorError> {
         let log = dir.join(QEMU_LOG);
-        let file = File::options().create(true).append(true).open(&log).map_err(files("write", &log))?;
+        let mut options = File::options();
+        options.create(true).append(true).mode(0o600).custom_flags(O_NOFOLLOW);
+        let file = options.open(&log).map_err(files("write", &log))?;
         let systemd = self.config.systemd && Path::new("/run/systemd/system").exists();
         let mut command = Command::new(if systemd { "systemd-run" } else { "setsid" });
         if systemd {

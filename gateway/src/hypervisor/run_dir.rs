@@ -1,11 +1,18 @@
 //! A machine's folder: whose it is, what is in it, and what QEMU said there before it ended.
+//!
+//! The folder is the gateway's, and its group is the machine's: QEMU goes through it to its own folder inside
+//! and cannot change it. A QEMU that a guest has broken out of can therefore not put a link where the
+//! gateway, as root, opens a log, a pid file or a monitor.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Metadata, Permissions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::Path;
 
-use super::command_line::Placement;
+use nix::libc::O_NOFOLLOW;
+use nix::unistd::geteuid;
+
+use super::command_line::{OWN_DIR, Placement};
 use super::config::{HypervisorError, UidRange, files};
 
 /// A user for the machine: the one its folder has, or one that no other machine's folder has.
@@ -16,28 +23,55 @@ pub(super) fn user_for(
 ) -> Result<Option<(u32, u32)>, HypervisorError> {
     let Some(range) = range else { return Ok(None) };
     let ours = range.first..range.first.saturating_add(range.count);
-    if let Some(owner) = fs::metadata(dir).ok().map(|it| it.uid()).filter(|uid| ours.contains(uid)) {
-        return Ok(Some((owner, owner)));
+    if let Some(group) = fs::metadata(dir).ok().map(|it| it.gid()).filter(|gid| ours.contains(gid)) {
+        return Ok(Some((group, group)));
     }
     let entries = fs::read_dir(vms).map_err(files("list", vms))?;
-    let taken: Vec<u32> = entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.uid())).collect();
+    let taken: Vec<u32> = entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.gid())).collect();
     let free = ours.clone().find(|uid| !taken.contains(uid));
     free.map(|uid| Some((uid, uid))).ok_or(HypervisorError::NoUid { count: range.count })
 }
 
-/// Makes a machine's folder, empty but for the logs of earlier runs.
+/// Makes a machine's folder, empty but for the logs of earlier runs, and QEMU's own folder in it.
 pub(super) fn prepare_dir(dir: &Path, run_as: Option<(u32, u32)>) -> Result<(), HypervisorError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(files("make the folder", dir))?;
+    let make = |path: &Path, mode| {
+        DirBuilder::new().recursive(true).mode(mode).create(path).map_err(files("make the folder", path))
+    };
+    make(dir, 0o700)?;
+    if let Some((_, gid)) = run_as {
+        chown(dir, Some(geteuid().as_raw()), Some(gid)).map_err(files("take the folder", dir))?;
+    }
+    fs::set_permissions(dir, Permissions::from_mode(0o710)).map_err(files("open the folder", dir))?;
     for entry in fs::read_dir(dir).map_err(files("list", dir))? {
-        let path = entry.map_err(files("list", dir))?.path();
-        if !path.extension().is_some_and(|extension| extension == "log" || extension == "1") {
+        let entry = entry.map_err(files("list", dir))?;
+        let path = entry.path();
+        let about = entry.metadata().map_err(files("read", &path))?;
+        if about.is_dir() {
+            fs::remove_dir_all(&path).map_err(files("remove", &path))?;
+        } else if !is_log(&path, &about) {
             fs::remove_file(&path).map_err(files("remove", &path))?;
         }
     }
+    let own = dir.join(OWN_DIR);
+    make(&own, 0o700)?;
     match run_as {
-        Some((uid, gid)) => chown(dir, Some(uid), Some(gid)).map_err(files("give away the folder", dir)),
+        Some((uid, gid)) => chown(&own, Some(uid), Some(gid)).map_err(files("give away the folder", &own)),
         None => Ok(()),
     }
+}
+
+/// A log of the gateway's, and no link that only looks like one.
+fn is_log(path: &Path, about: &Metadata) -> bool {
+    let called = path.extension().is_some_and(|extension| extension == "log" || extension == "1");
+    called && about.is_file() && about.nlink() == 1 && about.uid() == geteuid().as_raw()
+}
+
+/// Every disk is there.
+pub(super) fn expect_disks(placement: &Placement) -> Result<(), HypervisorError> {
+    for file in placement.disks.values() {
+        fs::metadata(&file.path).map_err(files("use the disk", &file.path))?;
+    }
+    Ok(())
 }
 
 /// Gives regular files to the machine's user; QEMU opens them again when a migration ends.
@@ -54,7 +88,7 @@ pub(super) fn give_disks(placement: &Placement, run_as: Option<(u32, u32)>) -> R
 /// The end of what QEMU printed, in one line.
 pub(super) fn last_words(log: &Path) -> String {
     let tail = || -> io::Result<String> {
-        let mut file = File::open(log)?;
+        let mut file = File::options().read(true).custom_flags(O_NOFOLLOW).open(log)?;
         let length = file.metadata()?.len();
         file.seek(SeekFrom::Start(length.saturating_sub(2048)))?;
         let mut tail = Vec::new();
@@ -71,7 +105,7 @@ mod tests {
     #[test]
     fn every_machine_has_a_user_of_its_own_until_all_are_taken() {
         let vms = tempfile::tempdir().unwrap();
-        let us = fs::metadata(vms.path()).unwrap().uid();
+        let us = fs::metadata(vms.path()).unwrap().gid();
         let range = |first, count| Some(UidRange { first, count });
         let dir = vms.path().join("web1");
         assert_eq!(user_for(None, vms.path(), &dir).unwrap(), None);
@@ -97,7 +131,21 @@ mod tests {
         prepare_dir(&dir, None).unwrap();
         let mut left: Vec<_> = fs::read_dir(&dir).unwrap().map(|it| it.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, ["console.log", "console.log.1"]);
+        assert_eq!(left, ["console.log", "console.log.1", "own"]);
+    }
+
+    #[test]
+    fn a_link_that_is_called_like_a_log_does_not_stay_and_is_not_read() {
+        let vms = tempfile::tempdir().unwrap();
+        let (dir, victim) = (vms.path().join("web1"), vms.path().join("victim"));
+        fs::write(&victim, "secret").unwrap();
+        prepare_dir(&dir, None).unwrap();
+        std::os::unix::fs::symlink(&victim, dir.join("qemu.log")).unwrap();
+        fs::hard_link(&victim, dir.join("console.log")).unwrap();
+        assert_eq!(last_words(&dir.join("qemu.log")), "");
+        prepare_dir(&dir, None).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "only QEMU's own folder");
+        assert_eq!(fs::read(&victim).unwrap(), b"secret");
     }
 
     #[test]
@@ -107,7 +155,7 @@ mod tests {
             format: super::super::DiskFormat::Raw,
         };
         let placement = Placement { disks: [("root".parse().unwrap(), file)].into(), ..Placement::default() };
-        let error = give_disks(&placement, None).unwrap_err().to_string();
+        let error = expect_disks(&placement).unwrap_err().to_string();
         assert_eq!(error, "Cannot use the disk /nonexistent/root.raw");
     }
 }

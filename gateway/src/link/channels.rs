@@ -56,7 +56,7 @@ impl Class {
     pub(super) fn of(channel: Channel) -> Self {
         match channel {
             Channel::Memory => Self::Memory,
-            Channel::Disk(_) => Self::Disk,
+            Channel::Disk(_) | Channel::Map(_) => Self::Disk,
         }
     }
 }
@@ -385,12 +385,17 @@ impl Channels {
         self.forget(id);
     }
 
-    /// Also kept for the next connection, within a bound.
+    /// Also kept for the next connection, within a bound. Said once, however often the peer asks for it while
+    /// it reads nothing.
     fn announce_close(&mut self, id: BulkId) {
+        let close = Message::BulkClose { id };
+        if self.messages.contains(&close) {
+            return;
+        }
         if !self.connected && self.messages.len() >= RETIRED_LIMIT {
             self.messages.pop_front();
         }
-        self.messages.push_back(Message::BulkClose { id });
+        self.messages.push_back(close);
     }
 
     fn forget(&mut self, id: BulkId) {

@@ -70,11 +70,14 @@ pub struct LinkConfig {
     /// How long the side with the larger key waits for the other one to dial. Default 3 s.
     pub dial_after: Duration,
     /// How many incoming handshakes may be under way. Default 32, at about 20 KiB each. From half of it
-    /// on, dialling addresses are first proved (QUIC Retry), which costs them one round trip.
+    /// on, dialling addresses are first proved (QUIC Retry), which costs them one round trip. One address
+    /// (of IPv6: one /64) gets a quarter of it at most.
     pub handshake_limit: usize,
     /// How many control messages may wait for the gateway in either direction, per peer. Default 1024.
     /// A peer that sends more than the gateway digests is disconnected.
     pub control_queue: usize,
+    /// And how many bytes of them, per peer and direction. Default 8 MiB; that much memory at most.
+    pub control_queue_bytes: usize,
     /// How many datagrams from one peer may wait to be taken. Default 4096 (6 MB at most); more are dropped.
     pub datagram_queue: usize,
     /// Bytes of datagrams that may wait to be sent to one peer. Default 1 MiB; more are dropped.
@@ -109,6 +112,7 @@ impl LinkConfig {
             dial_after: Duration::from_secs(3),
             handshake_limit: 32,
             control_queue: 1024,
+            control_queue_bytes: 8 << 20,
             datagram_queue: 4096,
             datagram_buffer_bytes: 1 << 20,
             channel_limit: 256,

@@ -207,7 +207,7 @@ fn outcome_of(code: VarInt) -> Outcome {
 fn priority(channel: Channel, chunks_begun: i32) -> i32 {
     let top = match channel {
         Channel::Memory => CONTROL_PRIORITY - 1,
-        Channel::Disk(_) => -1,
+        Channel::Disk(_) | Channel::Map(_) => -1,
     };
     top.saturating_sub(chunks_begun)
 }

@@ -23,6 +23,17 @@ use crate::identity::PublicKey;
 #[error("The peer is not connected")]
 pub struct NotConnected;
 
+/// Why a control message was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unsent {
+    /// The link is down.
+    #[error("The peer is not connected")]
+    NotConnected,
+    /// As many wait already as may.
+    #[error("The peer does not read what it is sent")]
+    Full,
+}
+
 /// Why a datagram was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DatagramDropped {
@@ -111,6 +122,17 @@ impl PeerHandle {
             return Err(NotConnected);
         }
         self.messages.send(message).await.map_err(|_closed| NotConnected)
+    }
+
+    /// Sends a control message if it need not wait for that. It may be lost like one of [`PeerHandle::send`].
+    pub fn try_send(&self, message: Message) -> Result<(), Unsent> {
+        if !self.is_up() {
+            return Err(Unsent::NotConnected);
+        }
+        self.messages.try_send(message).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Unsent::Full,
+            mpsc::error::TrySendError::Closed(_) => Unsent::NotConnected,
+        })
     }
 
     /// Opens the sending end of a bulk channel; nothing is transmitted before the peer opens its receiving

@@ -11,14 +11,15 @@
 //! | file | what |
 //! |---|---|
 //! | `config` | what may be set, defaults, costs |
-//! | `tls`, `handshake` | who a peer is, and the version both speak |
+//! | `acceptor`, `tls`, `handshake` | who may dial, who a peer is, and the version both speak |
 //! | `transport`, `pacing`, `controller` | quinn made fit for a long path |
-//! | `peer`, `connection`, `channels` | a peer's task, the tasks of a connection, its bulk channels |
+//! | `peer`, `connection`, `channels`, `waiting` | a peer's task, the tasks of a connection, its bulk channels, what waits |
 //! | `handle`, `bulk`, `stats` | what the rest of the gateway sees |
 //!
 //! The end of a connection is an event here and no failure: bulk channels wait and resume, control
 //! messages may be lost and are repeated by whoever sent them. What is carried is not looked into.
 
+mod acceptor;
 mod bulk;
 mod channels;
 mod config;
@@ -31,6 +32,7 @@ mod peer;
 mod stats;
 mod tls;
 mod transport;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -41,12 +43,13 @@ use std::time::Duration;
 
 use longhaul_core::ids::SiteName;
 use longhaul_core::wire::{Hello, Message, Software, Version};
-use quinn::{ConnectionError, Endpoint, Incoming};
-use tokio::sync::{Semaphore, mpsc, watch};
+use quinn::{ConnectionError, Endpoint};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::identity::{Fingerprint, Identity, PublicKey};
+use acceptor::Acceptor;
 use channels::Channels;
 use handle::LinkState;
 use handshake::{CloseCode, Established, Introduction};
@@ -57,11 +60,12 @@ use tls::{RefusedKey, Tls};
 pub use bulk::{BulkReceiver, BulkSender, ReceiveEnd};
 pub use channels::BulkError;
 pub use config::{LinkConfig, MIN_MTU_BYTES, PeerConfig};
-pub use handle::{DatagramDropped, DatagramSender, NotConnected, PeerHandle};
+pub use handle::{DatagramDropped, DatagramSender, NotConnected, PeerHandle, Unsent};
 pub use stats::{LinkStats, Traffic, UdpTraffic};
 
-/// How many events may wait for the gateway, over all peers; behind them each peer's own queue.
-const EVENT_QUEUE: usize = 256;
+/// How many events may wait for the gateway, over all peers; behind them each peer's own queue. Few, because
+/// each can be a frame of the largest size.
+const EVENT_QUEUE: usize = 16;
 
 /// How many refused keys may wait to be logged.
 const REFUSED_QUEUE: usize = 64;
@@ -241,7 +245,7 @@ impl Link {
             accepted.insert(peer.name.clone(), accepts);
             peers.insert(peer.name.clone(), handle);
         }
-        let acceptor = Acceptor { config: config.clone(), introduction, accepted: Arc::new(accepted) };
+        let acceptor = Acceptor { config: config.clone(), introduction, accepted };
         tasks.spawn(stop.clone().run_until_cancelled_owned(acceptor.run(endpoint.clone())));
         tasks.spawn(stop.clone().run_until_cancelled_owned(report_refused_keys(refusals, events)));
         let guard = stop.clone().drop_guard();
@@ -315,55 +319,6 @@ fn start_peer(
     let channels = Channels::new(context.config.channel_limit, bulk_commands);
     tasks.spawn(Peer::new(context, state, channels).run(inputs, stop.clone()));
     (handle, accepts)
-}
-
-/// Answers those who dial.
-struct Acceptor {
-    config: Arc<LinkConfig>,
-    introduction: Introduction,
-    accepted: Arc<BTreeMap<SiteName, mpsc::Sender<Established>>>,
-}
-
-impl Acceptor {
-    async fn run(self, endpoint: Endpoint) {
-        let limit = Arc::new(Semaphore::new(self.config.handshake_limit));
-        let acceptor = Arc::new(self);
-        while let Some(incoming) = endpoint.accept().await {
-            let Ok(slot) = limit.clone().try_acquire_owned() else {
-                incoming.refuse();
-                continue;
-            };
-            let crowded = limit.available_permits() < acceptor.config.handshake_limit / 2;
-            if crowded && !incoming.remote_address_validated() {
-                let _ = incoming.retry(); // fails only for validated addresses
-                continue;
-            }
-            let acceptor = acceptor.clone();
-            tokio::spawn(async move {
-                acceptor.answer(incoming).await;
-                drop(slot);
-            });
-        }
-    }
-
-    async fn answer(&self, incoming: Incoming) {
-        let remote = incoming.remote_address();
-        let name_of = |key: &PublicKey| {
-            self.config.peers.iter().find(|peer| peer.key == *key).map(|peer| peer.name.clone())
-        };
-        let answer = self.introduction.clone().answer(incoming, name_of);
-        match tokio::time::timeout(self.config.handshake_timeout, answer).await {
-            Ok(Ok((name, established))) => {
-                if let Some(peer) = self.accepted.get(&name) {
-                    let _ = peer.send(established).await; // the link is being closed
-                }
-            }
-            Ok(Err(error)) => {
-                tracing::debug!(%remote, error = peer::describe(&error), "A handshake failed");
-            }
-            Err(_elapsed) => tracing::debug!(%remote, "A handshake took too long"),
-        }
-    }
 }
 
 /// Logs and reports each refused key once.

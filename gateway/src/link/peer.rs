@@ -12,14 +12,13 @@
 //! end of a connection is an event: bulk channels wait and go on with the next one. What messages mean
 //! is not known here.
 
-use std::collections::VecDeque;
 use std::future::{Future, pending};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use longhaul_core::ids::SiteName;
-use longhaul_core::wire::Message;
+use longhaul_core::wire::{MAX_FRAME_BYTES, Message};
 use quinn::{ConnectionError, Endpoint};
 use rand::Rng;
 use tokio::sync::{mpsc, watch};
@@ -33,6 +32,7 @@ use super::connection::{ConnectionEvent, ProtocolError, Running, Verdict, stream
 use super::handle::{Command, Current, LinkState};
 use super::handshake::{CloseCode, Established, HandshakeError, Introduction};
 use super::stats::Counters;
+use super::waiting::{Waiting, message_bytes};
 use super::{DownReason, LinkEvent};
 
 /// How often the length of datagrams that fit is looked up again.
@@ -73,8 +73,8 @@ pub(super) struct Peer {
     backoff: Duration,
     last_failure: Option<String>,
     peer_instance: Option<u64>,
-    outbox: VecDeque<Message>,
-    event_queue: VecDeque<LinkEvent>,
+    outbox: Waiting<Message>,
+    event_queue: Waiting<LinkEvent>,
 }
 
 struct Up {
@@ -110,6 +110,7 @@ enum Input {
 impl Peer {
     pub(super) fn new(context: PeerContext, state: watch::Sender<LinkState>, channels: Channels) -> Self {
         let backoff = context.config.backoff;
+        let (control_queue, bytes) = (context.config.control_queue, context.config.control_queue_bytes);
         let mut peer = Self {
             context,
             state,
@@ -120,8 +121,8 @@ impl Peer {
             backoff,
             last_failure: None,
             peer_instance: None,
-            outbox: VecDeque::new(),
-            event_queue: VecDeque::new(),
+            outbox: Waiting::new(control_queue, bytes),
+            event_queue: Waiting::new(control_queue, bytes),
         };
         peer.schedule_first_dial();
         peer
@@ -163,7 +164,7 @@ impl Peer {
         refresh: &mut tokio::time::Interval,
         stop: &CancellationToken,
     ) -> Input {
-        let outbox_has_room = self.outbox.len() < self.context.config.control_queue;
+        let outbox_has_room = self.outbox.has_room(MAX_FRAME_BYTES);
         let has_event = !self.event_queue.is_empty();
         let has_message = !self.outbox.is_empty() || self.channels.has_message();
         let next_dial = self.next_dial.filter(|_| self.dialing.is_none());
@@ -300,8 +301,9 @@ impl Peer {
     }
 
     fn deliver(&mut self, message: Message) {
-        if self.event_queue.len() < self.context.config.control_queue {
-            self.event_queue.push_back(LinkEvent::Control { peer: self.name().clone(), message });
+        let bytes = message_bytes(&message);
+        if self.event_queue.has_room(bytes) {
+            self.event_queue.push_back(LinkEvent::Control { peer: self.name().clone(), message }, bytes);
             return;
         }
         tracing::warn!(peer = %self.name(), "The peer sends control messages faster than they are handled");
@@ -313,7 +315,7 @@ impl Peer {
         if self.event_queue.len() > self.context.config.control_queue {
             self.event_queue.retain(|queued| matches!(queued, LinkEvent::Control { .. }));
         }
-        self.event_queue.push_back(event);
+        self.event_queue.push_back(event, 0);
     }
 
     fn handle_broken(&mut self, error: &ProtocolError) {
@@ -336,7 +338,8 @@ impl Peer {
 
     fn queue_message(&mut self, message: Message) {
         if self.link.is_some() {
-            self.outbox.push_back(message);
+            let bytes = message_bytes(&message);
+            self.outbox.push_back(message, bytes);
         }
     }
 

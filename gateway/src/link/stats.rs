@@ -99,7 +99,7 @@ impl From<Channel> for Kind {
     fn from(channel: Channel) -> Self {
         match channel {
             Channel::Memory => Self::Memory,
-            Channel::Disk(_) => Self::Disk,
+            Channel::Disk(_) | Channel::Map(_) => Self::Disk,
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Stages 4 and 5 at the destination: the machine is ours; rules first, then it runs.
 //!
-//! Nothing here may fail into anything but trying again: the other side has let go of the machine.
+//! Nothing here may fail into anything but trying again: the other side has let go of the machine. A QEMU
+//! that died before it was resumed is a crash of the guest here: the machine is ours all the same, and the
+//! source must hear it. What runs next is its disk at this site, never the source's older copy.
 
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use longhaul_core::tunnel::handover::NicHandover;
 use longhaul_core::tunnel::policy::PortKey;
 
 use super::destination::DestinationLeaf;
+use super::partial;
 use super::prepare::Held;
 use super::{MachineRow, chain};
 use crate::hypervisor::Guest;
@@ -29,18 +32,16 @@ pub(super) async fn run(
     permit: RunPermit,
 ) -> Held {
     let vm = leaf.attempt.vm.clone();
-    install_flows(&leaf, &vm, &handover).await;
-    let guest = loop {
-        match held.guest.clone() {
-            Some(guest) => break guest,
-            None => held.guest = find(&leaf, &vm).await,
+    tokio::join!(install_flows(&leaf, &vm, &handover), note_arrival(&leaf, &proposal));
+    held.guest = find(&leaf, &vm, held.guest.take()).await;
+    if let Some(guest) = &held.guest {
+        mark_disks(&leaf, guest, &proposal).await;
+        if proposal.running {
+            resume(guest, &vm, permit).await;
         }
-    };
-    mark_disks(&leaf, &guest, &proposal).await;
-    if proposal.running {
-        resume(&guest, &vm, permit).await;
     }
-    leaf.guest.send_replace(Some(guest));
+    held.guest = held.guest.take().filter(|guest| !guest.qmp().is_closed());
+    leaf.guest.send_replace(held.guest.clone());
     leaf.report(Event::Activated).await;
     for nic in &proposal.definition.nics {
         let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
@@ -49,8 +50,21 @@ pub(super) async fn run(
         }
     }
     remember(&leaf, &proposal, &reservation, Some(&handover));
-    tracing::info!(%vm, "machine runs here");
+    partial::forget(&leaf.edges.config.storage.pool, &vm);
+    match &held.guest {
+        Some(_) => tracing::info!(%vm, "machine runs here"),
+        None => say_crashed(&leaf, &vm),
+    }
     held
+}
+
+fn say_crashed(leaf: &DestinationLeaf, vm: &VmName) {
+    tracing::warn!(%vm, "the guest crashed: its QEMU ended before it was resumed; `longhaul vm start` boots it from its disk here");
+    let notice = format!(
+        "QEMU at site {} ended before the guest was resumed: `longhaul vm start {vm}` there boots it from its disk",
+        leaf.edges.site()
+    );
+    leaf.viewer.change(|view| view.notices.push(notice));
 }
 
 /// The flows of before the move, so that the guest's own packets find the tunnel.
@@ -64,14 +78,24 @@ async fn install_flows(leaf: &DestinationLeaf, vm: &VmName, handover: &Handover)
     }
 }
 
-async fn find(leaf: &DestinationLeaf, vm: &VmName) -> Option<Guest> {
-    match leaf.edges.hypervisor.find(vm).await {
-        Ok(Some(guest)) => return Some(guest),
-        Ok(None) => tracing::error!(%vm, "the machine is ours, but its QEMU is gone; start it from its disk"),
-        Err(error) => tracing::warn!(%vm, error = chain(&error), "QEMU cannot be asked"),
+/// Beside its disks stands that the machine is ours before it runs.
+async fn note_arrival(leaf: &DestinationLeaf, proposal: &Proposal) {
+    let images = super::anchor::pool_images(&leaf.edges, &leaf.attempt, proposal);
+    super::note(&leaf.attempt, images, leaf.edges.site()).await;
+}
+
+/// The QEMU that waits; `None` once it is certain that there is none.
+async fn find(leaf: &DestinationLeaf, vm: &VmName, known: Option<Guest>) -> Option<Guest> {
+    if let Some(guest) = known.filter(|guest| !guest.qmp().is_closed()) {
+        return Some(guest);
     }
-    tokio::time::sleep(AGAIN).await;
-    None
+    loop {
+        match leaf.edges.hypervisor.find(vm).await {
+            Ok(found) => return found,
+            Err(error) => tracing::warn!(%vm, error = chain(&error), "QEMU cannot be asked, trying again"),
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
 }
 
 /// Bitmaps that tell, from the first instruction on, which blocks have changed here.
@@ -100,6 +124,7 @@ async fn resume(guest: &Guest, vm: &VmName, permit: RunPermit) {
         };
         match tried {
             Ok(()) => return,
+            Err(_) if guest.qmp().is_closed() => return,
             Err(error) => {
                 tracing::error!(%vm, error = chain(&error), "resume failed");
                 tokio::time::sleep(AGAIN).await;

@@ -1,4 +1,5 @@
-//! What a destination answers to a proposal: policy, capabilities, room. Holds nothing.
+//! What a destination answers to a proposal: policy, capabilities, room. Holds nothing, but room that
+//! partial disks take is made.
 //!
 //! Everything is denied that the peer's table does not allow. The answer names the rule or the figure,
 //! so that the operator at the other site knows what to change and where.
@@ -6,12 +7,13 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use longhaul_core::ids::SiteName;
+use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
-use super::Edges;
+use super::{Edges, host, partial};
 use crate::config::Config;
 
 /// What this host has left.
@@ -64,6 +66,46 @@ async fn check_register(edges: &Edges, proposal: &Proposal) -> Result<(), Refusa
     names.check(name, &home, proposal.epoch.next()).await.map(drop).map_err(|error| {
         Refusal::Names(Refusal::text(format!("site {}: {}", edges.site(), super::chain(&error))))
     })
+}
+
+/// Whether one more machine of `peer` may come while `arriving` of them are on their way.
+pub fn check_arriving(config: &Config, peer: &SiteName, arriving: usize) -> Result<(), Refusal> {
+    let limit = config.peer(peer).map_or(0, |policy| policy.max_arriving);
+    if arriving < limit as usize {
+        return Ok(());
+    }
+    Err(Refusal::Busy(format!(
+        "{arriving} machines are coming from {peer}; peer.{peer}.max_arriving is {limit}"
+    )))
+}
+
+/// Whether `peer` can be the machine's owner, by what this site `known` of it: nobody gives away what he
+/// handed over himself in a later epoch, or never had.
+pub fn check_epoch(known: Option<&Ownership>, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
+    let (vm, epoch) = (&proposal.definition.name, proposal.epoch);
+    let (owner, known) = match known {
+        Some(Ownership::Away { site, epoch }) => (Some(site), *epoch),
+        Some(
+            Ownership::Here { epoch } | Ownership::Arriving { epoch } | Ownership::Offered { epoch, .. },
+        ) => (None, *epoch),
+        None => (None, Epoch(0)),
+    };
+    if epoch > Epoch::MAX_FROM_PEER {
+        return Err(Refusal::PeerMisbehaved(format!(
+            "{vm} is proposed in epoch {epoch}, which no machine reaches"
+        )));
+    }
+    if epoch < known && owner.is_some() {
+        return Err(Refusal::PeerMisbehaved(format!(
+            "{vm} is proposed in epoch {epoch}, and was in {known} since"
+        )));
+    }
+    match owner {
+        Some(owner) if epoch == known && owner != peer => Err(Refusal::PeerMisbehaved(format!(
+            "{vm} was handed over to {owner} in epoch {epoch}, not to {peer}"
+        ))),
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// Whether there is room.
@@ -131,10 +173,25 @@ pub fn reserve(
 pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
     check_policy(&edges.config, peer, proposal)?;
     check_arbiter(&edges.config, peer, proposal)?;
+    proposal.check_nics()?;
+    check_homes(edges, proposal).await?;
     check_register(edges, proposal).await?;
-    check_room(&edges.config, room(edges)?, proposal)?;
+    let (storage, vm) = (&edges.config.storage, &proposal.definition.name);
+    let kept = partial::kept_for(&storage.pool, vm, peer);
+    let disk: u64 = proposal.definition.volumes().map(|volume| volume.size_bytes).sum();
+    partial::make_room(storage, Bytes(disk.saturating_sub(kept.0)), Some(vm));
+    let mut room = room(edges)?;
+    room.disk.0 += kept.0;
+    check_room(&edges.config, room, proposal)?;
     let host = edges.hypervisor.capabilities().await.map_err(super::hypervisor_failed)?;
     proposal.definition.check(&host).map_err(|error| Refusal::Incompatible(Refusal::text(error.to_string())))
+}
+
+/// A route to a visitor must not take the place of one that this host needs.
+async fn check_homes(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
+    let host = host::as_visited(edges).await.map_err(super::park::tunnel_failed)?;
+    host::check(&host, &proposal.definition)
+        .map_err(|needed| Refusal::Incompatible(format!("{needed} (at site {})", edges.site())))
 }
 
 fn room(edges: &Edges) -> Result<Room, Refusal> {
@@ -158,20 +215,88 @@ fn available_memory() -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
-    use longhaul_core::ids::Epoch;
     use longhaul_core::migration::arbiter::Arbiter;
+    use longhaul_core::tunnel::handover::NicHandover;
 
     use super::*;
 
-    fn config(arbiter: &str) -> Config {
+    const HOME: &str = "198.51.100.10/24";
+
+    fn config() -> Config {
+        let text = include_str!("../../../configs/site-a.toml");
+        Config::parse(std::path::Path::new("site-a.toml"), text).unwrap()
+    }
+
+    fn site(name: &str) -> SiteName {
+        name.parse().unwrap()
+    }
+
+    fn proposal(home: &str, epoch: u64) -> Proposal {
+        let text = format!(
+            "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
+             [[nics]]\nname = \"net0\"\nmac = \"52:54:00:00:00:01\"\nlan = \"lan\"\npci = \"05.0\"\n\
+             home = [\"{home}\"]\n"
+        );
+        let definition: longhaul_core::machine::MachineDefinition = toml::from_str(&text).unwrap();
+        let nics = definition.nics.iter().map(|nic| NicHandover {
+            nic: nic.name.clone(),
+            mac: nic.mac,
+            home: nic.home.clone(),
+            neighbours: Vec::new(),
+            home_prefixes: nic.home.clone(),
+            flows: Vec::new(),
+        });
+        let nics = nics.collect();
+        let (home_site, commit) = (site("b"), CommitMode::Confirmed);
+        let hypervisor = String::new();
+        Proposal { definition, home_site, hypervisor, epoch: Epoch(epoch), running: true, commit, nics }
+    }
+
+    #[test]
+    fn what_the_peers_table_does_not_allow_is_declined_with_the_rule() {
+        let declined = |peer: &str, spoil: fn(&mut Proposal)| {
+            let mut proposal = proposal(HOME, 0);
+            spoil(&mut proposal);
+            check_policy(&config(), &site(peer), &proposal).unwrap_err().to_string()
+        };
+        assert_eq!(check_policy(&config(), &site("b"), &proposal(HOME, 0)), Ok(()));
+        assert!(declined("c", |_| {}).contains("c is not configured"));
+        assert!(declined("b", |p| p.definition.name = "db1".parse().unwrap()).contains("may_send"));
+        assert!(declined("b", |p| p.definition.memory_mib = 8193).contains("max_memory_mib is 8192"));
+    }
+
+    #[test]
+    fn only_the_owner_of_the_newest_epoch_brings_a_machine_back() {
+        let away = Ownership::Away { site: site("b"), epoch: Epoch(5) };
+        let check = |peer, epoch| check_epoch(Some(&away), &site(peer), &proposal(HOME, epoch));
+        assert_eq!(check("b", 5), Ok(()));
+        assert_eq!(check("c", 6), Ok(()), "b has handed it on");
+        assert!(check("b", 4).unwrap_err().to_string().contains("was in 5 since"));
+        assert!(check("c", 5).unwrap_err().to_string().contains("handed over to b"));
+    }
+
+    #[test]
+    fn an_epoch_that_could_overflow_is_refused_at_the_limit() {
+        let at = Epoch::MAX_FROM_PEER.0;
+        assert_eq!(check_epoch(None, &site("b"), &proposal(HOME, at)), Ok(()));
+        assert!(check_epoch(None, &site("b"), &proposal(HOME, at + 1)).is_err());
+        assert!(check_epoch(None, &site("b"), &proposal(HOME, u64::MAX)).is_err());
+    }
+
+    #[test]
+    fn as_many_machines_as_allowed_come_at_once_and_one_more_is_refused() {
+        assert_eq!(check_arriving(&config(), &site("b"), 3), Ok(()));
+        let refused = check_arriving(&config(), &site("b"), 4).unwrap_err().to_string();
+        assert!(refused.contains("max_arriving is 4"), "{refused}");
+    }
+
+    fn config_with(arbiter: &str) -> Config {
         let text = format!(
             "[site]\nname = \"a\"\n[storage]\npool = \"/disks\"\n\
              [dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n\
              [[peer]]\nname = \"b\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\narbiter = \"{arbiter}\"\n"
         );
-        Config::parse(Path::new("site.toml"), &text).unwrap()
+        Config::parse(std::path::Path::new("site.toml"), &text).unwrap()
     }
 
     #[test]
@@ -190,11 +315,11 @@ mod tests {
         let peer = "b".parse().unwrap();
         let arbitrated = CommitMode::Arbitrated(Arbiter::Dns);
         for (here, there) in [("none", arbitrated), ("dns", CommitMode::Confirmed)] {
-            let refused = check_arbiter(&config(here), &peer, &proposal(there)).unwrap_err().to_string();
+            let refused = check_arbiter(&config_with(here), &peer, &proposal(there)).unwrap_err().to_string();
             assert!(refused.contains("peer.b.arbiter"), "{refused}");
         }
         for (here, there) in [("dns", arbitrated), ("none", CommitMode::Confirmed)] {
-            assert_eq!(check_arbiter(&config(here), &peer, &proposal(there)), Ok(()));
+            assert_eq!(check_arbiter(&config_with(here), &peer, &proposal(there)), Ok(()));
         }
     }
 }

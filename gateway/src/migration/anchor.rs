@@ -197,13 +197,9 @@ impl Anchor {
     }
 }
 
-/// Runs every anchor of this site; `views` shows them.
-pub async fn run(
-    edges: Edges,
-    mut commands: mpsc::Receiver<AnchorCommand>,
-    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
-) {
-    let mut anchors = Anchors::default();
+/// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
+/// connections stalled for the gateway's absence only.
+pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, AnchorView>>) -> Anchors {
     let rows: Vec<(VmName, Anchor)> = edges.journal.anchors().unwrap_or_else(|error| {
         tracing::error!(
             error = chain(&error),
@@ -211,9 +207,20 @@ pub async fn run(
         );
         Vec::new()
     });
+    let mut running = Anchors::default();
     for (vm, anchor) in rows {
-        anchors.insert(vm, start(&edges, anchor, Begin::Restored, &views));
+        running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
     }
+    running
+}
+
+/// Runs every anchor of this site, beginning with those that were restored; `views` shows them.
+pub async fn run(
+    edges: Edges,
+    mut anchors: Anchors,
+    mut commands: mpsc::Receiver<AnchorCommand>,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+) {
     while let Some(command) = commands.recv().await {
         match command {
             AnchorCommand::Attract(anchor) if !anchors.is_news(&anchor.vm, anchor.epoch) => {}
@@ -222,7 +229,7 @@ pub async fn run(
                 if let Err(error) = edges.journal.put_anchor(&anchor.vm, &*anchor) {
                     tracing::error!(vm = %anchor.vm, error = chain(&error), "anchor could not be written down");
                 }
-                anchors.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views));
+                anchors.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views).await);
             }
             AnchorCommand::MoveNames(vm) => anchors.move_names(&vm),
             AnchorCommand::Forget(vm) => {
@@ -243,7 +250,7 @@ pub async fn run(
                 }
                 views.send_modify(|views| drop(views.remove(&vm)));
                 // Who asked may have gone.
-                drop(done.send(()));
+                let _ = done.send(());
             }
         }
     }
@@ -251,7 +258,7 @@ pub async fn run(
 
 /// The anchors that were begun, ended or not.
 #[derive(Default)]
-struct Anchors {
+pub struct Anchors {
     known: BTreeMap<VmName, Known>,
 }
 
@@ -296,7 +303,7 @@ enum Begin {
     Restored,
 }
 
-fn start(
+async fn start(
     edges: &Edges,
     anchor: Anchor,
     begin: Begin,
@@ -306,8 +313,9 @@ fn start(
     let (runs_there, told) = watch::channel(known_to_run);
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
     let epoch = anchor.epoch;
-    let task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
-    Known { epoch, runs_there, task: tokio::spawn(task.run(begin)) }
+    let mut task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told };
+    task.attract(begin).await;
+    Known { epoch, runs_there, task: tokio::spawn(task.run()) }
 }
 
 /// Takes down what an anchor has on this host, and forgets it.
@@ -346,8 +354,7 @@ struct AnchorTask {
 const NAMES_AGAIN: Duration = Duration::from_secs(30);
 
 impl AnchorTask {
-    async fn run(mut self, begin: Begin) {
-        self.attract(begin).await;
+    async fn run(mut self) {
         if self.told.wait_for(|runs| *runs).await.is_err() {
             return;
         }

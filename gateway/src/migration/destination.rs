@@ -11,7 +11,7 @@ use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::destination::{
     Action, Destination, DestinationLimits, Event, Outcome, Remains,
 };
-use longhaul_core::migration::message::{Proposal, Reservation};
+use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::DestinationRecord;
 use longhaul_core::migration::step::Step;
 
@@ -75,14 +75,19 @@ impl DestinationDriver {
         self.drive(machine, step).await
     }
 
-    /// Goes on with one that a restart of the gateway interrupted; `guest` is the QEMU that was found.
+    /// Goes on with one that a restart of the gateway interrupted; `guest` is the QEMU that was found. One
+    /// that is there and did not answer is not in it, but `qemu_found`.
     pub async fn resume(
         mut self,
         guest: Option<Guest>,
+        qemu_found: bool,
         last: DestinationRecord,
     ) -> Result<Outcome, JournalError> {
-        let qemu_found = guest.is_some();
         self.work = Work::Idle(Box::new(Held::found(guest)));
+        if matches!(last, DestinationRecord::Loaded) {
+            let leaf = self.leaf.clone();
+            self.work.hand_on(|held, stop| prepare::watch(leaf, held, stop));
+        }
         let site = self.leaf.edges.site().clone();
         let (machine, step) = Destination::recover(
             self.leaf.attempt.clone(),
@@ -133,6 +138,11 @@ impl DestinationDriver {
                     Inbound::Message(message) => return Event::Peer(message),
                     // The source decides whether an attempt ends.
                     Inbound::Abort => {}
+                    // Its flows went with the source; its neighbours are known.
+                    Inbound::Resolve(resolution) => {
+                        let handover = Handover { nics: self.proposal.nics.clone() };
+                        return Event::Resolved(resolution, Box::new(handover));
+                    }
                 },
                 Some(event) = self.events.recv() => return event,
                 () = tokio::time::sleep(wait) => return Event::Tick,
@@ -144,7 +154,7 @@ impl DestinationDriver {
         match action {
             Action::Send(message) => {
                 let attempt = &self.leaf.attempt;
-                self.leaf.edges.send(&attempt.peer, attempt.id, &message).await;
+                self.leaf.edges.send(&attempt.peer, attempt.id, &message);
             }
             Action::Prepare => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());

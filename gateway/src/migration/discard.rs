@@ -1,6 +1,7 @@
-//! The way back at the destination: nothing of the attempt stays.
+//! The way back at the destination: nothing of the attempt stays but what it copied of the disks.
 //!
-//! May run twice; what is gone already is no failure.
+//! May run twice; what is gone already is no failure. As long as it is not certain that the waiting QEMU is
+//! gone it may have its disks open: then nothing of it is taken away, and it is asked again.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,9 +13,13 @@ use longhaul_core::tunnel::policy::PortKey;
 use super::anchor::{pool_images, visits};
 use super::chain;
 use super::destination::DestinationLeaf;
-use super::prepare::Held;
+use super::partial;
+use super::prepare::{Held, partial_of};
+use crate::hypervisor::Guest;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(5);
+/// Between two tries.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Gives back everything that was held.
 pub(super) async fn run(
@@ -33,20 +38,13 @@ pub(super) async fn run(
     if held.images.is_empty() {
         know_visits(&leaf, &proposal, &reservation).await;
     }
-    let guest = match held.guest.take() {
-        Some(guest) => Some(guest),
-        None => leaf.edges.hypervisor.find(vm).await.unwrap_or_else(|error| {
-            tracing::warn!(%vm, error = chain(&error), "a waiting QEMU may be left: it cannot be asked");
-            None
-        }),
-    };
-    if let Some(guest) = guest
-        && let Err(error) = guest.quit(QEMU_LIMIT).await
-    {
-        tracing::warn!(%vm, error = chain(&error), "the waiting QEMU could not be ended");
-    }
+    held.maps.clear();
+    end_qemu(&leaf, held.guest.take()).await;
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
+    }
+    if let Err(error) = leaf.edges.hypervisor.remove_dir(vm) {
+        tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
     }
     for nic in &proposal.definition.nics {
         let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
@@ -57,15 +55,7 @@ pub(super) async fn run(
             tracing::warn!(%vm, error = chain(&error), "the tap could not be removed");
         }
     }
-    for image in pool_images(&leaf.edges, &leaf.attempt, &proposal) {
-        match std::fs::remove_file(&image) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => {
-                tracing::warn!(%vm, image = %image.display(), %error, "partial disk could not be removed")
-            }
-        }
-    }
+    keep_disks(&leaf, &proposal);
     // A machine of an earlier stay that is away keeps its row; one that never came has none.
     if matches!(leaf.edges.journal.ownership(vm), Ok(None))
         && let Err(error) = leaf.edges.journal.remove_machine(vm)
@@ -76,6 +66,29 @@ pub(super) async fn run(
     Held::default()
 }
 
+/// Ends the waiting QEMU; returns only when it is gone.
+async fn end_qemu(leaf: &DestinationLeaf, mut known: Option<Guest>) {
+    let vm = &leaf.attempt.vm;
+    let mut told = false;
+    loop {
+        let tried = match known.take().filter(|guest| !guest.qmp().is_closed()) {
+            Some(guest) => guest.quit(QEMU_LIMIT).await.map(|()| None).map_err(|error| chain(&error)),
+            None => leaf.edges.hypervisor.find(vm).await.map(Some).map_err(|error| chain(&error)),
+        };
+        match tried {
+            Ok(None | Some(None)) => return,
+            Ok(Some(found)) => known = found,
+            Err(error) => {
+                if !told {
+                    tracing::warn!(%vm, error, "the waiting QEMU cannot be ended; its disks stay until it is gone, and no other attempt is taken");
+                }
+                told = true;
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
 /// What a killed gateway installed can be undone only by a tunnel that knows it: it is prepared once more.
 async fn know_visits(leaf: &DestinationLeaf, proposal: &Proposal, reservation: &Reservation) {
     let definition = &proposal.definition;
@@ -83,6 +96,20 @@ async fn know_visits(leaf: &DestinationLeaf, proposal: &Proposal, reservation: &
     for visit in known.unwrap_or_default() {
         if let Err(error) = leaf.edges.tunnel.visit_prepare(visit).await {
             tracing::debug!(vm = %leaf.attempt.vm, error = chain(&error), "nothing of the visit was left");
+        }
+    }
+}
+
+/// What was copied of the disks stays for the next attempt, as long as the configuration wants it.
+fn keep_disks(leaf: &DestinationLeaf, proposal: &Proposal) {
+    let images = pool_images(&leaf.edges, &leaf.attempt, proposal);
+    let short = &leaf.attempt.id.to_string()[..8];
+    for (volume, image) in proposal.definition.volumes().zip(images) {
+        let of = partial_of(leaf, volume.name);
+        if let Err(error) = partial::keep(&leaf.edges.config.storage, &of, short, &image) {
+            tracing::warn!(vm = %of.vm, image = %image.display(), %error, "partial disk could not be put aside");
+            // Under its own name nothing would ever remove it; it may have another one by now.
+            drop(std::fs::remove_file(&image));
         }
     }
 }

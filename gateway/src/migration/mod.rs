@@ -15,7 +15,9 @@ pub mod anchor;
 mod arbitrate;
 mod destination;
 mod discard;
+mod host;
 mod park;
+pub mod partial;
 mod precopy;
 mod preflight;
 mod prepare;
@@ -37,11 +39,14 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::ids::{DeviceName, MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
+use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
+use longhaul_core::migration::resolve::Resolution;
 use longhaul_core::tunnel::policy::PortKey;
 
 use crate::config::Config;
 use crate::dns::Names;
+use crate::generation::write_notes;
 use crate::hypervisor::{Guest, Hypervisor};
 use crate::journal::Journal;
 use crate::link::{Link, PeerHandle};
@@ -115,6 +120,8 @@ pub enum Inbound {
     Message(MigrationMessage),
     /// The operator wants it to end.
     Abort,
+    /// An operator decided for a peer that is gone for good.
+    Resolve(Resolution),
 }
 
 /// What a leaf works with: the edges, what is attempted, and the ways back.
@@ -160,13 +167,14 @@ impl Edges {
         self.link.peer(site)
     }
 
-    /// Says something to a peer; what is lost is repeated by the machines.
-    pub async fn send(&self, peer: &SiteName, id: MigrationId, message: &MigrationMessage) {
+    /// Says something to a peer. Never waits, so that a peer that reads nothing holds up nobody; what is
+    /// lost is repeated by the machines.
+    pub fn send(&self, peer: &SiteName, id: MigrationId, message: &MigrationMessage) {
         let Some(handle) = self.link.peer(peer) else { return };
         match message.to_wire(id) {
             Ok(wire) => {
-                if handle.send(wire).await.is_err() {
-                    tracing::debug!(%peer, "message lost, link is down");
+                if let Err(error) = handle.try_send(wire) {
+                    tracing::debug!(%peer, %error, "message lost");
                 }
             }
             Err(error) => tracing::warn!(%peer, %error, "message does not fit a frame"),
@@ -192,6 +200,16 @@ impl<E> Leaf<E> {
         if self.events.send(event).await.is_err() {
             tracing::debug!(vm = %self.attempt.vm, "event after the end of the migration");
         }
+    }
+}
+
+/// Writes beside each image that `owner` has owned the machine since this attempt's epoch.
+pub(crate) async fn note(attempt: &Attempt, images: Vec<PathBuf>, owner: &SiteName) {
+    let note = Generation { vm: attempt.vm.clone(), epoch: attempt.epoch, owner: owner.clone() };
+    let written = tokio::task::spawn_blocking(move || write_notes(&images, &note)).await;
+    // A task that was cancelled ends with the gateway, which repeats it.
+    if let Ok(Err(error)) = written {
+        tracing::error!(vm = %attempt.vm, error = chain(&error), "an old journal would not be noticed");
     }
 }
 

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 use longhaul_core::bulk::{BulkId, Channel};
+use longhaul_core::disk::TargetDisk;
 use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::convergence::Progress;
 use longhaul_core::migration::message::Refusal;
@@ -36,6 +37,8 @@ use crate::memory::{MemorySource, SourceConfig, SourceHandle};
 
 /// How often progress is measured.
 const LOOK: Duration = Duration::from_millis(100);
+/// Bytes of a disk's map on their way: each chunk tells of 128 MiB of disk.
+pub(super) const MAP_WINDOW: u64 = 1 << 20;
 /// Goodput is what was acknowledged in this long.
 const GOODPUT_WINDOW: usize = 20;
 
@@ -94,8 +97,12 @@ async fn begin(
         let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
         let mut config = DiskSourceConfig::default();
         config.mirror.buffer_bytes = leaf.edges.config.migration.disk_buffer_mib << 20;
-        config.mirror.target_is_zero = true;
-        let (export, disk) = DiskSource::spawn(volume.name.as_str(), volume.size_bytes, config, channel);
+        config.mirror.target = TargetDisk::Told;
+        config.mirror.map_bytes = leaf.edges.config.migration.disk_map_mib << 20;
+        let id = BulkId { channel: Channel::Map(index as u8), ..id };
+        let map = peer.bulk_receiver(id, MAP_WINDOW).await.map_err(link_failed)?;
+        let (export, disk) =
+            DiskSource::spawn(volume.name.as_str(), volume.size_bytes, config, channel, Some(map));
         exports.push(export);
         transfer.disks.push((volume.name.clone(), disk));
     }
@@ -234,12 +241,13 @@ async fn lower_ttl(
 struct Disks {
     copied: u64,
     total: u64,
+    same: u64,
     unacknowledged: u64,
     in_step: bool,
 }
 
 fn look_at_disks(transfer: &Transfer) -> Result<Disks, Refusal> {
-    let mut sum = Disks { copied: 0, total: 0, unacknowledged: 0, in_step: true };
+    let mut sum = Disks { copied: 0, total: 0, same: 0, unacknowledged: 0, in_step: true };
     for (name, disk) in &transfer.disks {
         let progress = disk.progress();
         if progress.has_changed().is_err() {
@@ -247,6 +255,7 @@ fn look_at_disks(transfer: &Transfer) -> Result<Disks, Refusal> {
         }
         let progress = progress.borrow();
         sum.copied += progress.copied_bytes;
+        sum.same += progress.counters.same_bytes;
         sum.total += progress.total_bytes;
         sum.unacknowledged += progress.queued_bytes + progress.unacknowledged_bytes;
         sum.in_step &= progress.in_step;
@@ -268,6 +277,7 @@ fn show(leaf: &SourceLeaf, progress: &Progress, disks: &Disks, memory_total: u64
         view.dirty_rate = progress.dirty_rate.0;
         view.eta_s = progress.goodput.time_for(Bytes(rest)).map(|time| time.as_secs());
         view.disk = (disks.copied, disks.total);
+        view.disk_kept = disks.same;
         view.memory = (remaining, memory_total);
     });
 }
@@ -343,7 +353,7 @@ impl LastSync {
 
 /// Where a socket lies that QEMU itself is to create: a folder it may write to.
 pub(super) fn guest_socket(guest: &Guest, own: &Path, name: &str) -> PathBuf {
-    guest.dir().unwrap_or(own).join(name)
+    guest.own_dir().unwrap_or_else(|| own.to_owned()).join(name)
 }
 
 pub(super) fn socket_dir(leaf: &SourceLeaf) -> Result<PathBuf, Refusal> {

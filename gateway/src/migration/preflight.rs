@@ -9,8 +9,9 @@ use longhaul_core::migration::message::{Proposal, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::{NicHandover, Prefix};
 
+use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
-use super::{MachineRow, chain, hypervisor_failed};
+use super::{MachineRow, chain, host, hypervisor_failed};
 use crate::hypervisor::Guest;
 
 /// Checks, and reports what is to be proposed.
@@ -33,6 +34,8 @@ async fn check(
         return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));
     }
     leaf.viewer.change(|view| view.notices.extend(travel.notes));
+    let needs = host::as_home(&leaf.edges).await.map_err(tunnel_failed)?;
+    host::check(&needs, &row.definition).map_err(|needed| Refusal::CannotTravel(needed.to_string()))?;
     check_names(leaf, row, options).await?;
     let host = leaf.edges.hypervisor.capabilities().await.map_err(hypervisor_failed)?;
     let status = guest.status().await.map_err(hypervisor_failed)?;
@@ -148,8 +151,6 @@ fn home_prefixes(leaf: &SourceLeaf, home: &[Prefix]) -> Result<Vec<Prefix>, Refu
 }
 
 fn parse_prefix(text: &str) -> Result<Prefix, Refusal> {
-    let parsed = text
-        .split_once('/')
-        .and_then(|(addr, len)| Some(Prefix { addr: addr.parse().ok()?, len: len.parse().ok()? }));
-    parsed.ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
+    crate::config::parse_prefix(text)
+        .ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
 }

@@ -9,8 +9,9 @@
 //! disks are flushed and nothing can write to them from outside any more: QEMU would let a late write
 //! into a running guest.
 
-use std::fs::OpenOptions;
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -18,16 +19,19 @@ use tokio::sync::watch;
 
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetConfig as MirrorConfig;
+use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::{Proposal, Refusal, Reservation};
+use longhaul_core::units::Bytes;
 
 use super::activate::remember;
 use super::destination::DestinationLeaf;
 use super::park::tunnel_failed;
-use super::precopy::{disk_failed, guest_socket, memory_failed};
+use super::partial::{self, PartialOf};
+use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
 use super::{chain, hypervisor_failed, told_to_stop};
-use crate::disk::DiskTarget;
 use crate::disk::nbd::NbdClient;
+use crate::disk::{DiskMap, DiskTarget};
 use crate::hypervisor::{
     Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
 };
@@ -35,6 +39,8 @@ use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
 use crate::migration::anchor::{pool_images, visits};
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
+/// Between two tries to find QEMU.
+const AGAIN: Duration = Duration::from_millis(500);
 /// QEMU only lets go of what it holds locally.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// QEMU opens its taps before it becomes the machine's user.
@@ -45,6 +51,9 @@ pub const TAP_OWNER: u32 = 0;
 pub(super) struct Held {
     pub guest: Option<Guest>,
     pub images: Vec<PathBuf>,
+    /// For each image, whether an earlier attempt had left it.
+    kept: Vec<bool>,
+    pub maps: Vec<DiskMap>,
     disks: Vec<DiskTarget>,
     memory: Option<TargetHandle>,
 }
@@ -56,7 +65,7 @@ impl Held {
     }
 }
 
-/// Prepares, then waits for the machine until it is loaded or it is told to stop.
+/// Prepares, waits for the machine until it is loaded, and watches its QEMU until it is told to stop.
 ///
 /// Preparing is never broken off: a QEMU that is just being started would be nobody's.
 pub(super) async fn run(
@@ -75,10 +84,42 @@ pub(super) async fn run(
         () = told_to_stop(&mut stop) => return held,
         done = wait_for_it(&leaf, &mut held) => done,
     };
-    if let Err(why) = done {
-        leaf.report(Event::Failed(why)).await;
+    match done {
+        Ok(()) => watch(leaf, held, stop).await,
+        Err(why) => {
+            leaf.report(Event::Failed(why)).await;
+            held
+        }
+    }
+}
+
+/// Watches the QEMU of a machine that is loaded until it is told to stop. One that dies before the machine is
+/// ours is reported: the source has kept its memory and goes on.
+pub(super) async fn watch(leaf: DestinationLeaf, mut held: Held, mut stop: watch::Receiver<bool>) -> Held {
+    tokio::select! {
+        biased;
+        () = told_to_stop(&mut stop) => {}
+        () = gone(&leaf, &mut held) => leaf.report(Event::Failed(waiting_qemu_ended())).await,
     }
     held
+}
+
+/// Until the waiting QEMU is gone; after a restart of the gateway it may have to be found first.
+async fn gone(leaf: &DestinationLeaf, held: &mut Held) {
+    loop {
+        if let Some(guest) = &held.guest {
+            return guest.gone().await;
+        }
+        match leaf.edges.hypervisor.find(&leaf.attempt.vm).await {
+            Ok(None) => return,
+            Ok(found) => held.guest = found,
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    }
+}
+
+fn waiting_qemu_ended() -> Refusal {
+    Refusal::Hypervisor("the waiting QEMU ended".into())
 }
 
 async fn wait_for_it(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
@@ -130,11 +171,31 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
         let failed = |error: std::io::Error| {
             Refusal::Other(format!("site {} cannot make {}: {error}", leaf.edges.site(), path.display()))
         };
-        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(failed)?;
+        let of = partial_of(leaf, volume.name);
+        let pool = &leaf.edges.config.storage.pool;
+        if partial::take(pool, &of, Bytes(volume.size_bytes), &path).map_err(failed)? {
+            tracing::info!(vm = %of.vm, disk = %of.disk, "going on with what an earlier attempt has left");
+            held.images.push(path);
+            held.kept.push(true);
+            continue;
+        }
+        let file = new_image(&path).map_err(failed)?;
         held.images.push(path.clone());
+        held.kept.push(false);
         file.set_len(volume.size_bytes).map_err(failed)?;
     }
     Ok(())
+}
+
+/// A new file that nobody but its owner reads: it becomes a machine's disk.
+fn new_image(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// What a disk that comes is kept as if the machine does not.
+pub(super) fn partial_of(leaf: &DestinationLeaf, disk: &DeviceName) -> PartialOf {
+    let (vm, from) = (leaf.attempt.vm.clone(), leaf.attempt.peer.clone());
+    PartialOf { vm, disk: disk.clone(), from }
 }
 
 async fn receive(
@@ -162,6 +223,12 @@ async fn receive(
         let client = NbdClient::connect(&filling, volume.name.as_str()).await.map_err(disk_failed)?;
         let id = BulkId { migration, channel: Channel::Disk(index as u8) };
         let channel = peer.bulk_receiver(id, window).await.map_err(disk_failed)?;
+        let id = BulkId { migration, channel: Channel::Map(index as u8) };
+        let telling = peer.bulk_sender(id, MAP_WINDOW).await.map_err(disk_failed)?;
+        held.maps.push(match (held.kept.get(index), held.images.get(index)) {
+            (Some(true), Some(image)) => DiskMap::of_kept_disk(image.clone(), client.clone(), telling),
+            _ => DiskMap::of_new_disk(telling),
+        });
         let target = DiskTarget::spawn(volume.size_bytes, mirror, channel, client).map_err(disk_failed)?;
         held.disks.push(target);
     }
@@ -197,12 +264,13 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     };
     let gone = async {
         guest.gone().await;
-        Err::<(), Refusal>(Refusal::Hypervisor("the waiting QEMU ended".into()))
+        Err::<(), Refusal>(waiting_qemu_ended())
     };
     tokio::select! {
         both = async { tokio::try_join!(disks, loaded) } => { both?; }
         Err(why) = gone => return Err(why),
     }
+    held.maps.clear();
     close_disks(guest, &mut held.disks).await?;
     let state = guest.status().await.map_err(hypervisor_failed)?;
     if !matches!(state, RunState::Paused | RunState::Prelaunch) {
@@ -217,4 +285,20 @@ async fn close_disks(guest: &Guest, disks: &mut Vec<DiskTarget>) -> Result<(), R
     join_all(disks.drain(..).map(DiskTarget::close)).await;
     guest.close_exports(CLOSE_LIMIT).await.map_err(hypervisor_failed)?;
     guest.nbd_stop().await.map_err(hypervisor_failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_that_arrives_is_read_by_its_owner_only_and_replaces_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web1-root.raw");
+        let file = new_image(&path).unwrap();
+        assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o600);
+        assert!(new_image(&path).is_err());
+    }
 }

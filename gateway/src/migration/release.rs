@@ -1,7 +1,8 @@
 //! Stage 5 at the source, after the destination runs the machine: nothing of it runs here any more.
 //!
 //! The disks stay, renamed, so that nothing starts them by accident, until an operator removes them. Names and
-//! packets are the anchor's business, which outlives the migration.
+//! packets are the anchor's business, which outlives the migration. The note beside a disk stands by its old name
+//! and by the new one: an older journal looks for the first, an operator may define the second.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,6 +32,13 @@ pub(super) async fn run(
         && let Err(error) = guest.quit(QEMU_LIMIT).await
     {
         tracing::warn!(%vm, error = chain(&error), "QEMU of the machine that left could not be ended");
+    }
+    let aside = images.iter().map(|image| moved_name(image, leaf.attempt.epoch.0));
+    super::note(&leaf.attempt, images.iter().cloned().chain(aside).collect(), &leaf.attempt.peer).await;
+    if row.adopted.is_none()
+        && let Err(error) = leaf.edges.hypervisor.remove_dir(vm)
+    {
+        tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
     }
     for image in &images {
         let aside = moved_name(image, leaf.attempt.epoch.0);

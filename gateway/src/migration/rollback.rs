@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::migration::source::Event;
 
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::{MachineRow, chain};
+use crate::generation::read_notes;
 use crate::hypervisor::{Guest, RunState};
 use crate::migration::anchor::ports;
 
@@ -28,6 +30,7 @@ pub(super) async fn run(
     permit: RunPermit,
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
+    note_return(&leaf, &row).await;
     match &guest {
         Some(guest) => {
             if let Err(error) = end_memory(guest, &mut transfer).await {
@@ -60,6 +63,15 @@ pub(super) async fn run(
     restore_ttl(&leaf, &row, ttl_before_s.send_replace(None).or(row.ttl_before_s)).await;
     leaf.report(Event::RolledBack).await;
     transfer
+}
+
+/// A machine that was refused after it had been given away has a note that says so.
+async fn note_return(leaf: &SourceLeaf, row: &MachineRow) {
+    let (attempt, site) = (&leaf.attempt, leaf.edges.site());
+    let gone = |note: &Generation| note.epoch == attempt.epoch && note.owner != *site;
+    if read_notes(&row.images).is_ok_and(|notes| notes.iter().any(gone)) {
+        super::note(attempt, row.images.clone(), site).await;
+    }
 }
 
 async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), crate::hypervisor::QmpError> {

@@ -23,7 +23,7 @@ use super::precopy::Transfer;
 use super::view::Viewer;
 use super::work::Work;
 use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release, rollback};
-use crate::api::types::{Progressing, WanBytes};
+use crate::api::types::{Progressing, RetryView, WanBytes};
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
 use crate::link::PeerHandle;
@@ -39,6 +39,8 @@ pub struct SourceOptions {
     pub without_dns: bool,
     /// The pause to aim at instead of the configured one.
     pub max_downtime: Option<Duration>,
+    /// Which retry it is; 0 is the operator's own attempt.
+    pub retry: u32,
 }
 
 /// Drives one migration away from this site to its end.
@@ -55,6 +57,8 @@ pub struct SourceDriver {
     ttl_before_s: watch::Sender<Option<u32>>,
     wan_before: WanBytes,
     questions: Option<Questions>,
+    /// The operator wants no attempt to follow.
+    ended_by_operator: bool,
 }
 
 impl SourceDriver {
@@ -86,6 +90,7 @@ impl SourceDriver {
             ttl_before_s: watch::Sender::new(None),
             wan_before,
             questions: None,
+            ended_by_operator: false,
         }
     }
 
@@ -100,7 +105,11 @@ impl SourceDriver {
     }
 
     /// Runs a new migration to its end.
-    pub async fn run(self) -> Result<Outcome, JournalError> {
+    pub async fn run(mut self) -> Result<Outcome, JournalError> {
+        // Paused by its operator is how it is wanted: an attempt that fails does not wake it.
+        if let Some(guest) = &self.guest {
+            self.row.wanted = guest.status().await.map_or(self.row.wanted, |state| state.is_running());
+        }
         let (attempt, limits, now) = (self.leaf.attempt.clone(), self.limits(), self.leaf.edges.now());
         let (machine, step) = Source::begin(attempt, limits, self.options.without_dns, now);
         self.drive(machine, step).await
@@ -149,7 +158,12 @@ impl SourceDriver {
                 Inbound::LinkUp => Event::LinkUp,
                 Inbound::LinkDown => Event::LinkDown,
                 Inbound::Message(message) => self.heard(message),
-                Inbound::Abort => Event::AbortRequested,
+                Inbound::Abort => {
+                    self.ended_by_operator = true;
+                    self.leaf.viewer.retry(None);
+                    Event::AbortRequested
+                }
+                Inbound::Resolve(resolution) => Event::Resolved(resolution),
             },
             Some(event) = self.events.recv() => event,
             () = tokio::time::sleep(wait) => Event::Tick,
@@ -174,7 +188,7 @@ impl SourceDriver {
             }
             Action::Send(message) => {
                 let attempt = &self.leaf.attempt;
-                self.leaf.edges.send(&attempt.peer, attempt.id, &message).await;
+                self.leaf.edges.send(&attempt.peer, attempt.id, &message);
             }
             Action::StartPreCopy(reservation) => {
                 let Some(guest) = self.running_guest().await else { return };
@@ -191,6 +205,8 @@ impl SourceDriver {
             Action::Arbitrate(request) => self.ask(request),
             Action::Attract(handover) => {
                 anchor::tell(&self.anchors, self.attract(&handover)).await;
+                let (attempt, images) = (self.leaf.attempt.clone(), self.row.images.clone());
+                tokio::spawn(async move { super::note(&attempt, images, &attempt.peer).await });
             }
             Action::Release => {
                 let vm = self.leaf.attempt.vm.clone();
@@ -252,7 +268,7 @@ impl SourceDriver {
             && let Some(why) = machine.aborting()
         {
             // The peer is still to be told; for the operator it is over.
-            viewer.end(Progressing::Stayed, Some(why.to_string()));
+            self.stay(why);
         }
         if let Some(peer) = self.leaf.edges.peer(&self.leaf.attempt.peer) {
             let now = wan_bytes(&peer);
@@ -277,9 +293,28 @@ impl SourceDriver {
             }
             Outcome::Stayed(why) => {
                 tracing::info!(%vm, %why, "machine stayed");
-                self.leaf.viewer.end(Progressing::Stayed, Some(why.to_string()));
+                self.stay(why);
             }
         }
+    }
+
+    /// Shows that the machine stayed, and what follows from that: the daemon begins it.
+    fn stay(&self, why: &Refusal) {
+        let viewer = &self.leaf.viewer;
+        if viewer.current().progressing != Progressing::Running {
+            return;
+        }
+        let edges = &self.leaf.edges;
+        let limits = edges.config.migration.retry_limits();
+        let retry = limits.after(self.options.retry, why, edges.site()).filter(|_| !self.ended_by_operator);
+        // First what follows: who sees the end must see both.
+        viewer.retry(retry.map(|retry| RetryView {
+            number: retry.number,
+            of: limits.retries,
+            delay_ms: retry.delay.as_millis() as u64,
+            id: None,
+        }));
+        viewer.end(Progressing::Stayed, Some(why.to_string()));
     }
 
     fn limits(&self) -> SourceLimits {

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use longhaul_core::ids::SiteName;
 use longhaul_core::migration::{Attempt, Stage};
 
-use crate::api::types::{MigrationView, Progressing, RoundView, StageTime, WanBytes};
+use crate::api::types::{MigrationView, Progressing, RetryView, RoundView, StageTime, WanBytes};
 use crate::journal::unix_ms;
 
 /// The writing end of one migration's view. Cheap to clone, so that leaves can report figures.
@@ -30,6 +30,8 @@ impl Viewer {
             to: to.clone(),
             progressing: Progressing::Running,
             reason: None,
+            retry: None,
+            follows: None,
             notices: Vec::new(),
             stage: Stage::PreMigration,
             stages: vec![StageTime { stage: Stage::PreMigration, start_ms: now, end_ms: None }],
@@ -40,6 +42,7 @@ impl Viewer {
             eta_s: None,
             rounds: Vec::new(),
             disk: (0, 0),
+            disk_kept: 0,
             memory: (0, 0),
             pause_ms: None,
             wan: WanBytes::default(),
@@ -104,6 +107,11 @@ impl Viewer {
     /// It is being undone, for this reason.
     pub fn reason(&self, reason: String) {
         self.change(|view| view.reason = Some(reason));
+    }
+
+    /// The attempt that follows by itself, or that none does.
+    pub fn retry(&self, retry: Option<RetryView>) {
+        self.change(|view| view.retry = retry);
     }
 
     /// It is over.

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
+use longhaul_core::tunnel::host::HostAddresses;
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -52,6 +53,7 @@ pub(super) enum Command {
     Sample { key: PortKey, reply: Reply<Vec<FlowTuple>> },
     SampleEnd { key: PortKey, reply: Reply<()> },
     HomeNeighbours { lan: String, reply: Reply<Vec<Neighbour>> },
+    HostAddresses { lans: Vec<String>, reply: Reply<HostAddresses> },
     HoldBegin { request: HoldRequest, reply: Reply<()> },
     HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
     HoldUndo { request: HoldRequest, reply: Reply<()> },
@@ -147,6 +149,7 @@ impl Control {
             Command::Sample { key, reply } => drop(reply.send(self.sample(&key).await)),
             Command::SampleEnd { key, reply } => drop(reply.send(self.sample_end(key).await)),
             Command::HomeNeighbours { lan, reply } => drop(reply.send(self.home_neighbours(&lan).await)),
+            Command::HostAddresses { lans, reply } => drop(reply.send(self.host_addresses(&lans).await)),
             Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
             Command::HoldEndAttract { key, flows, reply } => {
                 drop(reply.send(self.hold_end_attract(key, flows).await));
@@ -210,6 +213,21 @@ impl Control {
             missing.into_iter().for_each(|router| make_kernel_ask(*router));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    async fn host_addresses(&self, lans: &[String]) -> Result<HostAddresses, TunnelError> {
+        let mut devices = Vec::new();
+        for lan in lans {
+            devices.push(self.netlink.link(lan).await?.index);
+        }
+        let mut host = HostAddresses { routers: self.netlink.routers().await?, ..HostAddresses::default() };
+        for (device, prefix) in self.netlink.addresses().await? {
+            host.own.insert(prefix.addr);
+            if devices.contains(&device) {
+                host.lans.insert(prefix);
+            }
+        }
+        Ok(host)
     }
 
     async fn hold_begin(&mut self, request: HoldRequest) -> Result<(), TunnelError> {

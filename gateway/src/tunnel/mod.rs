@@ -38,6 +38,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::handover::{FlowTuple, Neighbour};
+use longhaul_core::tunnel::host::HostAddresses;
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -132,6 +133,12 @@ impl Tunnel {
     /// known is asked for, up to a second.
     pub async fn home_neighbours(&self, lan: String) -> Result<Vec<Neighbour>, TunnelError> {
         self.ask(|reply| Command::HomeNeighbours { lan, reply }).await
+    }
+
+    /// What this host has and where its routes go: its own addresses, its routers, and the networks of the
+    /// devices `lans`. What the kernel does not know stays empty.
+    pub async fn host_addresses(&self, lans: Vec<String>) -> Result<HostAddresses, TunnelError> {
+        self.ask(|reply| Command::HostAddresses { lans, reply }).await
     }
 
     /// From now, packets to the guest are kept; its own still leave. Call it before the guest is stopped.

@@ -4,6 +4,7 @@
 //! carries our routing protocol number, so that it can be found again after a crash. It decides
 //! nothing; `plan` does.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::TryStreamExt;
@@ -14,7 +15,9 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia,
+};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Error, Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
@@ -227,6 +230,29 @@ impl Netlink {
         routers.sort();
         routers.dedup();
         Ok(routers)
+    }
+
+    /// The routers of every route, whatever it is for.
+    pub(super) async fn routers(&self) -> Result<BTreeSet<IpAddr>, TunnelError> {
+        let mut routers = BTreeSet::new();
+        for query in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
+            let mut routes = self.handle.route().get(query).execute();
+            while let Some(route) =
+                routes.try_next().await.map_err(TunnelError::netlink("list the routes"))?
+            {
+                routers.extend(gateways(&route.attributes));
+            }
+        }
+        Ok(routers)
+    }
+
+    /// This host's addresses with their blocks, and the device of each.
+    pub(super) async fn addresses(&self) -> Result<Vec<(u32, Prefix)>, TunnelError> {
+        let listed = self.handle.address().get().execute().try_collect::<Vec<_>>().await;
+        let listed = listed.map_err(TunnelError::netlink("list the addresses"))?;
+        Ok(listed.iter().filter_map(read_address).collect())
     }
 
     /// The neighbours on `device` whose link-layer address is known. Bounded by the caller.
@@ -446,20 +472,46 @@ fn read_neighbour(entry: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
     Some((address?, mac?))
 }
 
+fn read_address(message: &AddressMessage) -> Option<(u32, Prefix)> {
+    let (mut local, mut address) = (None, None);
+    for attribute in &message.attributes {
+        if let AddressAttribute::Local(addr) = attribute {
+            local = Some(*addr);
+        } else if let AddressAttribute::Address(addr) = attribute {
+            // The other end's on a line of two; else the same.
+            address = Some(*addr);
+        }
+    }
+    let own = local.or(address);
+    Some((message.header.index, Prefix { addr: own?, len: message.header.prefix_len }))
+}
+
+/// The routers a route goes through, several if it is spread.
+fn gateways(attributes: &[RouteAttribute]) -> Vec<IpAddr> {
+    let mut found = Vec::new();
+    for attribute in attributes {
+        if let RouteAttribute::Gateway(RouteAddress::Inet(v4)) = attribute {
+            found.push(IpAddr::V4(*v4));
+        }
+        if let RouteAttribute::Gateway(RouteAddress::Inet6(v6)) = attribute {
+            found.push(IpAddr::V6(*v6));
+        }
+        if let RouteAttribute::Via(RouteVia::Inet6(v6)) = attribute {
+            found.push(IpAddr::V6(*v6));
+        }
+        if let RouteAttribute::MultiPath(hops) = attribute {
+            found.extend(hops.iter().flat_map(|hop| gateways(&hop.attributes)));
+        }
+    }
+    found
+}
+
 fn default_router(route: &RouteMessage, device: u32) -> Option<IpAddr> {
     let through = route.attributes.contains(&RouteAttribute::Oif(device));
     if route.header.destination_prefix_length != 0 || !through {
         return None;
     }
-    route.attributes.iter().find_map(|attribute| {
-        if let RouteAttribute::Gateway(RouteAddress::Inet(v4)) = attribute {
-            return Some(IpAddr::V4(*v4));
-        }
-        if let RouteAttribute::Gateway(RouteAddress::Inet6(v6)) = attribute {
-            return Some(IpAddr::V6(*v6));
-        }
-        None
-    })
+    gateways(&route.attributes).first().copied()
 }
 
 fn gone_is_fine(result: Result<(), Error>) -> Result<(), Error> {

@@ -61,7 +61,7 @@ pub fn disk(name: &str) -> DeviceName {
 }
 
 pub fn permit() -> RunPermit {
-    Ownership::Here { epoch: Epoch(0) }.permit(&web1().name, None).unwrap()
+    Ownership::Here { epoch: Epoch(0) }.permit(&web1().name, None, &[]).unwrap()
 }
 
 /// One site: a run directory, a pool of disks, and whatever runs there until the end of the test.

@@ -153,7 +153,7 @@ async fn play(scene: &Scene) -> Result<Seen> {
     let records = scene.names.read(&Scene::name())?;
     let (events_a, events_b) = (monitor_a.events(), monitor_b.events());
     let status_a = scene.a.client().status().await?;
-    let disk = disk_check::compare(scene, &mut monitor_b, &view).await?;
+    let disk = disk_check::compare(scene, &mut monitor_b, &view.id, 1).await?;
     Ok(Seen {
         epoch_unix_ms,
         measured,

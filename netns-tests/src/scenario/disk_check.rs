@@ -9,7 +9,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use gateway::api::types::MigrationView;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -33,6 +32,8 @@ pub struct DiskFindings {
     pub changed: u64,
     /// The service's records and the file system are right.
     pub sound: bool,
+    /// Number of the last record of the service's log.
+    pub last_record: u64,
     /// What the service's records say.
     pub detail: String,
 }
@@ -45,18 +46,19 @@ struct Run {
     data: bool,
 }
 
-/// Stops the machine at the destination and compares its root disk.
-pub async fn compare(scene: &Scene, monitor: &mut Monitor, view: &MigrationView) -> Result<DiskFindings> {
+/// Stops the machine at the destination and compares its root disk. `epoch` is the one that began there.
+pub async fn compare(scene: &Scene, monitor: &mut Monitor, id: &str, epoch: u64) -> Result<DiskFindings> {
     monitor.ask("stop", json!({}))?;
-    let dirty = dirty_runs(scene, monitor)?;
+    let dirty = dirty_runs(scene, monitor, epoch)?;
     scene.b.client().stop(&VM.parse()?).await?;
-    let kept = kept_disk(scene)?;
-    let short = view.id.get(..8).context("The migration has no id")?;
+    let kept = kept_disk(scene, epoch)?;
+    let short = id.get(..8).context("The migration has no id")?;
     let there = scene.b.folder.join("disks").join(format!("{VM}-{ROOT}.{short}.raw"));
     let mut findings = compare_files(&kept, &there, &dirty)?;
     let work = tempfile::tempdir_in(scene.world.lab.scratch())?;
     let (verdict, _) = verify::root_disk(&there, work.path())?;
     findings.sound = verdict.sound();
+    findings.last_record = verdict.log.last;
     findings.detail = format!(
         "log of {} records {}, {} rewritten blocks {}, file system {}",
         verdict.log.records,
@@ -68,9 +70,9 @@ pub async fn compare(scene: &Scene, monitor: &mut Monitor, view: &MigrationView)
     Ok(findings)
 }
 
-fn kept_disk(scene: &Scene) -> Result<PathBuf> {
+fn kept_disk(scene: &Scene, epoch: u64) -> Result<PathBuf> {
     let root = scene.disks.first().context("The guest has no disk")?;
-    let kept = PathBuf::from(format!("{}.moved-e1", root.display()));
+    let kept = PathBuf::from(format!("{}.moved-e{epoch}", root.display()));
     if !kept.exists() {
         bail!("The source did not keep its disk at {}", kept.display());
     }
@@ -78,15 +80,15 @@ fn kept_disk(scene: &Scene) -> Result<PathBuf> {
 }
 
 /// The runs that changed since before the guest resumed, from QEMU's bitmap over NBD.
-fn dirty_runs(scene: &Scene, monitor: &mut Monitor) -> Result<Vec<(u64, u64)>> {
+fn dirty_runs(scene: &Scene, monitor: &mut Monitor, epoch: u64) -> Result<Vec<(u64, u64)>> {
     let nodes = monitor.ask("query-named-block-nodes", json!({ "flat": true }))?;
     let nodes = nodes.as_array().context("QEMU lists no nodes")?;
-    let bitmap = "longhaul-e1";
+    let bitmap = format!("longhaul-e{epoch}");
     let node = nodes
         .iter()
         .find(|node| {
             let bitmaps = node["dirty-bitmaps"].as_array();
-            let named = bitmaps.is_some_and(|all| all.iter().any(|each| each["name"] == bitmap));
+            let named = bitmaps.is_some_and(|all| all.iter().any(|each| each["name"] == bitmap.as_str()));
             named && node["node-name"].as_str().is_some_and(|name| name.contains(ROOT))
         })
         .and_then(|node| node["node-name"].as_str())

@@ -74,11 +74,12 @@ impl SiteFiles {
              [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
              [hypervisor]\nuid_base = 200000\n\
              [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
-             [tunnel]\nquiet_s = 3\n",
+             [tunnel]\nquiet_s = {quiet_s}\n",
             name = self.spec.name,
             host = self.spec.host_address(),
             kernel = image.kernel.display(),
             initrd = image.initrd.display(),
+            quiet_s = options.quiet_s,
         );
         if !options.migration.is_empty() {
             writeln!(text, "[migration]\n{}", options.migration.join("\n"))?;
@@ -156,6 +157,11 @@ impl Gateway {
     /// The API's socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.join("run/api.sock")
+    }
+
+    /// What must outlive the daemon.
+    pub fn journal(&self) -> PathBuf {
+        self.folder.join("state/journal.redb")
     }
 
     /// The daemon's log.

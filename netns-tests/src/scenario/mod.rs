@@ -13,6 +13,7 @@ pub mod options;
 pub mod outside;
 pub mod programs;
 pub mod scene;
+pub mod traces;
 pub mod traffic;
 
 pub use options::SceneOptions;

@@ -1,6 +1,7 @@
 //! The scene's name server: hickory in this process, or Debian's BIND as a process of its own, both on
 //! sockets in the name server's namespace.
 
+use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use dnsupdater::test_server::{Grant, TestServer, TestZone};
-use dnsupdater::{DnsName, Key, Records, Updater, UpdaterConfig};
+use dnsupdater::{DnsName, Key, Ownership, Records, Updater, UpdaterConfig};
 
 use super::options::DnsServer;
 use crate::netns::Namespace;
@@ -24,6 +25,7 @@ const PORT: u16 = 53;
 
 /// A running name server.
 pub struct Names {
+    kind: DnsServer,
     server: Running,
     namespace: Namespace,
     key_file: PathBuf,
@@ -49,17 +51,35 @@ impl Names {
         let text =
             format!("key \"{KEY_NAME}\" {{\n  algorithm hmac-sha256;\n  secret \"{KEY_SECRET}\";\n}};\n");
         std::fs::write(&key_file, text)?;
-        let label = name.strip_suffix(&format!(".{ZONE}")).context("The name is outside the zone")?;
-        let zone = format!(
-            "$TTL 300\n@ IN SOA ns1 admin 1 3600 600 86400 5\n@ IN NS ns1\nns1 IN A {NAME_SERVER}\n\
-             {label} {ttl_s} IN A {address}\n"
-        );
-        let server = match kind {
-            DnsServer::Hickory => Running::Hickory(Some(hickory(namespace, &key_file, zone)?)),
-            DnsServer::Bind9 => Running::Bind9(bind9(namespace, folder, &zone)?),
-        };
-        let names = Self { server, namespace: namespace.clone(), key_file };
-        Ok(names)
+        let zone = zone(name, &[address], ttl_s, None)?;
+        let server = run(kind, namespace, &key_file, zone)?;
+        Ok(Self { kind, server, namespace: namespace.clone(), key_file })
+    }
+
+    /// Starts it again after [`Self::stop`], with what it said of `name` then.
+    pub fn start_again(&mut self, name: &str, said: &Records) -> Result<()> {
+        self.serve(name, zone(name, &said.addresses, said.ttl_s().unwrap_or(300), said.ownership())?)
+    }
+
+    /// Starts it anew with `name` pointing at `address`, as if it had never moved.
+    pub fn start_anew(&mut self, name: &str, address: IpAddr, ttl_s: u32) -> Result<()> {
+        self.stop()?;
+        self.serve(name, zone(name, &[address], ttl_s, None)?)
+    }
+
+    fn serve(&mut self, name: &str, zone: String) -> Result<()> {
+        // BIND's own record of changes belongs to the zone file of before.
+        let _ = std::fs::remove_file(self.key_file.with_file_name("zone.jnl"));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match run(self.kind, &self.namespace, &self.key_file, zone.clone()) {
+                Ok(server) => break self.server = server,
+                Err(error) if Instant::now() > deadline => return Err(error),
+                // The sockets of the one that was stopped are just being closed.
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+        self.wait(name)
     }
 
     /// Where it answers.
@@ -145,6 +165,28 @@ impl Drop for Names {
         // Nothing to do about a name server that cannot be stopped: the namespace goes with it.
         let _ = self.stop();
     }
+}
+
+/// The zone's text: one machine's name, and its ownership record if it has one.
+fn zone(name: &str, addresses: &[IpAddr], ttl_s: u32, ownership: Option<&Ownership>) -> Result<String> {
+    let label = name.strip_suffix(&format!(".{ZONE}")).context("The name is outside the zone")?;
+    let mut zone =
+        format!("$TTL 300\n@ IN SOA ns1 admin 1 3600 600 86400 5\n@ IN NS ns1\nns1 IN A {NAME_SERVER}\n");
+    for address in addresses {
+        writeln!(zone, "{label} {ttl_s} IN {} {address}", if address.is_ipv4() { "A" } else { "AAAA" })?;
+    }
+    if let Some(ownership) = ownership {
+        writeln!(zone, "_longhaul.{label} 0 IN TXT \"{ownership}\"")?;
+    }
+    Ok(zone)
+}
+
+fn run(kind: DnsServer, namespace: &Namespace, key_file: &Path, zone: String) -> Result<Running> {
+    let folder = key_file.parent().context("The key has no folder")?;
+    Ok(match kind {
+        DnsServer::Hickory => Running::Hickory(Some(hickory(namespace, key_file, zone)?)),
+        DnsServer::Bind9 => Running::Bind9(bind9(namespace, folder, &zone)?),
+    })
 }
 
 fn hickory(namespace: &Namespace, key_file: &Path, zone: String) -> Result<TestServer> {

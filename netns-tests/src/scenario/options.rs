@@ -35,6 +35,10 @@ pub struct SceneOptions {
     pub ttl_s: u32,
     /// Lines for `[migration]` of both sites' configuration.
     pub migration: Vec<String>,
+    /// How long nobody may have opened a connection to the home address before the tunnel ends.
+    pub quiet_s: u64,
+    /// Size of the file whose blocks the guest rewrites.
+    pub dirt_bytes: u64,
 }
 
 /// The name server of a scene.
@@ -62,6 +66,8 @@ impl Default for SceneOptions {
             dns: DnsServer::Hickory,
             ttl_s: 20,
             migration: Vec::new(),
+            quiet_s: 3,
+            dirt_bytes: 64 << 20,
         }
     }
 }

@@ -53,6 +53,7 @@ impl Scene {
         let image = GuestImage::ensure(&ImageSpec {
             disk_bytes: options.disk_bytes,
             second_disk_bytes: options.two_of_each.then_some(256 << 20),
+            dirt_bytes: options.dirt_bytes,
             ..ImageSpec::new(&programs.guest_agent)
         })?;
         let emulator = Emulator::detect()?;

@@ -44,6 +44,8 @@ pub enum Channel {
     Memory,
     /// The disk with this index in the machine's definition.
     Disk(u8),
+    /// What the destination has of that disk already, on the way to the source.
+    Map(u8),
 }
 
 impl fmt::Display for Channel {
@@ -51,6 +53,7 @@ impl fmt::Display for Channel {
         match self {
             Self::Memory => f.write_str("memory"),
             Self::Disk(index) => write!(f, "disk{index}"),
+            Self::Map(index) => write!(f, "map{index}"),
         }
     }
 }
@@ -111,6 +114,7 @@ impl ChunkHeader {
         let (kind, disk) = match self.id.channel {
             Channel::Memory => (0, 0),
             Channel::Disk(index) => (1, index),
+            Channel::Map(index) => (2, index),
         };
         let mut bytes = [0; Self::LEN];
         bytes[..16].copy_from_slice(&self.id.migration.0.to_be_bytes());
@@ -125,6 +129,7 @@ impl ChunkHeader {
         let channel = match (bytes[16], bytes[17]) {
             (0, 0) => Channel::Memory,
             (1, index) => Channel::Disk(index),
+            (2, index) => Channel::Map(index),
             _ => return Err(HeaderError::Unknown),
         };
         let length_bytes = u32::from_be_bytes(array(&bytes[27..]));

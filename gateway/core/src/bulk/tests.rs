@@ -184,8 +184,8 @@ proptest! {
     }
 
     #[test]
-    fn headers_survive_encoding(migration: u128, disk: Option<u8>, number: u64, length in 0..=MAX_CHUNK_BYTES) {
-        let channel = disk.map_or(Channel::Memory, Channel::Disk);
+    fn headers_survive_encoding(migration: u128, disk: Option<u8>, map: bool, number: u64, length in 0..=MAX_CHUNK_BYTES) {
+        let channel = disk.map_or(Channel::Memory, if map { Channel::Map } else { Channel::Disk });
         let id = BulkId { migration: MigrationId(migration), channel };
         let header = ChunkHeader { id, number, length_bytes: length, end: length == 0 };
         prop_assert_eq!(ChunkHeader::decode(&header.encode()), Ok(header));

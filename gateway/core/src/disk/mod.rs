@@ -3,12 +3,14 @@
 //! ```text
 //!  guest writes ─▶ MirrorSource ─chunks of numbered records─▶ MirrorTarget ─steps─▶ destination disk
 //!  re-reads ─────▶ (bitmap, queue)                           (order, digest, flush)
+//!                        ◀──────────────map of blocks───────────── MapWriter
 //! ```
 //!
 //! Every position is a byte offset on the disk, every decision is made in blocks of [`BLOCK`] bytes.
 //! Nothing here talks NBD, reads an image or knows how chunks travel: `gateway::disk` does.
 
 mod bitmap;
+mod map;
 #[cfg(test)]
 mod model_tests;
 mod queue;
@@ -17,8 +19,11 @@ mod source;
 mod target;
 
 pub use bitmap::Bitmap;
+pub use map::{MapError, MapWriter};
 pub use record::{Barrier, Chunk, ChunkError, MAX_BODY, MAX_RECORDS, Record, RunningDigest, decode_chunk};
-pub use source::{Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError};
+pub use source::{
+    Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError, TargetDisk,
+};
 pub use target::{MirrorTarget, Step, TargetConfig, TargetCounters, TargetError};
 
 /// The granularity of the mirror in bytes: 64 KiB, which is also QEMU's own mirror granularity, so

@@ -1,5 +1,6 @@
 //! The whole mirror against a model: guest, QEMU's mirror job, reader, channel and target disk, with
-//! every step at an arbitrary moment. The target must end equal to the source, always.
+//! every step at an arbitrary moment. The target must end equal to the source, always, whatever its disk
+//! held before and was told of it.
 
 use std::time::Duration;
 
@@ -31,17 +32,41 @@ struct World {
     /// Steps under way, with whether the disk has them already.
     steps: Vec<(Step, bool)>,
     target_disk: Vec<u8>,
+    /// What of the target's disk is still to be told to the source.
+    map: Option<MapWriter>,
+    refused: Option<TargetError>,
     now: Duration,
     proven: Option<Barrier>,
 }
 
+/// What a block of the target's disk holds of an earlier attempt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kept {
+    Nothing,
+    Same,
+    Older,
+    Foreign,
+}
+
 impl World {
-    fn new(config: SourceConfig) -> Self {
+    fn new(config: SourceConfig, kept: &[Kept]) -> Self {
         let disk: Vec<u8> = (0..SIZE).map(|at| if at / 50_000 % 2 == 0 { 0 } else { at as u8 | 1 }).collect();
         let dirty = vec![config.existing == Existing::Mirrored; SIZE.div_ceil(GRANULE)];
         let target = TargetConfig { max_in_flight: 5, flush_bytes: 100_000, ..TargetConfig::default() };
+        let mut target_disk = vec![if config.target == TargetDisk::Unknown { 0xEE } else { 0 }; SIZE];
+        for (index, block) in target_disk.chunks_mut(BLOCK as usize).enumerate() {
+            let now = &disk[index * BLOCK as usize..][..block.len()];
+            match kept.get(index) {
+                Some(Kept::Same) => block.copy_from_slice(now),
+                Some(Kept::Older) => block.iter_mut().zip(now).for_each(|(old, new)| *old = new / 2),
+                Some(Kept::Foreign) => block.fill(0xAB),
+                Some(Kept::Nothing) | None => {}
+            }
+        }
         Self {
-            target_disk: vec![if config.target_is_zero { 0 } else { 0xEE }; SIZE],
+            target_disk,
+            map: (config.target == TargetDisk::Told).then(|| MapWriter::new(SIZE as u64)),
+            refused: None,
             qemu: Qemu { disk, dirty, under_way: Vec::new() },
             source: MirrorSource::new(SIZE as u64, config),
             reads: Vec::new(),
@@ -54,7 +79,7 @@ impl World {
     }
 
     fn step(&mut self, (what, place, amount): Event) {
-        match what % 10 {
+        match what % 11 {
             0 | 1 => self.guest_write(place as usize * 512 % SIZE, amount),
             2 => self.mirror_reads(place as usize),
             3 => self.mirror_writes(place as usize, amount),
@@ -63,7 +88,8 @@ impl World {
             6 => self.read_ends(place as usize, amount),
             7 => self.chunk_travels(),
             8 => self.target_starts(amount),
-            _ => self.target_answers(place as usize),
+            9 => self.target_answers(place as usize),
+            _ => self.map_travels(amount),
         }
     }
 
@@ -144,6 +170,26 @@ impl World {
         }
     }
 
+    /// Blocks are hashed as they are at this moment, while the mirror writes.
+    fn map_travels(&mut self, amount: u16) {
+        let Some(map) = &mut self.map else { return };
+        for _ in 0..amount % 5 {
+            let Some(block) = map.next() else { break };
+            let at = block as usize * BLOCK as usize;
+            let content = &self.target_disk[at..(at + BLOCK as usize).min(SIZE)];
+            match content.iter().all(|byte| *byte == 0) || amount.is_multiple_of(7) {
+                true => map.skip(1),
+                false => map.tell(blake3::hash(content).as_bytes()),
+            }
+        }
+        let complete = map.next().is_none();
+        self.source.handle_map(map.finish()).unwrap();
+        if complete || amount.is_multiple_of(29) {
+            self.source.handle_map_end();
+            self.map = None;
+        }
+    }
+
     fn target_starts(&mut self, amount: u16) {
         if self.target.wants_chunk() && !self.channel.is_empty() {
             self.target.handle_chunk(self.channel.remove(0)).unwrap();
@@ -151,7 +197,7 @@ impl World {
         self.now += Duration::from_millis(u64::from(amount % 1000));
         match self.target.poll_step(self.now) {
             Some(Step::Proven(barrier)) => self.proven = Some(barrier),
-            Some(step @ (Step::Write { .. } | Step::Zero { .. } | Step::Flush)) => {
+            Some(step @ (Step::Write { .. } | Step::Zero { .. } | Step::Hash { .. } | Step::Flush)) => {
                 // The server may do the work at once and answer late, or do both late.
                 let early = amount.is_multiple_of(2);
                 if early {
@@ -173,6 +219,12 @@ impl World {
         }
         match step {
             Step::Write { number, .. } | Step::Zero { number, .. } => self.target.handle_applied(number),
+            Step::Hash { number, offset, len } => {
+                let found = blake3::hash(&self.target_disk[offset as usize..][..len as usize]);
+                if let Err(error) = self.target.handle_hashed(number, *found.as_bytes()) {
+                    self.refused = Some(error);
+                }
+            }
             Step::Flush => self.target.handle_flushed(),
             Step::Proven(_) => unreachable!("never under way"),
         }
@@ -187,10 +239,10 @@ impl World {
         self.source.handle_finish();
         self.proven = None;
         for round in 0..10_000 {
-            if self.proven.is_some() {
+            if self.proven.is_some() || self.refused.is_some() {
                 break;
             }
-            for what in 4..10 {
+            for what in 4..11 {
                 self.step((what, round, round % 4 * 2 + 1));
             }
         }
@@ -201,14 +253,18 @@ fn apply(disk: &mut [u8], step: &Step) {
     match step {
         Step::Write { offset, data, .. } => disk[*offset as usize..][..data.len()].copy_from_slice(data),
         Step::Zero { offset, len, .. } => disk[*offset as usize..][..*len as usize].fill(0),
-        Step::Flush | Step::Proven(_) => {}
+        Step::Hash { .. } | Step::Flush | Step::Proven(_) => {}
     }
 }
 
 /// Runs the events, finishes, runs on after a reopening and finishes again; true if all is equal.
 fn converges(config: SourceConfig, mutant: bool, first: &[Event], second: &[Event]) -> bool {
-    let mut world = World::new(config);
+    let mut world = World::new(config, &[]);
     world.source.mutant_ignores_overtaking = mutant;
+    ends_equal(&mut world, first, second)
+}
+
+fn ends_equal(world: &mut World, first: &[Event], second: &[Event]) -> bool {
     first.iter().for_each(|event| world.step(*event));
     world.finish();
     let once = world.proven.is_some() && world.target_disk == world.qemu.disk;
@@ -224,11 +280,18 @@ fn converges(config: SourceConfig, mutant: bool, first: &[Event], second: &[Even
 fn any_config() -> impl Strategy<Value = SourceConfig> {
     let existing = prop_oneof![Just(Existing::Reread), Just(Existing::Mirrored)];
     let sizes = (prop_oneof![Just(0), Just(100_000), Just(64 << 20)], 0..300_000u64, 1..4usize);
-    (sizes, existing, any::<bool>()).prop_map(|(sizes, existing, target_is_zero)| {
+    let target = prop_oneof![Just(TargetDisk::Unknown), Just(TargetDisk::Zero), Just(TargetDisk::Told)];
+    (sizes, existing, target).prop_map(|(sizes, existing, target)| {
         let (buffer_bytes, read_ahead_bytes, max_reads) = sizes;
         let max_chunk = 150_000;
-        SourceConfig { buffer_bytes, read_ahead_bytes, max_reads, max_chunk, existing, target_is_zero }
+        let map_bytes = 1 << 20;
+        SourceConfig { buffer_bytes, read_ahead_bytes, max_reads, max_chunk, existing, target, map_bytes }
     })
+}
+
+fn any_kept() -> impl Strategy<Value = Vec<Kept>> {
+    let kept = prop_oneof![Just(Kept::Nothing), Just(Kept::Same), Just(Kept::Older), Just(Kept::Foreign)];
+    prop::collection::vec(kept, 0..8)
 }
 
 fn any_events(most: usize) -> impl Strategy<Value = Vec<Event>> {
@@ -243,6 +306,18 @@ proptest! {
         config in any_config(), first in any_events(250), second in any_events(100),
     ) {
         prop_assert!(converges(config, false, &first, &second));
+    }
+
+    #[test]
+    fn the_target_ends_equal_whatever_it_held_before(
+        sizes in any_config(), kept in any_kept(), first in any_events(250), second in any_events(100),
+    ) {
+        let config = SourceConfig { target: TargetDisk::Told, existing: Existing::Reread, ..sizes };
+        let mut world = World::new(config, &kept);
+        prop_assert!(ends_equal(&mut world, &first, &second));
+        prop_assert_eq!(world.refused, None);
+        let counted = (world.target.counters().same_bytes, world.source.counters().same_bytes);
+        prop_assert!(counted.0 <= counted.1, "{:?}", counted);
     }
 
     #[test]
@@ -263,4 +338,89 @@ fn a_read_that_a_write_overtook_is_discarded() {
 #[test]
 fn without_the_overtaking_rule_the_target_differs() {
     assert!(!converges(SourceConfig::default(), true, &OVERTAKING, &[]));
+}
+
+const TOLD: SourceConfig = SourceConfig {
+    buffer_bytes: 64 << 20,
+    read_ahead_bytes: 4 << 20,
+    max_reads: 4,
+    max_chunk: 1 << 20,
+    existing: Existing::Reread,
+    target: TargetDisk::Told,
+    map_bytes: 1 << 20,
+};
+
+#[test]
+fn only_what_differs_travels() {
+    let mut world = World::new(TOLD, &[Kept::Same, Kept::Same, Kept::Older, Kept::Same, Kept::Foreign]);
+    world.qemu.disk[4 * BLOCK as usize..5 * BLOCK as usize].fill(0);
+    world.finish();
+    assert!(world.target_disk == world.qemu.disk && world.proven.is_some());
+    let (source, target) = (world.source.counters(), world.target.counters());
+    assert_eq!((target.same_bytes, source.same_bytes), (3 * BLOCK, 3 * BLOCK));
+    assert_eq!((source.zero_bytes, target.applied_bytes), (BLOCK, SIZE as u64), "zeros are made zero");
+}
+
+#[test]
+fn a_new_disk_is_sent_no_zeros() {
+    let mut world = World::new(TOLD, &[]);
+    world.qemu.disk[..BLOCK as usize].fill(0);
+    world.source.handle_map(MapWriter::of_new_disk()).unwrap();
+    world.map = None;
+    world.finish();
+    assert!(world.target_disk == world.qemu.disk && world.proven.is_some());
+    assert_eq!(world.target.counters().applied_bytes, SIZE as u64 - BLOCK);
+}
+
+#[test]
+fn nothing_is_read_ahead_of_the_map_and_all_is_when_it_ends() {
+    let mut source = MirrorSource::new(SIZE as u64, TOLD);
+    assert_eq!(source.poll_read(BLOCK), None);
+    let mut map = MapWriter::new(SIZE as u64);
+    map.skip(2);
+    source.handle_map(map.finish()).unwrap();
+    assert_eq!(source.poll_read(8 * BLOCK), Some(ReadRun { offset: 0, len: 2 * BLOCK }));
+    assert_eq!(source.poll_read(8 * BLOCK), None);
+    source.handle_map(Bytes::from_static(b"nonsense")).unwrap_err();
+    assert_eq!(source.poll_read(2 * BLOCK), Some(ReadRun { offset: 2 * BLOCK, len: 2 * BLOCK }));
+}
+
+/// A disk that changed after it was told of must never be believed.
+#[test]
+fn a_kept_block_that_rots_after_it_was_told_of_is_refused() {
+    let mut world = World::new(TOLD, &[Kept::Same; 6]);
+    while world.map.is_some() {
+        world.map_travels(4);
+    }
+    let at = world.qemu.disk.iter().position(|byte| *byte != 0).unwrap();
+    world.target_disk[at] ^= 1;
+    world.finish();
+    assert!(matches!(world.refused, Some(TargetError::Differs { .. })), "{:?}", world.refused);
+    assert_eq!(world.proven, None);
+}
+
+/// The map says what is there, the guest's write is queued, the block is read again as it was told.
+fn written_and_written_back(mutant: bool) -> World {
+    let mut world = World::new(TOLD, &[Kept::Same; 6]);
+    world.source.mutant_believes_old_news = mutant;
+    while world.map.is_some() {
+        world.map_travels(4);
+    }
+    world.finish();
+    world.source.handle_reopen();
+    let at = world.qemu.disk.iter().position(|byte| *byte != 0).unwrap() as u64;
+    let before = world.qemu.disk[at as usize];
+    assert_ne!(before, b'o');
+    world.source.handle_write(at, Bytes::from_static(b"other")).unwrap();
+    world.chunk_travels();
+    world.source.handle_trim(at, 5).unwrap();
+    world.finish();
+    world
+}
+
+#[test]
+fn what_was_told_of_a_block_holds_until_something_is_sent_for_it() {
+    let world = written_and_written_back(false);
+    assert!(world.refused.is_none() && world.target_disk == world.qemu.disk);
+    assert!(written_and_written_back(true).refused.is_some(), "the mutant is caught at the target");
 }

@@ -77,7 +77,11 @@ impl RecordQueue {
                     self.places.insert((start, *last.key()), end);
                     true
                 }
-                Record::Zero { .. } | Record::Write { .. } | Record::Flush | Record::Barrier(_) => false,
+                Record::Zero { .. }
+                | Record::Write { .. }
+                | Record::Same { .. }
+                | Record::Flush
+                | Record::Barrier(_) => false,
             },
             None => false,
         }
@@ -114,7 +118,7 @@ mod tests {
         match record {
             Record::Write { offset, data } => disk[*offset as usize..][..data.len()].copy_from_slice(data),
             Record::Zero { offset, len } => disk[*offset as usize..][..*len as usize].fill(0),
-            Record::Flush | Record::Barrier(_) => {}
+            Record::Same { .. } | Record::Flush | Record::Barrier(_) => {}
         }
     }
 

@@ -4,6 +4,7 @@
 //!  chunk  = version u8 | flags u8 | first number u64 | records u32 | body length u32 | body
 //!  record = kind u8 | write: offset u64, length u32, payload
 //!                   | zero: offset u64, length u64
+//!                   | same: offset u64, length u32, hash [32]
 //!                   | flush: nothing
 //!                   | barrier: records u64, last number u64, digest [32]
 //! ```
@@ -42,6 +43,16 @@ pub enum Record {
         /// How many bytes.
         len: u64,
     },
+    /// `len` bytes at byte `offset`, at most a block, are there already: the destination holds what has
+    /// this BLAKE3 hash, and refuses the mirror if it does not.
+    Same {
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: u32,
+        /// Of the source's content.
+        hash: [u8; 32],
+    },
     /// The guest asked for its writes to be durable.
     Flush,
     /// All records before this one, so that the other end can prove that it has them.
@@ -55,7 +66,7 @@ pub struct Barrier {
     pub records: u64,
     /// The number of the last of them; records are numbered from 1.
     pub last_number: u64,
-    /// BLAKE3 over number, kind, offset, length and payload of each of them, in order.
+    /// BLAKE3 over number, kind, offset, length and payload or hash of each of them, in order.
     pub digest: [u8; 32],
 }
 
@@ -112,16 +123,18 @@ impl Record {
         match self {
             Self::Write { data, .. } => WRITE_HEADER + data.len(),
             Self::Zero { .. } => 17,
+            Self::Same { .. } => 45,
             Self::Flush => 1,
             Self::Barrier(_) => 49,
         }
     }
 
-    /// First byte and end of what the record changes on the disk.
+    /// First byte and end of what the record changes on the disk, or says of it.
     pub(super) fn range(&self) -> Option<(u64, u64)> {
         match self {
             Self::Write { offset, data } => Some((*offset, offset + data.len() as u64)),
             Self::Zero { offset, len } => Some((*offset, offset + len)),
+            Self::Same { offset, len, .. } => Some((*offset, offset + u64::from(*len))),
             Self::Flush | Self::Barrier(_) => None,
         }
     }
@@ -130,7 +143,7 @@ impl Record {
     pub(super) fn payload_len(&self) -> u64 {
         match self {
             Self::Write { data, .. } => data.len() as u64,
-            Self::Zero { .. } | Self::Flush | Self::Barrier(_) => 0,
+            Self::Zero { .. } | Self::Same { .. } | Self::Flush | Self::Barrier(_) => 0,
         }
     }
 
@@ -141,6 +154,7 @@ impl Record {
             Self::Zero { offset, len } => (2, *offset, *len),
             Self::Flush => (3, 0, 0),
             Self::Barrier(_) => (4, 0, 0),
+            Self::Same { offset, len, .. } => (5, *offset, u64::from(*len)),
         }
     }
 
@@ -156,6 +170,11 @@ impl Record {
             Self::Zero { .. } => {
                 body.extend(offset.to_le_bytes());
                 body.extend(len.to_le_bytes());
+            }
+            Self::Same { offset, len, hash } => {
+                body.extend(offset.to_le_bytes());
+                body.extend(len.to_le_bytes());
+                body.extend(hash);
             }
             Self::Flush => {}
             Self::Barrier(barrier) => body.extend(barrier.to_bytes()),
@@ -176,9 +195,12 @@ impl Record {
             3 => Ok(Self::Flush),
             4 => {
                 let (records, last_number) = (u64_from(body)?, u64_from(body)?);
-                let mut digest = [0; 32];
-                body.try_copy_to_slice(&mut digest).map_err(|_| ChunkError::Short)?;
-                Ok(Self::Barrier(Barrier { records, last_number, digest }))
+                Ok(Self::Barrier(Barrier { records, last_number, digest: hash_from(body)? }))
+            }
+            5 => {
+                let offset = u64_from(body)?;
+                let len = body.try_get_u32_le().map_err(|_| ChunkError::Short)?;
+                Ok(Self::Same { offset, len, hash: hash_from(body)? })
             }
             kind => Err(ChunkError::Kind(kind)),
         }
@@ -209,6 +231,7 @@ impl RunningDigest {
         match record {
             Record::Write { data, .. } => self.hasher.update(data),
             Record::Barrier(barrier) => self.hasher.update(&barrier.to_bytes()),
+            Record::Same { hash, .. } => self.hasher.update(hash),
             Record::Zero { .. } | Record::Flush => &mut self.hasher,
         };
     }
@@ -310,6 +333,12 @@ fn u64_from(body: &mut Bytes) -> Result<u64, ChunkError> {
     body.try_get_u64_le().map_err(|_| ChunkError::Short)
 }
 
+fn hash_from(body: &mut Bytes) -> Result<[u8; 32], ChunkError> {
+    let mut hash = [0; 32];
+    body.try_copy_to_slice(&mut hash).map_err(|_| ChunkError::Short)?;
+    Ok(hash)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -324,6 +353,8 @@ mod tests {
             4 => (any::<u64>(), prop_oneof![noise, same])
                 .prop_map(|(offset, data)| Record::Write { offset, data: data.into() }),
             2 => (any::<u64>(), any::<u64>()).prop_map(|(offset, len)| Record::Zero { offset, len }),
+            2 => (any::<u64>(), any::<u32>(), any::<[u8; 32]>())
+                .prop_map(|(offset, len, hash)| Record::Same { offset, len, hash }),
             1 => Just(Record::Flush),
             1 => barrier.prop_map(|(records, last_number, digest)| {
                 Record::Barrier(Barrier { records, last_number, digest })
@@ -389,6 +420,23 @@ mod tests {
     }
 
     #[test]
+    fn the_encoding_is_pinned() {
+        let mut body = Vec::new();
+        let records = [
+            Record::Write { offset: 1, data: Bytes::from_static(b"ab") },
+            Record::Zero { offset: 2, len: 3 },
+            Record::Flush,
+            Record::Same { offset: 4, len: 5, hash: [6; 32] },
+        ];
+        records.iter().for_each(|record| record.encode(&mut body));
+        let mut expected = vec![1, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, b'a', b'b'];
+        expected.extend([2, 2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 3]);
+        expected.extend([5, 4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0]);
+        expected.extend([6; 32]);
+        assert_eq!(body, expected);
+    }
+
+    #[test]
     fn compressible_bodies_shrink_and_others_travel_raw() {
         let same = Record::Write { offset: 0, data: vec![7; 60_000].into() };
         let mut noise = vec![0; 60_000];
@@ -426,6 +474,7 @@ mod tests {
             vec![write(0, 1), write(16, 2)],
             vec![write(0, 1), Record::Zero { offset: 8, len: 8 }],
             vec![write(0, 1), write(8, 2), Record::Flush],
+            vec![write(0, 1), Record::Same { offset: 8, len: 8, hash: [2; 32] }],
         ] {
             assert_ne!(digest_of(&other), reference);
         }

@@ -16,10 +16,14 @@
 //! The order of records is the order in which their content became known: a write behind the re-read it
 //! overtook would be undone by it, therefore such a re-read is thrown away. It never waits and never
 //! refuses a guest's write for lack of room: what does not fit is forgotten and read again later.
+//!
+//! Where the destination has told what it holds of a block, and nothing was sent for that block yet, equal
+//! content travels as its hash. Re-reads do not run ahead of what was told.
 
 use bytes::Bytes;
 
 use super::bitmap::Bitmap;
+use super::map::{BlockMap, MapError};
 use super::queue::{RECORD_COST, RecordQueue};
 use super::record::{Barrier, ChunkPacker, Record, RunningDigest};
 use super::{BLOCK, split_blocks};
@@ -36,6 +40,17 @@ pub enum Existing {
     Mirrored,
 }
 
+/// What is known of the destination's disk before anything is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TargetDisk {
+    /// Nothing: everything is sent.
+    Unknown,
+    /// It is new and reads as zeros: zeros need not be sent.
+    Zero,
+    /// The destination tells, with [`MirrorSource::handle_map`].
+    Told,
+}
+
 /// Limits of one mirror.
 #[derive(Debug, Clone, Copy)]
 pub struct SourceConfig {
@@ -50,8 +65,11 @@ pub struct SourceConfig {
     pub max_chunk: usize,
     /// Who sends the existing content.
     pub existing: Existing,
-    /// The destination's disk is new and reads as zeros: zeros need not be sent.
-    pub target_is_zero: bool,
+    /// What is known of the destination's disk.
+    pub target: TargetDisk,
+    /// Memory for what the destination tells of its disk, in bytes. 16 for each block of content: 1 MiB
+    /// tells of 4 GiB. What it does not hold is sent again.
+    pub map_bytes: u64,
 }
 
 impl Default for SourceConfig {
@@ -62,7 +80,8 @@ impl Default for SourceConfig {
             max_reads: 4,
             max_chunk: (1 << 20) - 1024,
             existing: Existing::Reread,
-            target_is_zero: false,
+            target: TargetDisk::Unknown,
+            map_bytes: 64 << 20,
         }
     }
 }
@@ -92,6 +111,8 @@ pub struct SourceCounters {
     pub sent_bytes: u64,
     /// The chunks themselves, after compression.
     pub chunk_bytes: u64,
+    /// Content that the destination had already, and that travelled as its hash.
+    pub same_bytes: u64,
     /// Content of zero that travelled as a length, or not at all.
     pub zero_bytes: u64,
     /// Guest writes that found no room and are read again.
@@ -142,6 +163,9 @@ pub struct MirrorSource {
     overtaken: Bitmap,
     /// Blocks that are zero at the destination once everything queued is applied.
     blank: Bitmap,
+    /// Blocks that something was queued for: what was told of them holds no longer.
+    touched: Bitmap,
+    map: BlockMap,
     cursor: u64,
     reads: usize,
     queue: RecordQueue,
@@ -151,6 +175,8 @@ pub struct MirrorSource {
     phase: Phase,
     #[cfg(test)]
     pub(super) mutant_ignores_overtaking: bool,
+    #[cfg(test)]
+    pub(super) mutant_believes_old_news: bool,
 }
 
 impl MirrorSource {
@@ -158,13 +184,20 @@ impl MirrorSource {
     pub fn new(size: u64, config: SourceConfig) -> Self {
         let blocks = size.div_ceil(BLOCK);
         let max_chunk = config.max_chunk.max(2 * BLOCK as usize);
+        let mut map = BlockMap::new(blocks, config.map_bytes);
+        match config.target {
+            TargetDisk::Told => {}
+            TargetDisk::Unknown | TargetDisk::Zero => map.end(),
+        }
         Self {
             size,
             config: SourceConfig { max_reads: config.max_reads.max(1), max_chunk, ..config },
             dirty: Bitmap::new(blocks, config.existing == Existing::Reread),
             reading: Bitmap::new(blocks, false),
             overtaken: Bitmap::new(blocks, false),
-            blank: Bitmap::new(blocks, config.target_is_zero),
+            blank: Bitmap::new(blocks, config.target == TargetDisk::Zero),
+            touched: Bitmap::new(blocks, false),
+            map,
             cursor: 0,
             reads: 0,
             queue: RecordQueue::default(),
@@ -174,7 +207,24 @@ impl MirrorSource {
             phase: Phase::Copying,
             #[cfg(test)]
             mutant_ignores_overtaking: false,
+            #[cfg(test)]
+            mutant_believes_old_news: false,
         }
+    }
+
+    /// The destination told what it has of its disk's next blocks. After an error nothing more is
+    /// believed, which costs only time.
+    pub fn handle_map(&mut self, chunk: Bytes) -> Result<(), MapError> {
+        let added = self.map.add(chunk);
+        if added.is_err() {
+            self.map.end();
+        }
+        added
+    }
+
+    /// The destination tells nothing more.
+    pub fn handle_map_end(&mut self) {
+        self.map.end();
     }
 
     /// The guest wrote `data` at `offset`. Queues it, or remembers to read it.
@@ -223,8 +273,10 @@ impl MirrorSource {
         if self.reads >= self.config.max_reads || self.queue.bytes() >= self.config.read_ahead_bytes.max(1) {
             return None;
         }
-        let first = self.dirty.next_set(self.cursor).or_else(|| self.dirty.next_set(0))?;
-        let blocks = self.dirty.run(first, (max_len / BLOCK).max(1));
+        let told = self.map.told();
+        let from = |block| self.dirty.next_set(block).filter(|block| *block < told);
+        let first = from(self.cursor).or_else(|| from(0))?;
+        let blocks = self.dirty.run(first, (max_len / BLOCK).max(1).min(told - first));
         for block in first..first + blocks {
             self.dirty.remove(block);
             self.reading.insert(block);
@@ -388,10 +440,29 @@ impl MirrorSource {
             let part = data.slice(start..start + len as usize);
             if *part == ZEROS[..part.len()] {
                 self.enqueue_zero(block, at, len);
+            } else if let Some(hash) = self.is_there(block, &part) {
+                self.counters.same_bytes += len;
+                self.queue.push(Record::Same { offset: at, len: len as u32, hash });
             } else {
                 self.enqueue(Record::Write { offset: at, data: part });
             }
         }
+    }
+
+    /// The hash of a whole block's content, if the destination should have it.
+    fn is_there(&self, block: u64, content: &[u8]) -> Option<[u8; 32]> {
+        if self.touched.contains(block) && self.touching_counts() {
+            return None;
+        }
+        self.map.may_have(block, || *blake3::hash(content).as_bytes())
+    }
+
+    fn touching_counts(&self) -> bool {
+        #[cfg(test)]
+        if self.mutant_believes_old_news {
+            return false;
+        }
+        true
     }
 
     fn read_zero(&mut self, offset: u64, len: u64) {
@@ -417,9 +488,10 @@ impl MirrorSource {
 
     fn enqueue_zero(&mut self, block: u64, offset: u64, len: u64) {
         self.counters.zero_bytes += len;
-        if self.blank.contains(block) {
+        if self.blank.contains(block) || self.map.is_new() && !self.touched.contains(block) {
             return;
         }
+        self.touched.insert(block);
         if offset.is_multiple_of(BLOCK) && (len == BLOCK || offset + len == self.size) {
             self.blank.insert(block);
         }
@@ -429,6 +501,7 @@ impl MirrorSource {
     fn enqueue(&mut self, record: Record) {
         if let Record::Write { offset, .. } = &record {
             self.blank.remove(offset / BLOCK);
+            self.touched.insert(offset / BLOCK);
         }
         self.queue.push(record);
     }

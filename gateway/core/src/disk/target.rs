@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::BLOCK;
 use super::record::{Barrier, ChunkError, Record, RunningDigest, decode_chunk};
 
 /// Limits of one mirror at the destination.
@@ -63,6 +64,15 @@ pub enum Step {
         /// How many bytes.
         len: u64,
     },
+    /// Read `len` bytes at `offset` and hash them; answer with [`MirrorTarget::handle_hashed`].
+    Hash {
+        /// The record's number.
+        number: u64,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes, at most a block.
+        len: u32,
+    },
     /// Make all that was answered durable; answer with [`MirrorTarget::handle_flushed`].
     Flush,
     /// Everything before this barrier is on the disk, durable and digested alike.
@@ -76,6 +86,8 @@ pub struct TargetCounters {
     pub records: u64,
     /// Disk content in them in bytes, zeros included.
     pub received_bytes: u64,
+    /// Of it, content that was here already and has the source's hash.
+    pub same_bytes: u64,
     /// Disk content applied in bytes.
     pub applied_bytes: u64,
     /// Of those, bytes that a flush has made durable. What is missing here is what a barrier waits for.
@@ -110,6 +122,22 @@ pub enum TargetError {
         /// The disk's size in bytes.
         size: u64,
     },
+    /// A record tells of more than a block.
+    #[error("Disk record {number} tells of {len} bytes, more than a block")]
+    Block {
+        /// The record's number.
+        number: u64,
+        /// How much, in bytes.
+        len: u32,
+    },
+    /// The source was told of content that is not here (any more).
+    #[error("The {len} bytes at {offset} are not what the source has: the disk changed, copy it again")]
+    Differs {
+        /// Where, in bytes.
+        offset: u64,
+        /// How much, in bytes.
+        len: u64,
+    },
     /// The barrier counts other records than arrived.
     #[error("The barrier stands behind {barrier} disk records, {received} have arrived")]
     Count {
@@ -133,10 +161,12 @@ struct InFlight {
     end: u64,
     /// Payload in memory; zeros have none.
     bytes: u64,
+    /// What must be found there.
+    hash: Option<[u8; 32]>,
 }
 
 /// The state of one disk's mirror at the destination.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MirrorTarget {
     size: u64,
     config: TargetConfig,
@@ -216,7 +246,9 @@ impl MirrorTarget {
             match record {
                 Record::Flush => self.flush_asked = true,
                 Record::Barrier(barrier) => return self.poll_proven(*barrier),
-                Record::Write { .. } | Record::Zero { .. } => return self.poll_apply(number),
+                Record::Write { .. } | Record::Zero { .. } | Record::Same { .. } => {
+                    return self.poll_apply(number);
+                }
             }
             self.queue.pop_front();
         }
@@ -225,12 +257,26 @@ impl MirrorTarget {
 
     /// The write or zero with this number is done.
     pub fn handle_applied(&mut self, number: u64) {
-        if let Some(InFlight { start, end, bytes }) = self.in_flight.remove(&number) {
+        if let Some(InFlight { start, end, bytes, hash }) = self.in_flight.remove(&number) {
             self.counters.applied_bytes += end - start;
             self.in_flight_bytes -= bytes;
-            self.unflushed_bytes += bytes;
+            // What was only read costs a flush nothing.
+            self.unflushed_bytes += if hash.is_none() { bytes } else { 0 };
             self.unflushed = true;
         }
+    }
+
+    /// What was asked for by [`Step::Hash`]: the BLAKE3 hash of what is there. After an error the mirror is
+    /// over.
+    pub fn handle_hashed(&mut self, number: u64, found: [u8; 32]) -> Result<(), TargetError> {
+        if let Some(InFlight { start, end, hash: Some(hash), .. }) = self.in_flight.get(&number) {
+            if *hash != found {
+                return Err(TargetError::Differs { offset: *start, len: end - start });
+            }
+            self.counters.same_bytes += end - start;
+        }
+        self.handle_applied(number);
+        Ok(())
     }
 
     /// The flush is done.
@@ -265,6 +311,10 @@ impl MirrorTarget {
         match record {
             Record::Write { offset, data } => self.check_range(*offset, data.len() as u64),
             Record::Zero { offset, len } => self.check_range(*offset, *len),
+            Record::Same { len, .. } if u64::from(*len) > BLOCK => {
+                Err(TargetError::Block { number: received + 1, len: *len })
+            }
+            Record::Same { offset, len, .. } => self.check_range(*offset, u64::from(*len)),
             Record::Flush => Ok(()),
             Record::Barrier(barrier) if barrier.records != received || barrier.last_number != received => {
                 Err(TargetError::Count { barrier: barrier.records, received })
@@ -313,12 +363,18 @@ impl MirrorTarget {
             return None;
         }
         let (_, record) = self.queue.pop_front()?;
-        let bytes = record.payload_len();
-        self.in_flight.insert(number, InFlight { start, end, bytes });
+        let (bytes, hash) = match &record {
+            Record::Same { len, hash, .. } => (u64::from(*len), Some(*hash)),
+            Record::Write { .. } | Record::Zero { .. } | Record::Flush | Record::Barrier(_) => {
+                (record.payload_len(), None)
+            }
+        };
+        self.in_flight.insert(number, InFlight { start, end, bytes, hash });
         self.in_flight_bytes += bytes;
         match record {
             Record::Write { offset, data } => Some(Step::Write { number, offset, data }),
             Record::Zero { offset, len } => Some(Step::Zero { number, offset, len }),
+            Record::Same { offset, len, .. } => Some(Step::Hash { number, offset, len }),
             Record::Flush | Record::Barrier(_) => None,
         }
     }
@@ -379,6 +435,24 @@ mod tests {
         let fewer = [write(0, 1), barrier_behind(&sent)];
         let count = TargetError::Count { barrier: 2, received: 1 };
         assert_eq!(target().handle_chunk(chunk(1, &fewer)), Err(count));
+    }
+
+    #[test]
+    fn a_block_that_is_not_what_the_source_has_is_refused() {
+        let same = |hash| Record::Same { offset: 0, len: 4096, hash };
+        let mut target = target();
+        target.handle_chunk(chunk(1, &[write(0, 1), same([7; 32])])).unwrap();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
+        assert_eq!(target.poll_step(NOW), None, "it must not be read while it is written");
+        target.handle_applied(1);
+        assert_eq!(target.poll_step(NOW), Some(Step::Hash { number: 2, offset: 0, len: 4096 }));
+        let differs = TargetError::Differs { offset: 0, len: 4096 };
+        assert_eq!(target.clone().handle_hashed(2, [8; 32]), Err(differs));
+        target.handle_hashed(2, [7; 32]).unwrap();
+        assert_eq!((target.counters().same_bytes, target.counters().applied_bytes), (4096, 8192));
+        let long = Record::Same { offset: 0, len: BLOCK as u32 + 1, hash: [0; 32] };
+        let error = target.handle_chunk(chunk(3, &[long]));
+        assert_eq!(error, Err(TargetError::Block { number: 3, len: BLOCK as u32 + 1 }));
     }
 
     #[test]
@@ -450,7 +524,7 @@ mod tests {
             match step {
                 Step::Write { number, .. } => target.handle_applied(number),
                 Step::Flush => target.handle_flushed(),
-                Step::Zero { .. } | Step::Proven(_) => panic!("{step:?}"),
+                Step::Zero { .. } | Step::Hash { .. } | Step::Proven(_) => panic!("{step:?}"),
             }
             let counters = target.counters();
             assert!(counters.applied_bytes - counters.durable_bytes <= 8192, "{counters:?}");

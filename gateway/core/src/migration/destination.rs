@@ -24,6 +24,7 @@ use crate::migration::arbiter::{Request, Verdict};
 use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use crate::migration::permit::RunPermit;
 use crate::migration::record::{DestinationRecord, Record};
+use crate::migration::resolve::{Decided, Resolution};
 use crate::migration::step::Step;
 use crate::migration::{Attempt, Stage};
 use crate::tunnel::handover::NicHandover;
@@ -67,6 +68,8 @@ pub enum Event {
     Stands,
     /// What the arbiter's register says, asked or not.
     Arbiter(Verdict),
+    /// An operator decided for a source that is gone for good; what is known of connections.
+    Resolved(Resolution, Box<Handover>),
     /// A deadline may have passed.
     Tick,
 }
@@ -213,7 +216,7 @@ impl Destination {
                 let question = destination.question();
                 Step::act(question.into_iter().chain([Action::Discard]).collect())
             }
-            DestinationRecord::Activated { handover } => {
+            DestinationRecord::Activated { handover } | DestinationRecord::TakenOver { handover, .. } => {
                 destination.state = State::Activating { done: false };
                 let permit = destination.permit();
                 Step::act(vec![Action::Activate(permit, handover)])
@@ -221,6 +224,11 @@ impl Destination {
             DestinationRecord::Refused { why } => {
                 destination.state = State::Refusing { why };
                 Step::act(vec![Action::Discard])
+            }
+            // Its disk stays, as that of any machine that is elsewhere.
+            DestinationRecord::Overruled => {
+                destination.state = State::Done(Outcome::Refused(Refusal::Operator));
+                Step::nothing()
             }
         };
         (destination, step)
@@ -293,6 +301,7 @@ impl Destination {
             Event::Failed(why) => self.on_failed(why),
             Event::Stands => self.on_stands(),
             Event::Arbiter(verdict) => self.on_verdict(verdict),
+            Event::Resolved(resolution, handover) => self.on_resolved(resolution, handover),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -308,12 +317,14 @@ impl Destination {
                 self.on_offer(handover)
             }
             MigrationMessage::Abort { epoch, why } if epoch == self.attempt.epoch => self.on_abort(why),
+            MigrationMessage::TakenBack { epoch } if epoch > self.attempt.epoch => self.on_taken_back(),
             // A repeated proposal: the answer is what became of it.
             MigrationMessage::Propose(_) => Step::act(vec![Action::Send(MigrationMessage::Accept)]),
             // Of another epoch: late, and about nothing that concerns this attempt.
             MigrationMessage::Reserve { .. }
             | MigrationMessage::Commit { .. }
             | MigrationMessage::Offer { .. }
+            | MigrationMessage::TakenBack { .. }
             | MigrationMessage::Abort { .. } => Step::nothing(),
             MigrationMessage::Accept
             | MigrationMessage::Reserved(_)
@@ -417,6 +428,36 @@ impl Destination {
                 self.say_activated()
             }
             State::Owned { .. } | State::Activating { done: false } => Step::nothing(),
+        }
+    }
+
+    /// A later epoch runs at the source: whatever the register says of this one, it never runs here.
+    fn on_taken_back(&mut self) -> Step<Action> {
+        match &self.state {
+            State::Claiming { .. } => self.refuse(Refusal::Operator),
+            State::Owned { .. } => self.hand_back(Refusal::Operator),
+            State::Preparing
+            | State::Receiving
+            | State::Loaded
+            | State::Activating { .. }
+            | State::Settling
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => self.on_abort(Refusal::Operator),
+        }
+    }
+
+    /// The operator's word stands in for the source's, which may have given the machine up or not.
+    fn on_resolved(&mut self, resolution: Resolution, handover: Box<Handover>) -> Step<Action> {
+        match (&self.state, resolution.decided()) {
+            (State::Loaded, Decided::Ours { destroyed }) => {
+                self.state = State::Activating { done: false };
+                let permit = self.permit();
+                let record = DestinationRecord::TakenOver { handover: handover.clone(), destroyed };
+                Step::record(Record::Destination(record), vec![Action::Activate(permit, handover)])
+            }
+            (State::Loaded, Decided::Theirs) => self.refuse(Refusal::Operator),
+            (_, Decided::Ours { .. } | Decided::Theirs) => Step::nothing(),
         }
     }
 

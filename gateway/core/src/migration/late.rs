@@ -23,6 +23,7 @@ pub fn answer(last: Option<(Epoch, &Record)>, heard: &MigrationMessage) -> Optio
         | MigrationMessage::Decline(_)
         | MigrationMessage::Activated { .. }
         | MigrationMessage::Refused { .. }
+        | MigrationMessage::TakenBack { .. }
         | MigrationMessage::Unknown => None,
     }
 }
@@ -30,8 +31,11 @@ pub fn answer(last: Option<(Epoch, &Record)>, heard: &MigrationMessage) -> Optio
 fn as_destination(last: Option<(Epoch, &Record)>) -> Option<MigrationMessage> {
     let Some((epoch, last)) = last else { return Some(MigrationMessage::Unknown) };
     match last {
-        Record::Destination(DestinationRecord::Activated { .. }) => {
+        Record::Destination(DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }) => {
             Some(MigrationMessage::Activated { epoch })
+        }
+        Record::Destination(DestinationRecord::Overruled) => {
+            Some(MigrationMessage::Refused { epoch, why: Refusal::Operator })
         }
         Record::Destination(DestinationRecord::Refused { why } | DestinationRecord::HandedBack { why }) => {
             Some(MigrationMessage::Refused { epoch, why: why.clone() })
@@ -53,6 +57,9 @@ fn as_source(last: Option<(Epoch, &Record)>) -> Option<MigrationMessage> {
     match last {
         Record::Source(SourceRecord::Aborted { why } | SourceRecord::Returned { why }) => {
             Some(MigrationMessage::Abort { epoch, why: why.clone() })
+        }
+        Record::Source(SourceRecord::TakenBack { .. }) => {
+            Some(MigrationMessage::Abort { epoch, why: Refusal::Operator })
         }
         Record::Source(SourceRecord::Settled) => {
             let why = Refusal::Other("The source took the machine back".into());

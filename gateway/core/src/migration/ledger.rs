@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, SiteName, VmName};
+use crate::migration::generation::{self, Generation, Stale};
 use crate::migration::permit::RunPermit;
 use crate::migration::record::{DestinationRecord, Record, SourceRecord};
 
@@ -61,6 +62,7 @@ impl Ownership {
                 Some(Self::Offered { site: peer.clone(), epoch })
             }
             Record::Source(SourceRecord::Returned { .. }) => Some(Self::Here { epoch }),
+            Record::Source(SourceRecord::TakenBack { .. }) => Some(Self::Here { epoch: epoch.next() }),
             Record::Source(
                 SourceRecord::Reserved { .. }
                 | SourceRecord::PreCopy { .. }
@@ -78,7 +80,9 @@ impl Ownership {
                 Some(away @ (Self::Away { .. } | Self::Offered { .. })) => Some(away.clone()),
                 Some(Self::Here { .. } | Self::Arriving { .. }) | None => Some(Self::Arriving { epoch }),
             },
-            Record::Destination(DestinationRecord::Activated { .. }) => Some(Self::Here { epoch }),
+            Record::Destination(
+                DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. },
+            ) => Some(Self::Here { epoch }),
             Record::Destination(DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }) => {
                 match before {
                     Some(Self::Arriving { .. }) | None => None,
@@ -86,6 +90,9 @@ impl Ownership {
                         Some(other.clone())
                     }
                 }
+            }
+            Record::Destination(DestinationRecord::Overruled) => {
+                Some(Self::Away { site: peer.clone(), epoch: epoch.next() })
             }
         }
     }
@@ -105,8 +112,15 @@ impl Ownership {
     /// The permit to start a machine that this site owns and that is not in a migration.
     ///
     /// The caller gives the last source record of an unfinished migration, if there is one: a machine
-    /// that was stopped for the hand-over is resumed by its own migration only.
-    pub fn permit(&self, vm: &VmName, unfinished: Option<&SourceRecord>) -> Result<RunPermit, MayNotRun> {
+    /// that was stopped for the hand-over is resumed by its own migration only. `notes` are what stands
+    /// beside its disks: a ledger that is behind them gives none.
+    pub fn permit(
+        &self,
+        vm: &VmName,
+        unfinished: Option<&SourceRecord>,
+        notes: &[Generation],
+    ) -> Result<RunPermit, MayNotRun> {
+        generation::behind(self, vm, notes).map_err(|stale| MayNotRun::Stale { stale })?;
         match (self, unfinished) {
             (Self::Here { epoch }, None) => Ok(RunPermit::grant(vm.clone(), *epoch)),
             (Self::Here { .. }, Some(_)) => Err(MayNotRun::Moving(vm.clone())),
@@ -131,6 +145,12 @@ pub enum MayNotRun {
         /// Since when.
         epoch: Epoch,
     },
+    /// The journal is older than a disk of it.
+    #[error("{stale}; {}", .stale.remedy())]
+    Stale {
+        /// How much older.
+        stale: Stale,
+    },
     /// It is being moved.
     #[error("Machine {0} is being moved; wait for the migration or abort it")]
     Moving(VmName),
@@ -139,6 +159,16 @@ pub enum MayNotRun {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ledger_behind_a_note_gives_no_permit() {
+        let vm: VmName = "web1".parse().unwrap();
+        let here = Ownership::Here { epoch: Epoch(4) };
+        let note = Generation { vm: vm.clone(), epoch: Epoch(5), owner: "b".parse().unwrap() };
+        assert!(here.permit(&vm, None, &[]).is_ok());
+        let refused = here.permit(&vm, None, &[note]).unwrap_err().to_string();
+        assert!(refused.contains("site b") && refused.contains("undefine"), "{refused}");
+    }
 
     #[test]
     fn an_attempt_given_up_is_not_undone_where_a_retry_of_its_epoch_has_left() {

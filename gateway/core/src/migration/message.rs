@@ -65,6 +65,11 @@ pub enum MigrationMessage {
     },
     /// Destination: it has no record of this migration. Not a refusal.
     Unknown,
+    /// Source: an operator took the machine back while the destination was gone.
+    TakenBack {
+        /// The epoch that began at the source.
+        epoch: Epoch,
+    },
     /// Source, stage 4 with an arbiter: win the epoch at the register and the machine is yours. Sent only after
     /// `Offered` is durable.
     Offer {
@@ -173,6 +178,32 @@ pub enum Refusal {
     /// Anything local that has no name of its own.
     #[error("{0}")]
     Other(String),
+    /// The guest was paused for longer than it may be, and runs again at the source.
+    #[error("Guest stood still past its pause budget and was resumed")]
+    PauseBudget,
+}
+
+impl Proposal {
+    /// Whether what is said of the machine's NICs fits its definition: routes are made from the one, and the
+    /// other is what was checked.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::PeerMisbehaved`] with the NIC that differs.
+    pub fn check_nics(&self) -> Result<(), Refusal> {
+        let defined = &self.definition.nics;
+        if self.nics.len() != defined.len() {
+            let text = format!("{} NICs are defined, {} are described", defined.len(), self.nics.len());
+            return Err(Refusal::PeerMisbehaved(text));
+        }
+        for (nic, handed) in defined.iter().zip(&self.nics) {
+            if (&nic.name, nic.mac, &nic.home) != (&handed.nic, handed.mac, &handed.home) {
+                let text = format!("NIC {} has other addresses than it is defined with", nic.name);
+                return Err(Refusal::PeerMisbehaved(text));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Refusal {
@@ -184,5 +215,52 @@ impl Refusal {
             reason.truncate(end);
         }
         reason
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tunnel::handover::Mac;
+
+    fn proposal() -> Proposal {
+        let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
+            [[nics]]\nname = \"lan\"\nmac = \"52:54:00:00:00:01\"\nhome = [\"198.51.100.10/24\"]\n\
+            lan = \"lan\"\npci = \"05.0\"\n";
+        let definition: MachineDefinition = toml::from_str(definition).unwrap();
+        let nics = definition.nics.iter().map(|nic| NicHandover {
+            nic: nic.name.clone(),
+            mac: nic.mac,
+            home: nic.home.clone(),
+            neighbours: Vec::new(),
+            home_prefixes: Vec::new(),
+            flows: Vec::new(),
+        });
+        Proposal {
+            nics: nics.collect(),
+            definition,
+            home_site: "a".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(0),
+            running: true,
+            commit: CommitMode::Confirmed,
+        }
+    }
+
+    #[test]
+    fn nics_that_are_described_otherwise_than_defined_are_refused() {
+        assert_eq!(proposal().check_nics(), Ok(()));
+        let changes: [fn(&mut Proposal); 5] = [
+            |it| it.nics[0].home[0].addr = "198.51.100.2".parse().unwrap(),
+            |it| it.nics[0].home.clear(),
+            |it| it.nics[0].mac = Mac([2, 0, 0, 0, 0, 9]),
+            |it| it.nics[0].nic = "other".parse().unwrap(),
+            |it| it.nics.push(it.nics[0].clone()),
+        ];
+        for change in changes {
+            let mut proposal = proposal();
+            change(&mut proposal);
+            assert!(matches!(proposal.check_nics(), Err(Refusal::PeerMisbehaved(_))), "{proposal:?}");
+        }
     }
 }

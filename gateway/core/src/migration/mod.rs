@@ -53,11 +53,15 @@
 pub mod arbiter;
 pub mod convergence;
 pub mod destination;
+pub mod generation;
 pub mod late;
 pub mod ledger;
 pub mod message;
 pub mod permit;
 pub mod record;
+pub mod recovery;
+pub mod resolve;
+pub mod retry;
 pub mod source;
 pub mod step;
 

@@ -4,7 +4,9 @@
 //! asks for before it lets a guest run. It is made in three places only: by the source machine while
 //! neither `Committed` nor `Offered` was ever written (or on a durable refusal, or when the arbiter's register
 //! gives it the epoch), by the destination machine in the step that records `Activated`, and by the
-//! ledger for a machine that this site owns. Reviewing those three is reviewing the product's promise.
+//! ledger for a machine that this site owns. In both machines an operator's word can stand in for that of a
+//! peer that is gone for good: a `Resolution`, which `resolve` alone makes. Reviewing those is reviewing the
+//! product's promise.
 
 use crate::ids::{Epoch, VmName};
 

@@ -8,10 +8,10 @@
 //! ```text
 //! source:       Reserved -> PreCopy -> [Parked] -> Committed -> Released
 //!                   \          \          \            \-> Returned
-//!                    `----------`----------`-> Aborted
-//! destination:  Reserved -> Loaded -> Activated
-//!                   \          \-> Refused
-//!                    `-> Refused
+//!                    `----------`----------`-> Aborted   `-> TakenBack
+//! destination:  Reserved -> Loaded -> Activated ---------> Overruled
+//!                   \          \  \-> TakenOver ----------^
+//!                    `-> Refused `-> Refused
 //! with an arbiter:
 //! source:       ... [Parked] -> Offered -> [Reclaiming | Promised] -> Committed -> Released
 //!                                   `-----------------`-------------------`-> Returned -> Settled
@@ -19,6 +19,9 @@
 //!                                \         \           `-> HandedBack
 //!                                 `---------`-> Refused
 //! ```
+//!
+//! `TakenBack` and `TakenOver` are an operator's word for a peer that is gone for good; `Overruled` is written by one
+//! that comes back nevertheless.
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -73,6 +76,11 @@ pub enum SourceRecord {
         /// Why.
         why: Refusal,
     },
+    /// An operator took it back after `Committed`; a new epoch begins.
+    TakenBack {
+        /// The site whose copy is destroyed, as the operator said.
+        destroyed: SiteName,
+    },
     /// The machine is whose the register says: nobody's word alone decides any more.
     Offered {
         /// What keeps its connections alive.
@@ -116,6 +124,15 @@ pub enum DestinationRecord {
         /// Why.
         why: Refusal,
     },
+    /// An operator made it ours without the source's word.
+    TakenOver {
+        /// What keeps its connections alive.
+        handover: Box<Handover>,
+        /// The site whose copy is destroyed, as the operator said.
+        destroyed: SiteName,
+    },
+    /// It was ours, and an operator took it back at the source while we were gone.
+    Overruled,
     /// The register was asked for us: refused only once it is read that we lost.
     Claiming {
         /// What keeps its connections alive.
@@ -179,6 +196,7 @@ impl SourceRecord {
             Self::Released => "released",
             Self::Aborted { .. } => "aborted",
             Self::Returned { .. } => "returned",
+            Self::TakenBack { .. } => "taken back by an operator",
             Self::Offered { .. } => "offered",
             Self::Reclaiming { .. } => "reclaiming",
             Self::Promised { .. } => "promised",
@@ -200,7 +218,10 @@ impl SourceRecord {
                 Some(Self::Offered { .. } | Self::Reclaiming { .. } | Self::Promised { .. }),
                 Self::Committed { .. } | Self::Returned { .. },
             ) => true,
-            (Some(Self::Committed { .. }), Self::Released | Self::Returned { .. }) => true,
+            (
+                Some(Self::Committed { .. }),
+                Self::Released | Self::Returned { .. } | Self::TakenBack { .. },
+            ) => true,
             (Some(Self::Returned { .. }), Self::Settled) => true,
             (_, _) => false,
         }
@@ -215,6 +236,8 @@ impl DestinationRecord {
             Self::Loaded => "loaded",
             Self::Activated { .. } => "activated",
             Self::Refused { .. } => "refused",
+            Self::TakenOver { .. } => "taken over by an operator",
+            Self::Overruled => "overruled by an operator at the other site",
             Self::Claiming { .. } => "claiming",
             Self::Owned { .. } => "owned",
             Self::HandedBack { .. } => "handed back",
@@ -225,9 +248,12 @@ impl DestinationRecord {
         match (last, self) {
             (None, Self::Reserved { .. }) => true,
             (Some(Self::Reserved { .. }), Self::Loaded | Self::Refused { .. }) => true,
-            (Some(Self::Loaded), Self::Activated { .. } | Self::Claiming { .. }) => true,
+            (Some(Self::Loaded), Self::Activated { .. } | Self::Claiming { .. } | Self::TakenOver { .. }) => {
+                true
+            }
             (Some(Self::Loaded | Self::Claiming { .. }), Self::Owned { .. } | Self::Refused { .. }) => true,
             (Some(Self::Owned { .. }), Self::Activated { .. } | Self::HandedBack { .. }) => true,
+            (Some(Self::Activated { .. } | Self::TakenOver { .. }), Self::Overruled) => true,
             (_, _) => false,
         }
     }

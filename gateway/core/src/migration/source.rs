@@ -18,6 +18,7 @@
 //! * with an arbiter `Offered` stands before `Committed`: see `arbitrated`.
 
 mod arbitrated;
+mod resolved;
 
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ use crate::migration::convergence::{Convergence, Decision, PauseBudget, Progress
 use crate::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use crate::migration::permit::RunPermit;
 use crate::migration::record::{Record, SourceRecord};
+use crate::migration::resolve::Resolution;
 use crate::migration::step::Step;
 use crate::migration::{Attempt, Stage};
 
@@ -89,6 +91,8 @@ pub enum Event {
     Arbiter(Verdict),
     /// The operator wants it to end.
     AbortRequested,
+    /// An operator decided for a peer that is gone for good.
+    Resolved(Resolution),
     /// A deadline may have passed.
     Tick,
 }
@@ -244,6 +248,7 @@ impl Source {
             SourceRecord::Settled => {
                 source.undo(Refusal::Other("The machine came back from its hand-over".into()), false)
             }
+            SourceRecord::TakenBack { .. } => source.taken_back(),
         };
         (source, step)
     }
@@ -348,6 +353,7 @@ impl Source {
             Event::TidiedUp => self.on_tidied_up(),
             Event::Arbiter(verdict) => self.on_verdict(verdict, now),
             Event::AbortRequested => self.on_abort_requested(now),
+            Event::Resolved(resolution) => self.on_resolved(resolution),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -380,6 +386,7 @@ impl Source {
             | MigrationMessage::Reserve { .. }
             | MigrationMessage::Offer { .. }
             | MigrationMessage::Commit { .. }
+            | MigrationMessage::TakenBack { .. }
             | MigrationMessage::Abort { .. } => {
                 self.give_up(Refusal::PeerMisbehaved("a source's message was sent to the source".into()))
             }
@@ -604,11 +611,9 @@ impl Source {
             State::Parking { stopped_at: Some(at), predicted, .. }
                 if now >= self.pause_deadline(*at, *predicted) =>
             {
-                self.give_up(Refusal::Link("the guest stood still past its pause budget".into()))
+                self.give_up(Refusal::PauseBudget)
             }
-            State::Parked { give_up_at, .. } if now >= *give_up_at => {
-                self.give_up(Refusal::Link("the guest stood still past its pause budget".into()))
-            }
+            State::Parked { give_up_at, .. } if now >= *give_up_at => self.give_up(Refusal::PauseBudget),
             State::Preflight
             | State::Proposed { .. }
             | State::Reserving { .. }
@@ -679,7 +684,7 @@ impl Source {
     }
 
     /// Called only where neither `Committed` nor `Offered` was ever written, the peer durably refused, or the
-    /// register gave the epoch to this side: see [`super`].
+    /// register gave the epoch to this side: see [`super`]. An operator's word has a permit of its own.
     fn permit(&self) -> RunPermit {
         debug_assert!(matches!(self.state, State::Aborting { .. }), "a permit outside an abort");
         RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch)

@@ -29,6 +29,9 @@ pub struct FlowConfig {
     pub tcp_idle: Duration,
     /// A TCP connection that was asked for and not answered. Default 60 s.
     pub tcp_opening: Duration,
+    /// A TCP connection that one end has closed, as far as was seen, without a packet for this long is over. The other
+    /// end may have closed it before the move. Default 4 min (RFC 5382, 5: transitory).
+    pub tcp_closing: Duration,
     /// A UDP flow without a packet for this long is over. Default 5 min (RFC 4787, 4.3).
     pub udp_idle: Duration,
     /// The same for other protocols (SCTP, ESP, GRE). Default 30 min.
@@ -47,6 +50,7 @@ impl Default for FlowConfig {
             max_flows: 65_536,
             tcp_idle: Duration::from_secs(7440),
             tcp_opening: Duration::from_secs(60),
+            tcp_closing: Duration::from_secs(240),
             udp_idle: Duration::from_secs(300),
             other_idle: Duration::from_secs(1800),
             closed_linger: Duration::from_secs(3),
@@ -230,7 +234,8 @@ fn idle_time(config: &FlowConfig, protocol: u8, state: State) -> Duration {
     match (protocol, state) {
         (_, State::Closed) => config.closed_linger,
         (TCP, State::Opening) => config.tcp_opening,
-        (TCP, State::Open { .. }) => config.tcp_idle,
+        (TCP, State::Open { guest_fin: false, remote_fin: false }) => config.tcp_idle,
+        (TCP, State::Open { .. }) => config.tcp_closing,
         (UDP, State::Opening | State::Open { .. }) => config.udp_idle,
         (_, State::Opening | State::Open { .. }) => config.other_idle,
     }
@@ -307,6 +312,16 @@ mod tests {
         assert!(!table.may_end(at(203)), "the last acknowledgement still has to pass");
         from_remote(&mut table, 203, 1000, ACK);
         assert!(table.may_end(at(206)));
+    }
+
+    #[test]
+    fn a_connection_that_one_end_has_closed_holds_the_tunnel_for_minutes_and_not_for_hours() {
+        let mut table = table();
+        table.seed(at(0), &[tuple(1000)]);
+        from_remote(&mut table, 100, 1000, FIN_ACK);
+        from_guest(&mut table, 200, 1000, ACK);
+        assert!(!table.may_end(at(439)), "it may still send");
+        assert!(table.may_end(at(440)));
     }
 
     #[test]
@@ -392,7 +407,7 @@ mod tests {
         fn the_queue_of_deadlines_and_the_flows_stay_in_step(
             steps in prop::collection::vec((0u64..50, 0u16..6, any::<u8>(), any::<bool>()), 0..300),
         ) {
-            let config = FlowConfig { max_flows: 4, tcp_idle: at(40), tcp_opening: at(5), ..FlowConfig::default() };
+            let config = FlowConfig { max_flows: 4, tcp_idle: at(40), tcp_opening: at(5), tcp_closing: at(20), ..FlowConfig::default() };
             let mut table = FlowTable::new(config, at(0));
             let mut now = 0;
             for (pause, port, flags, remote) in steps {

@@ -8,5 +8,6 @@ pub mod flows;
 pub mod fragment;
 pub mod handover;
 pub mod hold;
+pub mod host;
 pub mod packet;
 pub mod policy;

@@ -45,25 +45,29 @@ mod tests {
     fn what_came_with_the_arbiter_stands_behind_what_was_there_and_moves_no_number() {
         let handover = || Box::new(Handover { nics: Vec::new() });
         let offer = MigrationMessage::Offer { epoch: Epoch(3), handover: handover() };
-        assert_eq!((first_byte(&MigrationMessage::Unknown), first_byte(&offer)), (10, 11));
+        let taken_back = MigrationMessage::TakenBack { epoch: Epoch(3) };
+        assert_eq!([&MigrationMessage::Unknown, &taken_back, &offer].map(first_byte), [10, 11, 12]);
         let modes = [CommitMode::Confirmed, CommitMode::Arbitrated(Arbiter::Dns)];
         assert_eq!(modes.map(|mode| postcard::to_allocvec(&mode).unwrap()), [vec![0], vec![1, 0]]);
         let second_byte = |record: &Record| postcard::to_allocvec(record).unwrap()[1];
         let source = [
             SourceRecord::Returned { why: Refusal::Operator },
+            SourceRecord::TakenBack { destroyed: "b".parse().unwrap() },
             SourceRecord::Offered { handover: handover() },
             SourceRecord::Reclaiming { handover: handover() },
             SourceRecord::Promised { handover: handover() },
             SourceRecord::Settled,
         ];
-        assert_eq!(source.map(|record| second_byte(&Record::Source(record))), [6, 7, 8, 9, 10]);
+        assert_eq!(source.map(|record| second_byte(&Record::Source(record))), [6, 7, 8, 9, 10, 11]);
         let destination = [
             DestinationRecord::Refused { why: Refusal::Operator },
+            DestinationRecord::TakenOver { handover: handover(), destroyed: "a".parse().unwrap() },
+            DestinationRecord::Overruled,
             DestinationRecord::Claiming { handover: handover() },
             DestinationRecord::Owned { handover: handover() },
             DestinationRecord::HandedBack { why: Refusal::Operator },
         ];
-        assert_eq!(destination.map(|record| second_byte(&Record::Destination(record))), [3, 4, 5, 6]);
+        assert_eq!(destination.map(|record| second_byte(&Record::Destination(record))), [3, 4, 5, 6, 7, 8]);
     }
 
     #[test]

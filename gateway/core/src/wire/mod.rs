@@ -146,7 +146,11 @@ mod tests {
     use crate::bulk::Channel;
 
     fn bulk_id() -> impl Strategy<Value = BulkId> {
-        let channel = prop_oneof![Just(Channel::Memory), any::<u8>().prop_map(Channel::Disk)];
+        let channel = prop_oneof![
+            Just(Channel::Memory),
+            any::<u8>().prop_map(Channel::Disk),
+            any::<u8>().prop_map(Channel::Map),
+        ];
         (any::<u128>(), channel)
             .prop_map(|(migration, channel)| BulkId { migration: MigrationId(migration), channel })
     }

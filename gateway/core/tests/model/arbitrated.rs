@@ -306,6 +306,7 @@ impl World {
                 (Source::Gone, Ownership::Away { site: name("b"), epoch: EPOCH })
             }
             SourceRecord::Released => (Source::Done, Ownership::Away { site: name("b"), epoch: EPOCH }),
+            SourceRecord::TakenBack { .. } => panic!("an operator decided, who is not of this model"),
             SourceRecord::Returned { .. } | SourceRecord::Settled if self.by_the_register => {
                 (Source::Resumed, Ownership::Here { epoch: EPOCH })
             }
@@ -328,6 +329,9 @@ impl World {
             DestinationRecord::Owned { .. } => (Destination::Owner, Some(false)),
             DestinationRecord::Activated { .. } => (Destination::Ran, Some(true)),
             DestinationRecord::Refused { .. } => (Destination::Refused, None),
+            DestinationRecord::TakenOver { .. } | DestinationRecord::Overruled => {
+                panic!("an operator decided, who is not of this model")
+            }
             DestinationRecord::HandedBack { .. } => (Destination::HandBack, None),
         };
         let here = |owner: &Ownership| matches!(owner, Ownership::Here { .. });

@@ -100,6 +100,7 @@ fn as_model(message: &MigrationMessage) -> Message {
         MigrationMessage::Refused { .. } => Message::Refused,
         MigrationMessage::Abort { .. } => Message::Abort,
         MigrationMessage::Unknown => Message::Unknown,
+        MigrationMessage::TakenBack { .. } => panic!("an operator decided, who is not of this model"),
         MigrationMessage::Decline(why) => panic!("a machine declined: {why}"),
         MigrationMessage::Offer { .. } => panic!("a machine was offered without an arbiter"),
     }
@@ -267,7 +268,7 @@ impl World {
             Some(_) | None => None,
         };
         let owner = self.owns[site].as_ref().expect("the model boots an unknown machine");
-        let permit = owner.permit(&attempt("b").vm, unfinished).expect("the start gate is shut");
+        let permit = owner.permit(&attempt("b").vm, unfinished, &[]).expect("the start gate is shut");
         assert_eq!(permit.vm(), &attempt("b").vm);
         self.guests[site] = Guest::Running;
     }

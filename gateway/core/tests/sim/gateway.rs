@@ -338,7 +338,10 @@ impl World {
             }
             // The register may be owed the news, whatever the guest does.
             SourceRecord::Returned { .. } if self.commit != CommitMode::Confirmed => owner.may_undo(epoch),
-            SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled => {
+            SourceRecord::Aborted { .. }
+            | SourceRecord::Returned { .. }
+            | SourceRecord::Settled
+            | SourceRecord::TakenBack { .. } => {
                 let may = match self.broken {
                     Some(Broken::OldAbortResumes) => owner.epoch() <= epoch,
                     Some(_) | None => owner.may_undo(epoch),
@@ -367,7 +370,10 @@ impl World {
             | DestinationRecord::Owned { .. } => true,
             DestinationRecord::HandedBack { .. } => is_latest,
             // Not written down yet: without that nobody could start it again either.
-            DestinationRecord::Activated { .. } => is_latest && (stands || site.held.contains(&id)),
+            DestinationRecord::Overruled => false,
+            DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. } => {
+                is_latest && (stands || site.held.contains(&id))
+            }
             DestinationRecord::Refused { .. } => is_latest && site.held.contains(&id),
         };
         if !owed {

@@ -166,6 +166,9 @@ impl World {
                     ))
                 )
             }
+            MigrationMessage::TakenBack { .. } => {
+                matches!(last, Some(Record::Source(SourceRecord::TakenBack { .. })))
+            }
             MigrationMessage::Reserved(_) => matches!(last, Some(Record::Destination(_))),
             MigrationMessage::Propose(_)
             | MigrationMessage::Accept

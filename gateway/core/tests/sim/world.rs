@@ -328,7 +328,7 @@ impl World {
         if !state.up || state.guest != Guest::Dead {
             return Ok(());
         }
-        match owner.permit(&vm, state.journal.unfinished()) {
+        match owner.permit(&vm, state.journal.unfinished(), &[]) {
             Ok(permit) => self.resumes(site, permit.epoch()),
             Err(_) => Ok(()),
         }

@@ -71,7 +71,12 @@ impl NbdClient {
     /// Connects to `export` at the UNIX socket `path`.
     pub async fn connect(path: &Path, export: &str) -> Result<Self, NbdError> {
         let socket = |source| NbdError::Socket { path: path.display().to_string(), source };
-        let (reader, writer) = UnixStream::connect(path).await.map_err(socket)?.into_split();
+        Self::over(UnixStream::connect(path).await.map_err(socket)?, export).await
+    }
+
+    /// The same over a stream that is connected already.
+    pub async fn over(stream: UnixStream, export: &str) -> Result<Self, NbdError> {
+        let (reader, writer) = stream.into_split();
         let reader = BufReader::with_capacity(256 << 10, reader);
         let mut handshake = Handshake { reader, writer };
         let info = handshake.negotiate(export).await?;

@@ -10,7 +10,7 @@ mod server;
 use std::io;
 
 pub use client::{Extent, NbdClient};
-pub use server::{GuestChange, NbdExport, NbdServer};
+pub use server::{GuestChange, NbdExport, NbdServer, serve_connection};
 
 const NBD_MAGIC: u64 = 0x4e42_444d_4147_4943;
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;

@@ -123,16 +123,19 @@ async fn accept(listener: UnixListener, exports: Arc<[NbdExport]>) {
 }
 
 async fn serve(stream: UnixStream, exports: Arc<[NbdExport]>) {
-    let (reader, writer) = stream.into_split();
-    let mut connection = Connection { reader: BufReader::with_capacity(256 << 10, reader), writer };
-    let served = match connection.negotiate(&exports).await {
-        Ok(Some(export)) => connection.requests(export).await,
-        Ok(None) => Ok(()),
-        Err(error) => Err(error),
-    };
-    match served {
+    match serve_connection(stream, &exports).await {
         Ok(()) => tracing::debug!("NBD connection ended"),
         Err(error) => tracing::warn!(%error, "NBD connection ended"),
+    }
+}
+
+/// Serves one client, from the greeting to its leave.
+pub async fn serve_connection(stream: UnixStream, exports: &[NbdExport]) -> Result<(), NbdError> {
+    let (reader, writer) = stream.into_split();
+    let mut connection = Connection { reader: BufReader::with_capacity(256 << 10, reader), writer };
+    match connection.negotiate(exports).await? {
+        Some(export) => connection.requests(export).await,
+        None => Ok(()),
     }
 }
 

@@ -234,7 +234,7 @@ async fn unreachable_reason(site: &mut Site) -> String {
     .await
 }
 
-fn protocol_down(event: &LinkEvent) -> Option<DownReason> {
+pub(super) fn protocol_down(event: &LinkEvent) -> Option<DownReason> {
     match event {
         LinkEvent::Down { reason: reason @ DownReason::Protocol(_), .. } => Some(reason.clone()),
         LinkEvent::Up { .. }
@@ -261,7 +261,7 @@ async fn settle(a: &mut Site, b: &mut Site) {
 }
 
 /// Speaks the protocol up to the hello by hand, with a known identity, as if that site had restarted.
-async fn dial_raw(to: &Site, identity: &Identity) -> Established {
+pub(super) async fn dial_raw(to: &Site, identity: &Identity) -> Established {
     let (refused, _refusals) = mpsc::channel(1);
     let tls = Tls::new(identity, refused).unwrap();
     let config = config("b", Vec::new());

@@ -2,6 +2,7 @@
 
 mod bulk;
 mod connecting;
+mod liars;
 mod path;
 mod wan;
 

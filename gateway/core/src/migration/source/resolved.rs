@@ -1,0 +1,30 @@
+//! The source whose destination is gone for good: an operator's word stands in for the peer's.
+//!
+//! Only after `Committed`: with an arbiter the register says first whose the machine is. The copy at the
+//! destination is destroyed, as the operator states; a new epoch begins here, so the register is owed nothing.
+
+use super::{Action, Source, State};
+use crate::migration::message::Refusal;
+use crate::migration::permit::RunPermit;
+use crate::migration::record::{Record, SourceRecord};
+use crate::migration::resolve::{Decided, Resolution};
+use crate::migration::step::Step;
+
+impl Source {
+    pub(super) fn on_resolved(&mut self, resolution: Resolution) -> Step<Action> {
+        match (&self.state, resolution.decided()) {
+            (State::Committed { .. }, Decided::Ours { destroyed }) => {
+                let actions = self.taken_back().after_record();
+                Step::record(Record::Source(SourceRecord::TakenBack { destroyed }), actions)
+            }
+            (_, Decided::Ours { .. } | Decided::Theirs) => Step::nothing(),
+        }
+    }
+
+    /// What follows from `TakenBack`, once it is durable.
+    pub(super) fn taken_back(&mut self) -> Step<Action> {
+        self.state = State::Aborting { why: Refusal::Operator, rolled_back: false, told: true, owes: false };
+        let permit = RunPermit::grant(self.attempt.vm.clone(), self.attempt.epoch.next());
+        Step::act(vec![Action::Rollback(permit)])
+    }
+}

@@ -1,0 +1,78 @@
+//! The disk mirror's records: chunks of a peer that lies about numbers, lengths, offsets and barriers.
+//!
+//! No step writes outside the disk, and after an error nothing of the chunk is applied.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use longhaul_core::disk::{
+    Existing, MAX_BODY, MAX_RECORDS, MirrorSource, MirrorTarget, SourceConfig, Step, TargetConfig,
+    decode_chunk,
+};
+
+use crate::input::Input;
+
+const SIZE: u64 = 1 << 20;
+
+/// Gives `data` to a destination as chunks, each behind its length in two bytes.
+pub fn run(data: &[u8]) {
+    let mut input = Input(data);
+    let mut target = MirrorTarget::new(SIZE, TargetConfig::default());
+    while !input.is_empty() {
+        let len = usize::from(input.u16());
+        let chunk = Bytes::copy_from_slice(input.take(len));
+        if let Ok(decoded) = decode_chunk(chunk.clone()) {
+            assert!(decoded.records.len() <= MAX_RECORDS);
+            assert!(decoded.records.iter().map(|record| record.encoded_len()).sum::<usize>() <= MAX_BODY);
+        }
+        if target.handle_chunk(chunk).is_err() {
+            return;
+        }
+        if !carry_out(&mut target) {
+            return;
+        }
+    }
+}
+
+/// Does what the target asks for; false when that showed that the disk is not the source's.
+fn carry_out(target: &mut MirrorTarget) -> bool {
+    while let Some(step) = target.poll_step(Duration::from_secs(1)) {
+        match step {
+            Step::Write { number, offset, data } => {
+                assert!(offset.checked_add(data.len() as u64).is_some_and(|end| end <= SIZE));
+                target.handle_applied(number);
+            }
+            Step::Zero { number, offset, len } => {
+                assert!(offset.checked_add(len).is_some_and(|end| end <= SIZE));
+                target.handle_applied(number);
+            }
+            Step::Hash { number, offset, len } => {
+                assert!(offset.checked_add(u64::from(len)).is_some_and(|end| end <= SIZE));
+                if target.handle_hashed(number, [0; 32]).is_err() {
+                    return false;
+                }
+            }
+            Step::Flush => target.handle_flushed(),
+            Step::Proven(barrier) => assert_eq!(target.proven(), Some(barrier)),
+        }
+    }
+    assert!(target.wants_chunk(), "a carried out chunk leaves room for the next");
+    true
+}
+
+/// A mirror with writes, zeros, a flush and a barrier.
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let config = SourceConfig { existing: Existing::Mirrored, ..SourceConfig::default() };
+    let mut source = MirrorSource::new(SIZE, config);
+    source.handle_write(4096, vec![7; 4096].into()).expect("inside");
+    source.handle_write(8192, Bytes::from_static(b"changed")).expect("inside");
+    source.handle_zero(65536, 65536).expect("inside");
+    source.handle_flush();
+    source.handle_finish();
+    let mut whole = Vec::new();
+    while let Some(chunk) = source.poll_chunk() {
+        whole.extend((chunk.len() as u16).to_be_bytes());
+        whole.extend(chunk);
+    }
+    vec![("whole", whole)]
+}

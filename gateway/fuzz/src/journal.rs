@@ -1,0 +1,105 @@
+//! What the journal holds: rows that a torn disk or another program may have written.
+//!
+//! A row that can be read is written to bytes that read as the same; one that cannot is an error, and
+//! the gateway stops rather than guesses.
+
+use std::fmt::Debug;
+
+use gateway::migration::MachineRow;
+use gateway::migration::anchor::Anchor;
+use longhaul_core::ids::{Epoch, MigrationId};
+use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::message::Refusal;
+use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
+use longhaul_core::migration::{Attempt, CommitMode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::sample;
+
+/// Reads `data` behind its first byte as the row that the byte names.
+pub fn run(data: &[u8]) {
+    let Some((kind, row)) = data.split_first() else { return };
+    match kind % 5 {
+        0 => entry(row),
+        1 => again::<Attempt>(row),
+        2 => again::<Ownership>(row),
+        3 => again::<MachineRow>(row),
+        _ => again::<Anchor>(row),
+    }
+}
+
+fn entry(row: &[u8]) {
+    again::<Entry>(row);
+    if let Ok(entry) = postcard::from_bytes::<Entry>(row) {
+        let peer = sample::site("b");
+        let _ = Record::check_order(None, &entry.record);
+        let after = Ownership::after(None, &entry.record, entry.epoch, &peer);
+        assert!(after.is_none_or(|ownership| ownership.epoch() == entry.epoch));
+    }
+}
+
+fn again<T: Serialize + DeserializeOwned + Debug>(row: &[u8]) {
+    let Ok(value) = postcard::from_bytes::<T>(row) else { return };
+    let written = postcard::to_allocvec(&value).expect("it was read");
+    let read = postcard::from_bytes::<T>(&written).expect("it reads again");
+    assert_eq!(format!("{value:?}"), format!("{read:?}"));
+}
+
+/// One row of each kind, and one entry per kind of record that carries something.
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let vm = sample::definition().name;
+    let (peer, proposal) = (sample::site("b"), Box::new(sample::proposal()));
+    let handover = Box::new(sample::handover());
+    let entry =
+        |record| row(0, &Entry { vm: vm.clone(), epoch: Epoch(4), at_unix_ms: 1_700_000_000_000, record });
+    let source = |record| entry(Record::Source(record));
+    let destination = |record| entry(Record::Destination(record));
+    let machine = MachineRow {
+        definition: sample::definition(),
+        images: vec!["/var/lib/longhaul/disks/web1-root.raw".into()],
+        home_site: sample::site("a"),
+        adopted: None,
+        care_of: sample::reservation().care_of,
+        handover: Some(sample::handover()),
+        wanted: true,
+        ttl_before_s: Some(60),
+    };
+    let (reservation, without_names) = (sample::reservation(), true);
+    let why = Refusal::Link("601 s".to_owned());
+    vec![
+        (
+            "source-reserved",
+            source(SourceRecord::Reserved { peer: peer.clone(), proposal: proposal.clone(), without_names }),
+        ),
+        ("source-committed", source(SourceRecord::Committed { handover: handover.clone() })),
+        ("source-aborted", source(SourceRecord::Aborted { why: why.clone() })),
+        (
+            "destination-reserved",
+            destination(DestinationRecord::Reserved { peer: peer.clone(), proposal, reservation }),
+        ),
+        ("destination-activated", destination(DestinationRecord::Activated { handover })),
+        ("destination-refused", destination(DestinationRecord::Refused { why })),
+        (
+            "attempt",
+            row(
+                1,
+                &Attempt {
+                    id: MigrationId(9),
+                    vm,
+                    peer: peer.clone(),
+                    epoch: Epoch(4),
+                    commit: CommitMode::Confirmed,
+                },
+            ),
+        ),
+        ("ownership", row(2, &Ownership::Away { site: peer, epoch: Epoch(4) })),
+        ("machine", row(3, &machine)),
+    ]
+}
+
+fn row<T: Serialize>(kind: u8, value: &T) -> Vec<u8> {
+    let mut row = vec![kind];
+    row.extend(postcard::to_allocvec(value).expect("it can be written"));
+    row
+}

@@ -1,0 +1,54 @@
+//! What crosses the WAN in place of memory: chunks of a peer that lies about lengths, programs and proofs.
+//!
+//! What one chunk becomes is bounded by its frames, and after the first error nothing more comes out.
+
+use bytes::Bytes;
+use longhaul_core::wan::{
+    Decoded, EncoderConfig, MAX_CONTENTS, MAX_OPS, MAX_RECORDS, StreamDecoder, StreamEncoder,
+};
+
+use crate::input::Input;
+use crate::sample;
+
+/// The most that one batch becomes.
+const MAX_BATCH: usize = MAX_CONTENTS + MAX_OPS + 9 * MAX_RECORDS as usize;
+
+/// Decodes `data` as chunks, each behind its length in two bytes.
+pub fn run(data: &[u8]) {
+    let mut input = Input(data);
+    let Ok(mut decoder) = StreamDecoder::new() else { return };
+    let mut failed = false;
+    while !input.is_empty() {
+        let len = usize::from(input.u16());
+        decoder.handle_chunk(Bytes::copy_from_slice(input.take(len)));
+        loop {
+            match decoder.poll_decoded() {
+                Ok(Some(Decoded::Bytes(bytes))) => assert!(!failed && bytes.len() <= MAX_BATCH),
+                Ok(Some(Decoded::End(end))) => assert!(!failed && end.bytes == decoder.made()),
+                Ok(None) => break,
+                Err(_) => {
+                    failed = true;
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// A stream that was encoded, as it is and with its last byte changed.
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let config = EncoderConfig::for_chunks_of(EncoderConfig::MIN_CHUNK);
+    let mut encoder = StreamEncoder::new(config).expect("zstd starts");
+    encoder.handle_bytes(&sample::memory_stream(4));
+    encoder.handle_end();
+    let mut whole = Vec::new();
+    while let Some(chunk) = encoder.poll_chunk() {
+        whole.extend((chunk.len() as u16).to_be_bytes());
+        whole.extend(chunk);
+    }
+    let mut unproven = whole.clone();
+    if let Some(last) = unproven.last_mut() {
+        *last ^= 1;
+    }
+    vec![("whole", whole), ("unproven", unproven)]
+}

@@ -1,0 +1,257 @@
+//! What the journal tells of each migration: its records, who owns the machine, and what is done next.
+//!
+//! The judgement is the core's; this brings together what it is judged by. Recovery acts on the same judgement
+//! that the listing prints. Nothing is changed here.
+
+use std::collections::BTreeMap;
+
+use longhaul_core::ids::VmName;
+use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::generation::behind;
+use longhaul_core::migration::ledger::Ownership;
+use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
+use longhaul_core::migration::recovery::{Facts, NextStep, Qemu, next_step};
+
+use crate::api::types::{JournalView, RecordView};
+use crate::generation::read_notes;
+use crate::journal::{History, Journal, JournalError};
+use crate::migration::MachineRow;
+
+/// The migrations of `vm`, or of every machine, oldest first. `qemu` is what is known of QEMUs here; one that
+/// is not in it was not asked.
+pub fn views(
+    journal: &Journal,
+    vm: Option<&VmName>,
+    qemu: &BTreeMap<VmName, Qemu>,
+) -> Result<Vec<JournalView>, JournalError> {
+    let histories = journal.histories()?;
+    let rows: BTreeMap<VmName, MachineRow> = journal.machines()?.into_iter().collect();
+    let mut views = Vec::new();
+    for history in histories.iter().filter(|history| vm.is_none_or(|vm| history.attempt.vm == *vm)) {
+        let attempt = &history.attempt;
+        let owner = journal.ownership(&attempt.vm)?;
+        let known = Known {
+            owner: owner.as_ref(),
+            row: rows.get(&attempt.vm),
+            qemu: qemu.get(&attempt.vm).copied().unwrap_or(Qemu::Unknown),
+        };
+        let Some(next) = judge(history, &histories, &known) else { continue };
+        views.push(view(history, owner.as_ref(), next));
+    }
+    views.sort_by_key(|view| view.records.first().map(|record| record.at_ms));
+    Ok(views)
+}
+
+/// What is known besides the records.
+pub struct Known<'a> {
+    /// Who owns the machine, by the ledger.
+    pub owner: Option<&'a Ownership>,
+    /// What this site knows of the machine.
+    pub row: Option<&'a MachineRow>,
+    /// Its QEMU here.
+    pub qemu: Qemu,
+}
+
+/// What is done about one migration; `None` if it has no records.
+pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<NextStep> {
+    let last = &history.entries.last()?.record;
+    Some(next_step(&Facts {
+        last,
+        epoch: history.attempt.epoch,
+        owner: known.owner,
+        arbitrated: history.attempt.commit != CommitMode::Confirmed,
+        wanted: wanted(history),
+        qemu: known.qemu,
+        owes_names: known.row.is_some_and(|row| row.ttl_before_s.is_some()),
+        overtaken: is_overtaken(history, all),
+        stale: is_stale(history, known),
+    }))
+}
+
+/// The guest ran when it was proposed.
+fn wanted(history: &History) -> bool {
+    history.entries.iter().any(|entry| match &entry.record {
+        Record::Source(SourceRecord::Reserved { proposal, .. })
+        | Record::Destination(DestinationRecord::Reserved { proposal, .. }) => proposal.running,
+        Record::Source(_) | Record::Destination(_) => false,
+    })
+}
+
+/// Whether another attempt of the same machine to come here was not refused: what runs is that one's.
+fn is_overtaken(history: &History, all: &[History]) -> bool {
+    all.iter().any(|other| {
+        let refused = matches!(
+            other.entries.last().map(|entry| &entry.record),
+            None | Some(
+                Record::Source(_)
+                    | Record::Destination(
+                        DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }
+                    )
+            )
+        );
+        let is_later = other.attempt.id != history.attempt.id && other.attempt.epoch >= history.attempt.epoch;
+        other.attempt.vm == history.attempt.vm && is_later && !refused
+    })
+}
+
+/// Whether the ledger is older than a disk of the machine; a note that cannot be read may say that it is.
+fn is_stale(history: &History, known: &Known<'_>) -> bool {
+    let (Some(owner), Some(row)) = (known.owner, known.row) else { return false };
+    let Ok(notes) = read_notes(&row.images) else { return true };
+    behind(owner, &history.attempt.vm, &notes).is_err()
+}
+
+fn view(history: &History, owner: Option<&Ownership>, next: NextStep) -> JournalView {
+    let attempt = &history.attempt;
+    let is_source = history.entries.iter().any(|entry| matches!(entry.record, Record::Source(_)));
+    let records = history.entries.iter().map(|entry| RecordView {
+        at_ms: entry.at_unix_ms,
+        name: entry.record.name().to_owned(),
+        why: why(&entry.record),
+    });
+    JournalView {
+        id: attempt.id.to_string(),
+        vm: attempt.vm.clone(),
+        peer: attempt.peer.clone(),
+        epoch: attempt.epoch.0,
+        role: if is_source { "source" } else { "destination" }.to_owned(),
+        records: records.collect(),
+        owner: owner_text(owner),
+        next,
+        next_text: next.text(&attempt.vm, &attempt.peer),
+        under_way: false,
+    }
+}
+
+fn owner_text(owner: Option<&Ownership>) -> String {
+    match owner {
+        Some(Ownership::Here { epoch }) => format!("this site, since epoch {epoch}"),
+        Some(Ownership::Away { site, epoch }) => format!("site {site}, since epoch {epoch}"),
+        Some(Ownership::Offered { site, epoch }) => {
+            format!("this site or site {site} in epoch {epoch}: the arbiter says which")
+        }
+        Some(Ownership::Arriving { epoch }) => format!("not this site: it would be in epoch {epoch}"),
+        None => "not known here".to_owned(),
+    }
+}
+
+fn why(record: &Record) -> Option<String> {
+    match record {
+        Record::Source(SourceRecord::Aborted { why } | SourceRecord::Returned { why })
+        | Record::Destination(DestinationRecord::Refused { why } | DestinationRecord::HandedBack { why }) => {
+            Some(why.to_string())
+        }
+        Record::Source(SourceRecord::TakenBack { destroyed })
+        | Record::Destination(DestinationRecord::TakenOver { destroyed, .. }) => {
+            Some(format!("said that the copy at site {destroyed} is destroyed"))
+        }
+        Record::Source(
+            SourceRecord::Reserved { .. }
+            | SourceRecord::PreCopy { .. }
+            | SourceRecord::Parked
+            | SourceRecord::Committed { .. }
+            | SourceRecord::Released
+            | SourceRecord::Offered { .. }
+            | SourceRecord::Reclaiming { .. }
+            | SourceRecord::Promised { .. }
+            | SourceRecord::Settled,
+        )
+        | Record::Destination(
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Activated { .. }
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. }
+            | DestinationRecord::Overruled,
+        ) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::{Epoch, MigrationId};
+    use longhaul_core::migration::Attempt;
+    use longhaul_core::migration::message::{Handover, Refusal, Reservation};
+    use longhaul_core::migration::record::Entry;
+
+    use super::*;
+
+    fn history(id: u128, epoch: u64, record: Record) -> History {
+        let attempt = Attempt {
+            id: MigrationId(id),
+            vm: "web1".parse().unwrap(),
+            peer: "b".parse().unwrap(),
+            epoch: Epoch(epoch),
+            commit: CommitMode::Confirmed,
+        };
+        let entry = Entry { vm: attempt.vm.clone(), epoch: attempt.epoch, at_unix_ms: 7, record };
+        History { attempt, entries: vec![entry] }
+    }
+
+    fn activated() -> Record {
+        Record::Destination(DestinationRecord::Activated {
+            handover: Box::new(Handover { nics: Vec::new() }),
+        })
+    }
+
+    fn refused() -> Record {
+        Record::Destination(DestinationRecord::Refused { why: Refusal::Operator })
+    }
+
+    #[test]
+    fn a_refused_attempt_is_overtaken_by_one_of_the_same_epoch_and_not_by_an_earlier_stay() {
+        let first = history(1, 3, refused());
+        assert!(is_overtaken(&first, &[first.clone(), history(2, 3, activated())]));
+        assert!(!is_overtaken(&first, &[first.clone(), history(2, 1, activated())]));
+        assert!(!is_overtaken(&first, &[first.clone(), history(2, 3, refused())]));
+    }
+
+    #[test]
+    fn a_view_says_what_was_decided_why_and_what_comes_next() {
+        let here = Ownership::Here { epoch: Epoch(3) };
+        let history = history(1, 3, refused());
+        let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs };
+        let next = judge(&history, std::slice::from_ref(&history), &known).unwrap();
+        let view = view(&history, Some(&here), next);
+        assert_eq!((view.role.as_str(), view.next), ("destination", NextStep::Nothing));
+        assert_eq!(view.records[0].why.as_deref(), Some("Aborted by the operator"));
+        assert!(view.owner.contains("this site"), "{}", view.owner);
+    }
+
+    #[tokio::test]
+    async fn a_journal_that_was_written_is_listed_from_a_copy_of_its_file() {
+        use longhaul_core::migration::step::Step;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.redb");
+        let reserved = Record::Destination(DestinationRecord::Reserved {
+            peer: "b".parse().unwrap(),
+            proposal: Box::new(proposal()),
+            reservation: Reservation { care_of: Vec::new() },
+        });
+        let attempt = history(1, 3, refused()).attempt;
+        {
+            let journal = Journal::open(&path).unwrap();
+            journal.commit(&attempt, Step::record(reserved, vec![()])).await.unwrap();
+            assert!(Journal::open_copy(&path).is_err(), "a gateway runs on it");
+        }
+        let before = std::fs::read(&path).unwrap();
+        let views = views(&Journal::open_copy(&path).unwrap(), None, &BTreeMap::new()).unwrap();
+        assert_eq!(views.len(), 1);
+        assert_eq!((views[0].next, views[0].epoch), (NextStep::Refuse, 3));
+        assert!(std::fs::read(&path).unwrap() == before, "the file was changed");
+    }
+
+    fn proposal() -> longhaul_core::migration::message::Proposal {
+        let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
+            [[disks]]\nname = \"root\"\nsize_bytes = 1048576\npci = \"03.0\"\n";
+        longhaul_core::migration::message::Proposal {
+            definition: toml::from_str(definition).unwrap(),
+            home_site: "b".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(2),
+            running: true,
+            commit: CommitMode::Confirmed,
+            nics: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Judges a case from outside, after everything is whole again and at rest.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use longhaul_core::ids::VmName;
+use serde_json::json;
+
+use super::arena::Arena;
+use super::confirm::Confirmed;
+use super::flaw::Flaw;
+use super::plan::Place;
+use crate::agent::control::AgentStatus;
+use crate::agent::dirt::DirtVerdict;
+use crate::agent::log::LogVerdict;
+use crate::agent::memory::MemoryVerdict;
+use crate::guest::verify;
+use crate::scenario::disk_check;
+use crate::scenario::monitor::Monitor;
+use crate::scenario::scene::VM;
+use crate::scenario::traces::images;
+use crate::scenario::traffic::Client;
+
+/// A guest boots and answers within this, on a busy machine.
+const BOOT: Duration = Duration::from_secs(180);
+/// The tunnel ends within this once nobody needs it: a connection of which one end's last word was missed is given up
+/// after four minutes.
+const TUNNEL: Duration = Duration::from_secs(300);
+
+/// The sites that would run the machine if they were asked.
+pub async fn owners(arena: &Arena) -> Result<Vec<Place>> {
+    let vm: VmName = VM.parse()?;
+    let mut owners = Vec::new();
+    for place in Place::BOTH {
+        if arena.gateway(place).client().may_run(&vm).await.is_ok() {
+            owners.push(place);
+        }
+    }
+    Ok(owners)
+}
+
+/// Lets the old connection end; every record must have come once.
+pub async fn old_connection(mut client: Client) -> Result<(), Flaw> {
+    let ended = async {
+        client.close_old().await?;
+        let record = client.finish().await?.record.context("There is no record connection")?;
+        ensure!(record.content_ok && record.error.is_none(), "{record:?}");
+        Ok(())
+    };
+    ended.await.map_err(|error: anyhow::Error| Flaw::Connection(format!("{error:#}")))
+}
+
+/// Starts a machine that stands still at its owner, as an operator would, and waits until it serves.
+pub async fn start(arena: &Arena, place: Place) -> Result<(), Flaw> {
+    let started = async {
+        arena.gateway(place).client().start(&VM.parse()?).await?;
+        let deadline = Instant::now() + BOOT;
+        let address = arena.address(place).await?;
+        while let Err(error) = arena.ask::<AgentStatus>(address, "/status").await {
+            if Instant::now() > deadline {
+                bail!("It was started at site {} and does not answer: {error:#}", place.name());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Ok(())
+    };
+    started.await.map_err(|error: anyhow::Error| Flaw::LostMachine(format!("{error:#}")))
+}
+
+/// Asks the running guest for its log, its blocks and its pages. `booted` if it was started anew.
+pub async fn content(arena: &Arena, place: Place, confirmed: &Confirmed, booted: bool) -> Vec<Flaw> {
+    let mut flaws = Vec::new();
+    match asked(arena, place).await {
+        Ok((status, wrong)) => {
+            if status.log_last < confirmed.log_last {
+                let (last, told) = (status.log_last, confirmed.log_last);
+                flaws.push(Flaw::LostWrites(format!("the log ends at {last}, a client was told {told}")));
+            }
+            if !booted && !confirmed.boot_id.is_empty() && status.boot_id != confirmed.boot_id {
+                flaws.push(Flaw::Content("the guest has booted meanwhile".into()));
+            }
+            flaws.extend(wrong.map(Flaw::Content));
+        }
+        Err(error) => flaws.push(Flaw::Connection(format!("the guest does not answer: {error:#}"))),
+    }
+    flaws
+}
+
+async fn asked(arena: &Arena, place: Place) -> Result<(AgentStatus, Option<String>)> {
+    let address = arena.address(place).await?;
+    let status: AgentStatus = arena.ask(address, "/status").await?;
+    let log: LogVerdict = arena.ask(address, "/log/verify").await?;
+    let blocks: DirtVerdict = arena.ask(address, "/disk/verify").await?;
+    let pages: MemoryVerdict = arena.ask(address, "/memory/verify").await?;
+    let sound = log.sound() && blocks.sound() && pages.mismatched == 0 && status.errors.is_empty();
+    let detail = format!("{log:?}, {blocks:?}, {pages:?}, errors {:?}", status.errors);
+    Ok((status, (!sound).then_some(detail)))
+}
+
+/// Checks the disk of the machine that runs at site a; it stands still for as long as that takes.
+pub async fn disk_at_a(arena: &Arena, confirmed: &Confirmed) -> Result<(), Flaw> {
+    let checked = async {
+        let mut monitor = Monitor::connect(&arena.scene.a.observer(VM), Duration::from_secs(5))?;
+        monitor.ask("stop", json!({}))?;
+        let image = arena.scene.disks.first().context("The guest has no disk")?.clone();
+        let work = tempfile::tempdir_in(arena.scene.world.lab.scratch())?;
+        let verdict = verify::root_disk(&image, work.path());
+        monitor.ask("cont", json!({}))?;
+        let (verdict, _) = verdict?;
+        Ok::<_, anyhow::Error>(verdict)
+    };
+    let verdict = checked.await.map_err(|error| Flaw::NotJudged(format!("the disk at a: {error:#}")))?;
+    if !verdict.sound() {
+        return Err(Flaw::Content(format!("the disk at a: {verdict:?}")));
+    }
+    expect_confirmed(verdict.log.last, confirmed)
+}
+
+/// Stops the machine at site b and checks its disk, against the source's if it was not booted since.
+pub async fn disk_at_b(arena: &Arena, id: &str, confirmed: &Confirmed, booted: bool) -> Result<(), Flaw> {
+    let judged = if booted { booted_disk(arena).await } else { moved_disk(arena, id).await };
+    match judged.map_err(|error| Flaw::NotJudged(format!("the disk at b: {error:#}")))? {
+        (last, None) => expect_confirmed(last, confirmed),
+        (_, Some(wrong)) => Err(Flaw::Content(format!("the disk at b: {wrong}"))),
+    }
+}
+
+/// Number of the last record, and what is wrong.
+async fn moved_disk(arena: &Arena, id: &str) -> Result<(u64, Option<String>)> {
+    let epoch = arena.machine(Place::B).await?.context("Site b does not list the machine")?.epoch;
+    let mut monitor = Monitor::connect(&arena.scene.b.observer(VM), Duration::from_secs(5))?;
+    let found = disk_check::compare(&arena.scene, &mut monitor, id, epoch).await?;
+    let sound = found.mismatched == 0 && found.compared > 0 && found.sound;
+    Ok((found.last_record, (!sound).then(|| format!("{found:?}"))))
+}
+
+async fn booted_disk(arena: &Arena) -> Result<(u64, Option<String>)> {
+    arena.scene.b.client().stop(&VM.parse()?).await?;
+    let images = images(&arena.scene.b)?;
+    let [image] = &images[..] else { bail!("Site b has disks {images:?}") };
+    let work = tempfile::tempdir_in(arena.scene.world.lab.scratch())?;
+    let (verdict, _) = verify::root_disk(&arena.scene.b.folder.join("disks").join(image), work.path())?;
+    let wrong = (!verdict.sound()).then(|| format!("{verdict:?}"));
+    Ok((verdict.log.last, wrong))
+}
+
+fn expect_confirmed(last: u64, confirmed: &Confirmed) -> Result<(), Flaw> {
+    if last >= confirmed.log_last {
+        return Ok(());
+    }
+    let told = confirmed.log_last;
+    Err(Flaw::LostWrites(format!("the log on the disk ends at {last}, a client was told {told}")))
+}
+
+/// The tunnel comes down by itself when old connections have ended.
+pub async fn tunnel_comes_down(arena: &Arena) -> Result<(), Flaw> {
+    let deadline = Instant::now() + TUNNEL;
+    loop {
+        let status = arena.scene.a.client().status().await;
+        let anchors = status.map_err(|error| Flaw::Unsettled(error.to_string()))?.anchors;
+        if anchors.iter().all(|anchor| anchor.closed_ms.is_some()) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(Flaw::LeftBehind(format!("the tunnel stays up: {anchors:?}")));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

@@ -1,0 +1,219 @@
+//! The matrix' report: `report.json` for programs, a table for people.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::flaw::Flaw;
+use super::plan::Case;
+use super::play::{Ending, Played};
+
+/// Version of `report.json`.
+pub const SCHEMA: u32 = 1;
+
+/// Cases of one kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Played.
+    pub cases: u64,
+    /// Among them those in which every promise held.
+    pub held: u64,
+}
+
+/// A case that did not hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// Its number.
+    pub number: u64,
+    /// The fault.
+    pub fault: String,
+    /// Where the move was; empty if it never got there.
+    pub stage: String,
+    /// What did not hold.
+    pub flaws: Vec<String>,
+    /// The command that plays it again.
+    pub replay: String,
+    /// Where the logs are, below the report's folder.
+    pub logs: String,
+}
+
+/// `report.json`, version 1.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FaultReport {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// The seed.
+    pub seed: u64,
+    /// Cases in which the fault struck.
+    pub cases: u64,
+    /// Among them those in which every promise held.
+    pub held: u64,
+    /// Cases in which there was nothing to strike at the moment; not counted anywhere else.
+    pub missed: u64,
+    /// By the fault's name.
+    pub by_fault: BTreeMap<String, Tally>,
+    /// By the stage in which it struck: `0` to `5`, `after`, or `?` for a case that did not get there.
+    pub by_stage: BTreeMap<String, Tally>,
+    /// By fault and stage.
+    pub by_cell: BTreeMap<String, BTreeMap<String, Tally>>,
+    /// How often two copies ran at one time.
+    pub double_runs: u64,
+    /// Cases in which the QEMU that owned the machine was killed, and the machine was booted again.
+    pub guest_crashed: u64,
+    /// Cases that ended with the machine at site b.
+    pub moved: u64,
+    /// Cases that ended with the machine at site a.
+    pub stayed: u64,
+    /// Cases that ended with a machine that only an operator may start.
+    pub on_hold: u64,
+    /// Cases after which no copy could run.
+    pub lost_machines: u64,
+    /// Cases after which something was gone that a client knew of.
+    pub lost_confirmed_writes: u64,
+    /// Cases that left something behind.
+    pub leftovers: u64,
+    /// Cases that did not hold.
+    pub failed: Vec<Failed>,
+    /// The whole run.
+    pub took_s: f64,
+}
+
+impl FaultReport {
+    /// An empty one.
+    pub fn new(seed: u64) -> Self {
+        Self { schema: SCHEMA, seed, ..Self::default() }
+    }
+
+    /// Counts a case; `None` for one that could not be played.
+    pub fn count(&mut self, case: &Case, played: Option<&Played>, flaws: &[Flaw]) {
+        if played.is_some_and(|played| !played.struck) && flaws.is_empty() {
+            self.missed += 1;
+            return;
+        }
+        let (fault, stage) = (case.fault.name(), stage_name(played));
+        let cell = self.by_cell.entry(fault.clone()).or_default().entry(stage.clone()).or_default();
+        let (by_fault, by_stage) = (
+            self.by_fault.entry(fault.clone()).or_default(),
+            self.by_stage.entry(stage.clone()).or_default(),
+        );
+        for tally in [cell, by_fault, by_stage] {
+            tally.cases += 1;
+            tally.held += u64::from(flaws.is_empty());
+        }
+        self.cases += 1;
+        self.held += u64::from(flaws.is_empty());
+        match played.map_or(Ending::Unclear, |played| played.ending) {
+            Ending::Stayed => self.stayed += 1,
+            Ending::Moved => self.moved += 1,
+            Ending::Crashed(_) => self.guest_crashed += 1,
+            Ending::Held => self.on_hold += 1,
+            Ending::Unclear => {}
+        }
+        self.count_flaws(flaws);
+        if !flaws.is_empty() {
+            self.failed.push(Failed {
+                number: case.number,
+                fault,
+                stage,
+                flaws: flaws.iter().map(ToString::to_string).collect(),
+                replay: replay(self.seed, case.number),
+                logs: logs(self.seed, case.number),
+            });
+        }
+    }
+
+    fn count_flaws(&mut self, flaws: &[Flaw]) {
+        let has = |wanted: fn(&Flaw) -> bool| u64::from(flaws.iter().any(wanted));
+        self.lost_machines += has(|flaw| matches!(flaw, Flaw::LostMachine(_)));
+        self.lost_confirmed_writes += has(|flaw| matches!(flaw, Flaw::LostWrites(_)));
+        self.leftovers += has(|flaw| matches!(flaw, Flaw::LeftBehind(_)));
+        for flaw in flaws {
+            if let Flaw::DoubleRun(times) = flaw {
+                self.double_runs += times;
+            }
+        }
+    }
+
+    /// Writes `report.json`.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder)?;
+        Ok(std::fs::write(folder.join("report.json"), serde_json::to_vec_pretty(self)?)?)
+    }
+
+    /// Faults by stages, each cell `held/cases`.
+    pub fn table(&self) -> String {
+        let stages: BTreeSet<&String> = self.by_stage.keys().collect();
+        let mut text = format!("{:<16}", "fault \\ stage");
+        for stage in &stages {
+            text.push_str(&format!("{stage:>8}"));
+        }
+        text.push_str(&format!("{:>8}\n", "all"));
+        for (fault, cells) in &self.by_cell {
+            text.push_str(&format!("{fault:<16}"));
+            for stage in &stages {
+                text.push_str(&format!("{:>8}", cells.get(*stage).map_or("-".into(), shown)));
+            }
+            text.push_str(&format!("{:>8}\n", self.by_fault.get(fault).map_or("-".into(), shown)));
+        }
+        text.push_str(&format!("{:<16}", "all"));
+        for tally in self.by_stage.values() {
+            text.push_str(&format!("{:>8}", shown(tally)));
+        }
+        text.push_str(&format!("{:>8}\n", shown(&Tally { cases: self.cases, held: self.held })));
+        text
+    }
+}
+
+/// The command that plays a case again.
+pub fn replay(seed: u64, number: u64) -> String {
+    format!("cargo lab faults --seed {seed} --only {number}")
+}
+
+/// The folder of a case that did not hold, below the report's.
+pub fn logs(seed: u64, number: u64) -> String {
+    format!("failed/{seed}-{number}")
+}
+
+/// The stage of a case for reports.
+pub fn stage_name(played: Option<&Played>) -> String {
+    played.map_or("?".to_owned(), |played| played.spot.name())
+}
+
+fn shown(tally: &Tally) -> String {
+    format!("{}/{}", tally.held, tally.cases)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::plan::{self, Place};
+    use super::super::strike::Spot;
+    use super::*;
+
+    #[test]
+    fn a_case_is_counted_by_fault_and_stage_and_a_flaw_makes_it_fail() {
+        let mut report = FaultReport::new(3);
+        let case = plan::case(3, 0);
+        let played = Played {
+            spot: Spot::After,
+            struck: true,
+            ending: Ending::Crashed(Place::B),
+            flaws: Vec::new(),
+            took: Duration::ZERO,
+        };
+        report.count(&case, Some(&played), &[]);
+        let flaws = [Flaw::DoubleRun(2), Flaw::LostWrites("x".into())];
+        report.count(&case, Some(&played), &flaws);
+        report.count(&case, Some(&Played { struck: false, ..played }), &[]);
+        let expected = Tally { cases: 2, held: 1 };
+        assert_eq!((report.by_fault[&case.fault.name()], report.by_stage["after"]), (expected, expected));
+        assert_eq!((report.double_runs, report.lost_confirmed_writes, report.guest_crashed), (2, 1, 2));
+        assert_eq!((report.missed, report.failed.len()), (1, 1));
+        assert_eq!(report.failed[0].replay, "cargo lab faults --seed 3 --only 0");
+        assert!(report.table().contains("1/2"), "{}", report.table());
+    }
+}

@@ -1,0 +1,142 @@
+//! Waits for a case's moment, lets its fault happen, and makes everything whole again.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use gateway::api::types::{MigrationView, Progressing};
+use longhaul_core::migration::Stage;
+
+use super::arena::Arena;
+use super::plan::{Case, Fault, Moment, Place, Way};
+use crate::scenario::Scene;
+use crate::scenario::traces::{kill_qemu, qemus};
+use crate::wan::Direction;
+
+/// A whole move, on a busy machine.
+const MOVE: Duration = Duration::from_secs(180);
+/// The shortest stage lasts tens of milliseconds.
+const LOOK: Duration = Duration::from_millis(3);
+/// A share of packets.
+const LOSS: f64 = 0.05;
+
+/// Where the move was when the fault struck.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Spot {
+    /// In this stage.
+    Stage(Stage),
+    /// The machine had moved.
+    After,
+}
+
+impl Spot {
+    /// The name in reports.
+    pub fn name(self) -> String {
+        match self {
+            Self::Stage(stage) => stage.number().to_string(),
+            Self::After => "after".to_owned(),
+        }
+    }
+
+    fn of(view: &MigrationView) -> Result<Self> {
+        match view.progressing {
+            Progressing::Running => Ok(Self::Stage(view.stage)),
+            Progressing::Moved => Ok(Self::After),
+            Progressing::Stayed => bail!("The machine stayed before anything went wrong: {:?}", view.reason),
+        }
+    }
+}
+
+/// Waits until the case's moment has come.
+pub async fn moment(arena: &Arena, case: &Case, id: &str) -> Result<Spot> {
+    let delay = match case.moment {
+        Moment::Stage(stage, delay) => {
+            reach(arena, id, |spot| spot >= Spot::Stage(stage)).await?;
+            delay
+        }
+        Moment::After(delay) => {
+            reach(arena, id, |spot| spot == Spot::After).await?;
+            delay
+        }
+        Moment::Random(delay) => delay,
+    };
+    tokio::time::sleep(delay).await;
+    if case.fault == Fault::Qemu(Place::B) {
+        reach(arena, id, |spot| !qemus(&arena.scene.b).is_empty() || spot == Spot::After).await?;
+    }
+    Spot::of(&arena.scene.a.client().migration(id).await?)
+}
+
+async fn reach(arena: &Arena, id: &str, there: impl Fn(Spot) -> bool) -> Result<()> {
+    let deadline = Instant::now() + MOVE;
+    loop {
+        let view = arena.scene.a.client().migration(id).await?;
+        if there(Spot::of(&view)?) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("The move does not get on: {view:?}");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Lets the fault happen and heals it. False if there was nothing that it could strike.
+pub async fn strike(arena: &mut Arena, case: &Case) -> Result<bool> {
+    match case.fault {
+        Fault::Gateway(place) => {
+            arena.gateway_mut(place).kill()?;
+            tokio::time::sleep(case.lasts).await;
+            arena.gateway_mut(place).launch().await?;
+        }
+        Fault::Qemu(place) => {
+            if qemus(arena.gateway(place)).is_empty() {
+                return Ok(false);
+            }
+            kill_qemu(arena.gateway(place))?;
+        }
+        Fault::Cut(way, _) => {
+            let wan = &arena.scene.world.wan;
+            match way {
+                Way::Both => wan.cut()?,
+                Way::ToA => wan.set_cut(Direction::ToNear, true)?,
+                Way::ToB => wan.set_cut(Direction::ToFar, true)?,
+            }
+            tokio::time::sleep(case.lasts).await;
+            wan.heal()?;
+        }
+        Fault::Loss => {
+            let rtt = rtt(arena, case);
+            arena.wan(rtt, LOSS)?;
+            tokio::time::sleep(case.lasts).await;
+            arena.wan(rtt, 0.0)?;
+        }
+        Fault::Names => {
+            let said = arena.scene.names.read(&Scene::name())?;
+            arena.scene.names.stop()?;
+            tokio::time::sleep(case.lasts).await;
+            arena.scene.names.start_again(&Scene::name(), &said)?;
+        }
+        Fault::OldJournal(place) => {
+            let old = arena.old_journal(place);
+            let gateway = arena.gateway_mut(place);
+            gateway.kill()?;
+            tokio::time::sleep(case.lasts).await;
+            std::fs::copy(old, gateway.journal()).context("The old journal")?;
+            gateway.launch().await?;
+        }
+    }
+    Ok(true)
+}
+
+/// The round trip of a case: long where it is what a stage lasts.
+pub fn rtt(arena: &Arena, case: &Case) -> Duration {
+    match case.moment {
+        Moment::Stage(
+            Stage::PreMigration | Stage::Reservation | Stage::Commitment | Stage::Activation,
+            _,
+        ) => Duration::from_millis(150),
+        Moment::Stage(Stage::PreCopy | Stage::StopAndCopy, _) | Moment::After(_) | Moment::Random(_) => {
+            arena.scene.options.rtt
+        }
+    }
+}

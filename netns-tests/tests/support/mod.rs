@@ -1,0 +1,3 @@
+//! What several tests of whole sites need besides a scene.
+
+pub mod journal;
