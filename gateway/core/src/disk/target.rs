@@ -232,18 +232,20 @@ impl MirrorTarget {
 
     /// The next thing to do, or `None` until an answer, a chunk or [`Self::flush_at`].
     pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
-        if self.flush_due(now) {
-            self.flushing = true;
-            self.flushing_to = self.counters.applied_bytes;
-            self.flush_asked = false;
-            self.unflushed = false;
-            self.unflushed_bytes = 0;
-            self.last_flush = now;
-            return Some(Step::Flush);
-        }
-        while let Some((number, record)) = self.queue.front() {
+        loop {
+            if self.flush_due(now) {
+                self.flushing = true;
+                self.flushing_to = self.counters.applied_bytes;
+                self.flush_asked = false;
+                self.unflushed = false;
+                self.unflushed_bytes = 0;
+                self.last_flush = now;
+                return Some(Step::Flush);
+            }
+            let (number, record) = self.queue.front()?;
             let number = *number;
             match record {
+                // What it asks for may be due at once: a barrier behind it does not wait for the clock.
                 Record::Flush => self.flush_asked = true,
                 Record::Barrier(barrier) => return self.poll_proven(*barrier),
                 Record::Write { .. } | Record::Zero { .. } | Record::Same { .. } => {
@@ -252,7 +254,6 @@ impl MirrorTarget {
             }
             self.queue.pop_front();
         }
-        None
     }
 
     /// The write or zero with this number is done.
@@ -486,6 +487,19 @@ mod tests {
         assert_eq!(target.proven(), Some(proven));
         target.handle_chunk(chunk(4, &[write(0, 2)])).unwrap();
         assert_eq!(target.proven(), None, "a later record takes the proof back");
+    }
+
+    #[test]
+    fn a_flush_right_before_the_barrier_does_not_wait_for_the_clock() {
+        let mut records = vec![write(0, 1), Record::Flush];
+        records.push(barrier_behind(&records));
+        let mut target = target();
+        target.handle_chunk(chunk(1, &records)).unwrap();
+        let Some(Step::Write { number, .. }) = target.poll_step(NOW) else { panic!("no write") };
+        target.handle_applied(number);
+        assert_eq!(target.poll_step(NOW), Some(Step::Flush));
+        target.handle_flushed();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Proven(_))));
     }
 
     #[test]
