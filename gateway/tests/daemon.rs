@@ -54,7 +54,7 @@ fn a_configuration_that_this_host_contradicts_is_refused_before_anything_is_made
         ("[hypervisor]\n", "[hypervisor]\nuefi_code = \"/no-code\"\n", 9, "hypervisor.uefi_code"),
         ("[hypervisor]\n", "[kernel.k]\nimage = \"/no-kernel\"\n[hypervisor]\n", 9, "kernel.k.image"),
         ("[hypervisor]\n", "[link]\nlisten = \"192.0.2.77:4789\"\n[hypervisor]\n", 9, "link.listen"),
-        ("[hypervisor]\n", "[link]\nrate_mbit = 18446744073709551615\n[hypervisor]\n", 9, "rate_mbit"),
+        ("[hypervisor]\n", "[link]\nrate_mbit = 18446744073709551615\n[hypervisor]\n", 9, "link.rate_mbit"),
         ("[hypervisor]\n", "[tunnel]\ndevice = \"lh 0\"\n[hypervisor]\n", 9, "tunnel.device"),
         (
             "[hypervisor]\n",

@@ -114,7 +114,7 @@ impl Epoch {
 
     /// The epoch of the next hand-over.
     pub fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 

@@ -28,6 +28,11 @@ impl Daemon {
     /// `longhaul migrate`.
     pub(super) async fn migrate(&mut self, request: MigrateRequest) -> Result<Started, RequestError> {
         let vm = request.vm.clone();
+        self.movable(&request)?;
+        if !self.edges.peer(&request.to).is_some_and(|peer| peer.is_up()) {
+            let text = format!("Site {} is not connected; `longhaul status` shows when it is", request.to);
+            return Err(RequestError::Conflict(text));
+        }
         let started = self.begin(request, None).await?;
         self.forget_retries(&vm);
         Ok(started)

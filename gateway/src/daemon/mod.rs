@@ -212,7 +212,8 @@ impl Daemon {
             LinkEvent::Unreachable { peer, reason } => {
                 tracing::warn!(%peer, reason, "peer cannot be reached")
             }
-            LinkEvent::Refused { key } => tracing::warn!(?key, "somebody with an unknown key was refused"),
+            // The link has said it, once for each key.
+            LinkEvent::Refused { key } => tracing::debug!(?key, "somebody with an unknown key was refused"),
         }
     }
 

@@ -62,12 +62,19 @@ impl Daemon {
                 })
                 .collect(),
             machines,
-            migrations: self.migrations.values().map(|running| running.viewer.current()).collect(),
+            migrations: self.migration_views(),
             anchors: self.anchor_views.borrow().values().cloned().collect(),
             partials: self.partial_views(),
             tunnel: self.tunnel_view(),
             kept: self.kept_disks(),
         }
+    }
+
+    /// In the order in which they began.
+    fn migration_views(&self) -> Vec<MigrationView> {
+        let mut views: Vec<_> = self.migrations.values().map(|running| running.viewer.current()).collect();
+        views.sort_by_key(|view| view.started_ms);
+        views
     }
 
     fn partial_views(&self) -> Vec<PartialView> {

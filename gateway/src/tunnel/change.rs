@@ -132,7 +132,7 @@ impl Changes {
         let tables = nft::our_tables(config).await?;
         let macs: Vec<Mac> =
             tables.iter().filter_map(|(_, name)| nft::mac_of_away_name(config, name)).collect();
-        self.netlink.sweep(&macs).await?;
+        self.netlink.sweep(&macs, config.device_address, &config.device).await?;
         let script: String = tables.iter().map(|(family, name)| nft::remove(family, name)).collect();
         if !script.is_empty() {
             nft::run(&script).await?;

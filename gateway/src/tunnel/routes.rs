@@ -269,13 +269,20 @@ impl Netlink {
         Ok(known)
     }
 
-    /// Removes every route, rule and neighbour that carries our protocol number, and the bridge entries
-    /// of `macs`: what a gateway that crashed has left.
-    pub(super) async fn sweep(&self, macs: &[Mac]) -> Result<(), TunnelError> {
+    /// Removes every route, rule and neighbour that carries our protocol number, the bridge entries of `macs`,
+    /// and the address `dummy` from all devices but `device`: what a gateway that crashed has left.
+    pub(super) async fn sweep(&self, macs: &[Mac], dummy: Ipv4Addr, device: &str) -> Result<(), TunnelError> {
         self.sweep_routes().await?;
         self.sweep_rules().await?;
         self.sweep_neighbours().await?;
-        self.sweep_bridges(macs).await
+        self.sweep_bridges(macs).await?;
+        let own = self.find_link(device).await?.map(|link| link.index);
+        for (index, found) in self.addresses().await? {
+            if found.addr == IpAddr::V4(dummy) && found.len == 32 && Some(index) != own {
+                self.delete_dummy_address(dummy, index).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn sweep_routes(&self) -> Result<(), TunnelError> {

@@ -55,10 +55,12 @@ impl Site {
         )
     }
 
-    /// `longhaul serve` in a namespace without any interface.
+    /// `longhaul serve` in a namespace with nothing but its loopback: without any address the kernel lets a
+    /// socket be bound to every one.
     fn command(&self) -> Command {
         let mut command = Command::new("unshare");
-        command.args(["-n", LONGHAUL, "serve", "--config"]).arg(self.config()).stdin(Stdio::null());
+        command.args(["-n", "sh", "-c", "ip link set lo up && exec \"$0\" serve --config \"$1\"", LONGHAUL]);
+        command.arg(self.config()).stdin(Stdio::null());
         command
     }
 

@@ -205,7 +205,7 @@ async fn migrate(scene: &Scene) -> Result<MigrationView> {
         .status()
         .await?;
     let views = scene.a.client().status().await?.migrations;
-    let view = views.into_iter().next().context("The gateway shows no migration")?;
+    let view = views.into_iter().next_back().context("The gateway shows no migration")?;
     if !status.success() && view.reason.is_none() {
         bail!("longhaul migrate ended with {status}");
     }

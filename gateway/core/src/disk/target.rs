@@ -232,27 +232,21 @@ impl MirrorTarget {
 
     /// The next thing to do, or `None` until an answer, a chunk or [`Self::flush_at`].
     pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
-        if self.flush_due(now) {
-            self.flushing = true;
-            self.flushing_to = self.counters.applied_bytes;
-            self.flush_asked = false;
-            self.unflushed = false;
-            self.unflushed_bytes = 0;
-            self.last_flush = now;
-            return Some(Step::Flush);
-        }
-        while let Some((number, record)) = self.queue.front() {
-            let number = *number;
+        loop {
+            if self.flush_due(now) {
+                return Some(self.begin_flush(now));
+            }
+            let (number, record) = self.queue.front()?;
             match record {
+                // May make a flush due at once.
                 Record::Flush => self.flush_asked = true,
                 Record::Barrier(barrier) => return self.poll_proven(*barrier),
                 Record::Write { .. } | Record::Zero { .. } | Record::Same { .. } => {
-                    return self.poll_apply(number);
+                    return self.poll_apply(*number);
                 }
             }
             self.queue.pop_front();
         }
-        None
     }
 
     /// The write or zero with this number is done.
@@ -342,6 +336,16 @@ impl MirrorTarget {
         let asked = self.flush_asked || self.unflushed_bytes >= self.config.flush_bytes;
         let overdue = now >= self.last_flush + self.config.flush_interval;
         self.unflushed && !self.flushing && (barrier_waits || asked || overdue)
+    }
+
+    fn begin_flush(&mut self, now: Duration) -> Step {
+        self.flushing = true;
+        self.flushing_to = self.counters.applied_bytes;
+        self.flush_asked = false;
+        self.unflushed = false;
+        self.unflushed_bytes = 0;
+        self.last_flush = now;
+        Step::Flush
     }
 
     fn poll_proven(&mut self, barrier: Barrier) -> Option<Step> {
@@ -435,6 +439,24 @@ mod tests {
         let fewer = [write(0, 1), barrier_behind(&sent)];
         let count = TargetError::Count { barrier: 2, received: 1 };
         assert_eq!(target().handle_chunk(chunk(1, &fewer)), Err(count));
+    }
+
+    #[test]
+    fn a_flush_that_is_asked_for_before_a_barrier_does_not_wait_for_its_interval() {
+        let mut packer = ChunkPacker::new(1 << 20);
+        let mut digest = RunningDigest::default();
+        for record in [write(0, 1), Record::Flush] {
+            digest.add(&record);
+            packer.push(&record);
+        }
+        packer.push(&Record::Barrier(digest.barrier()));
+        let mut target = target();
+        target.handle_chunk(packer.finish(1)).unwrap();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
+        target.handle_applied(1);
+        assert_eq!(target.poll_step(NOW), Some(Step::Flush));
+        target.handle_flushed();
+        assert_eq!(target.poll_step(NOW), Some(Step::Proven(digest.barrier())));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!  (unknown) ----> Opening ---------------------> Open --- FIN both ways, or RST ---> Closed
 //!      |                                           ^                                    |
 //!      +------- any other packet, or seeded -------+          SYN: Opening again        |
-//!  every state ends by its idle time; Closed lingers for the last acknowledgements <----+
+//!  every state ends by its idle time; Closed is remembered, and lingers for late segments <----+
 //! ```
 //!
 //! ICMP belongs to no flow here: a monitor's pings shall not keep a tunnel open for ever.
@@ -36,8 +36,12 @@ pub struct FlowConfig {
     pub udp_idle: Duration,
     /// The same for other protocols (SCTP, ESP, GRE). Default 30 min.
     pub other_idle: Duration,
-    /// How long a closed connection still passes, for a lost last acknowledgement. Default 3 s.
+    /// How long the tunnel stays after the last packet of a closed connection, for a lost last acknowledgement.
+    /// Default 3 s.
     pub closed_linger: Duration,
+    /// How long a closed connection is remembered, so that a segment that comes late is not taken for an open
+    /// one. Default 2 min (RFC 9293, 3.4.2: the maximum segment lifetime).
+    pub closed_memory: Duration,
     /// No new flow to the home address for this long before the tunnel may end. Default 60 s.
     pub quiet: Duration,
     /// The tunnel may end after this time whatever is left. Default none.
@@ -54,6 +58,7 @@ impl Default for FlowConfig {
             udp_idle: Duration::from_secs(300),
             other_idle: Duration::from_secs(1800),
             closed_linger: Duration::from_secs(3),
+            closed_memory: Duration::from_secs(120),
             quiet: Duration::from_secs(60),
             limit: None,
         }
@@ -82,6 +87,8 @@ pub struct FlowTable {
     flows: BTreeMap<FlowTuple, Flow>,
     due: BTreeSet<(Duration, FlowTuple)>,
     closed: usize,
+    /// When a closed connection last had a packet.
+    last_closed: Option<Duration>,
     started: Duration,
     last_new: Duration,
     untracked_until: Duration,
@@ -96,6 +103,7 @@ impl FlowTable {
             flows: BTreeMap::new(),
             due: BTreeSet::new(),
             closed: 0,
+            last_closed: None,
             started: now,
             last_new: now,
             untracked_until: Duration::ZERO,
@@ -157,7 +165,8 @@ impl FlowTable {
         let limit_reached = self.config.limit.is_some_and(|limit| now >= self.started + limit);
         let names_expired = self.names_expire_at.is_some_and(|at| now >= at);
         let quiet = now >= self.last_new + self.config.quiet;
-        let nobody_left = self.flows.is_empty() && now >= self.untracked_until;
+        let lingers = self.last_closed.is_some_and(|at| now < at + self.config.closed_linger);
+        let nobody_left = self.alive() == 0 && !lingers && now >= self.untracked_until;
         limit_reached || (nobody_left && names_expired && quiet)
     }
 
@@ -184,12 +193,32 @@ impl FlowTable {
             return;
         }
         if self.flows.len() >= self.config.max_flows {
+            self.forget_closed();
+        }
+        if self.flows.len() >= self.config.max_flows {
             self.untracked_until = self.untracked_until.max(now + idle);
             return;
         }
         let due = now + idle;
         self.due.insert((due, tuple));
         self.flows.insert(tuple, Flow { state, last_seen: now, due });
+    }
+
+    /// Makes room: an eighth of the table at a time, so that the search costs each flow little.
+    fn forget_closed(&mut self) {
+        let share = (self.config.max_flows / 8).max(1);
+        if self.closed < share {
+            return;
+        }
+        let is_closed =
+            |tuple: &FlowTuple| self.flows.get(tuple).is_some_and(|flow| flow.state == State::Closed);
+        let oldest: Vec<_> =
+            self.due.iter().filter(|(_, tuple)| is_closed(tuple)).take(share).copied().collect();
+        for entry in oldest {
+            self.due.remove(&entry);
+            self.flows.remove(&entry.1);
+            self.closed -= 1;
+        }
     }
 
     /// Stores `flow`; queues it anew only if its deadline came closer.
@@ -201,6 +230,9 @@ impl FlowTable {
             flow.due = deadline;
         }
         let is_closed = flow.state == State::Closed;
+        if is_closed {
+            self.last_closed = Some(flow.last_seen);
+        }
         let was_closed = self.flows.insert(tuple, flow).is_some_and(|old| old.state == State::Closed);
         self.closed = self.closed + usize::from(is_closed) - usize::from(was_closed);
     }
@@ -232,7 +264,7 @@ fn next_state(state: State, flags: TcpFlags, sender: Side) -> State {
 
 fn idle_time(config: &FlowConfig, protocol: u8, state: State) -> Duration {
     match (protocol, state) {
-        (_, State::Closed) => config.closed_linger,
+        (_, State::Closed) => config.closed_memory,
         (TCP, State::Opening) => config.tcp_opening,
         (TCP, State::Open { guest_fin: false, remote_fin: false }) => config.tcp_idle,
         (TCP, State::Open { .. }) => config.tcp_closing,
@@ -312,6 +344,33 @@ mod tests {
         assert!(!table.may_end(at(203)), "the last acknowledgement still has to pass");
         from_remote(&mut table, 203, 1000, ACK);
         assert!(table.may_end(at(206)));
+    }
+
+    #[test]
+    fn a_segment_that_comes_late_does_not_open_a_closed_connection_again() {
+        let mut table = table();
+        table.seed(at(0), &[tuple(1000)]);
+        from_remote(&mut table, 100, 1000, FIN_ACK);
+        from_guest(&mut table, 101, 1000, FIN_ACK);
+        assert!(table.may_end(at(104)));
+        from_remote(&mut table, 110, 1000, ACK);
+        assert_eq!(table.alive(), 0);
+        assert!(!table.may_end(at(112)), "it is let pass");
+        assert!(table.may_end(at(113)));
+        from_remote(&mut table, 120, 1000, SYN);
+        assert_eq!(table.alive(), 1, "the same ports, a new connection");
+    }
+
+    #[test]
+    fn connections_that_are_only_remembered_make_room_for_new_ones() {
+        let mut table = FlowTable::new(FlowConfig { max_flows: 16, ..FlowConfig::default() }, at(0));
+        table.set_names_expire_at(at(0));
+        for port in 1000..1100 {
+            from_remote(&mut table, 100, port, SYN);
+            from_remote(&mut table, 100, port, RST);
+        }
+        assert!(table.flows.len() <= 16);
+        assert!(table.may_end(at(160)), "none of them was too many to be tracked");
     }
 
     #[test]

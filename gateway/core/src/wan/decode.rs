@@ -86,9 +86,9 @@ impl StreamDecoder {
         })
     }
 
-    /// Takes the next chunk. Call [`Self::poll_decoded`] until it returns `None` before the next.
+    /// Takes the next chunk. Call [`Self::poll_decoded`] until it returns `None` or an error before the next.
     pub fn handle_chunk(&mut self, chunk: Bytes) {
-        debug_assert!(self.chunk.is_empty(), "the previous chunk is still being decoded");
+        debug_assert!(self.closed || self.chunk.is_empty(), "the previous chunk is still being decoded");
         self.chunk = chunk;
     }
 

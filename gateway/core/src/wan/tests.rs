@@ -151,6 +151,16 @@ fn nothing_comes_after_the_end() {
 }
 
 #[test]
+fn nothing_comes_after_an_error_whatever_is_left_of_its_chunk() {
+    let mut decoder = StreamDecoder::new().unwrap();
+    let batch = batch_frame(ENCODING_STORED, b"verbatim\x00\x08", 8, 2);
+    decoder.handle_chunk([&[0x55][..], &batch].concat().into());
+    assert!(matches!(decoder.poll_decoded(), Err(DecodeError::UnknownFrame(0x55))));
+    decoder.handle_chunk(batch);
+    assert!(matches!(decoder.poll_decoded(), Err(DecodeError::AfterEnd)));
+}
+
+#[test]
 fn incompressible_pages_cost_less_than_one_percent_more() {
     let record = |page| Record { block: 0, page, seed: Some(page as u32 * 2 + 1), spelled: false };
     let bytes = sample(PLAIN, &[(0..64).map(record).collect(), vec![]], &[]).bytes;
