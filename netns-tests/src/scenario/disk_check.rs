@@ -95,7 +95,8 @@ fn dirty_runs(scene: &Scene, monitor: &mut Monitor, epoch: u64) -> Result<Vec<(u
         .context("The destination's QEMU has no bitmap on the root disk")?
         .to_owned();
     monitor.ask("block-dirty-bitmap-disable", json!({ "node": node, "name": bitmap }))?;
-    let socket = scene.b.observer(VM).with_file_name("check.sock");
+    // Where QEMU may make one.
+    let socket = scene.b.observer(VM).with_file_name("own").join("check.sock");
     let address = json!({ "type": "unix", "data": { "path": socket } });
     monitor.ask("nbd-server-start", json!({ "addr": address }))?;
     let export = json!({
