@@ -1,7 +1,7 @@
 //! The fault matrix: real machines, real kills, real cuts, in every stage of a move and at random times. After each case
 //! everything is made whole again, and what must hold is judged from outside.
 //!
-//! [`plan`] says which case a number is, [`arena`] is where it is played, [`play`] plays it, [`strike`] lets its fault
+//! [`plan`] says which case a number is, [`arena`] is where it is played, [`mod@play`] plays it, [`strike`] lets its fault
 //! happen, [`settle`] waits until it is clear where the machine is, [`judge`] looks, [`watch`] looks all the time, and
 //! [`report`] counts. What is right in which stage is not written down here: it follows from the promises alone.
 
