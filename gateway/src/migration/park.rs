@@ -13,10 +13,10 @@ use longhaul_core::migration::message::{Handover, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::NicHandover;
 
-use super::precopy::{Transfer, disk_failed, memory_failed, show_memory};
+use super::precopy::{Transfer, age, disk_failed, memory_failed, show_memory};
 use super::source::SourceLeaf;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
-use crate::hypervisor::{Guest, MigrationStatus, RunState};
+use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
 use crate::memory::SourceMode;
 use crate::migration::anchor::ports;
 
@@ -58,9 +58,10 @@ async fn park(
         return Err(Refusal::Other("Memory was not started".into()));
     };
     memory.set_mode(SourceMode::Absorb);
-    leaf.viewer.paused();
     leaf.report(Event::GuestStopped).await;
+    let mut events = guest.events();
     guest.stop().await.map_err(hypervisor_failed)?;
+    leaf.viewer.paused_for(stopped_for(&mut events).await);
     guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
     let waiting = |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover;
     expect(guest, waiting, MigrationStatus::PreSwitchover).await?;
@@ -79,6 +80,17 @@ async fn park(
     }
     tracing::info!(vm = %leaf.attempt.vm, bytes = end.bytes.0, "parked");
     handover(leaf, row).await
+}
+
+/// How long the guest has stood still, by QEMU's own event: that comes before its answer to `stop`, and a busy
+/// host may need a while for either. Does not wait: an event that was lost counts from now.
+async fn stopped_for(events: &mut Events) -> Duration {
+    while let Ok(Ok(event)) = tokio::time::timeout(Duration::ZERO, events.next()).await {
+        if event.name == "STOP" {
+            return age(event.at);
+        }
+    }
+    Duration::ZERO
 }
 
 async fn expect(

@@ -290,7 +290,7 @@ pub(super) fn show_memory(leaf: &SourceLeaf, pump: &crate::memory::SourceProgres
 }
 
 /// How long ago a moment since the Unix epoch was.
-fn age(at: Duration) -> Duration {
+pub(super) fn age(at: Duration) -> Duration {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     now.saturating_sub(at)
 }

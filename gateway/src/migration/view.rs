@@ -83,11 +83,6 @@ impl Viewer {
         });
     }
 
-    /// The guest was stopped just now, unless it stands since earlier.
-    pub fn paused(&self) {
-        self.paused_for(Duration::ZERO);
-    }
-
     /// The guest has been standing for this long, unless it stands since earlier.
     pub fn paused_for(&self, age: Duration) {
         let now = Instant::now();
