@@ -19,6 +19,7 @@ use super::names::Names;
 use super::outside::{self, NameWatch};
 use super::programs::Programs;
 use super::scene::{Scene, VM};
+use super::traces;
 use super::traffic::Client;
 use crate::guest::image::lab_folder;
 use crate::report::{RateReading, RateSample};
@@ -140,7 +141,7 @@ async fn play(scene: &Scene) -> Result<Seen> {
     let state_b_early = monitor_b.join().map_err(|_| anyhow::anyhow!("The monitor broke"))?;
     let mut monitor_b = state_b_early.context("No monitor on site b's QEMU")?;
     wait_for_direct(scene, &direct).await?;
-    let (host_a, host_b) = (&scene.world.site("a")?.host, &scene.world.site("b")?.host);
+    let host_a = &scene.world.site("a")?.host;
     let attracted = outside::attracts(host_a, home)?;
     client.close_old().await?;
     let old_closed_unix_ms = unix_ms();
@@ -148,7 +149,7 @@ async fn play(scene: &Scene) -> Result<Seen> {
     let released_unix_ms = outside::released(host_a, home, TUNNEL_LIMIT).await?;
     wait_for_ttl(scene).await?;
     let traffic = client.finish().await?;
-    let qemus = (outside::qemus(host_a, VM)?, outside::qemus(host_b, VM)?);
+    let qemus = (traces::qemus(&scene.a).len(), traces::qemus(&scene.b).len());
     let state_b = monitor_b.state().ok();
     let records = scene.names.read(&Scene::name())?;
     let (events_a, events_b) = (monitor_a.events(), monitor_b.events());

@@ -1,5 +1,5 @@
-//! What can be seen of a move without asking a gateway: the name server's answers, the host's routes, QEMU's
-//! processes. It judges nothing.
+//! What can be seen of a move without asking a gateway: the name server's answers and the host's routes. It judges
+//! nothing.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::demo::unix_ms;
 use super::names::Names;
@@ -65,15 +65,4 @@ pub async fn released(host: &Namespace, home: IpAddr, limit: Duration) -> Result
         tokio::time::sleep(LOOK).await;
     }
     Ok(Some(unix_ms()))
-}
-
-/// How many QEMUs of `vm` work in a host's namespace.
-pub fn qemus(host: &Namespace, vm: &str) -> Result<usize> {
-    let pids = host.output("ip", &["netns", "pids", host.name()]).context("Cannot list processes")?;
-    let is_qemu = |pid: &&str| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut words = line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
-        words.next().is_some_and(|program| program.contains("qemu-system")) && words.any(|word| word == vm)
-    };
-    Ok(pids.split_whitespace().filter(is_qemu).count())
 }
