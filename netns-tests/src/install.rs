@@ -32,6 +32,7 @@ pub struct Need {
 pub const LAB_NEEDS: &[Need] = &[
     need("ip", "iproute2", "namespaces and links"),
     need("tc", "iproute2", "to see whether the kernel has netem"),
+    need("ping", "iputils-ping", "whether the sites reach each other"),
     need("nft", "nftables", "the routers' firewalls and the counters"),
     need("qemu-system-x86_64", "qemu-system-x86", "the machines that move"),
     need("qemu-img", "qemu-utils", "disk images"),
