@@ -222,13 +222,26 @@ impl Journal {
         self.put(MACHINES, vm.as_str(), row)
     }
 
-    /// The epoch that a machine called `vm` begins with here: the highest that one of this name was in when
-    /// it was forgotten, else 0. Names outside remember it.
+    /// The epoch that a machine called `vm` begins with here: after all that one of this name was in or was
+    /// to be in, so that no migration of the earlier machine is taken for one of this; 0 if there was none.
+    /// Names outside remember it too.
     pub fn first_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
+        let highest = self.highest_epoch(vm)?;
+        Ok(if highest == Epoch(0) { highest } else { highest.next() })
+    }
+
+    /// The highest epoch of a machine called `vm`: when one was forgotten, or of a migration that was tried.
+    fn highest_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
         let transaction = self.database.begin_read().map_err(store)?;
         let table = transaction.open_table(EPOCHS).map_err(store)?;
-        let epoch = table.get(vm.as_str()).map_err(store)?;
-        Ok(Epoch(epoch.map_or(0, |epoch| epoch.value())))
+        let mut highest = table.get(vm.as_str()).map_err(store)?.map_or(Epoch(0), |epoch| Epoch(epoch.value()));
+        for row in transaction.open_table(PEERS).map_err(store)?.iter().map_err(store)? {
+            let attempt: Attempt = decode(row.map_err(store)?.1.value())?;
+            if attempt.vm == *vm {
+                highest = highest.max(attempt.epoch);
+            }
+        }
+        Ok(highest)
     }
 
     /// The highest epoch that was ever seen in the register of `vm`; 0 if none was.
@@ -253,7 +266,7 @@ impl Journal {
     /// Forgets a machine, all but the epoch it was in.
     pub fn remove_machine(&self, vm: &VmName) -> Result<(), JournalError> {
         let known = self.ownership(vm)?.map_or(Epoch(0), |ownership| ownership.epoch());
-        let highest = self.first_epoch(vm)?.max(known);
+        let highest = self.highest_epoch(vm)?.max(known);
         self.write(|transaction| {
             if highest > Epoch(0) {
                 transaction.open_table(EPOCHS)?.insert(vm.as_str(), highest.0)?;
@@ -456,7 +469,25 @@ mod tests {
         }
         let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.ownership(&vm).unwrap(), None);
-        assert_eq!(journal.first_epoch(&vm).unwrap(), Epoch(3));
+        assert_eq!(journal.first_epoch(&vm).unwrap(), Epoch(4));
+    }
+
+    #[test]
+    fn a_machine_defined_again_begins_after_every_migration_of_the_one_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&folder.path().join("journal")).unwrap();
+        let tried = Attempt { epoch: Epoch(6), ..attempt() };
+        let bytes = encode(&tried).unwrap();
+        journal
+            .write(|transaction| {
+                transaction.open_table(PEERS)?.insert(tried.id.0, bytes.as_slice())?;
+                Ok(())
+            })
+            .unwrap();
+        journal.define(&tried.vm, &Ownership::Here { epoch: Epoch(5) }).unwrap();
+        journal.remove_machine(&tried.vm).unwrap();
+        assert_eq!(journal.first_epoch(&tried.vm).unwrap(), Epoch(7));
+        assert_eq!(journal.first_epoch(&"other".parse().unwrap()).unwrap(), Epoch(0));
     }
 
     #[test]

@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// No case of the matrix begins after this.
 const MATRIX: Duration = Duration::from_secs(240);
 /// Cases of seed 1, those first that found something once.
-const BOUNDED: [u64; 5] = [4, 14, 8, 10, 12];
+const BOUNDED: [u64; 6] = [4, 14, 8, 10, 12, 6];
 
 static TURN: Mutex<()> = Mutex::const_new(());
 

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 
 use longhaul_core::ids::VmName;
-use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
@@ -84,7 +83,8 @@ impl Daemon {
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
         let known = Known { owner: owner.as_ref(), row: Some(&row), qemu: qemu(guest.as_ref()).await };
         let Some(step) = judge(history, all, &known) else { return };
-        if matches!(last, SourceRecord::Released) && self.is_latest(&attempt) {
+        let left = matches!(&owner, Some(Ownership::Away { epoch, .. }) if *epoch == attempt.epoch);
+        if matches!(last, SourceRecord::Released) && left {
             // The name is owed whether or not a guest is left to end: the anchor may have been told, and
             // have died before it wrote that down.
             tell(&self.anchors, AnchorCommand::MoveNames(attempt.vm.clone())).await;
@@ -200,13 +200,6 @@ impl Daemon {
             }
         }
         Ok(())
-    }
-
-    /// Nothing has happened to the machine since this attempt.
-    fn is_latest(&self, attempt: &Attempt) -> bool {
-        let epoch = |ownership: &Ownership| ownership.epoch();
-        let known = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        known.as_ref().map(epoch).is_none_or(|epoch| epoch <= attempt.epoch)
     }
 }
 

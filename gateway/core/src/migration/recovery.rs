@@ -131,6 +131,7 @@ impl NextStep {
 
 fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
     let is_latest = facts.owner.is_none_or(|owner| owner.epoch() <= facts.epoch);
+    let here = matches!(facts.owner, Some(Ownership::Here { .. }));
     match last {
         SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked => {
             NextStep::Abort
@@ -139,7 +140,8 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
             NextStep::AskArbiter
         }
         SourceRecord::Committed { .. } => NextStep::AskDestination,
-        SourceRecord::Released if is_latest && facts.qemu != Qemu::Gone => NextStep::Release,
+        // One that is here was defined again under the same name, whatever its epoch.
+        SourceRecord::Released if is_latest && !here && facts.qemu != Qemu::Gone => NextStep::Release,
         SourceRecord::Released => NextStep::Nothing,
         // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
         SourceRecord::Aborted { .. }
@@ -218,6 +220,17 @@ mod tests {
         assert_eq!(next_step(&facts(&aborted, &here, Qemu::StandsStill)), NextStep::RollBack);
         assert_eq!(next_step(&facts(&aborted, &away, Qemu::StandsStill)), NextStep::Nothing);
         assert_eq!(next_step(&facts(&aborted, &here, Qemu::Runs)), NextStep::Nothing);
+    }
+
+    #[test]
+    fn a_machine_defined_again_is_not_released_for_the_one_that_left() {
+        let released = source(SourceRecord::Released);
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(5) };
+        assert_eq!(next_step(&facts(&released, &away, Qemu::StandsStill)), NextStep::Release);
+        for epoch in [Epoch(5), Epoch(6)] {
+            let again = Ownership::Here { epoch };
+            assert_eq!(next_step(&facts(&released, &again, Qemu::Runs)), NextStep::Nothing);
+        }
     }
 
     #[test]
