@@ -234,7 +234,8 @@ impl Journal {
     fn highest_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
         let transaction = self.database.begin_read().map_err(store)?;
         let table = transaction.open_table(EPOCHS).map_err(store)?;
-        let mut highest = table.get(vm.as_str()).map_err(store)?.map_or(Epoch(0), |epoch| Epoch(epoch.value()));
+        let mut highest =
+            table.get(vm.as_str()).map_err(store)?.map_or(Epoch(0), |epoch| Epoch(epoch.value()));
         for row in transaction.open_table(PEERS).map_err(store)?.iter().map_err(store)? {
             let attempt: Attempt = decode(row.map_err(store)?.1.value())?;
             if attempt.vm == *vm {

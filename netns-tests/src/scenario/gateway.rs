@@ -102,6 +102,9 @@ impl SiteFiles {
                 other.spec.name,
                 other.identity.public_key()
             )?;
+            if options.arbiter {
+                writeln!(text, "arbiter = \"dns\"")?;
+            }
         }
         std::fs::write(self.folder.join("site.toml"), text)?;
         Ok(())

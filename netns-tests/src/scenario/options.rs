@@ -39,6 +39,8 @@ pub struct SceneOptions {
     pub quiet_s: u64,
     /// Size of the file whose blocks the guest rewrites.
     pub dirt_bytes: u64,
+    /// The name server arbitrates; both sites have its key then.
+    pub arbiter: bool,
 }
 
 /// The name server of a scene.
@@ -68,6 +70,7 @@ impl Default for SceneOptions {
             migration: Vec::new(),
             quiet_s: 3,
             dirt_bytes: 64 << 20,
+            arbiter: false,
         }
     }
 }

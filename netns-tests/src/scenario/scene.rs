@@ -73,7 +73,7 @@ impl Scene {
         let a = SiteFiles::make(&world.site("a")?.spec, &scratch)?;
         let b = SiteFiles::make(&world.site("b")?.spec, &scratch)?;
         a.configure(&[&b], &image, &options, Some(names.key_file()))?;
-        b.configure(&[&a], &image, &options, None)?;
+        b.configure(&[&a], &image, &options, options.arbiter.then(|| names.key_file()))?;
         let disks = image.copy_disks(&a.folder.join("disks"))?;
         let disks = [Some(disks.root), disks.second].into_iter().flatten().collect();
         let gateway_a = Gateway::start(&world.site("a")?.host, &programs.longhaul, &a.folder).await?;

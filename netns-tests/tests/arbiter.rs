@@ -1,0 +1,163 @@
+//! A partition on real machines, decided by Debian's BIND: the link between the gateways is cut in the middle of a
+//! hand-over while both sites still reach the name server. Exactly one copy runs, before the link is back.
+//! Without root, or without BIND, the test is skipped.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use gateway::api::types::Progressing;
+use longhaul_core::migration::Stage;
+use netns_tests::install::{LAB_NEEDS, ensure as install};
+use netns_tests::netns::Namespace;
+use netns_tests::scenario::disk_check;
+use netns_tests::scenario::gateway::{Gateway, PORT};
+use netns_tests::scenario::monitor::Monitor;
+use netns_tests::scenario::options::DnsServer;
+use netns_tests::scenario::programs::Programs;
+use netns_tests::scenario::scene::VM;
+use netns_tests::scenario::{Scene, SceneOptions};
+
+/// A whole move of a small guest, with room for a busy machine.
+const MOVE: Duration = Duration::from_secs(240);
+/// Somebody runs this long after a cut: the pause budget, a question, and room for a busy machine.
+const DECIDED: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(2);
+
+fn options() -> SceneOptions {
+    SceneOptions {
+        name: "arbiter".into(),
+        rate_mbit: 100.0,
+        // Long enough that what was just said is still under way when the link is cut.
+        rtt: Duration::from_secs(1),
+        loss: 0.0,
+        memory_mib: 128,
+        disk_bytes: 512 << 20,
+        dns: DnsServer::Bind9,
+        ttl_s: 5,
+        arbiter: true,
+        ..SceneOptions::default()
+    }
+}
+
+/// The gateways do not hear each other any more; everybody else is heard.
+struct Partition<'a>([&'a Namespace; 2]);
+
+impl<'a> Partition<'a> {
+    /// Cuts `first` off before the other one: what is under way to it is lost.
+    fn begin(scene: &'a Scene, first: &str) -> Result<Self> {
+        let (a, b) = (&scene.world.site("a")?.host, &scene.world.site("b")?.host);
+        let hosts = if first == "a" { [a, b] } else { [b, a] };
+        for host in hosts {
+            host.nft(&format!(
+                "table inet partition {{\n chain in {{ type filter hook input priority -300; udp dport {PORT} drop; }}\n}}\n"
+            ))?;
+        }
+        Ok(Self(hosts))
+    }
+
+    fn end(self) -> Result<()> {
+        for host in self.0 {
+            host.nft("delete table inet partition\n")?;
+        }
+        Ok(())
+    }
+}
+
+fn run_state(gateway: &Gateway) -> Option<String> {
+    Monitor::connect(&gateway.observer(VM), Duration::ZERO).ok()?.state().ok()
+}
+
+fn runs(gateway: &Gateway) -> bool {
+    run_state(gateway).as_deref() == Some("running")
+}
+
+async fn wait(what: &str, limit: Duration, mut holds: impl AsyncFnMut() -> Result<bool>) -> Result<Duration> {
+    let begun = Instant::now();
+    while !holds().await? {
+        ensure!(begun.elapsed() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(begun.elapsed())
+}
+
+/// What the register and the name say: epoch, owner, addresses.
+fn register(scene: &Scene) -> Result<(u64, String, Vec<IpAddr>)> {
+    let records = scene.names.read(&Scene::name())?;
+    let held = records.ownership().context("the name has no ownership record")?;
+    Ok((held.epoch().0, held.owner().to_owned(), records.addresses.clone()))
+}
+
+/// The offer is lost: the source takes the machine back at the name server and resumes it.
+async fn the_source_wins(scene: &Scene) -> Result<()> {
+    let id = scene.begin_move().await?;
+    wait("the offer", MOVE, async || Ok(scene.a.client().migration(&id).await?.stage == Stage::Commitment))
+        .await?;
+    let partition = Partition::begin(scene, "b")?;
+    let took = wait("the guest running at a", DECIDED, async || Ok(runs(&scene.a))).await?;
+    println!("a runs again {took:.1?} after the cut");
+    ensure!(!runs(&scene.b), "two copies run");
+    let view = scene.wait_move(&id, DECIDED).await?;
+    ensure!(view.progressing == Progressing::Stayed, "{view:?}");
+    let home: IpAddr = scene.home()?.into();
+    ensure!(register(scene)? == (1, "a".to_owned(), vec![home]), "{:?}", register(scene)?);
+    // b learns it from the name server, too: it frees what it held.
+    let took = wait("b to let go", DECIDED, async || Ok(run_state(&scene.b).is_none())).await?;
+    println!("b let go {took:.1?} later");
+    partition.end()?;
+    scene.wait_for_link().await
+}
+
+/// The destination has won and runs; the source never hears of it, and reads it at the name server.
+async fn the_destination_wins(scene: &Scene) -> Result<()> {
+    let id = scene.begin_move().await?;
+    wait("the guest running at b", MOVE, async || Ok(runs(&scene.b))).await?;
+    let partition = Partition::begin(scene, "a")?;
+    ensure!(!runs(&scene.a), "two copies run");
+    let stage = scene.a.client().migration(&id).await?.stage;
+    let care_of: IpAddr = scene.world.site("b")?.spec.address(200).into();
+    ensure!(register(scene)? == (2, "b".to_owned(), vec![care_of]), "{:?}", register(scene)?);
+    println!("a was in {stage:?} when b ran");
+    let away = async || {
+        let machines = scene.a.client().status().await?.machines;
+        Ok(machines.iter().all(|machine| machine.owner == "away"))
+    };
+    let took = wait("a to know that the machine is away", DECIDED, away).await?;
+    println!("a knew {took:.1?} after the cut");
+    ensure!(!runs(&scene.a) && runs(&scene.b), "a: {:?}, b: {:?}", run_state(&scene.a), run_state(&scene.b));
+    partition.end()?;
+    let view = scene.wait_move(&id, MOVE).await?;
+    ensure!(view.progressing == Progressing::Moved, "{view:?}");
+    wait("a to end its copy", DECIDED, async || Ok(run_state(&scene.a).is_none())).await?;
+    let mut monitor = Monitor::connect(&scene.b.observer(VM), Duration::from_secs(5))?;
+    let found = disk_check::compare(scene, &mut monitor, &id, 2).await?;
+    println!("disk: {found:?}");
+    ensure!(found.mismatched == 0 && found.compared > 0 && found.sound, "{found:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_partition_in_the_hand_over_is_decided_at_the_name_server_at_either_side() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: network namespaces need root");
+        return;
+    }
+    if let Err(error) = install(LAB_NEEDS) {
+        println!("skipped: {error:#}");
+        return;
+    }
+    let programs = Programs::build().unwrap();
+    let scene = Scene::build(options(), &programs).await.unwrap();
+    let played = async {
+        scene.start_guest().await?;
+        the_source_wins(&scene).await.context("the source wins")?;
+        the_destination_wins(&scene).await.context("the destination wins")
+    };
+    let played = played.await;
+    let logs = (scene.a.log_tail(), scene.b.log_tail());
+    let left = scene.close();
+    if let Err(error) = played {
+        panic!("{error:?}\nsite a's last words:\n{}\nsite b's last words:\n{}", logs.0, logs.1);
+    }
+    assert!(left.is_empty(), "left behind: {left:?}");
+}
