@@ -29,7 +29,7 @@ fn options() -> SceneOptions {
         name: "arbiter".into(),
         rate_mbit: 100.0,
         // Long enough that what was just said is still under way when the link is cut.
-        rtt: Duration::from_secs(1),
+        rtt: Duration::from_millis(400),
         loss: 0.0,
         memory_mib: 128,
         disk_bytes: 512 << 20,

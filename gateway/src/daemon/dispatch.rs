@@ -12,6 +12,7 @@ use longhaul_core::migration::{Attempt, CommitMode};
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
 
+use super::proposals::Begun;
 use super::retries::Following;
 use super::{Admitted, Daemon, Ended, Machine, Running};
 use crate::api::RequestError;
@@ -211,9 +212,13 @@ impl Daemon {
     }
 
     fn on_proposal(&mut self, id: MigrationId, peer: SiteName, proposal: Box<Proposal>) {
-        if !self.proposals.begin(&peer, id) {
-            tracing::debug!(%peer, %id, "proposal dropped; the peer repeats it");
-            return;
+        match self.proposals.begin(&peer, id) {
+            Begun::Look => {}
+            Begun::Accepted => return self.say(id, &peer, MigrationMessage::Accept),
+            Begun::Dropped => {
+                tracing::debug!(%peer, %id, "proposal dropped; the peer repeats it");
+                return;
+            }
         }
         let busy = self.busy(&peer, &proposal);
         let (edges, admitted) = (self.edges.clone(), self.admitted.clone());

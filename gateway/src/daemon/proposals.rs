@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Propose -> begin -> looked at (a task) -> end: accepted -> Reserve: take
+//!                 |-> accepted already: the answer is said again, nothing is looked at
 //!                 \-> dropped: too many of this peer, or this one is being looked at already
 //! ```
 //!
@@ -30,11 +31,26 @@ struct OfPeer {
     accepted: VecDeque<(MigrationId, Proposal)>,
 }
 
+/// What is done about a proposal that came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begun {
+    /// It is looked at.
+    Look,
+    /// It was accepted: a second look could only contradict what the peer may be acting on.
+    Accepted,
+    /// Nothing: the peer repeats it.
+    Dropped,
+}
+
 impl Proposals {
-    /// A proposal came: whether it is to be looked at now.
-    pub(super) fn begin(&mut self, peer: &SiteName, id: MigrationId) -> bool {
-        let looked_at = &mut self.peers.entry(peer.clone()).or_default().looked_at;
-        looked_at.len() < MAX_LOOKED_AT && looked_at.insert(id)
+    /// A proposal came.
+    pub(super) fn begin(&mut self, peer: &SiteName, id: MigrationId) -> Begun {
+        let of_peer = self.peers.entry(peer.clone()).or_default();
+        if of_peer.accepted.iter().any(|(known, _)| *known == id) {
+            return Begun::Accepted;
+        }
+        let looked_at = &mut of_peer.looked_at;
+        if looked_at.len() < MAX_LOOKED_AT && looked_at.insert(id) { Begun::Look } else { Begun::Dropped }
     }
 
     /// It was looked at; `accepted` is kept for its reservation.
@@ -84,12 +100,21 @@ mod tests {
     #[test]
     fn a_flood_of_proposals_is_looked_at_in_a_bounded_number_and_does_not_stop_another_peers() {
         let mut proposals = Proposals::default();
-        let begun = (0..1000).filter(|id| proposals.begin(&site("liar"), MigrationId(*id))).count();
-        assert_eq!(begun, MAX_LOOKED_AT);
-        assert!(proposals.begin(&site("a"), MigrationId(1)));
-        assert!(!proposals.begin(&site("a"), MigrationId(1)), "it is being looked at");
+        let begun = (0..1000).map(|id| proposals.begin(&site("liar"), MigrationId(id)));
+        assert_eq!(begun.filter(|begun| *begun == Begun::Look).count(), MAX_LOOKED_AT);
+        assert_eq!(proposals.begin(&site("a"), MigrationId(1)), Begun::Look);
+        assert_eq!(proposals.begin(&site("a"), MigrationId(1)), Begun::Dropped, "it is being looked at");
         proposals.end(&site("liar"), MigrationId(0), None);
-        assert!(proposals.begin(&site("liar"), MigrationId(2000)));
+        assert_eq!(proposals.begin(&site("liar"), MigrationId(2000)), Begun::Look);
+    }
+
+    #[test]
+    fn a_proposal_that_is_repeated_after_its_acceptance_is_not_looked_at_again() {
+        let mut proposals = Proposals::default();
+        assert_eq!(proposals.begin(&site("a"), MigrationId(1)), Begun::Look);
+        proposals.end(&site("a"), MigrationId(1), Some(proposal()));
+        assert_eq!(proposals.begin(&site("a"), MigrationId(1)), Begun::Accepted);
+        assert!(proposals.take(&site("a"), MigrationId(1)).is_some());
     }
 
     #[test]
