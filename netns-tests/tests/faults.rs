@@ -19,7 +19,7 @@ use netns_tests::agent::RECORD_PORT;
 use netns_tests::faults::{self, FaultOptions};
 use netns_tests::scenario::demo::unix_ms;
 use netns_tests::scenario::disk_check;
-use netns_tests::scenario::monitor::Monitor;
+use netns_tests::scenario::monitor::{GuestEvent, Monitor};
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::VM;
 use netns_tests::scenario::traces::{Traces, as_before, kill_qemu, qemus, run_state};
@@ -315,6 +315,45 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
         let state = run_state(&scene.a);
         ensure!(state.as_deref() == Some("running"), "{state:?} before the WAN is back");
         scene.world.wan.heal()?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running() {
+    play(small("fault-journal"), async |scene, before| {
+        let client = record_client(scene).await?;
+        let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        scene.a.limit_files()?;
+        let limited = Instant::now();
+        let mut events = Vec::new();
+        while !events.iter().any(|event: &GuestEvent| event.name == "RESUME") {
+            ensure!(limited.elapsed() < MOVE, "The guest was not resumed: {events:?}");
+            tokio::time::sleep(LOOK).await;
+            events.extend(monitor.events());
+        }
+        ensure!(events.iter().any(|event| event.name == "STOP"), "{events:?}");
+        println!("{events:?}");
+        drop(monitor);
+        let code = loop {
+            if let Some(code) = scene.a.ended()? {
+                break code;
+            }
+            ensure!(limited.elapsed() < MOVE + TIDY, "The gateway goes on without its journal");
+            tokio::time::sleep(LOOK).await;
+        };
+        ensure!(code == 1, "it ended with {code}");
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() == Some("running"), "{state:?} without a gateway");
+        scene.a.launch().await?;
         scene.wait_for_link().await?;
         stayed(scene, before).await?;
         let view = moves(scene).await?;

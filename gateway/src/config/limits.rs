@@ -32,6 +32,7 @@ impl Config {
         expect(site.state_dir.is_absolute(), "site.state_dir", "a path that begins with '/'")?;
         expect(site.run_dir.is_absolute(), "site.run_dir", "a path that begins with '/'")?;
         expect(self.storage.pool.is_absolute(), "storage.pool", "a path that begins with '/'")?;
+        within(site.journal_free_mib, 0, MAX_MIB, "site.journal_free_mib")?;
         within(self.storage.keep_free_gib, 0, MAX_GIB, "storage.keep_free_gib")?;
         within(self.hypervisor.keep_free_mib, 0, MAX_MIB, "hypervisor.keep_free_mib")?;
         let first = self.hypervisor.uid_base;
@@ -169,6 +170,7 @@ mod tests {
         for (table, line, key) in [
             ("site", "run_dir = \"run\"", "site.run_dir"),
             ("site", "state_dir = \"state\"", "site.state_dir"),
+            ("site", "journal_free_mib = 16777217", "site.journal_free_mib"),
             ("storage", "pool = \"disks\"", "storage.pool"),
             ("storage", "keep_free_gib = 1048577", "storage.keep_free_gib"),
             ("link", "rate_mbit = 0", "link.rate_mbit"),

@@ -28,6 +28,10 @@ pub struct SiteConfig {
     /// Journal and definitions (default `/var/lib/longhaul`). Lose it and recovery needs an operator.
     #[serde(default = "default_state")]
     pub state_dir: PathBuf,
+    /// Space that must be free where the journal is before a migration begins, in MiB (default 64; 0 asks for
+    /// none). Records that cannot be written stop a migration in the middle.
+    #[serde(default = "default_journal_free")]
+    pub journal_free_mib: u64,
     /// Sockets and pid files (default `/run/longhaul`). Empty after a reboot.
     #[serde(default = "default_run")]
     pub run_dir: PathBuf,
@@ -394,6 +398,10 @@ fn default_kept_days() -> u64 {
 
 fn default_reserve() -> u64 {
     1
+}
+
+fn default_journal_free() -> u64 {
+    64
 }
 
 fn default_max_arriving() -> u32 {

@@ -12,7 +12,7 @@ use super::status::is_crashed;
 use super::{Daemon, Machine};
 use crate::api::types::Finding;
 use crate::config::ArbiterChoice;
-use crate::migration::{Edges, chain};
+use crate::migration::{Edges, chain, journal_room};
 
 impl Daemon {
     /// Looks in a task of its own: QEMUs and name servers may take long to answer.
@@ -33,7 +33,7 @@ struct Doctor {
 
 impl Doctor {
     async fn look(&self, vm: Option<VmName>) -> Vec<Finding> {
-        let mut findings = vec![self.hypervisor().await, self.pool()];
+        let mut findings = vec![self.hypervisor().await, self.journal(), self.pool()];
         findings.extend(self.lans());
         findings.extend(self.peers());
         findings.extend(self.arbiters());
@@ -61,6 +61,18 @@ impl Doctor {
                 good("hypervisor", format!("QEMU {} with {accelerator}", host.qemu))
             }
             Err(error) => bad("hypervisor", &chain(&error), "install QEMU, or set hypervisor.qemu"),
+        }
+    }
+
+    fn journal(&self) -> Finding {
+        let site = &self.edges.config.site;
+        let free = match journal_room::free(&site.state_dir) {
+            Ok(free) => free,
+            Err(error) => return bad("journal", &error, "check site.state_dir"),
+        };
+        match journal_room::check(&self.edges.config) {
+            Ok(()) => good("journal", format!("{free} free in {}", site.state_dir.display())),
+            Err(why) => bad("journal", &why.to_string(), "make room there; nothing moves until then"),
         }
     }
 

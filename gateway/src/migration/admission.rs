@@ -13,7 +13,7 @@ use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
-use super::{Edges, host, partial};
+use super::{Edges, host, journal_room, partial};
 use crate::config::Config;
 
 /// What this host has left.
@@ -173,6 +173,7 @@ pub fn reserve(
 pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
     check_policy(&edges.config, peer, proposal)?;
     check_arbiter(&edges.config, peer, proposal)?;
+    journal_room::check(&edges.config)?;
     proposal.check_nics()?;
     check_homes(edges, proposal).await?;
     check_register(edges, proposal).await?;

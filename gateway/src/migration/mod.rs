@@ -16,6 +16,7 @@ mod arbitrate;
 mod destination;
 mod discard;
 mod host;
+pub mod journal_room;
 mod park;
 pub mod partial;
 mod precopy;

@@ -11,7 +11,7 @@ use longhaul_core::tunnel::handover::{NicHandover, Prefix};
 
 use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
-use super::{MachineRow, chain, host, hypervisor_failed};
+use super::{MachineRow, chain, host, hypervisor_failed, journal_room};
 use crate::hypervisor::Guest;
 
 /// Checks, and reports what is to be proposed.
@@ -29,6 +29,7 @@ async fn check(
     row: &MachineRow,
     options: &SourceOptions,
 ) -> Result<Proposal, Refusal> {
+    journal_room::check(&leaf.edges.config)?;
     let travel = guest.what_cannot_travel().await.map_err(hypervisor_failed)?;
     if let Some(first) = travel.obstacles.first() {
         return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));

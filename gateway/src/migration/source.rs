@@ -14,7 +14,8 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Refusal, Reservation};
-use longhaul_core::migration::record::SourceRecord;
+use longhaul_core::migration::permit::RunPermit;
+use longhaul_core::migration::record::{Record, SourceRecord};
 use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
 
@@ -22,7 +23,7 @@ use super::arbitrate::{self, Questions};
 use super::precopy::Transfer;
 use super::view::Viewer;
 use super::work::Work;
-use super::{Edges, Inbound, Leaf, MachineRow, park, precopy, preflight, release, rollback};
+use super::{Edges, Inbound, Leaf, MachineRow, chain, park, precopy, preflight, release, rollback};
 use crate::api::types::{Progressing, RetryView, WanBytes};
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
@@ -42,6 +43,9 @@ pub struct SourceOptions {
     /// Which retry it is; 0 is the operator's own attempt.
     pub retry: u32,
 }
+
+/// How long undoing may take when the journal has failed.
+const UNDO_LIMIT: Duration = Duration::from_secs(30);
 
 /// Drives one migration away from this site to its end.
 pub struct SourceDriver {
@@ -133,8 +137,17 @@ impl SourceDriver {
 
     async fn drive(mut self, mut machine: Source, mut step: Step<Action>) -> Result<Outcome, JournalError> {
         loop {
-            for action in self.leaf.edges.journal.commit(&self.leaf.attempt, step).await? {
-                self.perform(action).await;
+            let record = step.pending_record().cloned();
+            match self.leaf.edges.journal.commit(&self.leaf.attempt, step).await {
+                Ok(actions) => {
+                    for action in actions {
+                        self.perform(action).await;
+                    }
+                }
+                Err(error) => {
+                    self.journal_failed(record, &error).await;
+                    return Err(error);
+                }
             }
             self.show(&machine);
             if let Some(outcome) = machine.outcome() {
@@ -145,6 +158,27 @@ impl SourceDriver {
             let event = self.select(machine.deadline()).await;
             tracing::debug!(vm = %self.leaf.attempt.vm, ?event, "event");
             (machine, step) = machine.handle(event, self.leaf.edges.now());
+        }
+    }
+
+    /// Puts a machine that cannot have been given away back to work before this gateway stops deciding. After a
+    /// restart the journal says the same.
+    async fn journal_failed(&mut self, record: Option<Record>, error: &JournalError) {
+        // Records out of order say nothing of the disk, and nothing of what was given away.
+        let (Some(Record::Source(record)), JournalError::Store(_)) = (record, error) else { return };
+        let vm = self.leaf.attempt.vm.clone();
+        tracing::error!(%vm, record = record.name(), error = chain(error), "the journal failed");
+        let Some(permit) = RunPermit::not_given_away(&self.leaf.attempt, &record) else { return };
+        self.perform(Action::Rollback(permit)).await;
+        let undone = async {
+            while let Some(event) = self.events.recv().await {
+                if matches!(event, Event::RolledBack) {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(UNDO_LIMIT, undone).await.is_err() {
+            tracing::error!(%vm, "not all of the attempt was undone");
         }
     }
 

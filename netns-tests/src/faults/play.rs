@@ -76,8 +76,10 @@ pub async fn play(arena: &mut Arena, case: &Case) -> Result<Played> {
         played.flaws.push(Flaw::DoubleRun(doubled));
     }
     let crashed = booted && matches!(played.ending, Ending::Crashed(_));
+    // Where old connections go is in the journal of the site that the machine left, and nowhere else.
+    let forgotten = case.fault == Fault::OldJournal(Place::A) && played.ending == Ending::Moved;
     let connection = judge::old_connection(client).await;
-    if let (Err(flaw), false, true) = (connection, crashed, serves(played.ending)) {
+    if let (Err(flaw), false, true) = (connection, crashed || forgotten, serves(played.ending)) {
         played.flaws.push(flaw);
     }
     served(arena, case, &id, &confirmed, booted, &mut played).await;

@@ -126,15 +126,20 @@ impl Gateway {
 
     /// Starts it again after [`Self::kill`].
     pub async fn launch(&mut self) -> Result<()> {
-        let log = File::options().create(true).append(true).open(self.log())?;
-        let mut command = Command::new(&self.program);
+        let mut log = File::options().create(true).append(true).open(self.log())?;
+        // A write past `limit_files` is an error then, and not the daemon's end.
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"]).arg(&self.program);
         command.arg("serve").arg("--config").arg(self.folder.join("site.toml"));
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command.env(
             "LONGHAUL_LOG",
             std::env::var("LONGHAUL_LOG").unwrap_or_else(|_| "info,gateway=debug".into()),
         );
         let mut child = self.namespace.spawn(&mut command)?;
+        // Through a pipe, so that a daemon that cannot write files still says why.
+        let mut said = child.stderr.take().context("The gateway has no standard error")?;
+        std::thread::spawn(move || std::io::copy(&mut said, &mut log));
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             if self.client().status().await.is_ok() {
@@ -187,6 +192,20 @@ impl Gateway {
     /// The machine's console here.
     pub fn console(&self, vm: &str) -> PathBuf {
         self.folder.join("run/vm").join(vm).join("console.log")
+    }
+
+    /// From now on the daemon cannot write to files, as on a disk that is full or broken.
+    pub fn limit_files(&self) -> Result<()> {
+        let child = self.child.as_ref().context("The gateway does not run")?;
+        crate::exec::run("prlimit", &["--fsize=1:1", "--pid", &child.id().to_string()]).map(drop)
+    }
+
+    /// Whether the daemon has ended by itself, and with which code.
+    pub fn ended(&mut self) -> Result<Option<i32>> {
+        let Some(child) = &mut self.child else { return Ok(None) };
+        let Some(status) = child.try_wait()? else { return Ok(None) };
+        self.child = None;
+        Ok(Some(status.code().unwrap_or(-1)))
     }
 
     /// Kills the daemon without warning; machines live on.

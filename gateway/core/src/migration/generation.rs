@@ -26,7 +26,8 @@ pub struct Generation {
 pub enum Stale {
     /// The ledger is behind the note.
     #[error(
-        "Machine {vm} is held: the journal knows it in epoch {known}, and the note beside its disk says that site {}          has owned it since epoch {}", .found.owner, .found.epoch
+        "Machine {vm} is held: the journal knows it in epoch {known}, and the note beside its disk says that site {} \
+         has owned it since epoch {}", .found.owner, .found.epoch
     )]
     Ledger {
         /// The machine.
