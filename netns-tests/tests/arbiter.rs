@@ -99,7 +99,7 @@ async fn the_source_wins(scene: &Scene) -> Result<()> {
     ensure!(!runs(&scene.b), "two copies run");
     let view = scene.wait_move(&id, DECIDED).await?;
     ensure!(view.progressing == Progressing::Stayed, "{view:?}");
-    let home: IpAddr = scene.home()?.into();
+    let home: IpAddr = scene.home()?;
     ensure!(register(scene)? == (1, "a".to_owned(), vec![home]), "{:?}", register(scene)?);
     // b learns it from the name server, too: it frees what it held.
     let took = wait("b to let go", DECIDED, async || Ok(run_state(&scene.b).is_none())).await?;
