@@ -4,10 +4,11 @@
 //! that the listing prints. Nothing is changed here.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::CommitMode;
-use longhaul_core::migration::generation::behind;
+use longhaul_core::migration::generation::{behind, has_come};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 use longhaul_core::migration::recovery::{Facts, NextStep, Qemu, next_step};
@@ -16,13 +17,15 @@ use crate::api::types::{JournalView, RecordView};
 use crate::generation::read_notes;
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::MachineRow;
+use crate::migration::anchor::arriving_images;
 
 /// The migrations of `vm`, or of every machine, oldest first. `qemu` is what is known of QEMUs here; one that
-/// is not in it was not asked.
+/// is not in it was not asked. Without `site` what stands beside disks that came is not looked at.
 pub fn views(
     journal: &Journal,
     vm: Option<&VmName>,
     qemu: &BTreeMap<VmName, Qemu>,
+    site: Option<Site<'_>>,
 ) -> Result<Vec<JournalView>, JournalError> {
     let histories = journal.histories()?;
     let rows: BTreeMap<VmName, MachineRow> = journal.machines()?.into_iter().collect();
@@ -34,12 +37,22 @@ pub fn views(
             owner: owner.as_ref(),
             row: rows.get(&attempt.vm),
             qemu: qemu.get(&attempt.vm).copied().unwrap_or(Qemu::Unknown),
+            site,
         };
         let Some(next) = judge(history, &histories, &known) else { continue };
         views.push(view(history, owner.as_ref(), next));
     }
     views.sort_by_key(|view| view.records.first().map(|record| record.at_ms));
     Ok(views)
+}
+
+/// The site whose journal it is.
+#[derive(Clone, Copy)]
+pub struct Site<'a> {
+    /// Its name.
+    pub name: &'a SiteName,
+    /// Where disks of machines that arrive are.
+    pub pool: &'a Path,
 }
 
 /// What is known besides the records.
@@ -50,6 +63,8 @@ pub struct Known<'a> {
     pub row: Option<&'a MachineRow>,
     /// Its QEMU here.
     pub qemu: Qemu,
+    /// This site, if its disks can be looked at.
+    pub site: Option<Site<'a>>,
 }
 
 /// What is done about one migration; `None` if it has no records.
@@ -96,9 +111,40 @@ fn is_overtaken(history: &History, all: &[History]) -> bool {
 
 /// Whether the ledger is older than a disk of the machine; a note that cannot be read may say that it is.
 fn is_stale(history: &History, known: &Known<'_>) -> bool {
+    if has_come_unknown(history, known.site) {
+        return true;
+    }
     let (Some(owner), Some(row)) = (known.owner, known.row) else { return false };
     let Ok(notes) = read_notes(&row.images) else { return true };
     behind(owner, &history.attempt.vm, &notes).is_err()
+}
+
+/// Whether a machine came by this attempt and ran, and the records end before that.
+fn has_come_unknown(history: &History, site: Option<Site<'_>>) -> bool {
+    let (Some(Site { name, pool }), Some(last)) = (site, history.entries.last()) else { return false };
+    let before = match &last.record {
+        Record::Source(_)
+        | Record::Destination(
+            DestinationRecord::Activated { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Overruled,
+        ) => false,
+        Record::Destination(
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. }
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::HandedBack { .. },
+        ) => true,
+    };
+    let attempt = &history.attempt;
+    let proposals = history.entries.iter().filter_map(|entry| match &entry.record {
+        Record::Destination(DestinationRecord::Reserved { proposal, .. }) => Some(proposal),
+        Record::Source(_) | Record::Destination(_) => None,
+    });
+    let images: Vec<_> = proposals.flat_map(|proposal| arriving_images(pool, attempt, proposal)).collect();
+    before && read_notes(&images).map_or(true, |notes| has_come(&attempt.vm, attempt.epoch, name, &notes))
 }
 
 fn view(history: &History, owner: Option<&Ownership>, next: NextStep) -> JournalView {
@@ -171,10 +217,12 @@ fn why(record: &Record) -> Option<String> {
 mod tests {
     use longhaul_core::ids::{Epoch, MigrationId};
     use longhaul_core::migration::Attempt;
+    use longhaul_core::migration::generation::Generation;
     use longhaul_core::migration::message::{Handover, Refusal, Reservation};
     use longhaul_core::migration::record::Entry;
 
     use super::*;
+    use crate::generation::write_notes;
 
     fn history(id: u128, epoch: u64, record: Record) -> History {
         let attempt = Attempt {
@@ -210,7 +258,7 @@ mod tests {
     fn a_view_says_what_was_decided_why_and_what_comes_next() {
         let here = Ownership::Here { epoch: Epoch(3) };
         let history = history(1, 3, refused());
-        let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs };
+        let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs, site: None };
         let next = judge(&history, std::slice::from_ref(&history), &known).unwrap();
         let view = view(&history, Some(&here), next);
         assert_eq!((view.role.as_str(), view.next), ("destination", NextStep::Nothing));
@@ -235,9 +283,16 @@ mod tests {
             assert!(Journal::open_copy(&path).is_err(), "a gateway runs on it");
         }
         let before = std::fs::read(&path).unwrap();
-        let views = views(&Journal::open_copy(&path).unwrap(), None, &BTreeMap::new()).unwrap();
+        let list = |site| views(&Journal::open_copy(&path).unwrap(), None, &BTreeMap::new(), site).unwrap();
+        let views = list(None);
         assert_eq!(views.len(), 1);
         assert_eq!((views[0].next, views[0].epoch), (NextStep::Refuse, 3));
+        let b: SiteName = "b".parse().unwrap();
+        let site = Site { name: &b, pool: folder.path() };
+        assert_eq!(list(Some(site))[0].next, NextStep::Refuse, "it never ran here");
+        let note = Generation { vm: attempt.vm.clone(), epoch: Epoch(3), owner: b.clone() };
+        write_notes(&arriving_images(folder.path(), &attempt, &proposal()), &note).unwrap();
+        assert_eq!(list(Some(site))[0].next, NextStep::Hold, "it has run here since this journal was copied");
         assert!(std::fs::read(&path).unwrap() == before, "the file was changed");
     }
 

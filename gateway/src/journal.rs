@@ -230,12 +230,18 @@ impl Journal {
         Ok(if highest == Epoch(0) { highest } else { highest.next() })
     }
 
-    /// The highest epoch of a machine called `vm`: when one was forgotten, or of a migration that was tried.
-    fn highest_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
+    /// The highest epoch that a machine called `vm` was in when it was forgotten; 0 if none was.
+    pub fn forgotten_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
         let transaction = self.database.begin_read().map_err(store)?;
         let table = transaction.open_table(EPOCHS).map_err(store)?;
-        let mut highest =
-            table.get(vm.as_str()).map_err(store)?.map_or(Epoch(0), |epoch| Epoch(epoch.value()));
+        let epoch = table.get(vm.as_str()).map_err(store)?;
+        Ok(Epoch(epoch.map_or(0, |epoch| epoch.value())))
+    }
+
+    /// The highest epoch of a machine called `vm`: when one was forgotten, or of a migration that was tried.
+    fn highest_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
+        let mut highest = self.forgotten_epoch(vm)?;
+        let transaction = self.database.begin_read().map_err(store)?;
         for row in transaction.open_table(PEERS).map_err(store)?.iter().map_err(store)? {
             let attempt: Attempt = decode(row.map_err(store)?.1.value())?;
             if attempt.vm == *vm {

@@ -19,7 +19,8 @@ pub async fn ask(client: &Client, vm: Option<&VmName>, json: bool) -> Result<Exi
 
 /// Reads a journal on which no gateway runs. Its QEMUs are not asked.
 pub fn file(path: &Path, vm: Option<&VmName>, json: bool) -> ExitCode {
-    let views = Journal::open_copy(path).and_then(|journal| history::views(&journal, vm, &BTreeMap::new()));
+    let views =
+        Journal::open_copy(path).and_then(|journal| history::views(&journal, vm, &BTreeMap::new(), None));
     match views {
         Ok(views) => print(&views, json).unwrap_or_else(|error| super::fail(&error, 1)),
         Err(error) => super::fail(&error, 1),

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::machines::held;
 use super::status::is_crashed;
+use super::unknown::unknown;
 use super::{Daemon, Machine};
 use crate::api::types::Finding;
 use crate::config::ArbiterChoice;
@@ -37,6 +38,7 @@ impl Doctor {
         findings.extend(self.lans());
         findings.extend(self.peers());
         findings.extend(self.arbiters());
+        findings.extend(self.unknown());
         for machine in self.machines.values() {
             if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {
                 findings.extend(self.machine(machine).await);
@@ -118,6 +120,16 @@ impl Doctor {
             });
         }
         findings
+    }
+
+    fn unknown(&self) -> Vec<Finding> {
+        let lost = unknown(&self.edges).unwrap_or_default();
+        lost.iter()
+            .map(|lost| {
+                let held = lost.held();
+                bad(&format!("machine {}", lost.note.vm), &held.why, &held.remedy)
+            })
+            .collect()
     }
 
     /// Machines that no arbiter can decide about, where one is configured.

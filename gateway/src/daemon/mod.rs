@@ -25,6 +25,7 @@ mod recovery;
 mod resolve;
 mod retries;
 mod status;
+mod unknown;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;

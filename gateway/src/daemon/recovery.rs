@@ -14,8 +14,9 @@ use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
 use super::machines::held;
+use super::unknown::unknown;
 use super::{Daemon, Machine};
-use crate::history::{Known, judge};
+use crate::history::{Known, Site, judge};
 use crate::hypervisor::Guest;
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, ports, tell, visits};
@@ -51,6 +52,10 @@ impl Daemon {
             }
             found.insert(vm, Taken { row, guest });
         }
+        for lost in unknown(&self.edges)? {
+            let (vm, held) = (&lost.note.vm, lost.held());
+            tracing::error!(%vm, why = held.why, remedy = held.remedy, "machine is held");
+        }
         let histories = self.edges.journal.histories()?;
         for history in &histories {
             let Some(last) = history.entries.last().map(|entry| entry.record.clone()) else { continue };
@@ -81,7 +86,8 @@ impl Daemon {
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
         let Some(Taken { row, guest }) = found.get(&attempt.vm).cloned() else { return };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu: qemu(guest.as_ref()).await };
+        let known =
+            Known { owner: owner.as_ref(), row: Some(&row), qemu: qemu(guest.as_ref()).await, site: None };
         let Some(step) = judge(history, all, &known) else { return };
         let left = matches!(&owner, Some(Ownership::Away { epoch, .. }) if *epoch == attempt.epoch);
         if matches!(last, SourceRecord::Released) && left {
@@ -132,8 +138,12 @@ impl Daemon {
             },
         };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu };
+        let site = Some(Site { name: self.edges.site(), pool: &self.edges.config.storage.pool });
+        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu, site };
         let Some(step) = judge(history, all, &known) else { return };
+        if step == NextStep::Hold {
+            tracing::error!(vm = %attempt.vm, id = %attempt.id, text = step.text(&attempt.vm, &attempt.peer), "machine is held");
+        }
         if matches!(step, NextStep::AwaitSource | NextStep::AskArbiter | NextStep::Take) {
             self.prepare_visit(&proposal, &reservation).await;
         }

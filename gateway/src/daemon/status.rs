@@ -16,7 +16,7 @@ use crate::api::types::{
     JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView, TunnelView,
 };
 use crate::api::{Reply, RequestError};
-use crate::history;
+use crate::history::{self, Site};
 use crate::hypervisor::{Guest, QmpError};
 use crate::metrics::{Figures, LinkFigures, page};
 use crate::migration::partial::{self, Partial};
@@ -141,11 +141,12 @@ impl Daemon {
         let ended = |id: &MigrationId| self.migrations[id].inbox.is_none();
         let under_way: BTreeSet<String> =
             self.migrations.keys().filter(|id| !ended(id)).map(ToString::to_string).collect();
-        let journal = self.edges.journal.clone();
+        let edges = self.edges.clone();
         tokio::spawn(async move {
+            let site = Site { name: edges.site(), pool: &edges.config.storage.pool };
             let asked = guests.into_iter().map(async |(vm, guest)| (vm, qemu(guest.as_ref()).await));
             let qemus: BTreeMap<VmName, Qemu> = join_all(asked).await.into_iter().collect();
-            let views = history::views(&journal, vm.as_ref(), &qemus).map(|mut views| {
+            let views = history::views(&edges.journal, vm.as_ref(), &qemus, Some(site)).map(|mut views| {
                 for view in &mut views {
                     view.under_way = under_way.contains(&view.id);
                 }

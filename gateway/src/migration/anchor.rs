@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -567,12 +567,17 @@ fn other_homes(definition: &MachineDefinition, nic: &DeviceName) -> Vec<IpAddr> 
 /// Where a machine that comes by this attempt has its disks. Named after the attempt, so that nothing
 /// else can have the same name.
 pub(super) fn pool_images(edges: &Edges, attempt: &Attempt, proposal: &Proposal) -> Vec<PathBuf> {
+    arriving_images(&edges.config.storage.pool, attempt, proposal)
+}
+
+/// The same in this folder.
+pub(crate) fn arriving_images(pool: &Path, attempt: &Attempt, proposal: &Proposal) -> Vec<PathBuf> {
     let short = &attempt.id.to_string()[..8];
     let name = &proposal.definition.name;
     proposal
         .definition
         .volumes()
-        .map(|volume| edges.config.storage.pool.join(format!("{name}-{}.{short}.raw", volume.name)))
+        .map(|volume| pool.join(format!("{name}-{}.{short}.raw", volume.name)))
         .collect()
 }
 

@@ -103,6 +103,11 @@ async fn rested(arena: &Arena, case: &Case, rest: Result<Rest, String>, played: 
     match rest {
         Ok(Rest::Runs(place) | Rest::RunsBeside(place)) => {
             played.ending = if place == Place::A { Ending::Stayed } else { Ending::Moved };
+            if owners.is_empty() && matches!(case.fault, Fault::OldJournal(_)) {
+                // Its journal does not know it any more, and its gateway leaves it alone.
+                played.ending = Ending::Held;
+                return Ok(false);
+            }
             if !owners.contains(&place) {
                 let text = format!("it runs at site {}, where it may not run", place.name());
                 played.flaws.push(Flaw::Unsettled(text));

@@ -78,7 +78,8 @@ async fn look(arena: &Arena, watchers: &[Watcher; 2]) -> Result<Seen, String> {
     }
     let states = [watchers[0].state(), watchers[1].state()];
     let there = Place::BOTH.map(|place| !qemus(arena.gateway(place)).is_empty());
-    let runs = [0, 1].map(|at| states[at].as_deref() == Some("running"));
+    // What a watcher saw last may be older than the death of a QEMU.
+    let runs = [0, 1].map(|at| there[at] && states[at].as_deref() == Some("running"));
     let rest = match runs {
         [true, true] => None,
         [true, false] if there[1] => Some(Rest::RunsBeside(Place::A)),

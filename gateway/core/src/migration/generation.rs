@@ -76,6 +76,12 @@ pub fn behind(ledger: &Ownership, vm: &VmName, notes: &[Generation]) -> Result<(
     }
 }
 
+/// Whether a machine that was to come in `epoch` came and ran at `site`, whatever the journal says: its note is
+/// written after `Activated` only.
+pub fn has_come(vm: &VmName, epoch: Epoch, site: &SiteName, notes: &[Generation]) -> bool {
+    notes.iter().any(|note| note.vm == *vm && note.owner == *site && note.epoch >= epoch)
+}
+
 /// Whether a disk may be given to a machine that begins in `first` at `site`.
 pub fn may_define(note: &Generation, vm: &VmName, first: Epoch, site: &SiteName) -> Result<(), Stale> {
     let elsewhere = note.owner != *site;
@@ -110,6 +116,16 @@ mod tests {
         assert_eq!(behind(&returned, &vm(), &[]), Ok(()));
         let cloned = Generation { vm: "web2".parse().unwrap(), ..note(9, "b") };
         assert_eq!(behind(&returned, &vm(), &[cloned]), Ok(()), "another machine's disk");
+    }
+
+    #[test]
+    fn only_a_note_of_this_site_and_of_that_epoch_or_later_says_that_a_machine_has_come() {
+        let here: SiteName = "b".parse().unwrap();
+        assert!(has_come(&vm(), Epoch(5), &here, &[note(5, "b")]));
+        assert!(!has_come(&vm(), Epoch(5), &here, &[note(4, "b")]), "of an earlier stay");
+        assert!(!has_come(&vm(), Epoch(5), &here, &[note(5, "a")]));
+        assert!(!has_come(&"web2".parse().unwrap(), Epoch(5), &here, &[note(5, "b")]));
+        assert!(!has_come(&vm(), Epoch(5), &here, &[]));
     }
 
     #[test]
