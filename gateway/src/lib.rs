@@ -20,4 +20,5 @@ pub mod link;
 pub mod memory;
 pub mod metrics;
 pub mod migration;
+mod own_socket;
 pub mod tunnel;

@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use crate::chunk::ChunkRecv;
+use crate::own_socket;
 
 /// How a target finds its QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,7 +183,7 @@ async fn feed_and_hold<R: ChunkRecv>(
 async fn connect(path: PathBuf, config: TargetConfig) -> Result<UnixStream, MemoryEnd> {
     let deadline = Instant::now() + config.connect_deadline;
     loop {
-        match UnixStream::connect(&path).await {
+        match own_socket::connect(&path).await {
             Ok(stream) => return Ok(stream),
             Err(source) if Instant::now() >= deadline => return Err(MemoryEnd::Unreachable { path, source }),
             Err(error) => debug!(path = %path.display(), %error, "QEMU does not listen yet"),

@@ -25,6 +25,7 @@ use super::{
     BASE_ALLOCATION, FIXED_NEWSTYLE, NBD_MAGIC, NO_ZEROES, NbdError, OPTION_MAGIC, OPTION_REPLY_MAGIC,
     REQUEST_MAGIC, command, export_flag, info, option, option_reply,
 };
+use crate::own_socket;
 
 /// Requests under way on one connection; more wait at the caller.
 const MAX_REQUESTS: usize = 128;
@@ -71,7 +72,7 @@ impl NbdClient {
     /// Connects to `export` at the UNIX socket `path`.
     pub async fn connect(path: &Path, export: &str) -> Result<Self, NbdError> {
         let socket = |source| NbdError::Socket { path: path.display().to_string(), source };
-        Self::over(UnixStream::connect(path).await.map_err(socket)?, export).await
+        Self::over(own_socket::connect(path).await.map_err(socket)?, export).await
     }
 
     /// The same over a stream that is connected already.
