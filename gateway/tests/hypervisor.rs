@@ -4,6 +4,8 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+#[path = "hypervisor/mirror.rs"]
+mod mirror;
 #[path = "hypervisor/site.rs"]
 mod site;
 
@@ -575,29 +577,6 @@ async fn a_cancelled_or_yanked_migration_leaves_the_source_running() {
     source.cut_migration().await.unwrap();
     let info = source.wait_migration(|_| false, LIMIT).await.unwrap();
     assert_eq!((info.status, source.status().await.unwrap()), (MigrationStatus::Failed, RunState::Running));
-}
-
-#[tokio::test]
-async fn a_mirror_whose_target_goes_away_is_aborted_and_the_guest_runs_on() {
-    let (Some(a), Some(b)) = (Site::new().await, Site::new().await) else { return };
-    let definition = web1();
-    let (source, _) = a.running(&definition).await;
-    let at_b = b.place(&definition);
-    let destination = b.hypervisor.start(&definition, &at_b, StartMode::Incoming).await.unwrap();
-    let (nbd, root) = (b.path("nbd.sock"), disk("root"));
-    destination.nbd_start(&nbd).await.unwrap();
-    let refused = source.mirror_start(&root, &nbd, "root", MirrorMode::Full).await.unwrap_err();
-    assert!(matches!(refused, QmpError::Refused { .. }), "{refused}");
-    destination.export(&root, Access::Write, &[]).await.unwrap();
-    source.mirror_start(&root, &nbd, "root", MirrorMode::None).await.unwrap();
-    assert_eq!(source.mirror_settled(&root, LIMIT).await.unwrap().state, JobState::Ready);
-    b.hypervisor.discard(&definition.name).await.unwrap();
-    source.mirror_abort(&root, true, Duration::from_secs(2)).await.unwrap();
-    assert_eq!(source.mirror_status(&root).await.unwrap(), None);
-    assert!(source.status().await.unwrap().is_running());
-    source.mirror_abort(&root, true, LIMIT).await.expect("no mirror is no error");
-    let error = source.mirror_finish(&root, LIMIT).await.unwrap_err();
-    assert!(error.to_string().contains("not ready"), "{error}");
 }
 
 #[tokio::test]

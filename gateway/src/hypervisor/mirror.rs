@@ -84,6 +84,12 @@ struct BlockJob {
     error: Option<String>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockNode {
+    node_name: String,
+}
+
 impl From<BlockJob> for MirrorStatus {
     fn from(job: BlockJob) -> Self {
         let state = match job.status.as_str() {
@@ -205,8 +211,8 @@ impl Guest {
         }
     }
 
-    /// Ends a mirror in whatever state, leaving the target incomplete; no mirror is no error. With
-    /// `force` a target that does not answer within `limit` is cut off. QMP `block-job-cancel force`,
+    /// Ends a mirror in whatever state, leaving the target incomplete; no mirror is no error, and a target that
+    /// a gateway left which was killed beside its mirror is taken away. With `force` a target that does not answer within `limit` is cut off. QMP `block-job-cancel force`,
     /// `yank`, `job-dismiss`, `blockdev-del`.
     pub async fn mirror_abort(
         &self,
@@ -214,7 +220,9 @@ impl Guest {
         force: bool,
         limit: Duration,
     ) -> Result<(), QmpError> {
-        let Some(status) = self.mirror_status(disk).await? else { return Ok(()) };
+        let Some(status) = self.mirror_status(disk).await? else {
+            return self.delete_left_target(disk).await;
+        };
         if status.state != JobState::Concluded {
             let cancel = json!({ "device": job_id(disk), "force": true });
             self.qmp.execute("block-job-cancel", cancel).await?;
@@ -232,6 +240,15 @@ impl Guest {
 
     async fn dismiss(&self, disk: &DeviceName) -> Result<(), QmpError> {
         self.qmp.execute("job-dismiss", json!({ "id": job_id(disk) })).await?;
+        self.delete_target(disk).await
+    }
+
+    async fn delete_left_target(&self, disk: &DeviceName) -> Result<(), QmpError> {
+        let nodes: Vec<BlockNode> =
+            self.qmp.query("query-named-block-nodes", json!({ "flat": true })).await?;
+        if nodes.iter().all(|node| node.node_name != target_node(disk)) {
+            return Ok(());
+        }
         self.delete_target(disk).await
     }
 
