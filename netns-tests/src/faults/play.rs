@@ -78,9 +78,9 @@ pub async fn play(arena: &mut Arena, case: &Case) -> Result<Played> {
     let crashed = booted && matches!(played.ending, Ending::Crashed(_));
     // Where old connections go is in the journal of the site that the machine left, and nowhere else.
     let forgotten = case.fault == Fault::OldJournal(Place::A) && played.ending == Ending::Moved;
-    let connection = judge::old_connection(client).await;
-    if let (Err(flaw), false, true) = (connection, crashed || forgotten, serves(played.ending)) {
-        played.flaws.push(flaw);
+    if serves(played.ending) && !forgotten {
+        let connection = judge::old_connection(client).await;
+        played.flaws.extend(connection.err().filter(|_| !crashed));
     }
     served(arena, case, &id, &confirmed, booted, &mut played).await;
     played.took = started.elapsed();
