@@ -15,7 +15,7 @@ use longhaul_core::migration::source::{self, Source, SourceLimits};
 
 use crate::invariants::Violation;
 use crate::parts::{
-    Anchor, DestinationDriver, Guest, Id, Names, Packet, SourceDriver, Work, attempt, handover, name,
+    Anchor, DestinationDriver, Disk, Guest, Id, Names, Packet, SourceDriver, Work, attempt, handover, name,
     proposal, reservation,
 };
 use crate::support;
@@ -409,7 +409,7 @@ impl World {
                 source::Event::GuestStopped
             }
             Work::SendRest => {
-                self.all_sent.insert(id);
+                self.all_sent.insert(id, self.sites[A].disk.written);
                 source::Event::Parked(handover())
             }
             Work::Rollback(permit) => {
@@ -436,7 +436,7 @@ impl World {
 
     /// Destination's work is done.
     pub fn destination_works(&mut self, id: Id) -> Result<(), Violation> {
-        let sent = self.all_sent.contains(&id);
+        let sent = self.all_sent.get(&id).copied();
         let driver = self.sites[B].destinations.get_mut(&id).expect("a driver with work");
         let Some(work) = driver.work.pop_front() else { return Ok(()) };
         let event = match work {
@@ -444,11 +444,13 @@ impl World {
                 driver.work.push_back(Work::Load);
                 destination::Event::Prepared
             }
-            Work::Load if !sent => {
-                driver.work.push_back(Work::Load);
-                return Ok(());
-            }
             Work::Load => {
+                let Some(written) = sent else {
+                    driver.work.push_back(Work::Load);
+                    return Ok(());
+                };
+                let unflushed = self.broken == Some(Broken::LoadsBeforeItFlushes);
+                self.sites[B].disk = Disk { written, stable: if unflushed { 0 } else { written } };
                 (self.sites[B].guest, self.sites[B].found_dead) = (Guest::Still, false);
                 destination::Event::Loaded
             }

@@ -114,6 +114,10 @@ impl World {
     /// A guest is resumed with a permit of `epoch`.
     pub fn resumes(&mut self, site: usize, epoch: Epoch) -> Result<(), Violation> {
         self.sites[site].guest = Guest::Running;
+        let (disk, flushed) = (self.sites[site].disk, self.flushed);
+        self.must("flushed_writes_survive_power_loss", disk.written >= flushed, || {
+            format!("site {site} runs on {disk:?}, {flushed} was flushed")
+        })?;
         self.won_before_it_runs(site, epoch)?;
         let here = self.sites[site].journal.is_here();
         self.must("no_resume_without_permit", here, || format!("site {site}, epoch {epoch}"))

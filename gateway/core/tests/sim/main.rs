@@ -172,6 +172,7 @@ fn every_invariant_catches_the_gateway_that_breaks_it() {
             (Broken::WritesTwice, "journal_in_order"),
             (Broken::DeafToTheLink, "everybody_knows_once_settled"),
             (Broken::TakesWhatIsGone, "no_lost_memory_is_taken"),
+            (Broken::LoadsBeforeItFlushes, "flushed_writes_survive_power_loss"),
             (Broken::ForgetsNames, "dns_points_at_the_owner_once_settled"),
         ],
     );

@@ -139,6 +139,17 @@ pub struct Site {
     pub runs_there: bool,
     /// The gateway was started when the guest was dead already.
     pub found_dead: bool,
+    /// The machine's disk here.
+    pub disk: Disk,
+}
+
+/// A disk, as far as it is known by the number of its newest write.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Disk {
+    /// What is read from it.
+    pub written: u64,
+    /// What is still there after a power loss.
+    pub stable: u64,
 }
 
 impl Site {
@@ -153,6 +164,7 @@ impl Site {
             accepted: BTreeSet::new(),
             runs_there: false,
             found_dead: false,
+            disk: Disk::default(),
         }
     }
 

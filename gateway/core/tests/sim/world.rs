@@ -1,6 +1,6 @@
 //! Two sites, a WAN, a name server and a clock of its own; one event at a time, and the way back to health.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use longhaul_core::ids::Epoch;
@@ -9,7 +9,7 @@ use longhaul_core::migration::message::{MigrationMessage, Refusal};
 use longhaul_core::migration::{CommitMode, destination, source};
 
 use crate::invariants::Violation;
-use crate::parts::{Guest, Id, NameServer, NameServerMood, Packet, Site, UnderWay, Work};
+use crate::parts::{Disk, Guest, Id, NameServer, NameServerMood, Packet, Site, UnderWay, Work};
 use crate::schedule::{Event, Kind};
 
 /// Where the machine is at home.
@@ -41,6 +41,7 @@ pub enum Broken {
     NeverPays,
     TwoPrimaries,
     AsksNobodyInACut,
+    LoadsBeforeItFlushes,
 }
 
 pub struct World {
@@ -58,7 +59,10 @@ pub struct World {
     pub commit: CommitMode,
     pub next_id: Id,
     pub epochs: BTreeMap<Id, Epoch>,
-    pub all_sent: BTreeSet<Id>,
+    /// What each attempt has sent of the disk, all of it.
+    pub all_sent: BTreeMap<Id, u64>,
+    /// The newest write that the guest was told is durable.
+    pub flushed: u64,
     pub broken: Option<Broken>,
     pub only: Option<&'static str>,
     wrong: Option<Violation>,
@@ -84,7 +88,8 @@ impl World {
             commit,
             next_id: 1,
             epochs: BTreeMap::new(),
-            all_sent: BTreeSet::new(),
+            all_sent: BTreeMap::new(),
+            flushed: 0,
             broken,
             only,
             wrong: None,
@@ -245,6 +250,10 @@ impl World {
     /// Time passes; whoever has a deadline by then is told.
     fn wait(&mut self, time: Duration) {
         self.now += time;
+        for site in self.sites.iter_mut().filter(|site| site.guest == Guest::Running) {
+            self.flushed += 1;
+            site.disk = Disk { written: self.flushed, stable: self.flushed };
+        }
         let (sources, destinations) = self.ids();
         for id in sources {
             self.source(id, source::Event::Tick);
@@ -312,6 +321,7 @@ impl World {
     fn power_loss(&mut self, site: usize, number: usize) -> Result<(), Violation> {
         self.crash(site, number)?;
         self.kill_guest(site);
+        self.sites[site].disk.written = self.sites[site].disk.stable;
         Ok(())
     }
 
