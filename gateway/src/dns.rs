@@ -11,7 +11,7 @@ use dnsupdater::{
 };
 
 use longhaul_core::ids::{Epoch, SiteName};
-use longhaul_core::migration::arbiter::{Request, Verdict, judge};
+use longhaul_core::migration::arbiter::{Contest, Request, Said};
 
 use crate::config::DnsConfig;
 
@@ -97,28 +97,13 @@ pub struct NameMove<'a> {
     pub owner: &'a SiteName,
 }
 
-/// A hand-over that the name's ownership record decides.
+/// What the update that wins a contest changes besides the ownership record.
 #[derive(Debug, Clone)]
-pub struct Contest {
+pub struct Prize {
     /// The name.
     pub name: String,
     /// Each home address that has a stand-in at the destination, and the stand-in.
     pub addresses: Vec<(IpAddr, IpAddr)>,
-    /// The epoch to be won.
-    pub epoch: Epoch,
-    /// Who has the machine.
-    pub source: SiteName,
-    /// Who is to have it.
-    pub destination: SiteName,
-}
-
-/// What a register said, and what that means for a contest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Said {
-    /// The epoch it holds; 0 for none.
-    pub epoch: Epoch,
-    /// What follows.
-    pub verdict: Verdict,
 }
 
 /// The name server of this site's machines.
@@ -222,62 +207,40 @@ impl Names {
 }
 
 impl Names {
-    /// Asks the register of a contest, as one compare-and-swap that moves the addresses with it. `seen` is the
-    /// highest epoch this site has seen there. An error says nothing about whether a request was applied.
+    /// Asks the register of a contest, as one compare-and-swap that moves the prize's addresses with it. `seen` is
+    /// the highest epoch this site has seen there. An error says nothing about whether a request was applied.
     pub async fn arbitrate(
         &self,
+        prize: &Prize,
         contest: &Contest,
         request: Request,
         seen: Epoch,
     ) -> Result<Said, NamesError> {
-        let name = parse(&contest.name)?;
+        let name = parse(&prize.name)?;
         let found = self.updater.read(&name).await?;
-        let said = contest.reads(&found, seen)?;
-        let Some(swap) = contest.swap(name, &found, request, said.verdict, self.move_ttl_s) else {
-            return Ok(said);
-        };
+        let said = prize.reads(contest, &found, seen)?;
+        let Some(winner) = contest.winner(request, said.verdict) else { return Ok(said) };
+        let swap = prize.swap(name, contest, &found, winner, self.move_ttl_s);
+        let seen = seen.max(said.epoch);
         match self.updater.swap(&swap).await? {
-            Outcome::Won => {
-                let owner = Some((contest.epoch, swap.owner.as_str()));
-                Ok(Said { epoch: contest.epoch, verdict: contest.judge(owner, seen.max(said.epoch)) })
-            }
-            Outcome::Lost { current } => contest.reads(&current, seen.max(said.epoch)),
+            Outcome::Won => Ok(contest.said(Some((contest.epoch, winner.as_str())), seen)),
+            Outcome::Lost { current } => prize.reads(contest, &current, seen),
         }
     }
 }
 
-impl Contest {
-    fn judge(&self, held: Option<(Epoch, &str)>, seen: Epoch) -> Verdict {
-        judge(held, seen, self.epoch, &self.source, &self.destination)
-    }
-
-    fn reads(&self, found: &Records, seen: Epoch) -> Result<Said, NamesError> {
+impl Prize {
+    fn reads(&self, contest: &Contest, found: &Records, seen: Epoch) -> Result<Said, NamesError> {
         if let Register::Foreign(text) = &found.register {
             return Err(NamesError::NoRegister { name: self.name.clone(), found: text.clone() });
         }
         let held = found.ownership().map(|register| (Epoch(register.epoch().0), register.owner()));
-        let epoch = held.map_or(Epoch(0), |(epoch, _)| epoch);
-        Ok(Said { epoch, verdict: self.judge(held, seen) })
+        Ok(contest.said(held, seen))
     }
 
-    /// The change that `request` makes of what was found, if it makes one.
-    fn swap(
-        &self,
-        name: DnsName,
-        found: &Records,
-        request: Request,
-        verdict: Verdict,
-        ttl_s: u32,
-    ) -> Option<Swap> {
-        let winner = match (request, verdict) {
-            (Request::ForDestination, Verdict::Open) => &self.destination,
-            (Request::ForSource, Verdict::Open)
-            | (Request::BackToSource, Verdict::Open | Verdict::Destination) => &self.source,
-            (Request::Read | Request::ForDestination | Request::ForSource | Request::BackToSource, _) => {
-                return None;
-            }
-        };
-        let goes = *winner == self.destination;
+    /// The change of what was found that names `winner`.
+    fn swap(&self, name: DnsName, contest: &Contest, found: &Records, winner: &SiteName, ttl_s: u32) -> Swap {
+        let goes = *winner == contest.destination;
         // What was lowered for the move is restored by its rollback, before this or after it.
         let ttl_s = if goes { ttl_s } else { found.ttl_s().unwrap_or(ttl_s) };
         let place = |address: &IpAddr| {
@@ -285,10 +248,9 @@ impl Contest {
             pair.map_or(*address, |(home, care_of)| if goes { *care_of } else { *home })
         };
         let new = found.addresses.iter().map(place).collect();
-        let swap = Swap::new(name, found.addresses.clone(), new, ttl_s, winner.as_str())
-            .epochs(found.epoch(), dnsupdater::Epoch(self.epoch.0))
-            .observed(found.ownership().cloned());
-        Some(swap)
+        Swap::new(name, found.addresses.clone(), new, ttl_s, winner.as_str())
+            .epochs(found.epoch(), dnsupdater::Epoch(contest.epoch.0))
+            .observed(found.ownership().cloned())
     }
 }
 
@@ -345,13 +307,13 @@ mod tests {
     }
 
     fn contest() -> Contest {
-        Contest {
-            name: "web1.vm.example".into(),
-            addresses: vec![(HOME.parse().unwrap(), CARE_OF.parse().unwrap())],
-            epoch: Epoch(5),
-            source: "a".parse().unwrap(),
-            destination: "b".parse().unwrap(),
-        }
+        let (source, destination) = ("a".parse().unwrap(), "b".parse().unwrap());
+        Contest { epoch: Epoch(5), source, destination }
+    }
+
+    fn prize() -> Prize {
+        let addresses = vec![(HOME.parse().unwrap(), CARE_OF.parse().unwrap())];
+        Prize { name: "web1.vm.example".into(), addresses }
     }
 
     const HOME: &str = "198.51.100.10";
@@ -379,9 +341,10 @@ mod tests {
 
     /// Owner and address that a request makes of what stands there.
     fn made(request: Request, register: Register, address: &str) -> Option<(String, String)> {
-        let (contest, found) = (contest(), found(register, address));
-        let verdict = contest.reads(&found, Epoch(4)).unwrap().verdict;
-        let swap = contest.swap(found.name.clone(), &found, request, verdict, 2)?;
+        let (contest, prize, found) = (contest(), prize(), found(register, address));
+        let verdict = prize.reads(&contest, &found, Epoch(4)).unwrap().verdict;
+        let winner = contest.winner(request, verdict)?;
+        let swap = prize.swap(found.name.clone(), &contest, &found, winner, 2);
         assert_eq!((swap.epoch_to.0, &swap.old), (5, &found.addresses));
         Some((swap.owner, swap.new[0].to_string()))
     }
@@ -405,6 +368,7 @@ mod tests {
             assert_eq!(made(request, Register::Absent, HOME), None, "{request:?}");
         }
         let foreign = found(Register::Foreign("v=spf1".into()), HOME);
-        assert!(contest().reads(&foreign, Epoch(0)).unwrap_err().to_string().contains("v=spf1"));
+        let read = prize().reads(&contest(), &foreign, Epoch(0));
+        assert!(read.unwrap_err().to_string().contains("v=spf1"));
     }
 }

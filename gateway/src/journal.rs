@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 
 use longhaul_core::ids::{Epoch, MigrationId, VmName};
 use longhaul_core::migration::Attempt;
+use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::record::{Entry, IllegalRecord, Record};
 use longhaul_core::migration::step::Step;
@@ -30,8 +31,10 @@ const PEERS: TableDefinition<u128, &[u8]> = TableDefinition::new("attempts");
 const OWNERSHIP: TableDefinition<&str, &[u8]> = TableDefinition::new("ownership");
 /// The highest epoch of each name that was forgotten, by the machine's name: it outlives `undefine`.
 const EPOCHS: TableDefinition<&str, u64> = TableDefinition::new("epochs");
-/// The highest epoch ever seen in the register of a machine that moves with an arbiter, by the machine's name.
+/// The highest epoch ever seen in the register of a machine that the name server decides about, by the machine's name.
 const REGISTERS: TableDefinition<&str, u64> = TableDefinition::new("registers");
+/// The same of registers in etcd: a pair of sites that changes its arbiter begins in an empty one.
+const ETCD_REGISTERS: TableDefinition<&str, u64> = TableDefinition::new("etcd_registers");
 /// What this site knows of a machine besides, by the machine's name.
 const MACHINES: TableDefinition<&str, &[u8]> = TableDefinition::new("machines");
 /// Machines that left and whose connections are still held here, by the machine's name.
@@ -102,6 +105,7 @@ impl Journal {
             transaction.open_table(ANCHORS)?;
             transaction.open_table(EPOCHS)?;
             transaction.open_table(REGISTERS)?;
+            transaction.open_table(ETCD_REGISTERS)?;
             Ok(())
         })?;
         Ok(journal)
@@ -251,21 +255,21 @@ impl Journal {
         Ok(highest)
     }
 
-    /// The highest epoch that was ever seen in the register of `vm`; 0 if none was.
-    pub fn register_epoch(&self, vm: &VmName) -> Result<Epoch, JournalError> {
+    /// The highest epoch that was ever seen in the register of `vm` that `arbiter` has; 0 if none was.
+    pub fn register_epoch(&self, arbiter: Arbiter, vm: &VmName) -> Result<Epoch, JournalError> {
         let transaction = self.database.begin_read().map_err(store)?;
-        let table = transaction.open_table(REGISTERS).map_err(store)?;
+        let table = transaction.open_table(registers(arbiter)).map_err(store)?;
         let epoch = table.get(vm.as_str()).map_err(store)?;
         Ok(Epoch(epoch.map_or(0, |epoch| epoch.value())))
     }
 
-    /// Remembers that `epoch` was seen in the register of `vm`: nothing older is believed afterwards.
-    pub fn saw_register(&self, vm: &VmName, epoch: Epoch) -> Result<(), JournalError> {
-        if epoch <= self.register_epoch(vm)? {
+    /// Remembers that `epoch` was seen in that register of `vm`: nothing older is believed afterwards.
+    pub fn saw_register(&self, arbiter: Arbiter, vm: &VmName, epoch: Epoch) -> Result<(), JournalError> {
+        if epoch <= self.register_epoch(arbiter, vm)? {
             return Ok(());
         }
         self.write(|transaction| {
-            transaction.open_table(REGISTERS)?.insert(vm.as_str(), epoch.0)?;
+            transaction.open_table(registers(arbiter))?.insert(vm.as_str(), epoch.0)?;
             Ok(())
         })
     }
@@ -365,6 +369,13 @@ pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
+fn registers(arbiter: Arbiter) -> TableDefinition<'static, &'static str, u64> {
+    match arbiter {
+        Arbiter::Dns => REGISTERS,
+        Arbiter::Etcd => ETCD_REGISTERS,
+    }
+}
+
 fn store(error: impl Into<redb::Error>) -> JournalError {
     JournalError::Store(Box::new(error.into()))
 }
@@ -406,8 +417,9 @@ mod tests {
         let vm = attempt().vm;
         for (seen, highest) in [(3, 3), (2, 3), (5, 5)] {
             let journal = Journal::open(&path).unwrap();
-            journal.saw_register(&vm, Epoch(seen)).unwrap();
-            assert_eq!(journal.register_epoch(&vm).unwrap(), Epoch(highest));
+            journal.saw_register(Arbiter::Dns, &vm, Epoch(seen)).unwrap();
+            assert_eq!(journal.register_epoch(Arbiter::Dns, &vm).unwrap(), Epoch(highest));
+            assert_eq!(journal.register_epoch(Arbiter::Etcd, &vm).unwrap(), Epoch(0), "another register");
         }
     }
 
@@ -416,9 +428,10 @@ mod tests {
         let bytes = encode(&attempt()).unwrap();
         let older: Attempt = decode(&bytes[..bytes.len() - 1]).unwrap();
         assert_eq!(older, attempt());
-        let commit = CommitMode::Arbitrated(longhaul_core::migration::arbiter::Arbiter::Dns);
-        let arbitrated = Attempt { commit, ..attempt() };
-        assert_eq!(decode::<Attempt>(&encode(&arbitrated).unwrap()).unwrap(), arbitrated);
+        for arbiter in [Arbiter::Dns, Arbiter::Etcd] {
+            let arbitrated = Attempt { commit: CommitMode::Arbitrated(arbiter), ..attempt() };
+            assert_eq!(decode::<Attempt>(&encode(&arbitrated).unwrap()).unwrap(), arbitrated);
+        }
     }
 
     #[tokio::test]

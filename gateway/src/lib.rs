@@ -1,7 +1,7 @@
 //! The Longhaul gateway: everything that touches the world.
 //!
 //! Decisions are made in `longhaul-core`; the modules here carry them out. The edges (`link`,
-//! `hypervisor`, `memory`, `disk`, `tunnel`, `dns`) do not import one another: they meet in
+//! `hypervisor`, `memory`, `disk`, `tunnel`, `dns`, `etcd`) do not import one another: they meet in
 //! `migration`, where actions are performed, and in `daemon`, where the gateway is built.
 
 pub mod api;
@@ -11,6 +11,7 @@ pub mod config;
 pub mod daemon;
 pub mod disk;
 pub mod dns;
+pub mod etcd;
 pub mod generation;
 pub mod history;
 pub mod hypervisor;

@@ -37,6 +37,7 @@ pub const LAB_NEEDS: &[Need] = &[
     need("qemu-system-x86_64", "qemu-system-x86", "the machines that move"),
     need("qemu-img", "qemu-utils", "disk images"),
     need("named", "bind9", "the name server of `--dns bind9`"),
+    need("etcd", "etcd-server", "the arbiter `etcd`"),
     need("mke2fs", "e2fsprogs", "the guest's root disk"),
     need("cpio", "cpio", "the guest's first file system"),
     need("dpkg-deb", "dpkg", "unpacking the guest's kernel and web server"),

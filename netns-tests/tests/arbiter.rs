@@ -1,12 +1,13 @@
-//! A partition on real machines, decided by Debian's BIND: the link between the gateways is cut in the middle of a
-//! hand-over while both sites still reach the name server. Exactly one copy runs, before the link is back.
-//! Without root, or without BIND, the test is skipped.
+//! A partition on real machines, decided by Debian's BIND or by etcd: the link between the gateways is cut in the
+//! middle of a hand-over while both sites still reach the register. Exactly one copy runs, before the link is back.
+//! Without root, or without BIND and etcd, the tests are skipped.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use gateway::api::types::Progressing;
+use gateway::config::ArbiterChoice;
 use longhaul_core::migration::Stage;
 use netns_tests::install::{LAB_NEEDS, ensure as install};
 use netns_tests::netns::Namespace;
@@ -24,9 +25,9 @@ const MOVE: Duration = Duration::from_secs(240);
 const DECIDED: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(2);
 
-fn options() -> SceneOptions {
+fn options(arbiter: ArbiterChoice) -> SceneOptions {
     SceneOptions {
-        name: "arbiter".into(),
+        name: format!("arbiter-{arbiter:?}").to_lowercase(),
         rate_mbit: 100.0,
         // Long enough that what was just said is still under way when the link is cut.
         rtt: Duration::from_millis(400),
@@ -35,7 +36,7 @@ fn options() -> SceneOptions {
         disk_bytes: 512 << 20,
         dns: DnsServer::Bind9,
         ttl_s: 5,
-        arbiter: true,
+        arbiter,
         ..SceneOptions::default()
     }
 }
@@ -81,14 +82,21 @@ async fn wait(what: &str, limit: Duration, mut holds: impl AsyncFnMut() -> Resul
     Ok(begun.elapsed())
 }
 
-/// What the register and the name say: epoch, owner, addresses.
-fn register(scene: &Scene) -> Result<(u64, String, Vec<IpAddr>)> {
-    let records = scene.names.read(&Scene::name())?;
-    let held = records.ownership().context("the name has no ownership record")?;
-    Ok((held.epoch().0, held.owner().to_owned(), records.addresses.clone()))
+/// What the register says: epoch and owner.
+fn register(scene: &Scene) -> Result<(u64, String)> {
+    let held = match &scene.etcd {
+        Some(etcd) => etcd.read(VM)?,
+        None => scene.names.read(&Scene::name())?.ownership().cloned(),
+    };
+    let held = held.context("the register is empty")?;
+    Ok((held.epoch().0, held.owner().to_owned()))
 }
 
-/// The offer is lost: the source takes the machine back at the name server and resumes it.
+fn addresses(scene: &Scene) -> Result<Vec<IpAddr>> {
+    Ok(scene.names.read(&Scene::name())?.addresses)
+}
+
+/// The offer is lost: the source takes the machine back at the register and resumes it.
 async fn the_source_wins(scene: &Scene) -> Result<()> {
     let id = scene.begin_move().await?;
     wait("the offer", MOVE, async || Ok(scene.a.client().migration(&id).await?.stage == Stage::Commitment))
@@ -100,15 +108,16 @@ async fn the_source_wins(scene: &Scene) -> Result<()> {
     let view = scene.wait_move(&id, DECIDED).await?;
     ensure!(view.progressing == Progressing::Stayed, "{view:?}");
     let home: IpAddr = scene.home()?;
-    ensure!(register(scene)? == (1, "a".to_owned(), vec![home]), "{:?}", register(scene)?);
-    // b learns it from the name server, too: it frees what it held.
+    ensure!(register(scene)? == (1, "a".to_owned()), "{:?}", register(scene)?);
+    ensure!(addresses(scene)? == [home], "{:?}", addresses(scene)?);
+    // b learns it from the register, too: it frees what it held.
     let took = wait("b to let go", DECIDED, async || Ok(run_state(&scene.b).is_none())).await?;
     println!("b let go {took:.1?} later");
     partition.end()?;
     scene.wait_for_link().await
 }
 
-/// The destination has won and runs; the source never hears of it, and reads it at the name server.
+/// The destination has won and runs; the source never hears of it, and reads it in the register.
 async fn the_destination_wins(scene: &Scene) -> Result<()> {
     let id = scene.begin_move().await?;
     wait("the guest running at b", MOVE, async || Ok(runs(&scene.b))).await?;
@@ -116,7 +125,13 @@ async fn the_destination_wins(scene: &Scene) -> Result<()> {
     ensure!(!runs(&scene.a), "two copies run");
     let stage = scene.a.client().migration(&id).await?.stage;
     let care_of: IpAddr = scene.world.site("b")?.spec.address(200).into();
-    ensure!(register(scene)? == (2, "b".to_owned(), vec![care_of]), "{:?}", register(scene)?);
+    ensure!(register(scene)? == (2, "b".to_owned()), "{:?}", register(scene)?);
+    // The name is in the update that decides; with etcd it follows when the sites hear each other again.
+    let at_once = match scene.options.arbiter {
+        ArbiterChoice::None | ArbiterChoice::Etcd => scene.home()?,
+        ArbiterChoice::Dns => care_of,
+    };
+    ensure!(addresses(scene)? == [at_once], "{:?}", addresses(scene)?);
     println!("a was in {stage:?} when b ran");
     let away = async || {
         let machines = scene.a.client().status().await?.machines;
@@ -128,6 +143,7 @@ async fn the_destination_wins(scene: &Scene) -> Result<()> {
     partition.end()?;
     let view = scene.wait_move(&id, MOVE).await?;
     ensure!(view.progressing == Progressing::Moved, "{view:?}");
+    wait("the name at b", DECIDED, async || Ok(addresses(scene)? == [care_of])).await?;
     wait("a to end its copy", DECIDED, async || Ok(run_state(&scene.a).is_none())).await?;
     let mut monitor = Monitor::connect(&scene.b.observer(VM), Duration::from_secs(5))?;
     let found = disk_check::compare(scene, &mut monitor, &id, 2).await?;
@@ -138,16 +154,25 @@ async fn the_destination_wins(scene: &Scene) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_partition_in_the_hand_over_is_decided_at_the_name_server_at_either_side() {
+    play(ArbiterChoice::Dns).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_partition_in_the_hand_over_is_decided_in_etcd_at_either_side() {
+    play(ArbiterChoice::Etcd).await.unwrap();
+}
+
+async fn play(arbiter: ArbiterChoice) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         println!("skipped: network namespaces need root");
-        return;
+        return Ok(());
     }
     if let Err(error) = install(LAB_NEEDS) {
         println!("skipped: {error:#}");
-        return;
+        return Ok(());
     }
-    let programs = Programs::build().unwrap();
-    let scene = Scene::build(options(), &programs).await.unwrap();
+    let programs = Programs::build()?;
+    let scene = Scene::build(options(arbiter), &programs).await?;
     let played = async {
         scene.start_guest().await?;
         the_source_wins(&scene).await.context("the source wins")?;
@@ -156,8 +181,7 @@ async fn a_partition_in_the_hand_over_is_decided_at_the_name_server_at_either_si
     let played = played.await;
     let logs = (scene.a.log_tail(), scene.b.log_tail());
     let left = scene.close();
-    if let Err(error) = played {
-        panic!("{error:?}\nsite a's last words:\n{}\nsite b's last words:\n{}", logs.0, logs.1);
-    }
-    assert!(left.is_empty(), "left behind: {left:?}");
+    played.with_context(|| format!("site a's last words:\n{}\nsite b's last words:\n{}", logs.0, logs.1))?;
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(())
 }

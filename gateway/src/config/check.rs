@@ -21,6 +21,7 @@ impl Config {
         self.check_ranges()?;
         self.check_limits()?;
         self.check_lans()?;
+        self.check_etcd()?;
         self.check_peers()
     }
 
@@ -60,6 +61,18 @@ impl Config {
         Ok(())
     }
 
+    fn check_etcd(&self) -> Result<(), Conflict> {
+        let Some(etcd) = &self.etcd else { return Ok(()) };
+        expect(!etcd.endpoints.is_empty(), "etcd.endpoints", "at least one member of the cluster")?;
+        let proven = etcd.ca_file.is_some() || etcd.endpoints.iter().all(|endpoint| !endpoint.tls);
+        expect(proven, "etcd.ca_file", "the authority that signed the certificates of the https endpoints")?;
+        let paired = etcd.cert_file.is_some() == etcd.key_file.is_some();
+        expect(paired, "etcd.cert_file", "cert_file and key_file, or neither")?;
+        let keyed = !etcd.prefix.is_empty() && !etcd.prefix.ends_with('/');
+        expect(keyed, "etcd.prefix", "a text that does not end in '/'")?;
+        expect((100..=4000).contains(&etcd.timeout_ms), "etcd.timeout_ms", "100 to 4000")
+    }
+
     fn check_peers(&self) -> Result<(), Conflict> {
         let mut names = BTreeSet::from([&self.site.name]);
         let mut keys = BTreeSet::new();
@@ -70,8 +83,12 @@ impl Config {
             let text = "a public key as `longhaul key` prints it: 44 characters of base64";
             expect(bytes.is_some(), &format!("{key}.key"), text)?;
             expect(keys.insert(bytes), &format!("{key}.key"), "a key that no other peer has")?;
-            let arbitrates = peer.arbiter == ArbiterChoice::None || self.dns.is_some();
-            expect(arbitrates, &format!("{key}.arbiter"), "\"none\", or a [dns] table beside \"dns\"")?;
+            let (arbitrates, text) = match peer.arbiter {
+                ArbiterChoice::None => (true, ""),
+                ArbiterChoice::Dns => (self.dns.is_some(), "\"none\", or a [dns] table beside \"dns\""),
+                ArbiterChoice::Etcd => (self.etcd.is_some(), "\"none\", or an [etcd] table beside \"etcd\""),
+            };
+            expect(arbitrates, &format!("{key}.arbiter"), text)?;
         }
         Ok(())
     }

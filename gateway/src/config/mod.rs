@@ -5,6 +5,7 @@
 //! value is reported with file, line, key and what was expected.
 
 mod check;
+mod etcd;
 mod limits;
 mod line;
 mod sections;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+pub use etcd::{Endpoint, EtcdConfig, InvalidEndpoint};
 pub(crate) use limits::{UIDS, parse_prefix};
 pub use sections::{
     ArbiterChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection, MigrationSection,
@@ -47,6 +49,9 @@ pub struct Config {
     /// The name server to update; without it names do not follow.
     #[serde(default)]
     pub dns: Option<DnsConfig>,
+    /// The etcd cluster that `arbiter = "etcd"` asks.
+    #[serde(default)]
+    pub etcd: Option<EtcdConfig>,
     /// Budgets of a migration.
     #[serde(default)]
     pub migration: MigrationSection,
@@ -171,6 +176,36 @@ pool = "/var/lib/longhaul/disks"
         let dns = "[dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n";
         let config = parsed(&format!("{SMALL}{dns}{peer}arbiter = \"dns\"\n")).unwrap();
         assert_eq!(config.peer[0].arbiter, ArbiterChoice::Dns);
+    }
+
+    #[test]
+    fn an_arbiter_in_etcd_needs_a_cluster_and_tls_needs_an_authority() {
+        let peer = "[[peer]]\nname = \"b\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\narbiter = \"etcd\"\n";
+        let with = |lines: &str| format!("{SMALL}[etcd]\n{lines}\n{peer}");
+        let message = error(&format!("{SMALL}{peer}"));
+        assert!(message.contains("peer.b.arbiter") && message.contains("[etcd]"), "{message}");
+        let plain = "endpoints = [\"http://192.0.2.1:2379\"]";
+        let config = Config::parse(Path::new("site.toml"), &with(plain)).unwrap();
+        assert_eq!(config.peer[0].arbiter, ArbiterChoice::Etcd);
+        let tls = "endpoints = [\"https://192.0.2.1:2379\"]";
+        Config::parse(Path::new("site.toml"), &with(&format!("{tls}\nca_file = \"/ca\""))).unwrap();
+        for (lines, key) in [
+            (tls.to_owned(), "etcd.ca_file"),
+            (format!("{plain}\nkey_file = \"/k\""), "etcd.cert_file"),
+            (format!("{plain}\nprefix = \"vm/\""), "etcd.prefix"),
+            (format!("{plain}\nprefix = \"\""), "etcd.prefix"),
+            (format!("{plain}\ntimeout_ms = 99"), "etcd.timeout_ms"),
+            (format!("{plain}\ntimeout_ms = 4001"), "etcd.timeout_ms"),
+            ("endpoints = []".to_owned(), "etcd.endpoints"),
+            ("endpoints = [\"192.0.2.1:2379\"]".to_owned(), "is no endpoint"),
+        ] {
+            let message = error(&with(&lines));
+            assert!(message.contains(key), "{message}");
+        }
+        for timeout_ms in [100, 4000] {
+            let text = with(&format!("{plain}\ntimeout_ms = {timeout_ms}"));
+            Config::parse(Path::new("site.toml"), &text).unwrap();
+        }
     }
 
     #[test]

@@ -299,7 +299,8 @@ pub struct PeerConfig {
     /// care-of address and its windows while it comes.
     #[serde(default = "default_max_arriving")]
     pub max_arriving: u32,
-    /// Who decides who has a machine when this link is cut in the middle of a hand-over: `none` (default) or `dns`.
+    /// Who decides who has a machine when this link is cut in the middle of a hand-over: `none` (default), `dns` or
+    /// `etcd`.
     #[serde(default)]
     pub arbiter: ArbiterChoice,
 }
@@ -313,6 +314,8 @@ pub enum ArbiterChoice {
     None,
     /// The ownership record beside the machine's name.
     Dns,
+    /// The machine's key in etcd.
+    Etcd,
 }
 
 impl ArbiterChoice {
@@ -321,6 +324,7 @@ impl ArbiterChoice {
         match self {
             Self::None => CommitMode::Confirmed,
             Self::Dns => CommitMode::Arbitrated(Arbiter::Dns),
+            Self::Etcd => CommitMode::Arbitrated(Arbiter::Etcd),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::dns::Names;
+use crate::etcd::Registers;
 use crate::identity::Identity;
 use crate::migration::chain;
 
@@ -30,6 +31,9 @@ pub fn check(config: &Config) -> Result<(), Contradiction> {
     }
     if let Some(dns) = &config.dns {
         Names::open(dns).map_err(|error| wrong("dns.key_file", &error))?;
+    }
+    if let Some(etcd) = &config.etcd {
+        Registers::open(etcd).map_err(|file| (file.key.to_owned(), file.to_string()))?;
     }
     for (name, kernel) in &config.kernel {
         readable(&format!("kernel.{name}.image"), &kernel.image)?;

@@ -14,6 +14,7 @@ use longhaul_core::units::Rate;
 use crate::api::server::ApiSocket;
 use crate::config::{Config, UIDS};
 use crate::dns::Names;
+use crate::etcd::Registers;
 use crate::hypervisor::{AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange};
 use crate::identity::Identity;
 use crate::journal::Journal;
@@ -48,6 +49,7 @@ pub(super) async fn open(config: Config) -> anyhow::Result<Opened> {
     })?;
     let hypervisor = Hypervisor::new(hypervisor(&config)?)?;
     let names = config.dns.as_ref().map(Names::open).transpose()?.map(Arc::new);
+    let etcd = config.etcd.as_ref().map(Registers::open).transpose()?.map(Arc::new);
     let tunnel_config = Arc::new(tunnel(&config));
     let tunnel = Tunnel::start((*tunnel_config).clone()).await.context("Cannot start the tunnel")?;
     let (link, link_events) = Link::open(link(&config)?, &identity).await.context("Cannot start the link")?;
@@ -63,6 +65,7 @@ pub(super) async fn open(config: Config) -> anyhow::Result<Opened> {
         tunnel,
         tunnel_config,
         names,
+        etcd,
         start: Instant::now(),
     };
     Ok(Opened { edges, link_events, api })

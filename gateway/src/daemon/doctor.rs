@@ -12,7 +12,7 @@ use super::status::is_crashed;
 use super::unknown::unknown;
 use super::{Daemon, Machine};
 use crate::api::types::Finding;
-use crate::config::ArbiterChoice;
+use crate::config::{ArbiterChoice, PeerConfig};
 use crate::migration::{Edges, chain, journal_room};
 
 impl Daemon {
@@ -37,7 +37,7 @@ impl Doctor {
         let mut findings = vec![self.hypervisor().await, self.journal(), self.pool()];
         findings.extend(self.lans());
         findings.extend(self.peers());
-        findings.extend(self.arbiters());
+        findings.extend(self.arbiters().await);
         findings.extend(self.unknown());
         for machine in self.machines.values() {
             if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {
@@ -132,29 +132,47 @@ impl Doctor {
             .collect()
     }
 
-    /// Machines that no arbiter can decide about, where one is configured.
-    fn arbiters(&self) -> Vec<Finding> {
+    /// Whether each peer's arbiter can decide.
+    async fn arbiters(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
         for peer in &self.edges.config.peer {
-            if peer.arbiter == ArbiterChoice::None {
-                continue;
-            }
             let check = format!("arbiter of peer {}", peer.name);
-            let nameless: Vec<&str> = self
-                .machines
-                .values()
-                .map(|machine| &machine.row.definition)
-                .filter(|vm| vm.dns_name.is_none() && peer.may_receive(vm.name.as_str()))
-                .map(|vm| vm.name.as_str())
-                .collect();
-            findings.push(if nameless.is_empty() {
-                good(&check, "the primary name server decides in a cut of the link".into())
-            } else {
-                let detail = format!("it cannot decide about {}: no dns_name", nameless.join(", "));
-                bad(&check, &detail, "give them a dns_name, or set the arbiter to \"none\" at both sites")
-            });
+            match peer.arbiter {
+                ArbiterChoice::None => {}
+                ArbiterChoice::Dns => findings.push(self.name_server_arbitrates(&check, peer)),
+                ArbiterChoice::Etcd => findings.push(self.etcd_arbitrates(&check).await),
+            }
         }
         findings
+    }
+
+    /// Machines without a name are those that a name server cannot decide about.
+    fn name_server_arbitrates(&self, check: &str, peer: &PeerConfig) -> Finding {
+        let nameless: Vec<&str> = self
+            .machines
+            .values()
+            .map(|machine| &machine.row.definition)
+            .filter(|vm| vm.dns_name.is_none() && peer.may_receive(vm.name.as_str()))
+            .map(|vm| vm.name.as_str())
+            .collect();
+        if nameless.is_empty() {
+            return good(check, "the primary name server decides in a cut of the link".into());
+        }
+        let detail = format!("it cannot decide about {}: no dns_name", nameless.join(", "));
+        bad(check, &detail, "give them a dns_name, or set the arbiter to \"none\" at both sites")
+    }
+
+    async fn etcd_arbitrates(&self, check: &str) -> Finding {
+        let Some(registers) = &self.edges.etcd else {
+            return bad(check, "this site has no [etcd]", "add it");
+        };
+        match registers.round_trip().await {
+            Ok(took) => {
+                let ms = took.as_secs_f64() * 1e3;
+                good(check, format!("etcd decides in a cut of the link; it answered in {ms:.1} ms"))
+            }
+            Err(error) => bad(check, &chain(&error), "until etcd answers no machine moves to this peer"),
+        }
     }
 
     async fn machine(&self, machine: &Machine) -> Vec<Finding> {
@@ -181,7 +199,26 @@ impl Doctor {
             Err(error) => findings.push(bad(&check, &chain(&error), "check its QEMU")),
         }
         findings.extend(self.names(machine).await);
+        findings.extend(self.register(machine).await);
         findings
+    }
+
+    /// Whether etcd could be asked about the machine's next move, where a peer's arbiter is etcd.
+    async fn register(&self, machine: &Machine) -> Option<Finding> {
+        let registers = self.edges.etcd.as_ref()?;
+        let vm = &machine.row.definition.name;
+        let mut peers = self.edges.config.peer.iter();
+        peers.find(|peer| peer.arbiter == ArbiterChoice::Etcd && peer.may_receive(vm.as_str()))?;
+        let check = format!("register {}", registers.key(vm));
+        Some(match registers.check(vm, self.next_epoch(vm)).await {
+            Ok(epoch) => good(&check, format!("can decide; it is in epoch {epoch}")),
+            Err(error) => bad(&check, &chain(&error), "the machine does not move to this peer until then"),
+        })
+    }
+
+    fn next_epoch(&self, vm: &VmName) -> Epoch {
+        let epoch = self.edges.journal.ownership(vm).unwrap_or_default();
+        epoch.map_or(Epoch(0), |ownership| ownership.epoch()).next()
     }
 
     async fn names(&self, machine: &Machine) -> Option<Finding> {
@@ -197,8 +234,7 @@ impl Doctor {
             .iter()
             .flat_map(|nic| nic.home.iter().map(|home| home.addr))
             .collect();
-        let epoch = self.edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
-        let next = epoch.map_or(Epoch(0), |ownership| ownership.epoch()).next();
+        let next = self.next_epoch(&machine.row.definition.name);
         Some(match names.check(name, &home, next).await {
             Ok(standing) => good(&check, format!("can follow; TTL {} s", standing.ttl_s)),
             Err(error) => bad(&check, &chain(&error), "check server, key and update policy"),

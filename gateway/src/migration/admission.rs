@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
@@ -55,16 +56,38 @@ fn check_arbiter(config: &Config, peer: &SiteName, proposal: &Proposal) -> Resul
     Err(Refusal::NotAllowed { site: config.site.name.clone(), rule })
 }
 
-/// With an arbiter this site must be able to win the name, not only the source.
+/// With an arbiter this site must be able to win the register, not only the source.
 async fn check_register(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
-    let (CommitMode::Arbitrated(_), Some(names)) = (proposal.commit, &edges.names) else { return Ok(()) };
+    match proposal.commit {
+        CommitMode::Confirmed => Ok(()),
+        CommitMode::Arbitrated(Arbiter::Dns) => check_name(edges, proposal).await,
+        CommitMode::Arbitrated(Arbiter::Etcd) => check_etcd(edges, proposal).await,
+    }
+}
+
+async fn check_name(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
+    let Some(names) = &edges.names else { return Ok(()) };
     let definition = &proposal.definition;
     let Some(name) = &definition.dns_name else {
-        return Err(Refusal::Names("with an arbiter the machine needs a dns_name".into()));
+        return Err(Refusal::Names("with this arbiter the machine needs a dns_name".into()));
     };
     let home: Vec<_> = definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect();
     names.check(name, &home, proposal.epoch.next()).await.map(drop).map_err(|error| {
         Refusal::Names(Refusal::text(format!("site {}: {}", edges.site(), super::chain(&error))))
+    })
+}
+
+async fn check_etcd(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
+    let Some(registers) = &edges.etcd else {
+        return Err(Refusal::Other(format!(
+            "Arbiter is etcd, but site {} has no [etcd]; add it",
+            edges.site()
+        )));
+    };
+    let checked = registers.check(&proposal.definition.name, proposal.epoch.next()).await;
+    checked.map(drop).map_err(|error| {
+        let text = format!("Arbiter would not decide at site {}: {}", edges.site(), super::chain(&error));
+        Refusal::Other(Refusal::text(text))
     })
 }
 
@@ -216,7 +239,6 @@ fn available_memory() -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use longhaul_core::migration::arbiter::Arbiter;
     use longhaul_core::tunnel::handover::NicHandover;
 
     use super::*;
@@ -295,6 +317,7 @@ mod tests {
         let text = format!(
             "[site]\nname = \"a\"\n[storage]\npool = \"/disks\"\n\
              [dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n\
+             [etcd]\nendpoints = [\"http://192.0.2.21:2379\"]\n\
              [[peer]]\nname = \"b\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\narbiter = \"{arbiter}\"\n"
         );
         Config::parse(std::path::Path::new("site.toml"), &text).unwrap()
@@ -314,12 +337,19 @@ mod tests {
             nics: Vec::new(),
         };
         let peer = "b".parse().unwrap();
-        let arbitrated = CommitMode::Arbitrated(Arbiter::Dns);
-        for (here, there) in [("none", arbitrated), ("dns", CommitMode::Confirmed)] {
+        let (dns, etcd) = (CommitMode::Arbitrated(Arbiter::Dns), CommitMode::Arbitrated(Arbiter::Etcd));
+        for (here, there) in [
+            ("none", dns),
+            ("none", etcd),
+            ("dns", CommitMode::Confirmed),
+            ("dns", etcd),
+            ("etcd", CommitMode::Confirmed),
+            ("etcd", dns),
+        ] {
             let refused = check_arbiter(&config_with(here), &peer, &proposal(there)).unwrap_err().to_string();
             assert!(refused.contains("peer.b.arbiter"), "{refused}");
         }
-        for (here, there) in [("dns", arbitrated), ("none", CommitMode::Confirmed)] {
+        for (here, there) in [("dns", dns), ("etcd", etcd), ("none", CommitMode::Confirmed)] {
             assert_eq!(check_arbiter(&config_with(here), &peer, &proposal(there)), Ok(()));
         }
     }

@@ -15,7 +15,7 @@ use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::DestinationRecord;
 use longhaul_core::migration::step::Step;
 
-use super::arbitrate::{self, Questions};
+use super::arbitrate::{Questions, Register};
 use super::prepare::Held;
 use super::view::Viewer;
 use super::work::Work;
@@ -185,8 +185,8 @@ impl DestinationDriver {
         let open = || {
             let name = self.proposal.definition.dns_name.as_ref();
             let (peer, site) = (&self.leaf.attempt.peer, self.leaf.edges.site());
-            let contest = arbitrate::contest(&self.leaf, name, Some(&self.reservation), peer, site);
-            Questions::open(&self.leaf, contest, Event::Arbiter)
+            let register = Register::of(&self.leaf, name, Some(&self.reservation), peer, site);
+            Questions::open(&self.leaf, register, Event::Arbiter)
         };
         self.questions.get_or_insert_with(open).ask(request);
     }

@@ -47,6 +47,7 @@ use longhaul_core::tunnel::policy::PortKey;
 
 use crate::config::Config;
 use crate::dns::Names;
+use crate::etcd::Registers;
 use crate::generation::write_notes;
 use crate::hypervisor::{Guest, Hypervisor};
 use crate::journal::Journal;
@@ -75,6 +76,8 @@ pub struct Edges {
     pub tunnel_config: Arc<TunnelConfig>,
     /// The name server, if there is one.
     pub names: Option<Arc<Names>>,
+    /// The registers in etcd, if there are any.
+    pub etcd: Option<Arc<Registers>>,
     /// What times are counted from.
     pub start: Instant,
 }

@@ -5,6 +5,7 @@
 
 use longhaul_core::ids::Epoch;
 use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::message::{Proposal, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::{NicHandover, Prefix};
@@ -38,6 +39,7 @@ async fn check(
     let needs = host::as_home(&leaf.edges).await.map_err(tunnel_failed)?;
     host::check(&needs, &row.definition).map_err(|needed| Refusal::CannotTravel(needed.to_string()))?;
     check_names(leaf, row, options).await?;
+    check_etcd(leaf).await?;
     let host = leaf.edges.hypervisor.capabilities().await.map_err(hypervisor_failed)?;
     let status = guest.status().await.map_err(hypervisor_failed)?;
     let mut nics = Vec::new();
@@ -78,10 +80,33 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
         .check(name, &here, leaf.attempt.epoch)
         .await
         .map_err(|error| Refusal::Names(Refusal::text(chain(&error))))
-        .and_then(|standing| not_behind(&leaf.edges, &leaf.attempt, name, standing.epoch()))
+        .and_then(|standing| match leaf.attempt.commit {
+            CommitMode::Arbitrated(Arbiter::Dns) => {
+                let record = format!("the TXT record _longhaul.{name}");
+                not_behind(leaf, Arbiter::Dns, &record, standing.epoch()).map_err(Refusal::Names)
+            }
+            CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Etcd) => Ok(()),
+        })
 }
 
-/// The name to look at, if it follows; with an arbiter it must.
+/// With etcd as the arbiter: it answers, and the machine's register is older than the move.
+async fn check_etcd(leaf: &SourceLeaf) -> Result<(), Refusal> {
+    match leaf.attempt.commit {
+        CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Dns) => return Ok(()),
+        CommitMode::Arbitrated(Arbiter::Etcd) => {}
+    }
+    let vm = &leaf.attempt.vm;
+    let Some(registers) = &leaf.edges.etcd else {
+        return Err(Refusal::Other(format!("Arbiter of {vm} is etcd, but this site has no [etcd]; add it")));
+    };
+    let failed =
+        |error| Refusal::Other(Refusal::text(format!("Arbiter would not decide: {}", chain(&error))));
+    let now = registers.check(vm, leaf.attempt.epoch).await.map_err(failed)?;
+    let key = format!("etcd's key {}", registers.key(vm));
+    not_behind(leaf, Arbiter::Etcd, &key, now).map_err(Refusal::Other)
+}
+
+/// The name to look at, if it follows; where the name server arbitrates it must.
 fn arbitrated_name<'a>(
     leaf: &SourceLeaf,
     row: &'a MachineRow,
@@ -89,9 +114,9 @@ fn arbitrated_name<'a>(
 ) -> Result<Option<&'a String>, Refusal> {
     let name = row.definition.dns_name.as_ref().filter(|_| !options.without_dns);
     match leaf.attempt.commit {
-        CommitMode::Confirmed => Ok(name),
-        CommitMode::Arbitrated(_) if name.is_some() => Ok(name),
-        CommitMode::Arbitrated(_) => {
+        CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Etcd) => Ok(name),
+        CommitMode::Arbitrated(Arbiter::Dns) if name.is_some() => Ok(name),
+        CommitMode::Arbitrated(Arbiter::Dns) => {
             let text = format!(
                 "peer.{}.arbiter is \"dns\", which decides by the machine's dns_name: give it one and move it without \
                  --without-dns, or set the arbiter to \"none\" at both sites",
@@ -102,25 +127,17 @@ fn arbitrated_name<'a>(
     }
 }
 
-/// A register that was put back to an older state cannot arbitrate.
-pub(super) fn not_behind(
-    edges: &super::Edges,
-    attempt: &longhaul_core::migration::Attempt,
-    name: &str,
-    now: Epoch,
-) -> Result<(), Refusal> {
-    if attempt.commit == CommitMode::Confirmed {
-        return Ok(());
-    }
-    let seen = edges.journal.register_epoch(&attempt.vm);
-    let seen = seen.map_err(|error| Refusal::Other(Refusal::text(error.to_string())))?;
+/// A register that was put back to an older state cannot arbitrate: the reason, for an operator.
+fn not_behind(leaf: &SourceLeaf, kind: Arbiter, register: &str, now: Epoch) -> Result<(), String> {
+    let seen = leaf.edges.journal.register_epoch(kind, &leaf.attempt.vm);
+    let seen = seen.map_err(|error| Refusal::text(error.to_string()))?;
     if now >= seen {
         return Ok(());
     }
-    Err(Refusal::Names(format!(
-        "_longhaul.{name} says epoch {now}, but {seen} was seen there: the zone was put back to an older state, and \
-         cannot decide who has the machine; write the record of epoch {seen} again"
-    )))
+    Err(format!(
+        "{register} says epoch {now}, but {seen} was seen there: it was put back to an older state, and cannot decide \
+         who has the machine; write the value of epoch {seen} again"
+    ))
 }
 
 async fn neighbours(

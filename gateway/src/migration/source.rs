@@ -19,7 +19,7 @@ use longhaul_core::migration::record::{Record, SourceRecord};
 use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
 
-use super::arbitrate::{self, Questions};
+use super::arbitrate::{Questions, Register};
 use super::precopy::Transfer;
 use super::view::Viewer;
 use super::work::Work;
@@ -263,8 +263,8 @@ impl SourceDriver {
         let open = || {
             let (name, reservation) = (self.row.definition.dns_name.as_ref(), self.reservation.as_ref());
             let (site, peer) = (self.leaf.edges.site(), &self.leaf.attempt.peer);
-            let contest = arbitrate::contest(&self.leaf, name, reservation, site, peer);
-            Questions::open(&self.leaf, contest, Event::Arbiter)
+            let register = Register::of(&self.leaf, name, reservation, site, peer);
+            Questions::open(&self.leaf, register, Event::Arbiter)
         };
         self.questions.get_or_insert_with(open).ask(request);
     }

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use gateway::api::client::Client;
+use gateway::config::ArbiterChoice;
 use gateway::identity::Identity;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::etcd::Etcd;
 use super::options::SceneOptions;
 use crate::guest::GuestImage;
 use crate::netns::Namespace;
@@ -93,6 +95,9 @@ impl SiteFiles {
                 key.display()
             )?;
         }
+        if options.arbiter == ArbiterChoice::Etcd {
+            writeln!(text, "[etcd]\nendpoints = [\"{}\"]", Etcd::endpoint())?;
+        }
         for other in others {
             let address = SocketAddr::new(other.spec.host_address().into(), PORT);
             writeln!(
@@ -102,8 +107,10 @@ impl SiteFiles {
                 other.spec.name,
                 other.identity.public_key()
             )?;
-            if options.arbiter {
-                writeln!(text, "arbiter = \"dns\"")?;
+            match options.arbiter {
+                ArbiterChoice::None => {}
+                ArbiterChoice::Dns => writeln!(text, "arbiter = \"dns\"")?,
+                ArbiterChoice::Etcd => writeln!(text, "arbiter = \"etcd\"")?,
             }
         }
         std::fs::write(self.folder.join("site.toml"), text)?;

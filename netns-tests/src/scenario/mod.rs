@@ -6,6 +6,7 @@
 pub mod checks;
 pub mod demo;
 pub mod disk_check;
+pub mod etcd;
 pub mod gateway;
 pub mod monitor;
 pub mod names;

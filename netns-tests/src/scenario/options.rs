@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use gateway::config::ArbiterChoice;
 
 use crate::wan::WanProfile;
 
@@ -39,8 +40,8 @@ pub struct SceneOptions {
     pub quiet_s: u64,
     /// Size of the file whose blocks the guest rewrites.
     pub dirt_bytes: u64,
-    /// The name server arbitrates; both sites have its key then.
-    pub arbiter: bool,
+    /// What arbitrates. Both sites have the name server's key where it is the name server.
+    pub arbiter: ArbiterChoice,
 }
 
 /// The name server of a scene.
@@ -70,7 +71,7 @@ impl Default for SceneOptions {
             migration: Vec::new(),
             quiet_s: 3,
             dirt_bytes: 64 << 20,
-            arbiter: false,
+            arbiter: ArbiterChoice::None,
         }
     }
 }

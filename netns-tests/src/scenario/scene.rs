@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use gateway::api::types::{DefineRequest, MigrateRequest, MigrationView, Progressing};
+use gateway::config::ArbiterChoice;
 
+use super::etcd::Etcd;
 use super::gateway::{Gateway, PORT, SiteFiles};
 use super::names::{Names, ZONE};
 use super::options::SceneOptions;
@@ -33,6 +35,8 @@ pub struct Scene {
     pub b: Gateway,
     /// The name server.
     pub names: Names,
+    /// The etcd, where it arbitrates.
+    pub etcd: Option<Etcd>,
     /// The options it was built with.
     pub options: SceneOptions,
     /// What emulates the WAN.
@@ -70,10 +74,13 @@ impl Scene {
         let mut names =
             Names::start(options.dns, &world.dns, &scratch.join("dns"), &name, home.into(), options.ttl_s)?;
         names.wait(&name)?;
+        let arbitrates = options.arbiter == ArbiterChoice::Etcd;
+        let etcd = arbitrates.then(|| Etcd::start(&world.dns, &scratch.join("etcd"))).transpose()?;
+        let by_name = options.arbiter == ArbiterChoice::Dns;
         let a = SiteFiles::make(&world.site("a")?.spec, &scratch)?;
         let b = SiteFiles::make(&world.site("b")?.spec, &scratch)?;
         a.configure(&[&b], &image, &options, Some(names.key_file()))?;
-        b.configure(&[&a], &image, &options, options.arbiter.then(|| names.key_file()))?;
+        b.configure(&[&a], &image, &options, by_name.then(|| names.key_file()))?;
         let disks = image.copy_disks(&a.folder.join("disks"))?;
         let disks = [Some(disks.root), disks.second].into_iter().flatten().collect();
         let gateway_a = Gateway::start(&world.site("a")?.host, &programs.longhaul, &a.folder).await?;
@@ -83,6 +90,7 @@ impl Scene {
             a: gateway_a,
             b: gateway_b,
             names,
+            etcd,
             options,
             emulator,
             programs: programs.clone(),
@@ -234,8 +242,8 @@ impl Scene {
         // A gateway that does not end by itself is ended with its namespace.
         let _ = self.a.stop();
         let _ = self.b.stop();
-        let Self { world, names, .. } = self;
-        drop(names);
+        let Self { world, names, etcd, .. } = self;
+        drop((names, etcd));
         world.close()
     }
 }

@@ -21,6 +21,8 @@ use crate::ids::{Epoch, SiteName};
 pub enum Arbiter {
     /// The ownership record beside the machine's name, at its zone's primary server (RFC 2136).
     Dns,
+    /// A key of the machine's own in an etcd cluster.
+    Etcd,
 }
 
 /// What is asked of the register. The answer is what it says afterwards.
@@ -50,6 +52,44 @@ pub enum Verdict {
     /// It says something it cannot say unless it was put back to an older state, or somebody else wrote it.
     /// Nothing follows from it: hold.
     Behind,
+}
+
+/// A hand-over that a register decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contest {
+    /// The epoch to be won.
+    pub epoch: Epoch,
+    /// Who has the machine.
+    pub source: SiteName,
+    /// Who is to have it.
+    pub destination: SiteName,
+}
+
+/// What a register said, and what that means for a contest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// The epoch it holds; 0 for none.
+    pub epoch: Epoch,
+    /// What follows.
+    pub verdict: Verdict,
+}
+
+impl Contest {
+    /// What follows from a register that holds `held`, the highest epoch ever seen in it being `seen`.
+    pub fn said(&self, held: Option<(Epoch, &str)>, seen: Epoch) -> Said {
+        let verdict = judge(held, seen, self.epoch, &self.source, &self.destination);
+        Said { epoch: held.map_or(Epoch(0), |(epoch, _)| epoch), verdict }
+    }
+
+    /// Whom a register that says `verdict` is to name after `request`; nobody if it stays as it is.
+    pub fn winner(&self, request: Request, verdict: Verdict) -> Option<&SiteName> {
+        match (request, verdict) {
+            (Request::ForDestination, Verdict::Open) => Some(&self.destination),
+            (Request::ForSource, Verdict::Open)
+            | (Request::BackToSource, Verdict::Open | Verdict::Destination) => Some(&self.source),
+            (Request::Read | Request::ForDestination | Request::ForSource | Request::BackToSource, _) => None,
+        }
+    }
 }
 
 /// What a register that holds `held` says of the attempt that would begin `epoch`. `seen` is the highest epoch
@@ -92,6 +132,26 @@ mod tests {
         assert_eq!(said(Some((4, "b")), 4), Verdict::Open);
         assert_eq!(said(Some((5, "a")), 4), Verdict::Source);
         assert_eq!(said(Some((5, "b")), 5), Verdict::Destination);
+    }
+
+    #[test]
+    fn an_open_register_is_won_once_and_only_a_way_back_changes_it_again() {
+        let (source, destination) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let contest = Contest { epoch: Epoch(5), source, destination };
+        let winner = |request, verdict| contest.winner(request, verdict).map(SiteName::as_str);
+        assert_eq!(winner(Request::ForDestination, Verdict::Open), Some("b"));
+        assert_eq!(winner(Request::ForSource, Verdict::Open), Some("a"));
+        assert_eq!(winner(Request::BackToSource, Verdict::Open), Some("a"));
+        assert_eq!(winner(Request::BackToSource, Verdict::Destination), Some("a"));
+        assert_eq!(winner(Request::ForDestination, Verdict::Source), None);
+        assert_eq!(winner(Request::ForSource, Verdict::Destination), None);
+        for verdict in [Verdict::Open, Verdict::Source, Verdict::Destination] {
+            assert_eq!(winner(Request::Read, verdict), None);
+        }
+        for request in [Request::ForDestination, Request::ForSource, Request::BackToSource] {
+            assert_eq!(winner(request, Verdict::Behind), None, "{request:?}");
+            assert_eq!(winner(request, Verdict::Unknown), None, "{request:?}");
+        }
     }
 
     #[test]

@@ -47,8 +47,9 @@ mod tests {
         let offer = MigrationMessage::Offer { epoch: Epoch(3), handover: handover() };
         let taken_back = MigrationMessage::TakenBack { epoch: Epoch(3) };
         assert_eq!([&MigrationMessage::Unknown, &taken_back, &offer].map(first_byte), [10, 11, 12]);
-        let modes = [CommitMode::Confirmed, CommitMode::Arbitrated(Arbiter::Dns)];
-        assert_eq!(modes.map(|mode| postcard::to_allocvec(&mode).unwrap()), [vec![0], vec![1, 0]]);
+        let arbitrated = [Arbiter::Dns, Arbiter::Etcd].map(CommitMode::Arbitrated);
+        assert_eq!(postcard::to_allocvec(&CommitMode::Confirmed).unwrap(), [0]);
+        assert_eq!(arbitrated.map(|mode| postcard::to_allocvec(&mode).unwrap()), [[1, 0], [1, 1]]);
         let second_byte = |record: &Record| postcard::to_allocvec(record).unwrap()[1];
         let source = [
             SourceRecord::Returned { why: Refusal::Operator },

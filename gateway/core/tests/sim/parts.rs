@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName};
-use longhaul_core::migration::arbiter::{Request, Verdict, judge};
+use longhaul_core::migration::arbiter::{Contest, Request, Verdict};
 use longhaul_core::migration::destination::{self, Destination};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Proposal, Reservation};
@@ -205,17 +205,13 @@ impl NameServer {
     /// What the register says of the attempt that would begin `epoch`.
     fn says(&self, epoch: Epoch) -> Verdict {
         let owner = name(self.site);
-        judge(Some((self.epoch, owner.as_str())), Epoch(0), epoch, &name(0), &name(1))
+        contest(epoch).said(Some((self.epoch, owner.as_str())), Epoch(0)).verdict
     }
 
     /// Arbitrates, as the mood allows.
     pub fn ask(&mut self, request: Request, epoch: Epoch) -> (Verdict, Option<UnderWay>) {
-        let winner = match (request, self.says(epoch)) {
-            (Request::ForDestination, Verdict::Open) => Some(1),
-            (Request::ForSource, Verdict::Open) => Some(0),
-            (Request::BackToSource, Verdict::Open | Verdict::Destination) => Some(0),
-            (_, _) => None,
-        };
+        let contest = contest(epoch);
+        let winner = contest.winner(request, self.says(epoch)).map(|winner| usize::from(*winner == name(1)));
         let change =
             winner.map(|winner| UnderWay { before: (self.site, self.epoch), after: (winner, epoch) });
         match self.mood {
@@ -267,6 +263,10 @@ pub struct Packet {
     pub to: usize,
     pub id: Id,
     pub message: MigrationMessage,
+}
+
+fn contest(epoch: Epoch) -> Contest {
+    Contest { epoch, source: name(0), destination: name(1) }
 }
 
 pub fn name(site: usize) -> SiteName {
