@@ -7,6 +7,8 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -16,9 +18,11 @@ use anyhow::{Context, Result, bail, ensure};
 use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::migration::Stage;
 use netns_tests::agent::RECORD_PORT;
+use netns_tests::exec::run;
 use netns_tests::faults::{self, FaultOptions};
 use netns_tests::scenario::demo::unix_ms;
 use netns_tests::scenario::disk_check;
+use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::{GuestEvent, Monitor};
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::VM;
@@ -27,6 +31,8 @@ use netns_tests::scenario::traffic::Client;
 use netns_tests::scenario::{Scene, SceneOptions};
 use netns_tests::traffic::{RecordPlan, TrafficPlan};
 use netns_tests::wan::Direction;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use tokio::sync::Mutex;
 
@@ -327,11 +333,12 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running() {
-    play(small("fault-journal"), async |scene, before| {
+    // So slow that something is left to send when the guest has stopped.
+    play(SceneOptions { rate_mbit: 20.0, ..small("fault-journal") }, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
-        memory_flows(scene, &id).await?;
+        stopped(&monitor).await?;
         scene.a.limit_files()?;
         let limited = Instant::now();
         let mut events = Vec::new();
@@ -340,8 +347,7 @@ async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running(
             tokio::time::sleep(LOOK).await;
             events.extend(monitor.events());
         }
-        ensure!(events.iter().any(|event| event.name == "STOP"), "{events:?}");
-        println!("{events:?}");
+        println!("resumed {:.1?} after the journal had failed", limited.elapsed());
         drop(monitor);
         let code = loop {
             if let Some(code) = scene.a.ended()? {
@@ -360,6 +366,96 @@ async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running(
         connection_was_right(client).await?;
         tunnel_comes_down(scene).await?;
         runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+/// A QEMU that hangs: it is there, and does nothing.
+struct Hung(Pid);
+
+impl Hung {
+    fn hang(gateway: &Gateway) -> Result<Self> {
+        let pids = qemus(gateway);
+        let [pid] = pids[..] else { bail!("Not one QEMU but {pids:?}") };
+        kill(Pid::from_raw(pid), Signal::SIGSTOP)?;
+        Ok(Self(Pid::from_raw(pid)))
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        // One that is gone needs nothing.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_qemu_that_hangs_in_the_pause_resumes_its_guest_when_it_goes_on() {
+    let migration = vec!["pause_budget_s = 1".into(), "retries = 0".into()];
+    play(SceneOptions { migration, ..small("fault-hang") }, async |scene, before| {
+        let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
+        let id = scene.begin_move().await?;
+        stopped(&monitor).await?;
+        scene.world.wan.cut()?;
+        let hung = Hung::hang(&scene.a)?;
+        drop(monitor);
+        // Longer than the gateway waits for one answer.
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        let view = scene.a.client().migration(&id).await?;
+        ensure!(view.progressing == Progressing::Running, "it is over, and the guest stands still: {view:?}");
+        drop(hung);
+        scene.world.wan.heal()?;
+        expect_stayed(scene, &id).await?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await
+    })
+    .await;
+}
+
+/// A small file system of its own over a folder.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(folder: PathBuf, mib: u64) -> Result<Self> {
+        let folder_text = folder.to_string_lossy().into_owned();
+        run("mount", &["-t", "tmpfs", "-o", &format!("size={mib}m"), "longhaul-lab", &folder_text])?;
+        Ok(Self(folder))
+    }
+
+    /// Nothing fits on it any more.
+    fn fill(&self) -> Result<()> {
+        let mut file = std::fs::File::create(self.0.join("ballast"))?;
+        let block = vec![1u8; 1 << 20];
+        while file.write_all(&block).is_ok() {}
+        Ok(())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        drop(run("umount", &["--lazy", &self.0.to_string_lossy()]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_destination_whose_disk_fills_up_says_so_and_the_guest_stays() {
+    let migration = vec!["retries = 0".into()];
+    let options = SceneOptions { rate_mbit: 20.0, migration, ..small("fault-full") };
+    play(options, async |scene, before| {
+        let disk = SmallDisk::mount(scene.b.folder.join("disks"), 700)?;
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        disk_flows(scene, &id).await?;
+        disk.fill()?;
+        let reason = expect_stayed(scene, &id).await?;
+        ensure!(reason.contains("No space left on device"), "{reason}");
+        std::fs::remove_file(disk.0.join("ballast"))?;
+        stayed(scene, before).await?;
+        let state = run_state(&scene.a);
+        ensure!(state.as_deref() == Some("running"), "{state:?}");
+        connection_was_right(client).await?;
+        drop(disk);
+        Ok(())
     })
     .await;
 }
@@ -548,5 +644,5 @@ async fn every_promise_holds_in_a_bounded_part_of_the_fault_matrix() {
     let options = FaultOptions { cases: 0, seed: 1, only: BOUNDED.to_vec(), limit: Some(MATRIX) };
     let report = faults::run(&options, &programs).await.unwrap();
     assert!(report.failed.is_empty() && report.leftovers == 0, "{:#?}", report.failed);
-    assert!(report.held > 0, "nothing was played");
+    assert_eq!(report.held, BOUNDED.len() as u64, "not all of them were played in time");
 }

@@ -274,7 +274,7 @@ impl Power {
             }
             return Err(failed(&error));
         }
-        guest.resume(permit).await.map_err(|error| failed(&error))?;
+        guest.resume(permit).await.map_err(|error| failed(&error.why))?;
         self.visit_resumed(&row).await;
         tracing::info!(%vm, "machine started");
         Ok(Change::Started(Box::new(row), guest))

@@ -113,6 +113,16 @@ impl Drop for Home {
     }
 }
 
+/// The guest was not resumed, or nobody knows whether it was. The permit is still good for it.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct NotResumed {
+    /// What it may be tried again with.
+    pub permit: RunPermit,
+    /// What QEMU said.
+    pub why: QmpError,
+}
+
 impl Guest {
     /// The machine's name.
     pub fn name(&self) -> &VmName {
@@ -191,9 +201,38 @@ impl Guest {
         self.qmp.execute("stop", json!({})).await.map(drop)
     }
 
-    /// Lets the guest run. The permit is used up, also when QEMU refuses. QMP `cont`.
-    pub async fn resume(&self, _permit: RunPermit) -> Result<(), QmpError> {
-        self.qmp.execute("cont", json!({})).await.map(drop)
+    /// Lets the guest run. QMP `cont`.
+    pub async fn resume(&self, permit: RunPermit) -> Result<(), NotResumed> {
+        let done = self.qmp.execute("cont", json!({})).await;
+        done.map(drop).map_err(|why| NotResumed { permit, why })
+    }
+
+    /// Lets the guest run and tries again, `again` after each failure, which `failed` hears of, until it runs or
+    /// QEMU is gone; false if it is gone. A QEMU that hangs does what it was told before, such as a late `stop`, first.
+    pub async fn resume_until_it_runs(
+        &self,
+        permit: RunPermit,
+        again: Duration,
+        mut failed: impl FnMut(&QmpError),
+    ) -> bool {
+        let mut permit = permit;
+        loop {
+            match self.resume(permit).await {
+                Ok(()) => return true,
+                Err(NotResumed { permit: unused, why }) => {
+                    failed(&why);
+                    permit = unused;
+                }
+            }
+            if self.qmp.is_closed() {
+                return false;
+            }
+            tokio::time::sleep(again).await;
+            // Its answer alone may have been lost.
+            if self.status().await.is_ok_and(|state| state.is_running()) {
+                return true;
+            }
+        }
     }
 
     /// Resets the guest as its reset button would. QMP `system_reset`.

@@ -36,7 +36,7 @@ pub use command_line::{CommandLineError, DiskFile, DiskFormat, KernelPaths, Plac
 pub use config::{HypervisorConfig, HypervisorError, UidRange};
 pub use definition_file::{DefinitionFileError, parse_definition, read_definition};
 pub use disks::{Access, Export};
-pub use guest::{Guest, RunState, VolumeNode};
+pub use guest::{Guest, NotResumed, RunState, VolumeNode};
 pub use launch::Hypervisor;
 pub use memory::{MigrationInfo, MigrationStatus, OutgoingParameters, SelfStop};
 pub use mirror::{JobState, MirrorMode, MirrorStatus};

@@ -17,7 +17,7 @@ use super::destination::DestinationLeaf;
 use super::partial;
 use super::prepare::Held;
 use super::{MachineRow, chain};
-use crate::hypervisor::Guest;
+use crate::hypervisor::{Guest, QmpError};
 
 /// Between two tries.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -37,7 +37,7 @@ pub(super) async fn run(
     if let Some(guest) = &held.guest {
         mark_disks(&leaf, guest, &proposal).await;
         if proposal.running {
-            resume(guest, &vm, permit).await;
+            resume(&leaf, guest, &vm, permit).await;
         }
     }
     held.guest = held.guest.take().filter(|guest| !guest.qmp().is_closed());
@@ -108,29 +108,15 @@ async fn mark_disks(leaf: &DestinationLeaf, guest: &Guest, proposal: &Proposal) 
     }
 }
 
-async fn resume(guest: &Guest, vm: &VmName, permit: RunPermit) {
-    let mut permit = Some(permit);
-    loop {
-        let tried = match permit.take() {
-            Some(permit) => guest.resume(permit).await,
-            // The first try may have worked although its answer was lost.
-            None => match guest.status().await {
-                Ok(state) if state.is_running() => return,
-                Ok(_) | Err(_) => {
-                    tracing::error!(%vm, "the guest was not resumed; `longhaul vm start` tries again");
-                    return;
-                }
-            },
-        };
-        match tried {
-            Ok(()) => return,
-            Err(_) if guest.qmp().is_closed() => return,
-            Err(error) => {
-                tracing::error!(%vm, error = chain(&error), "resume failed");
-                tokio::time::sleep(AGAIN).await;
-            }
-        }
-    }
+async fn resume(leaf: &DestinationLeaf, guest: &Guest, vm: &VmName, permit: RunPermit) {
+    let failed = |error: &QmpError| {
+        tracing::error!(%vm, error = chain(error), "the guest was not resumed, trying again");
+        leaf.viewer.notice_once(format!(
+            "QEMU at site {} does not resume the guest yet: {error}",
+            leaf.edges.site()
+        ));
+    };
+    guest.resume_until_it_runs(permit, AGAIN, failed).await;
 }
 
 /// Writes down the machine as this site will run it. First when everything is held, so that a machine

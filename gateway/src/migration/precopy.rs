@@ -28,15 +28,19 @@ use super::source::SourceLeaf;
 use super::view::round;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::disk::nbd::NbdServer;
-use crate::disk::{DiskSource, DiskSourceConfig};
+use crate::disk::{DiskSource, DiskSourceConfig, DiskSourceError};
 use crate::hypervisor::{
-    Access, Guest, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters, SelfStop,
+    Access, Guest, JobState, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters, SelfStop,
 };
 use crate::link::PeerHandle;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle};
 
 /// How often progress is measured.
 const LOOK: Duration = Duration::from_millis(100);
+/// Mirrors are asked how they are every so many looks.
+const MIRROR_LOOKS: u32 = 10;
+/// A peer that closes its end of a disk says why within this.
+const PEER_SAYS: Duration = Duration::from_secs(5);
 /// Bytes of a disk's map on their way: each chunk tells of 128 MiB of disk.
 pub(super) const MAP_WINDOW: u64 = 1 << 20;
 /// Goodput is what was acknowledged in this long.
@@ -134,6 +138,7 @@ async fn copy(
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
     let mut self_stop = SelfStop::new(guest.events());
+    let mut looks: u32 = 0;
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -141,7 +146,14 @@ async fn copy(
             at = self_stop.next() => leaf.viewer.paused_for(age(at)),
         }
         let peer = peer(leaf)?;
-        let disks = look_at_disks(transfer)?;
+        let disks = match look_at_disks(transfer) {
+            Ok(disks) => disks,
+            Err(at) => return Err(ended_early(guest, &mut transfer.disks[at]).await),
+        };
+        if looks.is_multiple_of(MIRROR_LOOKS) {
+            check_mirrors(guest, transfer).await?;
+        }
+        looks += 1;
         if transfer.memory.is_none() && disks.in_step {
             tracing::info!(vm = %leaf.attempt.vm, "disks are in step, memory begins");
             start_memory(leaf, guest, &peer, transfer).await?;
@@ -246,12 +258,39 @@ struct Disks {
     in_step: bool,
 }
 
-fn look_at_disks(transfer: &Transfer) -> Result<Disks, Refusal> {
+/// Why a disk's copy is over before it was finished.
+async fn ended_early(guest: &Guest, (name, disk): &mut (DeviceName, DiskSource)) -> Refusal {
+    if guest.qmp().is_closed() {
+        return Refusal::Hypervisor("QEMU of the machine is gone".into());
+    }
+    let error = disk.ended().await;
+    if matches!(error, DiskSourceError::Channel(_)) {
+        // The other side knows why it closed its end, and says so.
+        tokio::time::sleep(PEER_SAYS).await;
+    }
+    Refusal::Other(Refusal::text(format!("the copy of disk {name} ended early: {}", chain(&error))))
+}
+
+/// A mirror that ends by itself has failed: the disk could not be read.
+async fn check_mirrors(guest: &Guest, transfer: &Transfer) -> Result<(), Refusal> {
+    for (name, _) in &transfer.disks {
+        let Some(mirror) = guest.mirror_status(name).await.map_err(hypervisor_failed)? else { continue };
+        if mirror.state == JobState::Concluded {
+            let why = mirror.error.unwrap_or_else(|| "without an error".into());
+            let text = format!("the mirror of disk {name} ended: {why}");
+            return Err(Refusal::Hypervisor(Refusal::text(text)));
+        }
+    }
+    Ok(())
+}
+
+/// The disk whose copy has ended is an error.
+fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
     let mut sum = Disks { copied: 0, total: 0, same: 0, unacknowledged: 0, in_step: true };
-    for (name, disk) in &transfer.disks {
+    for (at, (_, disk)) in transfer.disks.iter().enumerate() {
         let progress = disk.progress();
         if progress.has_changed().is_err() {
-            return Err(Refusal::Other(format!("the copy of disk {name} ended early")));
+            return Err(at);
         }
         let progress = progress.borrow();
         sum.copied += progress.copied_bytes;

@@ -14,7 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::sync::watch;
 
 use longhaul_core::bulk::{BulkId, Channel};
@@ -244,12 +244,10 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     let (Some(guest), Some(memory)) = (&held.guest, &mut held.memory) else {
         return Err(Refusal::Other("nothing was prepared".into()));
     };
-    let disks = async {
-        for disk in &mut held.disks {
-            disk.proven().await.map_err(|error| Refusal::Verification(Refusal::text(chain(&error))))?;
-        }
-        Ok::<(), Refusal>(())
-    };
+    // Whichever fails first says why; the others may wait for ever.
+    let disks = try_join_all(held.disks.iter_mut().map(async |disk| {
+        disk.proven().await.map(drop).map_err(|error| Refusal::Verification(Refusal::text(chain(&error))))
+    }));
     let loaded = async {
         let end = memory.ended().await;
         if !matches!(end, MemoryEnd::Proven(_)) {

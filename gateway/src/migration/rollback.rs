@@ -15,10 +15,12 @@ use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::{MachineRow, chain};
 use crate::generation::read_notes;
-use crate::hypervisor::{Guest, RunState};
+use crate::hypervisor::{Guest, QmpError, RunState};
 use crate::migration::anchor::ports;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
+/// Between two tries.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// Undoes everything this side did; the permit lets the guest run if it ran before.
 pub(super) async fn run(
@@ -33,12 +35,8 @@ pub(super) async fn run(
     note_return(&leaf, &row).await;
     match &guest {
         Some(guest) => {
-            if let Err(error) = end_memory(guest, &mut transfer).await {
-                tracing::warn!(%vm, error = chain(&error), "QEMU's migration could not be ended");
-            }
-            if let Err(error) = resume(guest, permit, row.wanted).await {
-                tracing::warn!(%vm, error = chain(&error), "the guest could not be resumed");
-            }
+            end_memory_surely(&leaf, guest, &mut transfer).await;
+            resume(&leaf, guest, permit, row.wanted).await;
         }
         None => {
             tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk")
@@ -74,7 +72,24 @@ async fn note_return(leaf: &SourceLeaf, row: &MachineRow) {
     }
 }
 
-async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), crate::hypervisor::QmpError> {
+/// Ends it before the guest is resumed: one that goes on would stop the guest again. Tries until QEMU is gone.
+async fn end_memory_surely(leaf: &SourceLeaf, guest: &Guest, transfer: &mut Transfer) {
+    while let Err(error) = end_memory(guest, transfer).await {
+        if guest.qmp().is_closed() {
+            return;
+        }
+        tracing::warn!(vm = %leaf.attempt.vm, error = chain(&error), "QEMU's migration could not be ended, trying again");
+        let site = leaf.edges.site();
+        leaf.viewer.notice_once(format!("QEMU at site {site} does not end the migration yet: {error}"));
+        // Without its socket it cannot go on.
+        if let Some(memory) = transfer.memory.take() {
+            memory.abort();
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), QmpError> {
     let status = guest.migration().await?.status;
     if !status.is_final() && status != crate::hypervisor::MigrationStatus::None {
         guest.cancel_migration().await?;
@@ -86,21 +101,39 @@ async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), crate:
     Ok(())
 }
 
-async fn resume(guest: &Guest, permit: RunPermit, wanted: bool) -> Result<(), crate::hypervisor::QmpError> {
-    match guest.status().await? {
-        RunState::Paused | RunState::Postmigrate | RunState::FinishMigrate if wanted => {
-            guest.resume(permit).await
+/// Lets the guest run if its user wants it to and it stands still for us. A QEMU that does not answer may still have our
+/// `stop` before it, so nothing is over until it has said how the guest stands.
+async fn resume(leaf: &SourceLeaf, guest: &Guest, permit: RunPermit, wanted: bool) {
+    if !wanted {
+        return;
+    }
+    let vm = &leaf.attempt.vm;
+    let failed = |error: &QmpError| {
+        tracing::error!(%vm, error = chain(error), "the guest could not be resumed, trying again");
+        leaf.viewer.notice_once(format!(
+            "QEMU at site {} does not resume the guest yet: {error}",
+            leaf.edges.site()
+        ));
+    };
+    loop {
+        match guest.status().await {
+            Ok(RunState::Paused | RunState::Postmigrate | RunState::FinishMigrate) => {
+                guest.resume_until_it_runs(permit, AGAIN, failed).await;
+                return;
+            }
+            // It runs, or is stopped for a reason that is not ours.
+            Ok(
+                RunState::Running
+                | RunState::Prelaunch
+                | RunState::Inmigrate
+                | RunState::Shutdown
+                | RunState::IoError
+                | RunState::Other(_),
+            ) => return,
+            Err(_) if guest.qmp().is_closed() => return,
+            Err(error) => failed(&error),
         }
-        // It runs, or is stopped for a reason that is not ours.
-        RunState::Running
-        | RunState::Prelaunch
-        | RunState::Inmigrate
-        | RunState::Shutdown
-        | RunState::IoError
-        | RunState::Paused
-        | RunState::Postmigrate
-        | RunState::FinishMigrate
-        | RunState::Other(_) => Ok(()),
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

@@ -236,7 +236,13 @@ impl SourceDriver {
                 let (leaf, row) = (self.leaf.clone(), self.row.clone());
                 self.work.hand_on(move |transfer, stop| park::run(leaf, guest, row, transfer, stop));
             }
-            Action::Arbitrate(request) => self.ask(request),
+            Action::Arbitrate(request) => {
+                // What is asked with a dead guest must not bring it back from a destination that has it whole.
+                if self.guest.as_ref().is_some_and(|guest| guest.qmp().is_closed()) {
+                    self.leaf.report(Event::GuestLost).await;
+                }
+                self.ask(request);
+            }
             Action::Attract(handover) => {
                 anchor::tell(&self.anchors, self.attract(&handover)).await;
                 let (attempt, images) = (self.leaf.attempt.clone(), self.row.images.clone());

@@ -99,6 +99,15 @@ impl Viewer {
         }
     }
 
+    /// Tells the operator something that is said once however often it happens.
+    pub fn notice_once(&self, notice: String) {
+        self.change(|view| {
+            if !view.notices.contains(&notice) {
+                view.notices.push(notice);
+            }
+        });
+    }
+
     /// It is being undone, for this reason.
     pub fn reason(&self, reason: String) {
         self.change(|view| view.reason = Some(reason));

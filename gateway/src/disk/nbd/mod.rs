@@ -116,7 +116,7 @@ pub enum NbdError {
         code: u32,
     },
     /// The server answered a request with an error.
-    #[error("The NBD server answered {command} at {offset} with errno {errno}")]
+    #[error("The NBD server answered {command} at {offset}: {}", io::Error::from_raw_os_error(*errno as i32))]
     Request {
         /// What was asked.
         command: &'static str,
