@@ -145,6 +145,9 @@ async fn the_destination_wins(scene: &Scene) -> Result<()> {
     ensure!(view.progressing == Progressing::Moved, "{view:?}");
     wait("the name at b", DECIDED, async || Ok(addresses(scene)? == [care_of])).await?;
     wait("a to end its copy", DECIDED, async || Ok(run_state(&scene.a).is_none())).await?;
+    // Until b has heard that a released the machine, nothing else may be done with it.
+    let settled = async || Ok(scene.b.client().migration(&id).await?.progressing == Progressing::Moved);
+    wait("b to be done with the move", DECIDED, settled).await?;
     let mut monitor = Monitor::connect(&scene.b.observer(VM), Duration::from_secs(5))?;
     let found = disk_check::compare(scene, &mut monitor, &id, 2).await?;
     println!("disk: {found:?}");
