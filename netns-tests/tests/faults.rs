@@ -334,10 +334,10 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running() {
     // So slow that something is left to send when the guest has stopped.
-    play(SceneOptions { rate_mbit: 20.0, ..small("fault-journal") }, async |scene, before| {
+    play(SceneOptions { rate_mbit: 60.0, ..small("fault-journal") }, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
-        let id = scene.begin_move().await?;
+        scene.begin_move().await?;
         stopped(&monitor).await?;
         scene.a.limit_files()?;
         let limited = Instant::now();
