@@ -5,7 +5,10 @@
 //! actions, so nothing that follows from a record can come before it. The journal interprets
 //! nothing but the order of records; recovery reads it back and folds it in the core.
 
-use std::fs::{OpenOptions, Permissions};
+#[cfg(test)]
+mod torn;
+
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -43,8 +46,19 @@ const ANCHORS: TableDefinition<&str, &[u8]> = TableDefinition::new("anchors");
 /// What kept the journal from being read or written. The gateway stops deciding when it sees one.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
+    /// Another process has it.
+    #[error(
+        "Another gateway runs on the journal {path}; end that one, or give this one a state_dir of its own"
+    )]
+    Taken {
+        /// The file.
+        path: String,
+    },
     /// The file could not be opened.
-    #[error("Cannot open the journal {path}; is another gateway running on it?")]
+    #[error(
+        "Cannot open the journal {path}: its disk fails, or the file is damaged. Do not delete it: put back the newest \
+         copy there is, and what moved since is held"
+    )]
     Open {
         /// The file.
         path: String,
@@ -94,8 +108,12 @@ impl Journal {
     /// Opens or creates the journal at `path`, which nobody but its owner may read then.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
         keep_private(path).map_err(|source| JournalError::Private { path: path.to_owned(), source })?;
-        let database = Database::create(path)
-            .map_err(|source| JournalError::Open { path: path.display().to_string(), source })?;
+        let database = Database::create(path).map_err(|source| not_opened(path, source))?;
+        keep_entry(path).map_err(|source| JournalError::Private { path: path.to_owned(), source })?;
+        Self::with_tables(database)
+    }
+
+    fn with_tables(database: Database) -> Result<Self, JournalError> {
         let journal = Self { database: Arc::new(database) };
         journal.write(|transaction| {
             transaction.open_table(ENTRIES)?;
@@ -114,7 +132,7 @@ impl Journal {
     /// Opens a copy of the journal at `path`, to look at it while no gateway runs on it. The file itself stays
     /// as it is, also where a gateway that was killed has left something to repair.
     pub fn open_copy(path: &Path) -> Result<Self, JournalError> {
-        let failed = |source| JournalError::Open { path: path.display().to_string(), source };
+        let failed = |source| not_opened(path, source);
         if let Err(error @ redb::DatabaseError::DatabaseAlreadyOpen) = ReadOnlyDatabase::open(path) {
             return Err(failed(error));
         }
@@ -355,6 +373,20 @@ impl Journal {
         change(&transaction).map_err(store)?;
         transaction.commit().map_err(store)
     }
+}
+
+fn not_opened(path: &Path, source: redb::DatabaseError) -> JournalError {
+    let path = path.display().to_string();
+    match source {
+        redb::DatabaseError::DatabaseAlreadyOpen => JournalError::Taken { path },
+        source => JournalError::Open { path, source },
+    }
+}
+
+/// A power loss does not take away a file that was just made.
+fn keep_entry(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// The file is there and its owner's alone; the store takes an empty one for new.

@@ -9,6 +9,7 @@ mod support;
 use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName};
+use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Proposal, Refusal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 use longhaul_core::migration::step::Step;
@@ -22,9 +23,11 @@ fn name(name: &str) -> SiteName {
     name.parse().expect("a literal name")
 }
 
-fn attempt(peer: &str) -> Attempt {
+const ARBITRATED: CommitMode = CommitMode::Arbitrated(Arbiter::Dns);
+
+fn attempt(peer: &str, commit: CommitMode) -> Attempt {
     let vm = "web1".parse().expect("a literal name");
-    Attempt { id: MigrationId(7), vm, peer: name(peer), epoch: EPOCH, commit: CommitMode::Confirmed }
+    Attempt { id: MigrationId(7), vm, peer: name(peer), epoch: EPOCH, commit }
 }
 
 fn proposal() -> Box<Proposal> {
@@ -43,6 +46,10 @@ fn commit(epoch: Epoch) -> MigrationMessage {
     MigrationMessage::Commit { epoch, handover: Box::new(Handover { nics: Vec::new() }) }
 }
 
+fn offer(epoch: Epoch) -> MigrationMessage {
+    MigrationMessage::Offer { epoch, handover: Box::new(Handover { nics: Vec::new() }) }
+}
+
 /// Every message, of an old, this and a later epoch.
 fn any_message() -> impl Strategy<Value = MigrationMessage> {
     let epoch = || (4u64..=6).prop_map(Epoch);
@@ -56,6 +63,8 @@ fn any_message() -> impl Strategy<Value = MigrationMessage> {
         Just(MigrationMessage::Decline(why)),
         epoch().prop_map(|epoch| MigrationMessage::Loaded { epoch }),
         epoch().prop_map(commit),
+        epoch().prop_map(offer),
+        epoch().prop_map(|epoch| MigrationMessage::TakenBack { epoch }),
         epoch().prop_map(|epoch| MigrationMessage::Activated { epoch }),
         epoch().prop_map(move |epoch| MigrationMessage::Refused { epoch, why: refused.clone() }),
         epoch().prop_map(move |epoch| MigrationMessage::Abort { epoch, why: aborted.clone() }),
@@ -64,9 +73,13 @@ fn any_message() -> impl Strategy<Value = MigrationMessage> {
 }
 
 fn reserved() -> destination::Destination {
+    reserved_by(CommitMode::Confirmed)
+}
+
+fn reserved_by(commit: CommitMode) -> destination::Destination {
     let (limits, reservation) =
         (destination::DestinationLimits::default(), Reservation { care_of: Vec::new() });
-    destination::Destination::begin(attempt("a"), proposal(), reservation, limits, NOW).0
+    destination::Destination::begin(attempt("a", commit), proposal(), reservation, limits, NOW).0
 }
 
 fn loaded() -> destination::Destination {
@@ -74,8 +87,9 @@ fn loaded() -> destination::Destination {
     machine.handle(destination::Event::Loaded, NOW).0
 }
 
-fn committed() -> source::Source {
-    let begun = source::Source::begin(attempt("b"), source::SourceLimits::default(), false, NOW).0;
+/// With an arbiter it has offered.
+fn committed_by(commit: CommitMode) -> source::Source {
+    let begun = source::Source::begin(attempt("b", commit), source::SourceLimits::default(), false, NOW).0;
     let handover = Box::new(Handover { nics: Vec::new() });
     let events = [
         source::Event::PreflightPassed(proposal()),
@@ -87,6 +101,10 @@ fn committed() -> source::Source {
         source::Event::Peer(MigrationMessage::Loaded { epoch: EPOCH }),
     ];
     events.into_iter().fold(begun, |machine, event| machine.handle(event, NOW).0)
+}
+
+fn committed() -> source::Source {
+    committed_by(CommitMode::Confirmed)
 }
 
 fn activates(step: Step<destination::Action>) -> bool {
@@ -189,10 +207,40 @@ proptest! {
     }
 
     #[test]
+    fn with_an_arbiter_nothing_that_is_said_activates_a_machine_before_it_was_looked_at(
+        said in prop::collection::vec(any_message(), 0..30),
+    ) {
+        let (mut machine, _) = reserved_by(ARBITRATED).handle(destination::Event::Prepared, NOW);
+        machine = machine.handle(destination::Event::Loaded, NOW).0;
+        for message in said {
+            let (next, step) = machine.handle(destination::Event::Peer(message), NOW);
+            prop_assert!(!activates(step));
+            machine = next;
+        }
+    }
+
+    #[test]
+    fn nothing_but_a_refusal_of_this_epoch_takes_an_offered_machine_back_unasked(
+        said in prop::collection::vec(any_message(), 0..30),
+    ) {
+        let mut machine = committed_by(ARBITRATED);
+        for message in said {
+            let refused = matches!(&message, MigrationMessage::Refused { epoch, .. } if *epoch == EPOCH);
+            let (next, step) = machine.handle(source::Event::Peer(message), NOW);
+            prop_assert!(refused || !rolls_back(step));
+            if refused {
+                break;
+            }
+            machine = next;
+        }
+    }
+
+    #[test]
     fn nothing_that_is_said_before_the_guest_stands_still_commits_it(
         said in prop::collection::vec(any_message(), 0..30),
     ) {
-        let mut machine = source::Source::begin(attempt("b"), source::SourceLimits::default(), false, NOW).0;
+        let limits = source::SourceLimits::default();
+        let mut machine = source::Source::begin(attempt("b", CommitMode::Confirmed), limits, false, NOW).0;
         machine = machine.handle(source::Event::PreflightPassed(proposal()), NOW).0;
         for message in said {
             let (next, step) = machine.handle(source::Event::Peer(message), NOW);
