@@ -377,10 +377,10 @@ impl Journal {
 
 fn not_opened(path: &Path, source: redb::DatabaseError) -> JournalError {
     let path = path.display().to_string();
-    match source {
-        redb::DatabaseError::DatabaseAlreadyOpen => JournalError::Taken { path },
-        source => JournalError::Open { path, source },
+    if matches!(source, redb::DatabaseError::DatabaseAlreadyOpen) {
+        return JournalError::Taken { path };
     }
+    JournalError::Open { path, source }
 }
 
 /// A power loss does not take away a file that was just made.

@@ -27,7 +27,7 @@ use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Reply, RequestError};
 use crate::hypervisor::{DiskFile, Guest, Placement, RunState, StartMode};
 use crate::migration::anchor::visits;
-use crate::migration::{Adopted, Edges, MachineRow, TAP_OWNER};
+use crate::migration::{Adopted, Edges, MachineRow, TAP_OWNER, end_what_is_left};
 use crate::tunnel::TunnelError;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -257,7 +257,13 @@ impl Power {
         let found = self.running(&row, known).await?;
         let launched = found.is_none();
         let guest = match found {
-            Some(guest) => guest,
+            Some(guest) => {
+                // What goes on in a QEMU that was adopted may be its operator's.
+                if row.adopted.is_none() {
+                    end_what_is_left(&guest, &row).await.map_err(|error| failed(&error))?;
+                }
+                guest
+            }
             None => match self.launch(&row).await {
                 Ok(guest) => guest,
                 Err(error) => {

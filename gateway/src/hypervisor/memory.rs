@@ -248,6 +248,16 @@ impl Guest {
         self.qmp.execute("migrate_cancel", json!({})).await.map(drop)
     }
 
+    /// Ends a migration that is under way, whoever began it; none is no error. Waits at most for `limit`.
+    pub async fn end_migration(&self, limit: Duration) -> Result<(), QmpError> {
+        let status = self.migration().await?.status;
+        if status.is_final() || status == MigrationStatus::None {
+            return Ok(());
+        }
+        self.cancel_migration().await?;
+        self.wait_migration(MigrationStatus::is_final, limit).await.map(drop)
+    }
+
     /// Cuts the migration's socket even while QEMU's main loop hangs on it. QMP `yank`, out of band.
     pub async fn cut_migration(&self) -> Result<(), QmpError> {
         let instances = json!({ "instances": [{ "type": "migration" }] });

@@ -56,6 +56,7 @@ use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
 
 pub use destination::DestinationDriver;
 pub use prepare::TAP_OWNER;
+pub(crate) use rollback::end_what_is_left;
 pub use source::SourceDriver;
 use view::Viewer;
 

@@ -53,7 +53,7 @@ pub(super) async fn run(
         Err(why) => tracing::warn!(%vm, %why, "held packets could not be given back"),
     }
     if let Some(guest) = &guest {
-        end_disks(&leaf, guest, &row, &mut transfer).await;
+        end_disks(guest, &row, &mut transfer).await;
     }
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
@@ -90,11 +90,7 @@ async fn end_memory_surely(leaf: &SourceLeaf, guest: &Guest, transfer: &mut Tran
 }
 
 async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), QmpError> {
-    let status = guest.migration().await?.status;
-    if !status.is_final() && status != crate::hypervisor::MigrationStatus::None {
-        guest.cancel_migration().await?;
-        guest.wait_migration(|status| status.is_final(), QEMU_LIMIT).await?;
-    }
+    guest.end_migration(QEMU_LIMIT).await?;
     if let Some(memory) = transfer.memory.take() {
         memory.abort();
     }
@@ -137,15 +133,33 @@ async fn resume(leaf: &SourceLeaf, guest: &Guest, permit: RunPermit, wanted: boo
     }
 }
 
-async fn end_disks(leaf: &SourceLeaf, guest: &Guest, row: &MachineRow, transfer: &mut Transfer) {
-    let vm = &leaf.attempt.vm;
+async fn end_disks(guest: &Guest, row: &MachineRow, transfer: &mut Transfer) {
+    end_mirrors(guest, row).await;
+    transfer.disks.clear();
+    transfer.server = None;
+    end_exports(guest, row).await;
+}
+
+/// What a gateway left in QEMU that did not go on with its attempt: a machine with an active migration cannot be
+/// resumed, and another attempt finds its names taken.
+pub(crate) async fn end_what_is_left(guest: &Guest, row: &MachineRow) -> Result<(), QmpError> {
+    guest.end_migration(QEMU_LIMIT).await?;
+    end_mirrors(guest, row).await;
+    end_exports(guest, row).await;
+    Ok(())
+}
+
+async fn end_mirrors(guest: &Guest, row: &MachineRow) {
+    let vm = &row.definition.name;
     for volume in row.definition.volumes() {
         if let Err(error) = guest.mirror_abort(volume.name, true, QEMU_LIMIT).await {
             tracing::warn!(%vm, disk = %volume.name, error = chain(&error), "mirror could not be ended");
         }
     }
-    transfer.disks.clear();
-    transfer.server = None;
+}
+
+async fn end_exports(guest: &Guest, row: &MachineRow) {
+    let vm = &row.definition.name;
     match guest.exports().await {
         Ok(exports) => {
             for export in exports {

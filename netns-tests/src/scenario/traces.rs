@@ -39,6 +39,12 @@ impl Traces {
                 if program == "nft" && line.contains(" timeout ") {
                     continue;
                 }
+                // A bridge has its link-local address for as long as something is plugged in, and a while longer.
+                if line.contains("proto kernel")
+                    && ["fe80::", "ff00::/8"].iter().any(|own| line.contains(own))
+                {
+                    continue;
+                }
                 // What a bridge has learned by itself comes and goes.
                 if program == "bridge" && !line.contains("permanent") {
                     continue;
