@@ -22,6 +22,8 @@ pub const KEY_NAME: &str = "longhaul-a";
 /// Its secret, known to this laboratory only.
 const KEY_SECRET: &str = "bGFib3JhdG9yeS1vbmx5LXNlY3JldC1rZXktMzItYnl0ZXM=";
 const PORT: u16 = 53;
+/// An address is free again within this.
+const FREE: Duration = Duration::from_secs(5);
 
 /// A running name server.
 pub struct Names {
@@ -191,7 +193,15 @@ fn run(kind: DnsServer, namespace: &Namespace, key_file: &Path, zone: String) ->
 
 fn hickory(namespace: &Namespace, key_file: &Path, zone: String) -> Result<TestServer> {
     let address = Names::address();
-    let udp = namespace.udp_socket_async(address)?;
+    // The tasks of one that was just stopped may hold the address for a moment more.
+    let deadline = Instant::now() + FREE;
+    let udp = loop {
+        match namespace.udp_socket_async(address) {
+            Ok(udp) => break udp,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
     let tcp = namespace.tcp_listener_async(address)?;
     let zone = TestZone { origin: ZONE.parse()?, text: zone };
     Ok(TestServer::start_on(udp, tcp, &[zone], &[Grant::everything(Key::from_file(key_file)?)])?)
