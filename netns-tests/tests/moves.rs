@@ -324,14 +324,16 @@ async fn move_with_a_connection(scene: &Scene, earlier: &[String]) -> String {
 
 /// The machine is stopped and forgotten at b, then forgotten at a and made ready to be defined there again.
 /// The tunnel has not ended by itself the first time.
-async fn forget_everywhere(scene: &mut Scene, epoch: u64) {
+async fn forget_everywhere(scene: &mut Scene, turn: u64) {
     let vm = VM.parse().unwrap();
-    if epoch > 1 {
+    if turn > 1 {
         wait_until_closed(scene).await;
     }
     scene.b.client().stop(&vm).await.unwrap();
     scene.b.client().undefine(&vm, false).await.unwrap();
     scene.a.client().undefine(&vm, true).await.unwrap();
+    // The first definition begins in epoch 0, each other one in an epoch of its own after the last move.
+    let epoch = 2 * turn - 1;
     for disk in &scene.disks {
         let kept = format!("{}.moved-e{epoch}", disk.display());
         wait("the kept disk", 20 * SECOND, || std::fs::rename(&kept, disk).ok()).await;
