@@ -173,6 +173,23 @@ fn a_committed_source_releases_only_what_was_activated_in_this_epoch() {
     assert!(matches!(step.pending_record(), Some(Record::Source(SourceRecord::Released))));
 }
 
+/// Until it is refused in this epoch, whatever is said leaves the machine given away.
+fn only_a_refusal_takes_back(
+    mut machine: source::Source,
+    said: Vec<MigrationMessage>,
+) -> Result<(), TestCaseError> {
+    for message in said {
+        let refused = matches!(&message, MigrationMessage::Refused { epoch, .. } if *epoch == EPOCH);
+        let (next, step) = machine.handle(source::Event::Peer(message), NOW);
+        prop_assert!(refused || !rolls_back(step));
+        if refused {
+            return Ok(());
+        }
+        machine = next;
+    }
+    Ok(())
+}
+
 proptest! {
     #[test]
     fn nothing_that_is_said_activates_a_machine_that_was_not_loaded(
@@ -194,16 +211,7 @@ proptest! {
     fn nothing_but_a_refusal_of_this_epoch_takes_a_committed_machine_back(
         said in prop::collection::vec(any_message(), 0..30),
     ) {
-        let mut machine = committed();
-        for message in said {
-            let refused = matches!(&message, MigrationMessage::Refused { epoch, .. } if *epoch == EPOCH);
-            let (next, step) = machine.handle(source::Event::Peer(message), NOW);
-            prop_assert!(refused || !rolls_back(step));
-            if refused {
-                break;
-            }
-            machine = next;
-        }
+        only_a_refusal_takes_back(committed(), said)?;
     }
 
     #[test]
@@ -223,16 +231,7 @@ proptest! {
     fn nothing_but_a_refusal_of_this_epoch_takes_an_offered_machine_back_unasked(
         said in prop::collection::vec(any_message(), 0..30),
     ) {
-        let mut machine = committed_by(ARBITRATED);
-        for message in said {
-            let refused = matches!(&message, MigrationMessage::Refused { epoch, .. } if *epoch == EPOCH);
-            let (next, step) = machine.handle(source::Event::Peer(message), NOW);
-            prop_assert!(refused || !rolls_back(step));
-            if refused {
-                break;
-            }
-            machine = next;
-        }
+        only_a_refusal_takes_back(committed_by(ARBITRATED), said)?;
     }
 
     #[test]

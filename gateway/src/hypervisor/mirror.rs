@@ -212,8 +212,8 @@ impl Guest {
     }
 
     /// Ends a mirror in whatever state, leaving the target incomplete; no mirror is no error, and a target that
-    /// a gateway left which was killed beside its mirror is taken away. With `force` a target that does not answer within `limit` is cut off. QMP `block-job-cancel force`,
-    /// `yank`, `job-dismiss`, `blockdev-del`.
+    /// a gateway left which was killed beside its mirror is taken away. With `force` a target that does not
+    /// answer within `limit` is cut off. QMP `block-job-cancel force`, `yank`, `job-dismiss`, `blockdev-del`.
     pub async fn mirror_abort(
         &self,
         disk: &DeviceName,

@@ -1,11 +1,11 @@
 //! The right to run a machine, as a type.
 //!
 //! A [`RunPermit`] has no public constructor, is neither `Clone` nor `Copy`, and is what a hypervisor
-//! asks for before it lets a guest run. It is made in three places only: by the source machine while
+//! asks for before it lets a guest run. It is made in these places only: by the source machine while
 //! neither `Committed` nor `Offered` was ever written (or on a durable refusal, or when the arbiter's register
 //! gives it the epoch), by the destination machine in the step that records `Activated`, and by the
-//! ledger for a machine that this site owns. One more is for a source whose journal fails before it has given
-//! the machine away. In both machines an operator's word can stand in for that of a
+//! ledger for a machine that this site owns, and for a source whose journal fails before it has given the
+//! machine away. In both machines an operator's word can stand in for that of a
 //! peer that is gone for good: a `Resolution`, which `resolve` alone makes. Reviewing those is reviewing the
 //! product's promise.
 
@@ -28,8 +28,8 @@ impl RunPermit {
     }
 
     /// For the source's guest when the journal did not take `failed`, if the machine cannot have been given away
-    /// by then. `Committed` or `Offered` may be durable although the journal says that it failed, and what follows it proves that
-    /// it was written: there is no permit then.
+    /// by then. `Committed` or `Offered` may be durable although the journal says that it failed, and what follows
+    /// them proves that they were written: there is no permit then.
     pub fn not_given_away(attempt: &Attempt, failed: &SourceRecord) -> Option<Self> {
         match failed {
             SourceRecord::Reserved { .. }
