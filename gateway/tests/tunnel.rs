@@ -369,7 +369,7 @@ async fn a_machine_that_comes_home_keeps_its_connections() {
     sites.b.tunnel.visit_undo(key()).await.unwrap();
     lab.plug_guest("a");
     let neighbours = sites.a.tunnel.home_neighbours("br0".to_owned()).await.unwrap();
-    sites.a.tunnel.return_home(key(), neighbours).await.unwrap();
+    sites.a.tunnel.come_back(key(), neighbours).await.unwrap();
 
     records.wait_for(20);
     println!("{:?}", records.finish());

@@ -50,20 +50,30 @@ pub const fn need(program: &'static str, package: &'static str, why: &'static st
 
 /// Installs what is missing, saying what and why; on a system that is no Debian, fails with the list of it.
 pub fn ensure(needs: &[Need]) -> Result<()> {
-    let missing: Vec<&Need> = needs.iter().filter(|need| find_program(need.program).is_none()).collect();
-    if missing.is_empty() {
-        return Ok(());
+    // A package can push out another one that was there: QEMU's machines of one release, its tools of another.
+    for _ in 0..2 {
+        let missing = missing_of(needs);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        install_missing(&missing)?;
     }
+    let still = missing_of(needs);
+    still.first().map_or(Ok(()), |need| bail!("{} is installed but {} is not there", need.package, need.program))
+}
+
+fn missing_of(needs: &[Need]) -> Vec<&Need> {
+    needs.iter().filter(|need| find_program(need.program).is_none()).collect()
+}
+
+fn install_missing(missing: &[&Need]) -> Result<()> {
     let list = missing.iter().map(|need| format!("{} ({}: {})", need.package, need.program, need.why));
     let list = list.collect::<Vec<_>>().join(", ");
     if !is_debian() {
         bail!("Missing, and this is no Debian to install it on: {list}");
     }
     say(&format!("Installing from Debian: {list}"));
-    let packages: BTreeSet<&str> = missing.iter().map(|need| need.package).collect();
-    install(&packages)?;
-    let still = missing.iter().find(|need| find_program(need.program).is_none());
-    still.map_or(Ok(()), |need| bail!("{} is installed but {} is not there", need.package, need.program))
+    install(&missing.iter().map(|need| need.package).collect())
 }
 
 /// Downloads Debian packages and unpacks them, without their scripts, into `<into>/<name>`: `name` itself and the

@@ -39,6 +39,7 @@ fn proposal() -> Box<Proposal> {
         running: true,
         commit: CommitMode::Confirmed,
         nics: Vec::new(),
+        carried: Vec::new(),
     })
 }
 

@@ -59,6 +59,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         definition: sample::definition(),
         images: vec!["/var/lib/longhaul/disks/web1-root.raw".into()],
         home_site: sample::site("a"),
+        came_from: Some(sample::site("a")),
+        carried: sample::proposal().carried,
         adopted: None,
         care_of: sample::reservation().care_of,
         handover: Some(sample::handover()),

@@ -3,7 +3,7 @@
 use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::CommitMode;
-use longhaul_core::migration::message::{CareOf, Handover, Proposal, Reservation};
+use longhaul_core::migration::message::{CareOf, Carried, Handover, Proposal, Reservation};
 use longhaul_core::tunnel::handover::{FlowTuple, Neighbour, NicHandover};
 
 /// A definition with a disk, a NIC and a name.
@@ -70,6 +70,12 @@ pub fn proposal() -> Proposal {
         running: true,
         commit: CommitMode::Confirmed,
         nics: nics(),
+        carried: vec![Carried {
+            nic: definition().nics.remove(0).name,
+            home: definition().nics[0].home[0].addr,
+            addr: [192, 0, 2, 200].into(),
+            site: site("c"),
+        }],
     }
 }
 

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use bytes::Bytes;
-use longhaul_core::tunnel::datapath::{Datapath, DatapathConfig, Way};
+use longhaul_core::tunnel::datapath::{Datapath, DatapathConfig, VisitRoute, Way};
 use longhaul_core::tunnel::fragment::{Reassembly, ReassemblyConfig, Splitter};
 use longhaul_core::tunnel::packet::{Packet, Side};
 use longhaul_core::tunnel::policy::{PeerSlot, PortKey};
@@ -54,12 +54,14 @@ impl World {
         let (b, c) = (datapath.peer_slot(&sample::site("b")), datapath.peer_slot(&sample::site("c")));
         datapath.begin_hold(&key("web1"), &sample::site("b"), &[AWAY]).expect("a free address");
         datapath.attract(Duration::ZERO, &key("web1"), &[]).expect("it is held");
-        datapath.visit(&key("web2"), &sample::site("b"), &[VISITS]).expect("a free address");
+        let route = VisitRoute { address: VISITS, peer: sample::site("b"), also: None };
+        datapath.visit(&key("web2"), &[route]).expect("a free address");
         Self { datapath, b, c, now: Duration::ZERO }
     }
 
     fn peer_sends(&mut self, peer: PeerSlot, datagram: Bytes) {
-        let Some(packet) = self.datapath.handle_datagram(self.now, peer, datagram) else { return };
+        let Some((way, packet)) = self.datapath.handle_datagram(self.now, peer, datagram) else { return };
+        assert_eq!(way, Way::Device);
         let view = Packet::parse(&packet).expect("it was parsed");
         assert!(peer == self.b && (view.source() == AWAY || view.destination() == VISITS));
         let _ = (view.flow(Side::Guest), view.flow(Side::Remote), view.tcp_flags());

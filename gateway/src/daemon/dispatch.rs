@@ -6,10 +6,11 @@ use std::net::IpAddr;
 use longhaul_core::ids::{Epoch, MigrationId, SiteName, VmName};
 use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::message::{MigrationMessage, Proposal, Refusal, Reservation};
+use longhaul_core::migration::message::{Carried, MigrationMessage, Proposal, Refusal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Record};
 use longhaul_core::migration::{Attempt, CommitMode};
-use longhaul_core::wire::Message;
+use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::wire::{AnchorMessage, Message};
 use tokio::sync::{mpsc, watch};
 
 use super::proposals::Begun;
@@ -17,8 +18,10 @@ use super::retries::Following;
 use super::{Admitted, Daemon, Ended, Machine, Running};
 use crate::api::RequestError;
 use crate::api::types::{MigrateRequest, Started};
+use crate::config::ArbiterChoice;
 use crate::hypervisor::Guest;
 use crate::journal::{History, Journal, JournalError};
+use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
 
@@ -117,10 +120,11 @@ impl Daemon {
             return Err(RequestError::Conflict(format!("Machine {vm} is already moving")));
         }
         self.expect_idle(vm)?;
-        if machine.row.handover.is_some() {
+        if machine.row.visits(self.edges.site()) && peer.arbiter == ArbiterChoice::Dns {
             let text = format!(
-                "Machine {vm} is visiting; this version moves machines from their home site {} only",
-                machine.row.home_site
+                "Machine {vm} is visiting, and with peer.{}.arbiter = \"dns\" only its home {} can move its name; set the \
+                 arbiter to \"none\" or \"etcd\" at both sites",
+                request.to, machine.row.home_site
             );
             return Err(RequestError::Conflict(text));
         }
@@ -173,7 +177,12 @@ impl Daemon {
 
     /// A peer said something.
     pub(super) async fn on_message(&mut self, peer: SiteName, message: Message) {
-        let Message::Migration { id, body } = message else { return };
+        let (id, body) = match message {
+            Message::Migration { id, body } => (id, body),
+            Message::Anchor(message) => return self.on_anchor(peer, message).await,
+            // The link's own.
+            Message::BulkOpen { .. } | Message::BulkAck { .. } | Message::BulkClose { .. } => return,
+        };
         let message = match MigrationMessage::from_wire(&body) {
             Ok(message) => message,
             Err(error) => {
@@ -209,6 +218,41 @@ impl Daemon {
             | MigrationMessage::Refused { .. }
             | MigrationMessage::Unknown => {}
         }
+    }
+
+    /// A site that attracts addresses of a machine, or has left one here, says something.
+    async fn on_anchor(&mut self, peer: SiteName, message: AnchorMessage) {
+        if !message.is_bounded() {
+            return tracing::warn!(%peer, "message about an anchor ignored: too many addresses");
+        }
+        match message {
+            AnchorMessage::Ended { vm, addresses } => self.on_anchor_ended(&peer, &vm, &addresses).await,
+            message @ (AnchorMessage::Moved { .. } | AnchorMessage::Noted { .. }) => {
+                tell(&self.anchors, AnchorCommand::Heard { from: peer, message }).await;
+            }
+        }
+    }
+
+    /// No connection is left by these addresses.
+    async fn on_anchor_ended(&mut self, peer: &SiteName, vm: &VmName, addresses: &[IpAddr]) {
+        let Some(machine) = self.machines.get_mut(vm) else { return };
+        let over =
+            |carried: &Carried| carried.site == *peer && addresses.contains(&carried.addr);
+        let ended: Vec<Carried> = machine.row.carried.iter().filter(|it| over(it)).cloned().collect();
+        if ended.is_empty() {
+            return;
+        }
+        machine.row.carried.retain(|carried| !over(carried));
+        if let Err(error) = self.edges.journal.put_machine(vm, &machine.row) {
+            tracing::warn!(%vm, %error, "the end of an anchor could not be written down");
+        }
+        for Carried { nic, addr, .. } in ended {
+            let key = PortKey { machine: vm.clone(), nic };
+            if let Err(error) = self.edges.tunnel.forget_address(key, addr).await {
+                tracing::warn!(%vm, %error, "tunnel lost the machine");
+            }
+        }
+        tracing::info!(%vm, at = %peer, "no connection is left by an address of an earlier visit");
     }
 
     fn on_proposal(&mut self, id: MigrationId, peer: SiteName, proposal: Box<Proposal>) {
@@ -254,17 +298,7 @@ impl Daemon {
                 Some(Refusal::Busy(format!("{vm} is being handed over at site {}", self.edges.site())))
             }
             Ok(known @ (Some(Ownership::Away { .. } | Ownership::Arriving { .. }) | None)) => {
-                if let Err(why) = admission::check_epoch(known.as_ref(), peer, proposal) {
-                    return Some(why);
-                }
-                let anchored =
-                    self.anchor_views.borrow().get(vm).is_some_and(|view| view.closed_ms.is_none());
-                anchored.then(|| {
-                    Refusal::Busy(format!(
-                        "site {} still holds old connections of {vm}; this version takes it back when they have ended",
-                        self.edges.site()
-                    ))
-                })
+                admission::check_epoch(known.as_ref(), peer, proposal).err()
             }
             Err(error) => Some(Refusal::Other(error.to_string())),
         }
@@ -309,7 +343,7 @@ impl Daemon {
         if let Some(why) = self.busy(&peer, &proposal) {
             return self.say(id, &peer, MigrationMessage::Decline(why));
         }
-        let taken = self.taken_addresses();
+        let taken = self.taken_addresses(&vm);
         let reservation = match admission::reserve(&self.edges.config, &taken, &proposal) {
             Ok(reservation) => reservation,
             Err(why) => return self.say(id, &peer, MigrationMessage::Decline(why)),
@@ -317,8 +351,9 @@ impl Daemon {
         let (epoch, commit) = (proposal.epoch.next(), proposal.commit);
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let (inbox, outbox) = mpsc::channel(INBOX);
+        let anchors = self.anchors.clone();
         let driver =
-            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
+            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox, anchors);
         let (viewer, guest) = (driver.viewer(), driver.guest());
         tracing::info!(%vm, from = %peer, %id, "machine is coming");
         self.spawn(attempt, inbox, viewer, guest, async move { driver.run().await.err() });
@@ -337,10 +372,15 @@ impl Daemon {
         self.edges.send(peer, id, &message);
     }
 
-    /// Care-of addresses that machines have here, or are about to have.
-    fn taken_addresses(&self) -> BTreeSet<IpAddr> {
+    /// Care-of addresses that machines have here, or are about to have, or had, and at which clients may still ask for
+    /// them; for `vm`, which comes, not its own of before.
+    fn taken_addresses(&self, vm: &VmName) -> BTreeSet<IpAddr> {
         let rows = self.machines.values().flat_map(|machine| machine.row.care_of.iter());
         let mut taken: BTreeSet<IpAddr> = rows.map(|care_of| care_of.addr).collect();
+        let anchors = self.anchor_views.borrow();
+        let others = anchors.iter().filter(|(name, view)| *name != vm && view.closed_ms.is_none());
+        taken.extend(others.flat_map(|(_, view)| view.home.iter().copied()));
+        drop(anchors);
         // Reservations of migrations that are under way, or ended and not yet written down.
         for history in self.edges.journal.histories().unwrap_or_default() {
             let ownership = self.edges.journal.ownership(&history.attempt.vm).unwrap_or_default();
@@ -424,6 +464,7 @@ mod tests {
             running: true,
             commit: CommitMode::Confirmed,
             nics: Vec::new(),
+            carried: Vec::new(),
         };
         let care_of = CareOf {
             nic: "lan".parse().unwrap(),
@@ -484,6 +525,7 @@ mod tests {
         let proposal = serde_json::from_value(serde_json::json!({
             "definition": {"name": "web1", "machine": "pc-q35-7.2", "vcpus": 1, "memory_mib": 64},
             "home_site": "a", "hypervisor": "", "epoch": 3, "running": true, "commit": "confirmed", "nics": [],
+            "carried": [],
         }));
         let peer = site("b");
         let reserved =

@@ -106,7 +106,9 @@ impl Daemon {
             home_site: self.edges.site().clone(),
             wanted: guest.is_some(),
             adopted,
+            came_from: None,
             care_of: Vec::new(),
+            carried: Vec::new(),
             handover: None,
             ttl_before_s: None,
         };
@@ -256,6 +258,7 @@ pub(super) async fn leave_network(edges: &Edges, row: &MachineRow) {
         // The tap goes last: the rules name it.
         let undone = [
             tunnel.visit_undo(key.clone()).await,
+            tunnel.carry_undo(key.clone()).await,
             tunnel.sample_end(key.clone()).await,
             tunnel.remove_tap(key).await,
         ];

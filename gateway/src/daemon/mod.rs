@@ -48,7 +48,8 @@ use crate::config::Config;
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
 use crate::link::LinkEvent;
-use crate::migration::anchor::{self, AnchorCommand};
+use crate::migration::anchor::AnchorCommand;
+use crate::migration::anchors;
 use crate::migration::view::Viewer;
 use crate::migration::{Edges, Inbound, MachineRow, partial};
 use proposals::Proposals;
@@ -84,10 +85,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let build::Opened { edges, mut link_events, api } = build::open(config).await?;
-    let (anchors, anchor_commands) = mpsc::channel(64);
+    let (anchor_sender, anchor_commands) = mpsc::channel(64);
     let (anchor_views, anchor_watch) = watch::channel(BTreeMap::new());
-    let restored = anchor::restore(&edges, &anchor_views).await;
-    tokio::spawn(anchor::run(edges.clone(), restored, anchor_commands, anchor_views));
+    let restored = anchors::restore(&edges, &anchor_views).await;
+    tokio::spawn(anchors::run(edges.clone(), restored, anchor_commands, anchor_views));
     let (ended_tx, mut ended) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
     let (worked_tx, mut worked) = mpsc::channel(64);
@@ -97,7 +98,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         migrations: BTreeMap::new(),
         proposals: Proposals::default(),
         retries: BTreeMap::new(),
-        anchors,
+        anchors: anchor_sender,
         anchor_views: anchor_watch,
         ended: ended_tx,
         admitted: admitted_tx,

@@ -14,8 +14,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use longhaul_core::ids::{DeviceName, VmName};
-use longhaul_core::machine::{HostCapabilities, MachineDefinition, Nic};
-use longhaul_core::migration::message::Reservation;
+use longhaul_core::machine::{HostCapabilities, MachineDefinition};
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::tunnel::policy::PortKey;
 use longhaul_core::units::Bytes;
@@ -26,8 +25,8 @@ use super::{Daemon, Machine, image};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Reply, RequestError};
 use crate::hypervisor::{DiskFile, Guest, Placement, RunState, StartMode};
-use crate::migration::anchor::visits;
-use crate::migration::{Adopted, Edges, MachineRow, TAP_OWNER, end_what_is_left};
+use crate::migration::stay::Stay;
+use crate::migration::{Adopted, Edges, MachineRow, end_what_is_left};
 use crate::tunnel::TunnelError;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -192,7 +191,8 @@ impl Power {
     ) -> Result<Change, RequestError> {
         for nic in &definition.nics {
             if !self.edges.config.lan.contains_key(nic.lan.as_str()) {
-                return Err(no_lan(nic));
+                let text = format!("This site has no [lan.{}], which NIC {} wants", nic.lan, nic.name);
+                return Err(RequestError::Invalid(text));
             }
         }
         image::check(&definition, &images).map_err(RequestError::Invalid)?;
@@ -281,7 +281,7 @@ impl Power {
             return Err(failed(&error));
         }
         guest.resume(permit).await.map_err(|error| failed(&error.why))?;
-        self.visit_resumed(&row).await;
+        Stay::of_row(&self.edges, &row).resumed(&self.edges).await;
         tracing::info!(%vm, "machine started");
         Ok(Change::Started(Box::new(row), guest))
     }
@@ -316,24 +316,9 @@ impl Power {
 
     async fn launch(&self, row: &MachineRow) -> Result<Guest, RequestError> {
         let definition = &row.definition;
-        let mut taps = BTreeMap::new();
-        for nic in &definition.nics {
-            let key = PortKey { machine: definition.name.clone(), nic: nic.name.clone() };
-            let lan = self.edges.config.lan.get(nic.lan.as_str()).ok_or_else(|| no_lan(nic))?;
-            let visiting = row.handover.is_some();
-            let bridge = (!visiting).then(|| lan.bridge.clone());
-            let tap = self
-                .edges
-                .tunnel
-                .create_tap(key.clone(), TAP_OWNER, bridge)
-                .await
-                .map_err(|error| failed(&error))?;
-            if !visiting {
-                self.edges.tunnel.sample_begin(key, tap.clone()).await.map_err(|error| failed(&error))?;
-            }
-            taps.insert(nic.name.clone(), tap);
-        }
-        self.visit_prepare(row).await?;
+        // The rules of a visitor went with its tap when the host was rebooted.
+        let prepared = Stay::of_row(&self.edges, row).prepare(&self.edges).await;
+        let taps = prepared.map_err(|why| RequestError::Invalid(why.to_string()))?;
         let names = definition.volumes().map(|volume| volume.name.clone());
         let disks = names
             .zip(&row.images)
@@ -344,28 +329,6 @@ impl Power {
             .start(definition, &placement, StartMode::Boot)
             .await
             .map_err(|error| failed(&error))
-    }
-
-    /// The rules of a visitor that boots here: they went with its tap when the host was rebooted. It has no
-    /// flows of before its move any more.
-    async fn visit_prepare(&self, row: &MachineRow) -> Result<(), RequestError> {
-        let Some(handover) = &row.handover else { return Ok(()) };
-        let reservation = Reservation { care_of: row.care_of.clone() };
-        let visits = visits(&self.edges, &row.definition, &reservation, &handover.nics, &row.home_site);
-        for visit in visits.map_err(|why| RequestError::Invalid(why.to_string()))? {
-            self.edges.tunnel.visit_prepare(visit).await.map_err(|error| failed(&error))?;
-        }
-        Ok(())
-    }
-
-    async fn visit_resumed(&self, row: &MachineRow) {
-        let vm = &row.definition.name;
-        for nic in row.handover.iter().flat_map(|_| &row.definition.nics) {
-            let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
-            if let Err(error) = self.edges.tunnel.visit_resumed(key).await {
-                tracing::warn!(%vm, error = crate::migration::chain(&error), "care-of address could not be announced");
-            }
-        }
     }
 
     async fn stop(&self, row: MachineRow, guest: Guest) -> Result<Change, RequestError> {
@@ -381,8 +344,4 @@ impl Power {
         tracing::info!(%vm, "machine stopped");
         Ok(Change::Stopped(Box::new(stopped)))
     }
-}
-
-fn no_lan(nic: &Nic) -> RequestError {
-    RequestError::Invalid(format!("This site has no [lan.{}], which NIC {} wants", nic.lan, nic.name))
 }

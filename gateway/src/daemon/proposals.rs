@@ -94,6 +94,7 @@ mod tests {
             running: true,
             commit: CommitMode::Confirmed,
             nics: Vec::new(),
+            carried: Vec::new(),
         }
     }
 

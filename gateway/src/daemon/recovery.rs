@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::message::{Handover, Proposal, Reservation};
+use longhaul_core::migration::message::{Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
 use longhaul_core::migration::recovery::{NextStep, Qemu};
 use longhaul_core::tunnel::policy::PortKey;
@@ -19,8 +19,9 @@ use super::{Daemon, Machine};
 use crate::history::{Known, Site, judge};
 use crate::hypervisor::Guest;
 use crate::journal::History;
-use crate::migration::anchor::{AnchorCommand, ports, tell, visits};
+use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::source::SourceOptions;
+use crate::migration::stay::{Stay, holds};
 use crate::migration::{DestinationDriver, MachineRow, SourceDriver, chain};
 use crate::tunnel::TunnelError;
 
@@ -145,15 +146,16 @@ impl Daemon {
             tracing::error!(vm = %attempt.vm, id = %attempt.id, text = step.text(&attempt.vm, &attempt.peer), "machine is held");
         }
         if matches!(step, NextStep::AwaitSource | NextStep::AskArbiter | NextStep::Take) {
-            self.prepare_visit(&proposal, &reservation).await;
+            self.prepare_rules(&attempt.peer, &proposal, &reservation).await;
         }
         if !step.is_owed() {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
         let (inbox, outbox) = mpsc::channel(64);
+        let anchors = self.anchors.clone();
         let driver =
-            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox);
+            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox, anchors);
         let (viewer, shown) = (driver.viewer(), driver.guest());
         let qemu_found = qemu != Qemu::Gone;
         let drive = async move { driver.resume(guest, qemu_found, last).await.err() };
@@ -163,44 +165,35 @@ impl Daemon {
     /// Rules and samplers of a machine that runs here, before anybody can ask for anything new: its open
     /// connections stall for the gateway's absence, they do not die of it.
     async fn restore_network(&self, row: &MachineRow) {
-        let restored = match &row.handover {
-            Some(handover) => self.restore_visit(row, handover).await,
-            None => self.restore_home(row).await,
-        };
+        let restored = self.restore(row).await;
         if let Err(error) = restored {
             let error = chain(&error);
             tracing::error!(vm = %row.definition.name, error, "the machine's network could not be restored");
         }
     }
 
-    async fn restore_visit(&self, row: &MachineRow, handover: &Handover) -> Result<(), TunnelError> {
-        let reservation = Reservation { care_of: row.care_of.clone() };
-        let visits = visits(&self.edges, &row.definition, &reservation, &handover.nics, &row.home_site);
-        for visit in visits.unwrap_or_default() {
-            let (key, flows) = (visit.key.clone(), visit.nic.flows.clone());
-            self.edges.tunnel.visit_prepare(visit).await?;
-            self.edges.tunnel.visit_flows(key.clone(), flows).await?;
-            self.edges.tunnel.visit_resumed(key).await?;
-        }
-        Ok(())
-    }
-
     /// What a machine that may become ours any moment will need: the tunnel forgot it with the gateway.
-    async fn prepare_visit(&self, proposal: &Proposal, reservation: &Reservation) {
-        let (definition, home) = (&proposal.definition, &proposal.home_site);
-        for visit in visits(&self.edges, definition, reservation, &proposal.nics, home).unwrap_or_default() {
-            if let Err(error) = self.edges.tunnel.visit_prepare(visit).await {
-                tracing::error!(vm = %definition.name, error = chain(&error), "the machine's network could not be restored");
-            }
+    async fn prepare_rules(&self, from: &SiteName, proposal: &Proposal, reservation: &Reservation) {
+        let stay = Stay::of_arrival(&self.edges, from, proposal, reservation);
+        if let Err(why) = stay.prepare_rules(&self.edges).await {
+            tracing::error!(vm = %proposal.definition.name, %why, "the machine's network could not be restored");
         }
     }
 
-    async fn restore_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
-        // A gateway that was killed in a pause has left the home address captured, whether or not its
+    async fn restore(&self, row: &MachineRow) -> Result<(), TunnelError> {
+        Stay::of_row(&self.edges, row).restore(&self.edges).await?;
+        // A gateway that was killed in a pause has left the machine's addresses captured, whether or not its
         // successor has a rollback to do.
-        for hold in ports(&self.edges, row, self.edges.site()).unwrap_or_default() {
+        for hold in holds(&self.edges, row, self.edges.site()).unwrap_or_default() {
             self.edges.tunnel.hold_undo(hold).await?;
         }
+        match row.visits(self.edges.site()) {
+            true => Ok(()),
+            false => self.sample_at_home(row).await,
+        }
+    }
+
+    async fn sample_at_home(&self, row: &MachineRow) -> Result<(), TunnelError> {
         for nic in &row.definition.nics {
             let key = PortKey { machine: row.definition.name.clone(), nic: nic.name.clone() };
             let tap = self.edges.port(row, &nic.name);
@@ -290,6 +283,7 @@ mod tests {
             running: true,
             commit: CommitMode::Confirmed,
             nics: Vec::new(),
+            carried: Vec::new(),
         };
         for without_names in [true, false] {
             let record = Record::Source(SourceRecord::Reserved {

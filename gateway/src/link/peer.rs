@@ -293,7 +293,7 @@ impl Peer {
                 self.channels.handle_peer_close(id);
                 Ok(())
             }
-            message @ Message::Migration { .. } => {
+            message @ (Message::Migration { .. } | Message::Anchor(_)) => {
                 self.deliver(message);
                 Ok(())
             }

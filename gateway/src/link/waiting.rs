@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 
-use longhaul_core::wire::Message;
+use longhaul_core::wire::{MAX_ADDRESSES, Message};
 
 /// What waits, oldest first.
 #[derive(Debug)]
@@ -67,6 +67,8 @@ pub(super) fn message_bytes(message: &Message) -> usize {
     const ENVELOPE: usize = 64;
     match message {
         Message::Migration { body, .. } => ENVELOPE + body.as_slice().len(),
+        // Each address takes less than 32 bytes.
+        Message::Anchor(_) => ENVELOPE + 64 * MAX_ADDRESSES,
         Message::BulkOpen { .. } | Message::BulkAck { .. } | Message::BulkClose { .. } => ENVELOPE,
     }
 }

@@ -11,11 +11,13 @@ use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::tunnel::handover::NicHandover;
-use longhaul_core::tunnel::policy::PortKey;
+use tokio::sync::{mpsc, oneshot};
 
+use super::anchor::{self, AnchorCommand};
 use super::destination::DestinationLeaf;
 use super::partial;
 use super::prepare::Held;
+use super::stay::{Stay, brought};
 use super::{MachineRow, chain};
 use crate::hypervisor::{Guest, QmpError};
 
@@ -30,9 +32,15 @@ pub(super) async fn run(
     handover: Handover,
     mut held: Held,
     permit: RunPermit,
+    anchors: mpsc::Sender<AnchorCommand>,
 ) -> Held {
     let vm = leaf.attempt.vm.clone();
-    tokio::join!(install_flows(&leaf, &vm, &handover), note_arrival(&leaf, &proposal));
+    let stay = Stay::of_arrival(&leaf.edges, &leaf.attempt.peer, &proposal, &reservation);
+    let here = async {
+        came_back(&leaf, &proposal, &anchors).await;
+        stay.take_over(&leaf.edges, &handover).await;
+    };
+    tokio::join!(here, note_arrival(&leaf, &proposal));
     held.guest = find(&leaf, &vm, held.guest.take()).await;
     if let Some(guest) = &held.guest {
         mark_disks(&leaf, guest, &proposal).await;
@@ -43,12 +51,7 @@ pub(super) async fn run(
     held.guest = held.guest.take().filter(|guest| !guest.qmp().is_closed());
     leaf.guest.send_replace(held.guest.clone());
     leaf.report(Event::Activated).await;
-    for nic in &proposal.definition.nics {
-        let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
-        if let Err(error) = leaf.edges.tunnel.visit_resumed(key).await {
-            tracing::warn!(%vm, error = chain(&error), "care-of address could not be announced");
-        }
-    }
+    stay.resumed(&leaf.edges).await;
     remember(&leaf, &proposal, &reservation, Some(&handover));
     partial::forget(&leaf.edges.config.storage.pool, &vm);
     match &held.guest {
@@ -67,20 +70,18 @@ fn say_crashed(leaf: &DestinationLeaf, vm: &VmName) {
     leaf.viewer.change(|view| view.notices.push(notice));
 }
 
-/// The flows of before the move, so that the guest's own packets find the tunnel.
-async fn install_flows(leaf: &DestinationLeaf, vm: &VmName, handover: &Handover) {
-    for nic in &handover.nics {
-        let key = PortKey { machine: vm.clone(), nic: nic.nic.clone() };
-        if let Err(error) = leaf.edges.tunnel.visit_flows(key, nic.flows.clone()).await {
-            // The machine must run; flows that it opened itself by UDP may change their address.
-            tracing::warn!(%vm, error = chain(&error), "flows of before the move could not be installed");
-        }
-    }
+/// What stayed here for a machine that had left is over: it is here again. At its home the name comes back, too.
+async fn came_back(leaf: &DestinationLeaf, proposal: &Proposal, anchors: &mpsc::Sender<AnchorCommand>) {
+    let names = anchor::names_of_return(&leaf.edges, &leaf.attempt, proposal).map(Box::new);
+    let (done, ended) = oneshot::channel();
+    anchor::tell(anchors, AnchorCommand::CameBack { vm: leaf.attempt.vm.clone(), names, done }).await;
+    // A gateway that is stopping answers nothing, and the next one begins anew.
+    let _ = ended.await;
 }
 
 /// Beside its disks stands that the machine is ours before it runs.
 async fn note_arrival(leaf: &DestinationLeaf, proposal: &Proposal) {
-    let images = super::anchor::pool_images(&leaf.edges, &leaf.attempt, proposal);
+    let images = anchor::pool_images(&leaf.edges, &leaf.attempt, proposal);
     super::note(&leaf.attempt, images, leaf.edges.site()).await;
 }
 
@@ -130,10 +131,12 @@ pub(super) fn remember(
     let vm = &leaf.attempt.vm;
     let row = MachineRow {
         definition: proposal.definition.clone(),
-        images: super::anchor::pool_images(&leaf.edges, &leaf.attempt, proposal),
+        images: anchor::pool_images(&leaf.edges, &leaf.attempt, proposal),
         home_site: proposal.home_site.clone(),
+        came_from: Some(leaf.attempt.peer.clone()),
         adopted: None,
         care_of: reservation.care_of.clone(),
+        carried: brought(leaf.edges.site(), proposal),
         handover: Some(merge(&proposal.nics, handover)),
         wanted: proposal.running,
         ttl_before_s: None,

@@ -11,7 +11,7 @@ use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::message::{CareOf, Proposal, Refusal, Reservation};
+use longhaul_core::migration::message::{CareOf, Carried, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
 use super::{Edges, host, journal_room, partial};
@@ -151,12 +151,16 @@ pub fn check_room(config: &Config, room: Room, proposal: &Proposal) -> Result<()
     Ok(())
 }
 
-/// A care-of address for every home address that can have one, none of them `taken`.
+/// A care-of address for every home address that can have one, none of them `taken`; the same as at an earlier visit if
+/// that is still attracted here. A machine that comes home needs none.
 pub fn reserve(
     config: &Config,
     taken: &BTreeSet<IpAddr>,
     proposal: &Proposal,
 ) -> Result<Reservation, Refusal> {
+    if proposal.home_site == config.site.name {
+        return Ok(Reservation { care_of: Vec::new() });
+    }
     let mut taken = taken.clone();
     let mut care_of = Vec::new();
     for nic in &proposal.definition.nics {
@@ -171,15 +175,21 @@ pub fn reserve(
                 // No pool of this family: old connections follow, new clients use the other family.
                 continue;
             }
-            let Some(addr) = family.into_iter().find(|addr| !taken.contains(addr)) else {
+            let had = |addr: &&IpAddr| {
+                let mine = |carried: &Carried| (carried.home, carried.addr) == (home.addr, **addr);
+                proposal.carried.iter().any(|carried| carried.site == config.site.name && mine(carried))
+            };
+            let mut free = family.iter().filter(|addr| !taken.contains(**addr));
+            let again = family.iter().find(|addr| had(addr) && !taken.contains(**addr));
+            let Some(addr) = again.or_else(|| free.next()) else {
                 return Err(Refusal::NotEnough {
                     what: format!("free care-of addresses in lan.{}", nic.lan),
                     wanted: "1".into(),
                     available: "0".into(),
                 });
             };
-            taken.insert(*addr);
-            care_of.push(CareOf { nic: nic.name.clone(), home: *home, addr: *addr });
+            taken.insert(**addr);
+            care_of.push(CareOf { nic: nic.name.clone(), home: *home, addr: **addr });
         }
     }
     if care_of.is_empty() && proposal.definition.dns_name.is_some() {
@@ -213,7 +223,11 @@ pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Resul
 
 /// A route to a visitor must not take the place of one that this host needs.
 async fn check_homes(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
-    let host = host::as_visited(edges).await.map_err(super::park::tunnel_failed)?;
+    let host = match proposal.home_site == *edges.site() {
+        true => host::as_home(edges).await,
+        false => host::as_visited(edges).await,
+    };
+    let host = host.map_err(super::park::tunnel_failed)?;
     host::check(&host, &proposal.definition)
         .map_err(|needed| Refusal::Incompatible(format!("{needed} (at site {})", edges.site())))
 }
@@ -272,7 +286,16 @@ mod tests {
         let nics = nics.collect();
         let (home_site, commit) = (site("b"), CommitMode::Confirmed);
         let hypervisor = String::new();
-        Proposal { definition, home_site, hypervisor, epoch: Epoch(epoch), running: true, commit, nics }
+        Proposal {
+            definition,
+            home_site,
+            hypervisor,
+            epoch: Epoch(epoch),
+            running: true,
+            commit,
+            nics,
+            carried: Vec::new(),
+        }
     }
 
     #[test]
@@ -296,6 +319,26 @@ mod tests {
         assert_eq!(check("c", 6), Ok(()), "b has handed it on");
         assert!(check("b", 4).unwrap_err().to_string().contains("was in 5 since"));
         assert!(check("c", 5).unwrap_err().to_string().contains("handed over to b"));
+    }
+
+    #[test]
+    fn a_machine_gets_the_address_of_its_last_visit_again_and_none_at_home() {
+        let mut coming = proposal("198.51.100.10/24", 0);
+        coming.home_site = site("z");
+        let first = reserve(&config(), &BTreeSet::new(), &coming).unwrap().care_of[0].addr;
+        let taken = BTreeSet::from([first]);
+        let second = reserve(&config(), &taken, &coming).unwrap().care_of[0].addr;
+        assert_ne!(first, second);
+        let (nic, home) = (coming.definition.nics[0].name.clone(), coming.definition.nics[0].home[0].addr);
+        coming.carried = vec![Carried { nic, home, addr: second, site: site("a") }];
+        let again = |taken: &[IpAddr]| {
+            let taken = taken.iter().copied().collect();
+            reserve(&config(), &taken, &coming).unwrap().care_of[0].addr
+        };
+        assert_eq!(again(&[]), second);
+        assert_eq!(again(&[second]), first, "another machine has it by now");
+        coming.home_site = site("a");
+        assert_eq!(reserve(&config(), &BTreeSet::new(), &coming).unwrap().care_of, []);
     }
 
     #[test]
@@ -335,6 +378,7 @@ mod tests {
             running: true,
             commit,
             nics: Vec::new(),
+            carried: Vec::new(),
         };
         let peer = "b".parse().unwrap();
         let (dns, etcd) = (CommitMode::Arbitrated(Arbiter::Dns), CommitMode::Arbitrated(Arbiter::Etcd));

@@ -15,6 +15,7 @@ use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::DestinationRecord;
 use longhaul_core::migration::step::Step;
 
+use super::anchor::AnchorCommand;
 use super::arbitrate::{Questions, Register};
 use super::prepare::Held;
 use super::view::Viewer;
@@ -36,21 +37,23 @@ pub struct DestinationDriver {
     events: mpsc::Receiver<Event>,
     work: Work<Held>,
     questions: Option<Questions>,
+    anchors: mpsc::Sender<AnchorCommand>,
 }
 
 impl DestinationDriver {
-    /// A driver for a machine that was admitted.
+    /// A driver for a machine that was admitted. `anchors` is told when it is here: it may have left something.
     pub fn new(
         edges: Edges,
         attempt: Attempt,
         proposal: Proposal,
         reservation: Reservation,
         inbox: mpsc::Receiver<Inbound>,
+        anchors: mpsc::Sender<AnchorCommand>,
     ) -> Self {
         let viewer = Viewer::new(&attempt, &attempt.peer, edges.site());
         let (sender, events) = mpsc::channel(64);
         let leaf = Leaf { edges, attempt, viewer, events: sender, guest: watch::Sender::new(None) };
-        Self { leaf, proposal, reservation, inbox, events, work: Work::default(), questions: None }
+        Self { leaf, proposal, reservation, inbox, events, work: Work::default(), questions: None, anchors }
     }
 
     /// What it shows of itself.
@@ -168,9 +171,9 @@ impl DestinationDriver {
             }
             Action::Activate(permit, handover) => {
                 let (leaf, proposal) = (self.leaf.clone(), self.proposal.clone());
-                let reservation = self.reservation.clone();
+                let (reservation, anchors) = (self.reservation.clone(), self.anchors.clone());
                 self.work.hand_on(move |held, _stop| {
-                    activate::run(leaf, proposal, reservation, *handover, held, permit)
+                    activate::run(leaf, proposal, reservation, *handover, held, permit, anchors)
                 });
             }
             Action::Discard => {

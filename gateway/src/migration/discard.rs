@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::{Proposal, Reservation};
-use longhaul_core::tunnel::policy::PortKey;
 
-use super::anchor::{pool_images, visits};
+use super::anchor::pool_images;
 use super::chain;
 use super::destination::DestinationLeaf;
 use super::partial;
 use super::prepare::{Held, partial_of};
+use super::stay::Stay;
 use crate::hypervisor::Guest;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(5);
@@ -35,8 +35,9 @@ pub(super) async fn run(
         leaf.report(Event::Discarded).await;
         return Held::default();
     }
+    let stay = Stay::of_arrival(&leaf.edges, &leaf.attempt.peer, &proposal, &reservation);
     if held.images.is_empty() {
-        know_visits(&leaf, &proposal, &reservation).await;
+        know_rules(&leaf, &stay).await;
     }
     held.maps.clear();
     end_qemu(&leaf, held.guest.take()).await;
@@ -46,15 +47,7 @@ pub(super) async fn run(
     if let Err(error) = leaf.edges.hypervisor.remove_dir(vm) {
         tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
     }
-    for nic in &proposal.definition.nics {
-        let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
-        if let Err(error) = leaf.edges.tunnel.visit_undo(key.clone()).await {
-            tracing::warn!(%vm, error = chain(&error), "routes of the visit could not be removed");
-        }
-        if let Err(error) = leaf.edges.tunnel.remove_tap(key).await {
-            tracing::warn!(%vm, error = chain(&error), "the tap could not be removed");
-        }
-    }
+    stay.end(&leaf.edges).await;
     keep_disks(&leaf, &proposal);
     // A machine of an earlier stay that is away keeps its row; one that never came has none.
     if matches!(leaf.edges.journal.ownership(vm), Ok(None))
@@ -90,13 +83,9 @@ async fn end_qemu(leaf: &DestinationLeaf, mut known: Option<Guest>) {
 }
 
 /// What a killed gateway installed can be undone only by a tunnel that knows it: it is prepared once more.
-async fn know_visits(leaf: &DestinationLeaf, proposal: &Proposal, reservation: &Reservation) {
-    let definition = &proposal.definition;
-    let known = visits(&leaf.edges, definition, reservation, &proposal.nics, &leaf.attempt.peer);
-    for visit in known.unwrap_or_default() {
-        if let Err(error) = leaf.edges.tunnel.visit_prepare(visit).await {
-            tracing::debug!(vm = %leaf.attempt.vm, error = chain(&error), "nothing of the visit was left");
-        }
+async fn know_rules(leaf: &DestinationLeaf, stay: &Stay) {
+    if let Err(why) = stay.prepare_rules(&leaf.edges).await {
+        tracing::debug!(vm = %leaf.attempt.vm, %why, "nothing of the visit was left");
     }
 }
 

@@ -12,6 +12,7 @@
 mod activate;
 pub mod admission;
 pub mod anchor;
+pub mod anchors;
 mod arbitrate;
 mod destination;
 mod discard;
@@ -26,6 +27,7 @@ mod release;
 mod rollback;
 pub mod source;
 mod standing;
+pub mod stay;
 pub mod view;
 mod work;
 
@@ -41,7 +43,7 @@ use longhaul_core::ids::{DeviceName, MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::generation::Generation;
-use longhaul_core::migration::message::{CareOf, Handover, MigrationMessage, Refusal};
+use longhaul_core::migration::message::{CareOf, Carried, Handover, MigrationMessage, Refusal};
 use longhaul_core::migration::resolve::Resolution;
 use longhaul_core::tunnel::policy::PortKey;
 
@@ -55,10 +57,12 @@ use crate::link::{Link, PeerHandle};
 use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
 
 pub use destination::DestinationDriver;
-pub use prepare::TAP_OWNER;
 pub(crate) use rollback::end_what_is_left;
 pub use source::SourceDriver;
 use view::Viewer;
+
+/// QEMU opens its taps before it becomes the machine's user.
+pub const TAP_OWNER: u32 = 0;
 
 /// Everything a migration works with. Cheap to clone.
 #[derive(Clone)]
@@ -92,11 +96,15 @@ pub struct MachineRow {
     pub images: Vec<PathBuf>,
     /// The site at which its home addresses live.
     pub home_site: SiteName,
+    /// The site it came from, if it came.
+    pub came_from: Option<SiteName>,
     /// What is known of a machine that something else started.
     pub adopted: Option<Adopted>,
     /// What it was given here; empty at home.
     pub care_of: Vec<CareOf>,
-    /// What keeps its connections alive here, while it visits.
+    /// Addresses of earlier visits, by which connections may still be open.
+    pub carried: Vec<Carried>,
+    /// What keeps its connections alive here, if it came from another site.
     pub handover: Option<Handover>,
     /// It is meant to run.
     pub wanted: bool,
@@ -112,6 +120,13 @@ pub struct Adopted {
     pub monitor: PathBuf,
     /// The tap of each of its NICs.
     pub ports: BTreeMap<DeviceName, String>,
+}
+
+impl MachineRow {
+    /// Its home addresses live at another site than this one.
+    pub fn visits(&self, site: &SiteName) -> bool {
+        self.home_site != *site
+    }
 }
 
 /// What reaches a driver from outside its own leaves.

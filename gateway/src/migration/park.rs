@@ -18,7 +18,7 @@ use super::source::SourceLeaf;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
 use crate::memory::SourceMode;
-use crate::migration::anchor::ports;
+use crate::migration::stay::holds;
 
 /// QEMU finishes what it has locally: no network is involved, so this is generous.
 const QEMU_LIMIT: Duration = Duration::from_secs(30);
@@ -51,7 +51,7 @@ async fn park(
     transfer: &mut Transfer,
 ) -> Result<Handover, Refusal> {
     let tunnel = &leaf.edges.tunnel;
-    for hold in ports(&leaf.edges, row, &leaf.attempt.peer)? {
+    for hold in holds(&leaf.edges, row, &leaf.attempt.peer)? {
         tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
     }
     let Some(memory) = &mut transfer.memory else {
@@ -109,7 +109,7 @@ async fn expect(
 /// What keeps the machine's connections alive, sampled now that it stands still.
 async fn handover(leaf: &SourceLeaf, row: &MachineRow) -> Result<Handover, Refusal> {
     let mut nics = Vec::new();
-    for hold in ports(&leaf.edges, row, &leaf.attempt.peer)? {
+    for hold in holds(&leaf.edges, row, &leaf.attempt.peer)? {
         let Some(nic) = row.definition.nics.iter().find(|nic| nic.name == hold.key.nic) else { continue };
         let flows = leaf.edges.tunnel.sample(hold.key.clone()).await.map_err(tunnel_failed)?;
         nics.push(NicHandover {

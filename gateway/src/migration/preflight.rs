@@ -4,6 +4,7 @@
 //! site's paths and names.
 
 use longhaul_core::ids::Epoch;
+use longhaul_core::machine::Nic;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::message::{Proposal, Refusal};
@@ -12,6 +13,7 @@ use longhaul_core::tunnel::handover::{NicHandover, Prefix};
 
 use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
+use super::stay::takes_along;
 use super::{MachineRow, chain, host, hypervisor_failed, journal_room};
 use crate::hypervisor::Guest;
 
@@ -49,7 +51,7 @@ async fn check(
             mac: nic.mac,
             home: nic.home.clone(),
             neighbours: neighbours(leaf, row, nic).await?,
-            home_prefixes: home_prefixes(leaf, &nic.home)?,
+            home_prefixes: home_prefixes(leaf, row, nic)?,
             flows: Vec::new(),
         });
     }
@@ -61,11 +63,16 @@ async fn check(
         running: status.is_running(),
         commit: leaf.attempt.commit,
         nics,
+        carried: takes_along(leaf.edges.site(), row),
     })
 }
 
 async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOptions) -> Result<(), Refusal> {
     let Some(name) = arbitrated_name(leaf, row, options)? else { return Ok(()) };
+    if row.visits(leaf.edges.site()) && leaf.attempt.commit != CommitMode::Arbitrated(Arbiter::Dns) {
+        // Its home has the key, and moves the name.
+        return Ok(());
+    }
     let Some(names) = &leaf.edges.names else {
         let text =
             format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
@@ -143,11 +150,10 @@ fn not_behind(leaf: &SourceLeaf, kind: Arbiter, register: &str, now: Epoch) -> R
 async fn neighbours(
     leaf: &SourceLeaf,
     row: &MachineRow,
-    nic: &longhaul_core::machine::Nic,
+    nic: &Nic,
 ) -> Result<Vec<longhaul_core::tunnel::handover::Neighbour>, Refusal> {
-    if let Some(known) =
-        row.handover.as_ref().and_then(|handover| handover.nics.iter().find(|handed| handed.nic == nic.name))
-    {
+    let known = row.handover.as_ref().filter(|_| row.visits(leaf.edges.site()));
+    if let Some(known) = known.and_then(|known| known.nics.iter().find(|handed| handed.nic == nic.name)) {
         return Ok(known.neighbours.clone());
     }
     let Some(lan) = leaf.edges.config.lan.get(nic.lan.as_str()) else {
@@ -160,10 +166,14 @@ async fn neighbours(
         .map_err(|error| Refusal::Other(Refusal::text(chain(&error))))
 }
 
-/// What the machine always reaches through the tunnel: what the operator says, or its own LANs.
-fn home_prefixes(leaf: &SourceLeaf, home: &[Prefix]) -> Result<Vec<Prefix>, Refusal> {
+/// What the machine always reaches through the tunnel: what the operator of its home says, or its own LANs.
+fn home_prefixes(leaf: &SourceLeaf, row: &MachineRow, nic: &Nic) -> Result<Vec<Prefix>, Refusal> {
+    let known = row.handover.as_ref().filter(|_| row.visits(leaf.edges.site()));
+    if let Some(handed) = known.and_then(|known| known.nics.iter().find(|handed| handed.nic == nic.name)) {
+        return Ok(handed.home_prefixes.clone());
+    }
     let Some(configured) = &leaf.edges.config.tunnel.home_prefixes else {
-        return Ok(home.to_vec());
+        return Ok(nic.home.clone());
     };
     configured.iter().map(|text| parse_prefix(text)).collect()
 }

@@ -26,9 +26,9 @@ use longhaul_core::units::Bytes;
 
 use super::activate::remember;
 use super::destination::DestinationLeaf;
-use super::park::tunnel_failed;
 use super::partial::{self, PartialOf};
 use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
+use super::stay::Stay;
 use super::{chain, hypervisor_failed, told_to_stop};
 use crate::disk::nbd::NbdClient;
 use crate::disk::{DiskMap, DiskTarget};
@@ -36,15 +36,13 @@ use crate::hypervisor::{
     Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
 };
 use crate::memory::{MemoryEnd, MemoryTarget, TargetConfig, TargetHandle};
-use crate::migration::anchor::{pool_images, visits};
+use crate::migration::anchor::pool_images;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
 /// Between two tries to find QEMU.
 const AGAIN: Duration = Duration::from_millis(500);
 /// QEMU only lets go of what it holds locally.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
-/// QEMU opens its taps before it becomes the machine's user.
-pub const TAP_OWNER: u32 = 0;
 
 /// What is held for a machine that comes.
 #[derive(Default)]
@@ -141,12 +139,7 @@ async fn prepare(
         return Err(Refusal::Busy(format!("a QEMU of {} runs at site {}", definition.name, edges.site())));
     }
     make_images(leaf, proposal, held)?;
-    let mut taps = std::collections::BTreeMap::new();
-    for visit in visits(edges, definition, reservation, &proposal.nics, &leaf.attempt.peer)? {
-        edges.tunnel.create_tap(visit.key.clone(), TAP_OWNER, None).await.map_err(tunnel_failed)?;
-        taps.insert(visit.key.nic.clone(), visit.port.clone());
-        edges.tunnel.visit_prepare(visit).await.map_err(tunnel_failed)?;
-    }
+    let taps = Stay::of_arrival(edges, &leaf.attempt.peer, proposal, reservation).prepare(edges).await?;
     let volumes = definition.volumes().map(|volume| volume.name.clone());
     let placement = Placement {
         disks: volumes

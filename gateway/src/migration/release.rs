@@ -12,6 +12,7 @@ use longhaul_core::tunnel::policy::PortKey;
 
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
+use super::stay::Stay;
 use super::{MachineRow, chain};
 use crate::hypervisor::Guest;
 
@@ -49,6 +50,7 @@ pub(super) async fn run(
         }
     }
     leave_taps(&leaf, &row).await;
+    leave_network(&leaf, &row).await;
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
         peer.close_bulk(leaf.attempt.id).await;
     }
@@ -71,6 +73,19 @@ async fn leave_taps(leaf: &SourceLeaf, row: &MachineRow) {
         let key = PortKey { machine: leaf.attempt.vm.clone(), nic: nic.clone() };
         if let Err(error) = leaf.edges.tunnel.sample_end(key).await {
             tracing::warn!(vm = %leaf.attempt.vm, %nic, error = chain(&error), "sampler could not be removed");
+        }
+    }
+}
+
+/// Rules of a visit end with it, and so do those for what it had brought home. A tap at home stays the anchor's.
+async fn leave_network(leaf: &SourceLeaf, row: &MachineRow) {
+    if row.visits(leaf.edges.site()) {
+        return Stay::of_row(&leaf.edges, row).end(&leaf.edges).await;
+    }
+    for nic in &row.definition.nics {
+        let key = PortKey { machine: leaf.attempt.vm.clone(), nic: nic.name.clone() };
+        if let Err(error) = leaf.edges.tunnel.carry_undo(key).await {
+            tracing::warn!(vm = %leaf.attempt.vm, error = chain(&error), "rules of its visits were not removed");
         }
     }
 }

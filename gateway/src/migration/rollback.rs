@@ -16,7 +16,7 @@ use super::source::SourceLeaf;
 use super::{MachineRow, chain};
 use crate::generation::read_notes;
 use crate::hypervisor::{Guest, QmpError, RunState};
-use crate::migration::anchor::ports;
+use crate::migration::stay::holds;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
 /// Between two tries.
@@ -42,7 +42,7 @@ pub(super) async fn run(
             tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk")
         }
     }
-    match ports(&leaf.edges, &row, &leaf.attempt.peer) {
+    match holds(&leaf.edges, &row, &leaf.attempt.peer) {
         Ok(holds) => {
             for hold in holds {
                 if let Err(error) = leaf.edges.tunnel.hold_undo(hold).await {

@@ -228,7 +228,9 @@ impl SourceDriver {
                 let Some(guest) = self.running_guest().await else { return };
                 let (leaf, row) = (self.leaf.clone(), self.row.clone());
                 self.reservation = Some(reservation);
-                let ttl = (!self.options.without_dns).then(|| self.ttl_before_s.clone());
+                // The name of a visitor is its home's to change.
+                let ours = !self.options.without_dns && !self.row.visits(self.leaf.edges.site());
+                let ttl = ours.then(|| self.ttl_before_s.clone());
                 self.work.hand_on(move |transfer, stop| precopy::run(leaf, guest, row, ttl, transfer, stop));
             }
             Action::Park => {

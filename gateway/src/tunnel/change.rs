@@ -49,6 +49,7 @@ pub(super) enum Owner {
     Gateway,
     Away(PortKey),
     Visit(PortKey),
+    Carry(PortKey),
     Sampler(PortKey),
 }
 

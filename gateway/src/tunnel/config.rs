@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use longhaul_core::migration::message::MAX_CARRIED;
 use longhaul_core::tunnel::datapath::DatapathConfig;
 
 use super::error::TunnelError;
@@ -34,7 +35,8 @@ pub struct TunnelConfig {
     pub rule_priority: u32,
     /// The connection mark of flows that leave locally. Default 0x4c01.
     pub mark_local: u32,
-    /// The connection and packet mark of flows that go back through the tunnel. Default 0x4c02.
+    /// The connection and packet mark of flows that go back through the tunnel. Default 0x4c02. Flows by addresses of
+    /// earlier visits have the marks behind it, one for each address that a machine may bring.
     pub mark_tunnel: u32,
     /// The routing protocol number by which our routes, rules and neighbours are told from others'.
     /// Default 176; `/etc/iproute2/rt_protos` may name it.
@@ -111,9 +113,10 @@ impl TunnelConfig {
         if !prefix_ok {
             return Err(TunnelError::Config("prefix must be 1 to 4 lower-case letters"));
         }
-        if self.mark_local == 0 || self.mark_tunnel == 0 || self.mark_local == self.mark_tunnel {
+        let tunnel = self.mark_tunnel..=self.mark_tunnel.saturating_add(MAX_CARRIED as u32);
+        if self.mark_local == 0 || self.mark_tunnel == 0 || tunnel.contains(&self.mark_local) {
             return Err(TunnelError::Config(
-                "mark_local and mark_tunnel must differ from each other and from 0",
+                "mark_local must differ from mark_tunnel and from the 16 marks behind it, and neither may be 0",
             ));
         }
         if matches!(self.route_table, 0 | 253..=255) {
@@ -153,6 +156,8 @@ mod tests {
             config.check().is_err()
         };
         assert!(refused(|c| c.mark_local = c.mark_tunnel));
+        assert!(refused(|c| c.mark_local = c.mark_tunnel + MAX_CARRIED as u32));
+        assert!(!refused(|c| c.mark_local = c.mark_tunnel + MAX_CARRIED as u32 + 1));
         assert!(refused(|c| c.route_table = 254));
         assert!(refused(|c| c.prefix = "LH".to_owned()));
         assert!(refused(|c| c.device = "a-name-of-sixteen".to_owned()));

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
 use longhaul_core::tunnel::host::HostAddresses;
-use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -23,7 +23,7 @@ use super::config::{TunnelConfig, check_device_name};
 use super::device::{Command as Move, PeerPath};
 use super::error::TunnelError;
 use super::nft;
-use super::plan::{self, CareOf, HoldRequest, Kernel, VisitRequest};
+use super::plan::{self, CareOf, CarryRequest, HoldRequest, Kernel, Leaving, VisitRequest};
 use super::routes::{self, Netlink};
 use super::sysctl::Switches;
 use super::tap;
@@ -59,7 +59,12 @@ pub(super) enum Command {
     HoldUndo { request: HoldRequest, reply: Reply<()> },
     NamesExpire { key: PortKey, after: Duration, reply: Reply<()> },
     AttractEnd { key: PortKey, reply: Reply<AnchorClosed> },
-    ReturnHome { key: PortKey, neighbours: Vec<Neighbour>, reply: Reply<()> },
+    Retarget { key: PortKey, peer: SiteName, reply: Reply<()> },
+    ExpectReturn { key: PortKey, returning: bool, reply: Reply<()> },
+    ComeBack { key: PortKey, neighbours: Vec<Neighbour>, reply: Reply<()> },
+    Carry { request: CarryRequest, flows: Vec<FlowTuple>, reply: Reply<()> },
+    CarryUndo { key: PortKey, reply: Reply<()> },
+    ForgetAddress { key: PortKey, address: IpAddr, reply: Reply<()> },
     VisitPrepare { request: VisitRequest, reply: Reply<()> },
     VisitFlows { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
     VisitResumed { key: PortKey, reply: Reply<()> },
@@ -89,6 +94,8 @@ pub(super) struct Control {
     moves: mpsc::Sender<Move>,
     away: BTreeMap<PortKey, Away>,
     visits: BTreeMap<PortKey, Visit>,
+    /// Machines at home that have brought addresses of their visits.
+    carries: BTreeMap<PortKey, CarryRequest>,
 }
 
 impl Control {
@@ -107,6 +114,7 @@ impl Control {
             moves,
             away: BTreeMap::new(),
             visits: BTreeMap::new(),
+            carries: BTreeMap::new(),
         }
     }
 
@@ -160,8 +168,24 @@ impl Control {
                 drop(reply.send(set.and_then(|set| Ok(set?))));
             }
             Command::AttractEnd { key, reply } => drop(reply.send(self.attract_end(&key).await)),
-            Command::ReturnHome { key, neighbours, reply } => {
-                drop(reply.send(self.return_home(&key, &neighbours).await));
+            Command::Retarget { key, peer, reply } => {
+                let set = self.tell(|done| Move::Retarget { key, peer, done }).await;
+                drop(reply.send(set.and_then(|set| Ok(set?))));
+            }
+            Command::ExpectReturn { key, returning, reply } => {
+                let set = self.tell(|done| Move::ExpectReturn { key, returning, done }).await;
+                drop(reply.send(set));
+            }
+            Command::ComeBack { key, neighbours, reply } => {
+                drop(reply.send(self.come_back(&key, &neighbours).await));
+            }
+            Command::Carry { request, flows, reply } => {
+                drop(reply.send(self.carry(request, &flows).await));
+            }
+            Command::CarryUndo { key, reply } => drop(reply.send(self.carry_undo(&key).await)),
+            Command::ForgetAddress { key, address, reply } => {
+                let set = self.tell(|done| Move::ForgetAddress { key, address, done }).await;
+                drop(reply.send(set));
             }
             Command::VisitPrepare { request, reply } => drop(reply.send(self.visit_prepare(request).await)),
             Command::VisitFlows { key, flows, reply } => {
@@ -183,13 +207,29 @@ impl Control {
         self.changes.apply(&Owner::Sampler(key), plan).await
     }
 
-    /// Reads the table that this gateway or the one before it has made.
+    /// Reads the table that this gateway or the one before it has made. Each flow has the machine's address that its
+    /// other end knows.
     async fn sample(&self, key: &PortKey) -> Result<Vec<FlowTuple>, TunnelError> {
-        let table = nft::sampler_name(&self.config, &tap::port_id(key));
-        match nft::sampled(&table, self.config.max_flows as usize).await {
-            Err(TunnelError::Nft { .. }) => Err(TunnelError::NotSampled(key.clone())),
-            other => other,
+        let (config, max) = (&self.config, self.config.max_flows as usize);
+        let sampled = match self.visits.get(key) {
+            Some(Visit { request, .. }) => {
+                let care_of: Vec<_> =
+                    request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect();
+                let carried = plan::carried_rules(config, &request.carried);
+                nft::visited(config, &plan::visit_table_name(config, key), max, &care_of, &carried).await
+            }
+            None => nft::sampled(&nft::sampler_name(config, &tap::port_id(key)), max).await,
+        };
+        let mut flows = match sampled {
+            Err(TunnelError::Nft { .. }) => return Err(TunnelError::NotSampled(key.clone())),
+            other => other?,
+        };
+        if let Some(request) = self.carries.get(key) {
+            let carried = plan::carried_rules(config, &request.carried);
+            let turned = nft::turned(config, &tap::port_id(key), &carried).await?;
+            known_elsewhere(&mut flows, &turned);
         }
+        Ok(flows)
     }
 
     async fn sample_end(&mut self, key: PortKey) -> Result<(), TunnelError> {
@@ -233,13 +273,17 @@ impl Control {
     async fn hold_begin(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
         check_device_name(&request.lan)?;
         check_device_name(&request.port)?;
-        let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.home.clone());
+        let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.addresses.clone());
         self.tell(|done| Move::BeginHold { key, peer, home, done }).await??;
         let owner = Owner::Away(request.key.clone());
         let plan = Kernel::probe(&request.lan).map(|kernel| plan::hold_plan(&self.config, kernel, &request));
         if let Err(error) = self.apply(&owner, plan).await {
-            self.end(&request.key).await?;
+            self.end(&request.key, Role::Away).await?;
             return Err(error);
+        }
+        if self.has_tunnels(&request.key) {
+            let key = request.key.clone();
+            self.tell(|done| Move::Pause { key, done }).await??;
         }
         info!(port = %request.key, peer = %request.peer, "holding packets");
         let key = request.key.clone();
@@ -253,7 +297,11 @@ impl Control {
         let Some(away) = self.away.get_mut(&key) else { return Ok(()) };
         away.attracted.get_or_insert_with(Instant::now);
         let request = away.request.clone();
-        let announcements = self.announcements(&request.lan, &request.home).await?;
+        if self.has_tunnels(&key) {
+            let (key, onward) = (key.clone(), request.peer.clone());
+            self.tell(|done| Move::Relay { key, onward, done }).await??;
+        }
+        let announcements = self.announcements(&request.lan, &request.addresses).await?;
         let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
         if let Some(away) = self.away.get_mut(&key) {
             away.announcing = Some(announcing);
@@ -269,28 +317,63 @@ impl Control {
             return self.hold_undo_left(&request).await;
         };
         drop(announcing);
-        let (key, port) = (&request.key, request.key.clone());
-        let kept = self.tell(|done| Move::TakeKept { key: port, done }).await?;
-        self.redeliver(&request, kept).await?;
-        let undone = self.changes.undo(&Owner::Away(key.clone())).await;
-        let kept = self.end(key).await?;
-        self.redeliver(&request, kept).await?;
-        self.announce_guest(&request).await?;
+        let key = &request.key;
+        let undone = match request.from {
+            Leaving::Home => self.give_back_at_home(&request).await,
+            Leaving::Visit => self.give_back_at_visit(&request).await,
+        };
+        if self.has_tunnels(key) {
+            let key = key.clone();
+            self.tell(|done| Move::Resumed { key, done }).await??;
+        }
         info!(port = %key, "hold undone");
         undone
     }
 
+    async fn give_back_at_home(&mut self, request: &HoldRequest) -> Result<(), TunnelError> {
+        let key = &request.key;
+        let port = key.clone();
+        let kept = self.tell(|done| Move::TakeKept { key: port, role: Role::Away, done }).await?;
+        self.redeliver(request, kept).await?;
+        let undone = self.changes.undo(&Owner::Away(key.clone())).await;
+        let kept = self.end(key, Role::Away).await?;
+        self.redeliver(request, kept).await?;
+        self.announce_guest(request).await?;
+        undone
+    }
+
+    /// What was kept comes by a care-of address, which the kernel translates again once the rules are gone.
+    async fn give_back_at_visit(&mut self, request: &HoldRequest) -> Result<(), TunnelError> {
+        let undone = self.changes.undo(&Owner::Away(request.key.clone())).await;
+        let packets = self.end(&request.key, Role::Away).await?;
+        self.tell(|done| Move::Deliver { packets, done }).await?;
+        undone
+    }
+
+    /// The machine is here, and addresses of it are attracted at other sites.
+    fn has_tunnels(&self, key: &PortKey) -> bool {
+        self.visits.contains_key(key) || self.carries.contains_key(key)
+    }
+
     /// A gateway that was killed while it held has left its changes, and this one has never made them.
     async fn hold_undo_left(&mut self, request: &HoldRequest) -> Result<(), TunnelError> {
-        self.end(&request.key).await?;
-        if !nft::is_away(&self.config, &tap::port_id(&request.key), request.mac).await? {
+        self.end(&request.key, Role::Away).await?;
+        let id = tap::port_id(&request.key);
+        let left = match request.from {
+            Leaving::Home => nft::is_away(&self.config, &id, request.mac).await?,
+            Leaving::Visit => nft::has_table(&self.config, &nft::left_name(&self.config, &id)).await?,
+        };
+        if !left {
             return Ok(());
         }
         let owner = Owner::Away(request.key.clone());
         let plan = plan::hold_plan(&self.config, Kernel::probe(&request.lan)?, request);
         self.changes.take_over(&owner, plan);
         let undone = self.changes.undo(&owner).await;
-        self.announce_guest(request).await?;
+        match request.from {
+            Leaving::Home => self.announce_guest(request).await?,
+            Leaving::Visit => {}
+        }
         info!(port = %request.key, "hold of an earlier gateway undone");
         undone
     }
@@ -300,20 +383,27 @@ impl Control {
         let open_for = away.as_ref().and_then(|away| away.attracted).map(|since| since.elapsed());
         drop(away);
         let undone = self.changes.undo(&Owner::Away(key.clone())).await;
-        self.end(key).await?;
+        self.end(key, Role::Away).await?;
+        self.end(key, Role::Relay).await?;
         undone?;
-        info!(port = %key, "home address no longer attracted");
+        info!(port = %key, "address no longer attracted");
         Ok(AnchorClosed { at: SystemTime::now(), open_for: open_for.unwrap_or_default() })
     }
 
-    /// The machine is back: its LAN learns its address again, and it learns its neighbours'.
-    async fn return_home(&mut self, key: &PortKey, neighbours: &[Neighbour]) -> Result<(), TunnelError> {
+    /// The machine is back: its addresses here are its own again. At home its LAN learns its address, and it learns its
+    /// neighbours'.
+    async fn come_back(&mut self, key: &PortKey, neighbours: &[Neighbour]) -> Result<(), TunnelError> {
+        self.end(key, Role::Relay).await?;
         let Some(request) = self.away.get(key).map(|away| away.request.clone()) else { return Ok(()) };
         self.hold_undo(request.clone()).await?;
+        if request.from == Leaving::Visit {
+            return Ok(());
+        }
         let port = self.netlink.link(&request.port).await?.index;
         for neighbour in neighbours {
             let truth = Announcement { device: port, address: neighbour.addr, mac: neighbour.mac };
-            let same_version = request.home.iter().find(|home| home.is_ipv6() == neighbour.addr.is_ipv6());
+            let same_version =
+                request.addresses.iter().find(|home| home.is_ipv6() == neighbour.addr.is_ipv6());
             if let Some(home) = same_version {
                 self.frames
                     .tell(request.mac, *home, &truth)
@@ -331,13 +421,12 @@ impl Control {
                 return Err(TunnelError::FamilyMismatch { home: *home, care_of: *care_of });
             }
         }
-        let (key, peer) = (request.key.clone(), request.peer.clone());
-        let home = request.nic.home.iter().map(|prefix| prefix.addr).collect();
-        self.tell(|done| Move::Visit { key, peer, home, done }).await??;
+        let (key, routes) = (request.key.clone(), plan::visit_routes(&request));
+        self.tell(|done| Move::Visit { key, routes, done }).await??;
         let owner = Owner::Visit(request.key.clone());
         let plan = Kernel::probe(&request.lan).map(|kernel| plan::visit_plan(&self.config, kernel, &request));
         if let Err(error) = self.apply(&owner, plan).await {
-            self.end(&request.key).await?;
+            self.end(&request.key, Role::Visiting).await?;
             return Err(error);
         }
         info!(port = %request.key, home = %request.peer, "ready for a visitor");
@@ -348,8 +437,49 @@ impl Control {
 
     async fn visit_flows(&mut self, key: &PortKey, flows: &[FlowTuple]) -> Result<(), TunnelError> {
         let flows = &flows[..flows.len().min(self.config.max_flows as usize)];
-        let script = nft::preflows(&plan::visit_table_name(&self.config, key), flows);
+        let Some(Visit { request, .. }) = self.visits.get(key) else { return Ok(()) };
+        let care_of: Vec<IpAddr> = request.care_of.iter().map(|pair| pair.care_of).collect();
+        let carried = plan::carried_rules(&self.config, &request.carried);
+        let script =
+            nft::visit_flows(&plan::visit_table_name(&self.config, key), flows, &care_of, &carried);
         if script.is_empty() { Ok(()) } else { nft::run(&script).await }
+    }
+
+    /// The machine is at home, and connections that were opened at its visits are carried here.
+    async fn carry(&mut self, request: CarryRequest, flows: &[FlowTuple]) -> Result<(), TunnelError> {
+        check_device_name(&request.lan)?;
+        check_device_name(&request.port)?;
+        let (key, routes) = (request.key.clone(), plan::carry_routes(&request));
+        self.tell(|done| Move::Visit { key, routes, done }).await??;
+        let lan_mac = self.netlink.link(&request.lan).await?.mac;
+        let lan_mac = lan_mac.ok_or_else(|| TunnelError::NoSuchDevice(request.lan.clone()))?;
+        let owner = Owner::Carry(request.key.clone());
+        let plan = Kernel::probe(&request.lan)
+            .map(|kernel| plan::carry_plan(&self.config, kernel, &request, lan_mac));
+        if let Err(error) = self.apply(&owner, plan).await {
+            self.end(&request.key, Role::Visiting).await?;
+            return Err(error);
+        }
+        let (id, carried) = (tap::port_id(&request.key), plan::carried_rules(&self.config, &request.carried));
+        let flows = &flows[..flows.len().min(self.config.max_flows as usize)];
+        let script = nft::carry_flows(&self.config, &id, &carried, flows);
+        if !script.is_empty() {
+            nft::run(&script).await?;
+        }
+        let key = request.key.clone();
+        self.tell(|done| Move::Resumed { key, done }).await??;
+        info!(port = %request.key, addresses = carried.len(), "carrying connections of visits");
+        self.carries.insert(request.key.clone(), request);
+        Ok(())
+    }
+
+    async fn carry_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
+        if self.carries.remove(key).is_none() {
+            return Ok(());
+        }
+        let undone = self.changes.undo(&Owner::Carry(key.clone())).await;
+        self.end(key, Role::Visiting).await?;
+        undone
     }
 
     async fn visit_resumed(&mut self, key: &PortKey) -> Result<(), TunnelError> {
@@ -369,7 +499,7 @@ impl Control {
     async fn visit_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
         drop(self.visits.remove(key));
         let undone = self.changes.undo(&Owner::Visit(key.clone())).await;
-        self.end(key).await?;
+        self.end(key, Role::Visiting).await?;
         undone
     }
 
@@ -385,6 +515,10 @@ impl Control {
         let visits: Vec<PortKey> = self.visits.keys().cloned().collect();
         for key in visits {
             self.visit_undo(&key).await?;
+        }
+        let carries: Vec<PortKey> = self.carries.keys().cloned().collect();
+        for key in carries {
+            self.carry_undo(&key).await?;
         }
         self.changes.sweep(&self.config).await
     }
@@ -404,9 +538,9 @@ impl Control {
         self.changes.apply(owner, plan?).await
     }
 
-    async fn end(&self, key: &PortKey) -> Result<Vec<Bytes>, TunnelError> {
+    async fn end(&self, key: &PortKey, role: Role) -> Result<Vec<Bytes>, TunnelError> {
         let key = key.clone();
-        self.tell(|done| Move::End { key, done }).await
+        self.tell(|done| Move::End { key, role, done }).await
     }
 
     /// Puts kept packets on the guest's own port, as if they came from this host.
@@ -438,7 +572,7 @@ impl Control {
         let announcements = devices
             .into_iter()
             .filter(|device| Some(*device) != own)
-            .flat_map(|device| request.home.iter().map(move |address| announcement(device, *address)))
+            .flat_map(|device| request.addresses.iter().map(move |address| announcement(device, *address)))
             .collect();
         announce::burst(self.frames.clone(), announcements, &self.config.announce);
         Ok(())
@@ -456,6 +590,16 @@ impl Control {
         let (done, answer) = oneshot::channel();
         self.moves.send(command(done)).await.map_err(|_| TunnelError::Stopped)?;
         answer.await.map_err(|_| TunnelError::Stopped)
+    }
+}
+
+/// Flows that are turned have the address by which their other end knows the machine.
+fn known_elsewhere(flows: &mut [FlowTuple], turned: &[FlowTuple]) {
+    let rest = |flow: &FlowTuple| (flow.protocol, flow.local_port, flow.remote, flow.remote_port);
+    for flow in flows {
+        if let Some(known) = turned.iter().find(|known| rest(known) == rest(flow)) {
+            flow.local = known.local;
+        }
     }
 }
 

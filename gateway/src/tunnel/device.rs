@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_core::ids::SiteName;
-use longhaul_core::tunnel::datapath::{Counters, Datapath, PortStatus, UnknownPort, Way};
+use longhaul_core::tunnel::datapath::{Counters, Datapath, PortStatus, UnknownPort, VisitRoute, Way};
 use longhaul_core::tunnel::handover::FlowTuple;
-use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey};
+use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey, Role};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{trace, warn};
@@ -79,13 +79,44 @@ pub(super) enum Command {
     },
     Visit {
         key: PortKey,
-        peer: SiteName,
-        home: Vec<IpAddr>,
+        routes: Vec<VisitRoute>,
         done: oneshot::Sender<Result<(), AddressTaken>>,
     },
     Resumed {
         key: PortKey,
         done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    /// A machine that is here stops to leave.
+    Pause {
+        key: PortKey,
+        done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    /// It left for this site.
+    Relay {
+        key: PortKey,
+        onward: SiteName,
+        done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    /// A machine that is away is at this site now.
+    Retarget {
+        key: PortKey,
+        peer: SiteName,
+        done: oneshot::Sender<Result<(), UnknownPort>>,
+    },
+    ExpectReturn {
+        key: PortKey,
+        returning: bool,
+        done: oneshot::Sender<()>,
+    },
+    ForgetAddress {
+        key: PortKey,
+        address: IpAddr,
+        done: oneshot::Sender<()>,
+    },
+    /// These go into the kernel, as if they came from a peer.
+    Deliver {
+        packets: Vec<Bytes>,
+        done: oneshot::Sender<()>,
     },
     NamesExpire {
         key: PortKey,
@@ -94,10 +125,12 @@ pub(super) enum Command {
     },
     TakeKept {
         key: PortKey,
+        role: Role,
         done: oneshot::Sender<Vec<Bytes>>,
     },
     End {
         key: PortKey,
+        role: Role,
         done: oneshot::Sender<Vec<Bytes>>,
     },
 }
@@ -213,8 +246,32 @@ impl Mover {
             Command::Attract { key, flows, done } => {
                 let _ = done.send(self.datapath.attract(now, &key, &flows));
             }
-            Command::Visit { key, peer, home, done } => {
-                let _ = done.send(self.datapath.visit(&key, &peer, &home));
+            Command::Visit { key, routes, done } => {
+                let _ = done.send(self.datapath.visit(&key, &routes));
+            }
+            Command::Pause { key, done } => {
+                let _ = done.send(self.datapath.pause(&key));
+            }
+            Command::Relay { key, onward, done } => {
+                let _ = done.send(self.datapath.relay(now, &key, &onward));
+            }
+            Command::Retarget { key, peer, done } => {
+                let _ = done.send(self.datapath.retarget(&key, &peer));
+            }
+            Command::ExpectReturn { key, returning, done } => {
+                self.datapath.expect_return(&key, returning);
+                let _ = done.send(());
+            }
+            Command::ForgetAddress { key, address, done } => {
+                self.datapath.forget_address(&key, address);
+                let _ = done.send(());
+            }
+            Command::Deliver { packets, done } => {
+                for packet in packets {
+                    let outcome = self.deliver(&packet);
+                    self.datapath.handle_outcome(Way::Device, &packet, outcome);
+                }
+                let _ = done.send(());
             }
             Command::Resumed { key, done } => {
                 let _ = done.send(self.datapath.resumed(now, &key));
@@ -222,13 +279,13 @@ impl Mover {
             Command::NamesExpire { key, after, done } => {
                 let _ = done.send(self.datapath.set_names_expire_at(&key, now + after));
             }
-            Command::TakeKept { key, done } => {
+            Command::TakeKept { key, role, done } => {
                 self.drain_device(DRAIN);
-                let _ = done.send(self.datapath.take_kept(&key));
+                let _ = done.send(self.datapath.take_kept(&key, role));
             }
-            Command::End { key, done } => {
+            Command::End { key, role, done } => {
                 self.drain_device(DRAIN);
-                let _ = done.send(self.datapath.end(&key));
+                let _ = done.send(self.datapath.end(&key, role));
             }
         }
     }
@@ -262,10 +319,13 @@ impl Mover {
         self.last_served = peer;
         let now = self.now();
         for datagram in batch.drain(..) {
-            if let Some(packet) = self.datapath.handle_datagram(now, peer, datagram) {
-                let outcome = self.deliver(&packet);
+            if let Some((way, packet)) = self.datapath.handle_datagram(now, peer, datagram) {
+                let outcome = match way {
+                    Way::Device => self.deliver(&packet),
+                    Way::Peer(onward) => self.send(onward, &packet),
+                };
                 trace!(len = packet.len(), ?outcome, "from peer");
-                self.datapath.handle_outcome(Way::Device, &packet, outcome);
+                self.datapath.handle_outcome(way, &packet, outcome);
             }
         }
     }

@@ -17,6 +17,10 @@
 //! [`visit_resumed`](Tunnel::visit_resumed) right after, [`visit_undo`](Tunnel::visit_undo) to take it
 //! back. All of them may be repeated.
 //!
+//! A machine that moves on from a visit is held and attracted by its care-of addresses there, and what still comes for
+//! its other addresses is passed on; [`come_back`](Tunnel::come_back) ends an attraction where it returns to, and
+//! [`carry`](Tunnel::carry) keeps connections of its visits alive at its home.
+//!
 //! It does not decide when any of this happens, and it knows no link: a peer is a [`DatagramPath`] and
 //! a channel of datagrams.
 
@@ -32,6 +36,7 @@ mod routes;
 mod sysctl;
 mod tap;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,7 +51,7 @@ pub use config::{AnnounceConfig, TunnelConfig};
 pub use control::AnchorClosed;
 pub use device::{DatagramPath, TunnelStatus};
 pub use error::TunnelError;
-pub use plan::{CareOf, HoldRequest, VisitRequest};
+pub use plan::{CareOf, CarriedRoute, CarryRequest, HoldRequest, Leaving, VisitRequest};
 pub use tap::tap_name;
 
 use announce::FrameSocket;
@@ -179,10 +184,36 @@ impl Tunnel {
         self.attract_end(key).await
     }
 
-    /// The machine came back: its home address is no longer attracted, what was kept is delivered, and
-    /// the guest is told the true addresses of its `neighbours`. Call it when the guest runs.
-    pub async fn return_home(&self, key: PortKey, neighbours: Vec<Neighbour>) -> Result<(), TunnelError> {
-        self.ask(|reply| Command::ReturnHome { key, neighbours, reply }).await
+    /// A machine that is away has moved on to `peer`.
+    pub async fn retarget(&self, key: PortKey, peer: SiteName) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::Retarget { key, peer, reply }).await
+    }
+
+    /// A machine that is away is on its way back: what the other site held for it is kept until it is here.
+    pub async fn expect_return(&self, key: PortKey, returning: bool) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::ExpectReturn { key, returning, reply }).await
+    }
+
+    /// The machine came back: its addresses here are no longer attracted, what was kept is delivered. At home
+    /// the guest is told the true addresses of its `neighbours`; call it when the guest runs.
+    pub async fn come_back(&self, key: PortKey, neighbours: Vec<Neighbour>) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::ComeBack { key, neighbours, reply }).await
+    }
+
+    /// A machine at home has brought addresses of its visits: connections by them go the way they came.
+    /// `flows` were open when it came.
+    pub async fn carry(&self, request: CarryRequest, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::Carry { request, flows, reply }).await
+    }
+
+    /// No connection is carried for it any more.
+    pub async fn carry_undo(&self, key: PortKey) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::CarryUndo { key, reply }).await
+    }
+
+    /// The site that attracted this address of a machine that is here no longer does.
+    pub async fn forget_address(&self, key: PortKey, address: IpAddr) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::ForgetAddress { key, address, reply }).await
     }
 
     /// Makes the port of a visitor what its home was, and its rules; packets to it are kept until it runs.

@@ -5,6 +5,9 @@
 //! in its JSON, because they are read by operators in `nft list ruleset` as well; all chain names carry
 //! a prefix, as `fwd`, `dnat` and `snat` are keywords to nft 1.0.
 
+mod carry;
+mod visit;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
@@ -17,6 +20,9 @@ use tokio::process::Command;
 
 use super::config::TunnelConfig;
 use super::error::TunnelError;
+
+pub(super) use carry::{CarriedRule, Home, carry_flows, carry_tables, left_name, left_table, turned};
+pub(super) use visit::{Visit, visit_flows, visit_table, visited};
 
 /// A table of ours.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,19 +47,6 @@ impl Table {
     pub(super) fn remove(&self) -> String {
         remove(self.family, &self.name)
     }
-}
-
-/// The rules of one visiting NIC.
-pub(super) struct Visit<'a> {
-    pub name: String,
-    /// The guest's tap.
-    pub port: &'a str,
-    pub home: &'a [IpAddr],
-    /// The home addresses of the machine's other NICs.
-    pub others: &'a [IpAddr],
-    pub home_prefixes: &'a [Prefix],
-    /// Home address and the care-of address that stands for it.
-    pub care_of: Vec<(IpAddr, IpAddr)>,
 }
 
 /// Applies a script as one transaction.
@@ -86,69 +79,53 @@ pub(super) fn stale_mac_table(config: &TunnelConfig, id: &str, port: &str) -> Ta
     Table { family: "netdev", name: format!("{}_port_{id}", config.prefix), body }
 }
 
-/// Which way a visitor's packets leave, its care-of address, and what it may not forge.
-pub(super) fn visit_table(config: &TunnelConfig, visit: &Visit<'_>) -> Table {
-    let mut body = String::new();
-    visit_sets(&mut body, config, visit);
-    guard_chain(&mut body, config, visit);
-    mark_chain(&mut body, config, visit);
-    nat_chains(&mut body, config, visit);
-    Table { family: "inet", name: visit.name.clone(), body }
-}
-
-/// The transaction that adds flows of before the move to a visit's table; empty without flows.
-pub(super) fn preflows(table: &str, flows: &[FlowTuple]) -> String {
-    let mut script = String::new();
-    for (set, v6) in [("flows4", false), ("flows6", true)] {
-        let elements: Vec<String> = flows
-            .iter()
-            .filter(|flow| flow.remote.is_ipv6() == v6 && flow.local.is_ipv6() == v6)
-            .map(|flow| {
-                format!("{} . {} . {} . {}", flow.protocol, flow.remote, flow.remote_port, flow.local_port)
-            })
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect();
-        if !elements.is_empty() {
-            let _ = writeln!(script, "add element inet {table} {set} {{ {} }}", elements.join(", "));
-        }
-    }
-    script
-}
-
 /// Remembers the flows of a machine at home, by the packets it sends.
 pub(super) fn sampler_table(config: &TunnelConfig, id: &str, port: &str) -> Table {
-    let mut body = String::new();
-    for (version, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
-        for set in ["open", "closed"] {
-            let _ = writeln!(
-                body,
-                "\tset {set}{version} {{\n\t\ttype inet_proto . {address} . inet_service . {address} . inet_service\n\
-                 \t\tsize {}\n\t\tflags dynamic,timeout\n\t}}",
-                config.max_flows,
-            );
-        }
-    }
-    let (tcp, udp) = (config.tcp_flow_timeout.as_secs(), config.udp_flow_timeout.as_secs());
+    let mut body = sampling_sets(config, "");
     let _ = writeln!(
         body,
         "\tchain {}_sample {{\n\t\ttype filter hook ingress device \"{port}\" priority -10; policy accept;\n\
          \t\tip frag-off & 0x1fff != 0 return",
         config.prefix
     );
-    for (version, ip) in [(4, "ip"), (6, "ip6")] {
-        let key = format!("meta l4proto . {ip} saddr . th sport . {ip} daddr . th dport");
-        let family = format!("meta protocol {ip}");
-        let _ = write!(
-            body,
-            "\t\t{family} meta l4proto tcp tcp flags & syn == syn delete @closed{version} {{ {key} }}\n\
-             \t\t{family} meta l4proto tcp tcp flags & (fin | rst) != 0 update @closed{version} {{ {key} timeout {tcp}s }}\n\
-             \t\t{family} meta l4proto tcp update @open{version} {{ {key} timeout {tcp}s }}\n\
-             \t\t{family} meta l4proto udp update @open{version} {{ {key} timeout {udp}s }}\n",
-        );
-    }
+    body.push_str(&sampling_rules(config, "", ""));
     body.push_str("\t}\n");
     Table { family: "netdev", name: sampler_name(config, id), body }
+}
+
+/// The sets of flows that were seen; `tag` tells them from others in the same table. (nft 1.0 forgets the first type of
+/// a key of more than five, so that a mark cannot be part of it.)
+fn sampling_sets(config: &TunnelConfig, tag: &str) -> String {
+    let mut sets = String::new();
+    for (version, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
+        for set in ["open", "closed"] {
+            let _ = writeln!(
+                sets,
+                "\tset {set}{tag}{version} {{\n\t\ttype inet_proto . {address} . inet_service . {address} . inet_service\n\
+                 \t\tsize {}\n\t\tflags dynamic,timeout\n\t}}",
+                config.max_flows,
+            );
+        }
+    }
+    sets
+}
+
+/// The rules that fill them, with what fulfils `condition`.
+fn sampling_rules(config: &TunnelConfig, tag: &str, condition: &str) -> String {
+    let (tcp, udp) = (config.tcp_flow_timeout.as_secs(), config.udp_flow_timeout.as_secs());
+    let mut rules = String::new();
+    for (version, ip) in [(4, "ip"), (6, "ip6")] {
+        let key = format!("meta l4proto . {ip} saddr . th sport . {ip} daddr . th dport");
+        let (family, set) = (format!("{condition}meta protocol {ip}"), format!("{tag}{version}"));
+        let _ = write!(
+            rules,
+            "\t\t{family} meta l4proto tcp tcp flags & syn == syn delete @closed{set} {{ {key} }}\n\
+             \t\t{family} meta l4proto tcp tcp flags & (fin | rst) != 0 update @closed{set} {{ {key} timeout {tcp}s }}\n\
+             \t\t{family} meta l4proto tcp update @open{set} {{ {key} timeout {tcp}s }}\n\
+             \t\t{family} meta l4proto udp update @open{set} {{ {key} timeout {udp}s }}\n",
+        );
+    }
+    rules
 }
 
 /// The name of a sampler's table.
@@ -160,7 +137,7 @@ pub(super) fn sampler_name(config: &TunnelConfig, id: &str) -> String {
 pub(super) async fn sampled(table: &str, max: usize) -> Result<Vec<FlowTuple>, TunnelError> {
     let listed = nft(&["-j", "list", "table", "netdev", table], "").await?;
     let listed: Value = serde_json::from_str(&listed).map_err(TunnelError::NftOutput)?;
-    Ok(read_sampled(&listed, max))
+    Ok(read_sampled(&listed, "", max))
 }
 
 /// The names of our tables and their families, by prefix.
@@ -182,8 +159,12 @@ pub(super) fn remove(family: &str, name: &str) -> String {
 
 /// Whether frames to a machine's address are taken off its LAN: by this gateway or one before it.
 pub(super) async fn is_away(config: &TunnelConfig, id: &str, mac: Mac) -> Result<bool, TunnelError> {
-    let name = away_name(config, id, mac);
-    Ok(our_tables(config).await?.iter().any(|(_, ours)| *ours == name))
+    has_table(config, &away_name(config, id, mac)).await
+}
+
+/// Whether there is a table of that name: this gateway's or one before it's.
+pub(super) async fn has_table(config: &TunnelConfig, name: &str) -> Result<bool, TunnelError> {
+    Ok(our_tables(config).await?.iter().any(|(_, ours)| ours == name))
 }
 
 /// The machine's address in the name of an attraction's table, by which a crash's leavings are found.
@@ -195,126 +176,6 @@ pub(super) fn mac_of_away_name(config: &TunnelConfig, name: &str) -> Option<Mac>
 
 fn away_name(config: &TunnelConfig, id: &str, mac: Mac) -> String {
     format!("{}_away_{}_{id}", config.prefix, hex::encode(mac.0))
-}
-
-fn visit_sets(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
-    for (version, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
-        let _ = writeln!(
-            body,
-            "\tset flows{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\
-             \t\tsize {}\n\t\tflags timeout\n\t\ttimeout {}s\n\t}}",
-            config.max_flows,
-            config.tcp_flow_timeout.as_secs(),
-        );
-        let blocks: BTreeSet<String> = visit
-            .home_prefixes
-            .iter()
-            .filter(|prefix| prefix.addr.is_ipv6() == (version == 6))
-            .map(|prefix| format!("{}/{}", first_address(prefix), prefix.len))
-            .collect();
-        let blocks: Vec<String> = blocks.into_iter().collect();
-        let elements = match blocks.is_empty() {
-            true => String::new(),
-            false => format!("\t\telements = {{ {} }}\n", blocks.join(", ")),
-        };
-        let _ = writeln!(
-            body,
-            "\tset home{version} {{\n\t\ttype {address}\n\t\tflags interval\n\t\tauto-merge\n{elements}\t}}"
-        );
-    }
-}
-
-/// A visitor sends from its own addresses only (and speaks neighbour discovery). From those of its other
-/// NICs too: a guest without source routing answers for all of them through one.
-fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
-    let port = visit.port;
-    let _ = writeln!(
-        body,
-        "\tchain {}_guard {{\n\t\ttype filter hook prerouting priority raw; policy accept;",
-        config.prefix
-    );
-    for (ip, v6) in [("ip", false), ("ip6", true)] {
-        let mut own = family_of(visit.home, v6);
-        own.extend(family_of(visit.others, v6));
-        if v6 {
-            own.extend(["::".to_owned(), "fe80::/10".to_owned()]);
-        }
-        let _ = match own.is_empty() {
-            true => writeln!(body, "\t\tiifname \"{port}\" meta protocol {ip} counter drop"),
-            false => {
-                writeln!(body, "\t\tiifname \"{port}\" {ip} saddr != {{ {} }} counter drop", own.join(", "))
-            }
-        };
-    }
-    body.push_str("\t}\n");
-}
-
-/// Flows that came through the tunnel, or were open before the move, go back through it; all others
-/// leave locally. The last rule that matches decides. A packet of no tracked flow goes back, because
-/// leaving locally without translation it would only be dropped as forged.
-fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
-    let (port, tun) = (visit.port, &config.device);
-    let (local, tunnel) = (config.mark_local, config.mark_tunnel);
-    let _ = writeln!(
-        body,
-        "\tchain {}_mark {{\n\t\ttype filter hook prerouting priority mangle; policy accept;",
-        config.prefix
-    );
-    for (ip, v6) in [("ip", false), ("ip6", true)] {
-        for home in family_of(visit.home, v6) {
-            let _ = writeln!(
-                body,
-                "\t\tiifname \"{tun}\" {ip} daddr {home} ct state new ct mark set {tunnel:#x}"
-            );
-        }
-        for (_, care_of) in visit.care_of.iter().filter(|(_, care_of)| care_of.is_ipv6() == v6) {
-            let _ = writeln!(
-                body,
-                "\t\tiifname != {{ \"{tun}\", \"{port}\" }} {ip} daddr {care_of} ct state new ct mark set {local:#x}"
-            );
-        }
-    }
-    let _ = write!(
-        body,
-        "\t\tiifname != \"{port}\" return\n\
-         \t\tct state new ct mark set {local:#x}\n\
-         \t\tct state new meta l4proto tcp tcp flags & (fin | syn | rst | ack) != syn ct mark set {tunnel:#x}\n\
-         \t\tct state new ip daddr @home4 ct mark set {tunnel:#x}\n\
-         \t\tct state new ip6 daddr @home6 ct mark set {tunnel:#x}\n\
-         \t\tct state new meta l4proto . ip daddr . th dport . th sport @flows4 ct mark set {tunnel:#x}\n\
-         \t\tct state new meta l4proto . ip6 daddr . th dport . th sport @flows6 ct mark set {tunnel:#x}\n\
-         \t\tmeta mark set {tunnel:#x}\n\
-         \t\tct mark {local:#x} meta mark set 0\n\
-         \t}}\n",
-    );
-}
-
-fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
-    let (prefix, tun, port) = (&config.prefix, &config.device, visit.port);
-    let chains = [
-        (format!("{prefix}_in"), "prerouting priority dstnat", format!("iifname != \"{tun}\" ")),
-        (format!("{prefix}_own"), "output priority -100", String::new()),
-    ];
-    for (name, hook, from) in chains {
-        let _ = writeln!(body, "\tchain {name} {{\n\t\ttype nat hook {hook}; policy accept;");
-        for (home, care_of) in &visit.care_of {
-            let ip = if care_of.is_ipv6() { "ip6" } else { "ip" };
-            let _ = writeln!(body, "\t\t{from}{ip} daddr {care_of} dnat {ip} to {home}");
-        }
-        body.push_str("\t}\n");
-    }
-    let _ = writeln!(
-        body,
-        "\tchain {prefix}_out {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;"
-    );
-    for (home, care_of) in &visit.care_of {
-        let ip = if care_of.is_ipv6() { "ip6" } else { "ip" };
-        let _ = writeln!(
-            body,
-            "\t\toifname != {{ \"{tun}\", \"{port}\" }} {ip} saddr {home} snat {ip} to {care_of}"
-        );
-    }
-    body.push_str("\t}\n");
 }
 
 fn family_of(addresses: &[IpAddr], v6: bool) -> Vec<String> {
@@ -339,12 +200,13 @@ fn mac_text(mac: Mac) -> String {
     mac.0.map(|octet| format!("{octet:02x}")).join(":")
 }
 
-fn read_sampled(listed: &Value, max: usize) -> Vec<FlowTuple> {
+fn read_sampled(listed: &Value, tag: &str, max: usize) -> Vec<FlowTuple> {
     let (mut open, mut closed) = (BTreeSet::new(), BTreeSet::new());
     for set in listed["nftables"].as_array().into_iter().flatten().map(|item| &item["set"]) {
-        let into = match set["name"].as_str() {
-            Some("open4" | "open6") => &mut open,
-            Some("closed4" | "closed6") => &mut closed,
+        let name = set["name"].as_str().and_then(|name| name.strip_suffix(['4', '6'])).unwrap_or_default();
+        let into = match name.split_at_checked(name.len().saturating_sub(tag.len())) {
+            Some(("open", of)) if of == tag => &mut open,
+            Some(("closed", of)) if of == tag => &mut closed,
             Some(_) | None => continue,
         };
         into.extend(set["elem"].as_array().into_iter().flatten().filter_map(read_flow));
@@ -353,25 +215,56 @@ fn read_sampled(listed: &Value, max: usize) -> Vec<FlowTuple> {
     open.difference(&closed).filter(unicast).take(max).copied().collect()
 }
 
+/// The flows in the sets `set`4 and `set`6, which hold remote address, remote port and the guest's port.
+fn read_turned(listed: &Value, set: &str, local: IpAddr) -> Vec<FlowTuple> {
+    let sets = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["set"]);
+    let ours = sets.filter(|found| {
+        found["name"].as_str().and_then(|name| name.strip_prefix(set)).is_some_and(|rest| rest == "4" || rest == "6")
+    });
+    let elements = ours.flat_map(|found| found["elem"].as_array().into_iter().flatten());
+    let read = |element: &Value| {
+        let value = element.get("elem").map_or(element, |elem| &elem["val"]);
+        let [protocol, remote, remote_port, local_port] = value["concat"].as_array()?.as_slice() else {
+            return None;
+        };
+        Some(FlowTuple {
+            protocol: read_protocol(protocol)?,
+            local,
+            local_port: read_port(local_port)?,
+            remote: remote.as_str()?.parse().ok()?,
+            remote_port: read_port(remote_port)?,
+        })
+    };
+    elements.filter_map(read).collect()
+}
+
 fn read_flow(element: &Value) -> Option<FlowTuple> {
     let value = element.get("elem").map_or(element, |elem| &elem["val"]);
     let [protocol, local, local_port, remote, remote_port] = value["concat"].as_array()?.as_slice() else {
         return None;
     };
-    let protocol = match protocol.as_str() {
-        Some("tcp") => 6,
-        Some("udp") => 17,
-        Some(other) => other.parse().ok()?,
-        None => protocol.as_u64()?.try_into().ok()?,
-    };
     Some(FlowTuple {
-        protocol,
+        protocol: read_protocol(protocol)?,
         local: local.as_str()?.parse().ok()?,
-        local_port: local_port.as_u64()?.try_into().ok()?,
+        local_port: read_port(local_port)?,
         remote: remote.as_str()?.parse().ok()?,
-        remote_port: remote_port.as_u64()?.try_into().ok()?,
+        remote_port: read_port(remote_port)?,
     })
 }
+
+fn read_port(value: &Value) -> Option<u16> {
+    value.as_u64()?.try_into().ok()
+}
+
+fn read_protocol(value: &Value) -> Option<u8> {
+    match value.as_str() {
+        Some("tcp") => Some(6),
+        Some("udp") => Some(17),
+        Some(other) => other.parse().ok(),
+        None => value.as_u64()?.try_into().ok(),
+    }
+}
+
 
 async fn nft(arguments: &[&str], input: &str) -> Result<String, TunnelError> {
     let mut child = Command::new("nft")
@@ -404,23 +297,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_visitor_may_answer_for_another_of_its_nics_and_for_nobody_else() {
-        let address = |text: &str| -> IpAddr { text.parse().unwrap() };
-        let visit = Visit {
-            name: "t".to_owned(),
-            port: "lh-web1-lan",
-            home: &[address("198.51.100.10")],
-            others: &[address("198.51.100.11"), address("2001:db8::11")],
-            home_prefixes: &[],
-            care_of: Vec::new(),
-        };
-        let mut body = String::new();
-        guard_chain(&mut body, &TunnelConfig::default(), &visit);
-        assert!(body.contains("ip saddr != { 198.51.100.10, 198.51.100.11 } counter drop"), "{body}");
-        assert!(body.contains("ip6 saddr != { 2001:db8::11, ::, fe80::/10 } counter drop"), "{body}");
-    }
-
-    #[test]
     fn flows_that_were_closed_are_not_handed_over() {
         let flow = |port: u16| {
             serde_json::json!({"elem": {"val": {"concat":
@@ -433,23 +309,17 @@ mod tests {
             {"set": {"name": "open4", "elem": [flow(1), flow(2), multicast]}},
             {"set": {"name": "closed4", "elem": [flow(2)]}},
         ]});
-        let flows = read_sampled(&listed, 10);
+        let flows = read_sampled(&listed, "", 10);
         assert_eq!(flows.iter().map(|flow| flow.remote_port).collect::<Vec<_>>(), [1]);
-        assert!(read_sampled(&listed, 0).is_empty());
-    }
-
-    #[test]
-    fn flows_are_added_by_family_and_once() {
-        let flow = FlowTuple {
-            protocol: 17,
-            local: "198.51.100.10".parse().unwrap(),
-            local_port: 9000,
-            remote: "192.0.2.1".parse().unwrap(),
-            remote_port: 53,
-        };
-        let script = preflows("t", &[flow, flow]);
-        assert_eq!(script, "add element inet t flows4 { 17 . 192.0.2.1 . 53 . 9000 }\n");
-        assert_eq!(preflows("t", &[]), "");
+        assert!(read_sampled(&listed, "", 0).is_empty());
+        assert!(read_sampled(&listed, "by0_", 10).is_empty());
+        let tagged = serde_json::json!({"nftables": [
+            {"set": {"name": "openby0_4", "elem": [flow(1), flow(2)]}},
+            {"set": {"name": "closedby0_4", "elem": [flow(2)]}},
+            {"set": {"name": "open4", "elem": [flow(3)]}},
+        ]});
+        let flows = read_sampled(&tagged, "by0_", 10);
+        assert_eq!(flows.iter().map(|flow| flow.remote_port).collect::<Vec<_>>(), [1]);
     }
 
     #[test]

@@ -21,8 +21,11 @@
 use std::net::IpAddr;
 
 use longhaul_core::ids::SiteName;
+use longhaul_core::tunnel::datapath::VisitRoute;
 use longhaul_core::tunnel::handover::{Mac, Neighbour, NicHandover, Prefix};
 use longhaul_core::tunnel::policy::PortKey;
+
+use serde::{Deserialize, Serialize};
 
 use super::change::Change;
 use super::config::TunnelConfig;
@@ -43,11 +46,50 @@ pub struct HoldRequest {
     pub peer: SiteName,
     /// The guest's link-layer address.
     pub mac: Mac,
-    /// The guest's home addresses.
-    pub home: Vec<IpAddr>,
+    /// What it leaves here.
+    pub from: Leaving,
+    /// The addresses by which clients reach it here: its home addresses at home, its care-of addresses where it visits.
+    pub addresses: Vec<IpAddr>,
     /// The device the guest is plugged into (its tap).
     pub port: String,
     /// The bridge of the home LAN, on which the host has an address.
+    pub lan: String,
+}
+
+/// What a machine leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Leaving {
+    /// Its home, where it is on the LAN's bridge.
+    Home,
+    /// A site it visits, where it is routed.
+    Visit,
+}
+
+/// An address of an earlier visit, by which connections are still open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CarriedRoute {
+    /// The address the guest believes it has.
+    pub home: IpAddr,
+    /// The address its clients dialled.
+    pub addr: IpAddr,
+    /// The site that attracts it.
+    pub site: SiteName,
+}
+
+/// A machine that is back at home with addresses of its visits, one of its NICs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CarryRequest {
+    /// The NIC.
+    pub key: PortKey,
+    /// Where it came from: what that site held for its home addresses is still under way.
+    pub from: Option<SiteName>,
+    /// The guest's home addresses.
+    pub home: Vec<IpAddr>,
+    /// The addresses it has brought.
+    pub carried: Vec<CarriedRoute>,
+    /// The device the guest is plugged into (its tap).
+    pub port: String,
+    /// The bridge of the home LAN.
     pub lan: String,
 }
 
@@ -67,6 +109,10 @@ pub struct VisitRequest {
     pub key: PortKey,
     /// Where the machine's home is.
     pub peer: SiteName,
+    /// Where it comes from, if that is not its home: that site passes on what comes for it until its home has heard.
+    pub from: Option<SiteName>,
+    /// Addresses of earlier visits that it brings.
+    pub carried: Vec<CarriedRoute>,
     /// What its home says about it. `flows` is not read: they come later.
     pub nic: NicHandover,
     /// The home addresses of the machine's other NICs, which it may answer for through this one.
@@ -111,20 +157,71 @@ pub(super) fn device_plan(config: &TunnelConfig) -> Vec<Change> {
     ]
 }
 
-/// Packets to a machine on the LAN come to us.
+/// Packets to a machine on the LAN, or to one that visits and leaves, come to us.
 pub(super) fn hold_plan(config: &TunnelConfig, kernel: Kernel, request: &HoldRequest) -> Vec<Change> {
-    let HoldRequest { key, mac, home, lan, .. } = request;
+    let HoldRequest { key, mac, from, addresses, lan, .. } = request;
     let mut plan = lan_switches(lan);
-    if home.iter().any(IpAddr::is_ipv6) {
+    if addresses.iter().any(IpAddr::is_ipv6) {
         plan.extend(keep_ra(kernel, lan));
         plan.extend(ipv6_switches(kernel, [lan, &config.device]));
     }
-    plan.push(Change::Table(nft::attract_table(config, &port_id(key), *mac, lan)));
-    for address in home {
+    if *from == Leaving::Home {
+        plan.push(Change::Table(nft::attract_table(config, &port_id(key), *mac, lan)));
+    }
+    for address in addresses {
         plan.push(Change::Proxy { address: *address, device: lan.clone() });
         plan.push(Change::Route { to: host(*address), device: config.device.clone(), table: MAIN_TABLE });
     }
-    plan.push(Change::BridgeAddress { mac: *mac, bridge: lan.clone() });
+    plan.push(match from {
+        Leaving::Home => Change::BridgeAddress { mac: *mac, bridge: lan.clone() },
+        Leaving::Visit => Change::Table(nft::left_table(config, &port_id(key), addresses)),
+    });
+    plan
+}
+
+/// A machine at home whose clients dialled it elsewhere: those flows go the way they came.
+pub(super) fn carry_plan(
+    config: &TunnelConfig,
+    kernel: Kernel,
+    request: &CarryRequest,
+    lan_mac: Mac,
+) -> Vec<Change> {
+    let lan = &request.lan;
+    let mut plan = lan_switches(lan);
+    let has_v6 = request.carried.iter().any(|carried| carried.addr.is_ipv6());
+    if has_v6 {
+        plan.extend(keep_ra(kernel, lan));
+        plan.extend(ipv6_switches(kernel, [lan, &config.device]));
+    }
+    let carried = carried_rules(config, &request.carried);
+    let id = port_id(&request.key);
+    let home = nft::Home { id: &id, port: &request.port, lan, lan_mac, carried: &carried };
+    plan.extend(tunnel_routes(config, lan, has_v6));
+    plan.extend(nft::carry_tables(config, &home).map(Change::Table));
+    plan
+}
+
+/// The rules of a machine's carried addresses, in the order it has them.
+pub(super) fn carried_rules(config: &TunnelConfig, carried: &[CarriedRoute]) -> Vec<nft::CarriedRule> {
+    let rule = |(number, route): (u32, &CarriedRoute)| nft::CarriedRule {
+        home: route.home,
+        addr: route.addr,
+        mark: config.mark_tunnel + 1 + number,
+        number,
+    };
+    (0u32..).zip(carried).map(rule).collect()
+}
+
+/// Marked packets that come in by `input` go into the tunnel.
+fn tunnel_routes(config: &TunnelConfig, input: &str, has_v6: bool) -> Vec<Change> {
+    let mut plan = vec![switch("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1")];
+    for v6 in [false, true].into_iter().filter(|v6| !v6 || has_v6) {
+        let unspecified: IpAddr = if v6 { [0; 16].into() } else { [0; 4].into() };
+        let (device, table) = (config.device.clone(), config.route_table);
+        plan.push(Change::Route { to: Prefix { addr: unspecified, len: 0 }, device, table });
+        let (priority, mark) = (config.rule_priority, config.mark_tunnel);
+        plan.push(Change::Rule(PolicyRule { v6, priority, input: input.to_owned(), mark, table }));
+    }
     plan
 }
 
@@ -140,14 +237,7 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
         plan.extend(ipv6_switches(kernel, [lan, port, &config.device]));
     }
     plan.extend(visit_tables(config, request, &home));
-    plan.push(switch("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1"));
-    for v6 in [false, true].into_iter().filter(|v6| !v6 || has_v6) {
-        let unspecified: IpAddr = if v6 { [0; 16].into() } else { [0; 4].into() };
-        let (device, table) = (config.device.clone(), config.route_table);
-        plan.push(Change::Route { to: Prefix { addr: unspecified, len: 0 }, device, table });
-        let (priority, mark) = (config.rule_priority, config.mark_tunnel);
-        plan.push(Change::Rule(PolicyRule { v6, priority, input: port.clone(), mark, table }));
-    }
+    plan.extend(tunnel_routes(config, port, has_v6));
     plan.extend(nic.neighbours.iter().filter(|neighbour| neighbour.addr.is_ipv6()).map(|neighbour| {
         // IPv4 is answered for whatever is asked; IPv6 has no such switch.
         Change::Proxy { address: neighbour.addr, device: port.clone() }
@@ -157,10 +247,34 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
         plan.push(Change::Route { to: host(*address), device: port.clone(), table: MAIN_TABLE });
     }
     for CareOf { care_of, .. } in &request.care_of {
-        plan.push(Change::Route { to: host(*care_of), device: port.clone(), table: MAIN_TABLE });
+        // Translation comes before routing; untranslated it is for a machine that has left.
+        plan.push(Change::Route { to: host(*care_of), device: config.device.clone(), table: MAIN_TABLE });
         plan.push(Change::Proxy { address: *care_of, device: lan.clone() });
     }
     plan
+}
+
+/// By which site packets of each of a visitor's addresses travel.
+pub(super) fn visit_routes(request: &VisitRequest) -> Vec<VisitRoute> {
+    let (home, from) = (&request.peer, request.from.as_ref().filter(|from| **from != request.peer));
+    let routed = |prefix: &Prefix| match from {
+        Some(from) => VisitRoute { address: prefix.addr, peer: from.clone(), also: Some(home.clone()) },
+        None => VisitRoute { address: prefix.addr, peer: home.clone(), also: None },
+    };
+    request.nic.home.iter().map(routed).chain(request.carried.iter().map(carried_route)).collect()
+}
+
+/// The same for a machine at home; what its last visit held for its home addresses comes from there.
+pub(super) fn carry_routes(request: &CarryRequest) -> Vec<VisitRoute> {
+    let held = request.from.iter().flat_map(|from| {
+        let route = |address: &IpAddr| VisitRoute { address: *address, peer: from.clone(), also: None };
+        request.home.iter().map(route)
+    });
+    request.carried.iter().map(carried_route).chain(held).collect()
+}
+
+fn carried_route(carried: &CarriedRoute) -> VisitRoute {
+    VisitRoute { address: carried.addr, peer: carried.site.clone(), also: None }
 }
 
 /// The flows of a machine at home are remembered.
@@ -194,6 +308,7 @@ fn port_changes(config: &TunnelConfig, request: &VisitRequest) -> Vec<Change> {
 }
 
 fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) -> [Change; 2] {
+    let carried = carried_rules(config, &request.carried);
     let visit = nft::Visit {
         name: visit_table_name(config, &request.key),
         port: &request.port,
@@ -201,6 +316,7 @@ fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) 
         others: &request.others,
         home_prefixes: &request.nic.home_prefixes,
         care_of: request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect(),
+        carried: &carried,
     };
     let stale = nft::stale_mac_table(config, &port_id(&request.key), &request.port);
     [Change::Table(stale), Change::Table(nft::visit_table(config, &visit))]
@@ -263,7 +379,8 @@ mod tests {
             key: PortKey { machine: "web1".parse().unwrap(), nic: "net0".parse().unwrap() },
             peer: "b".parse().unwrap(),
             mac: Mac([0x52, 0x54, 0, 0, 0, 1]),
-            home: home.iter().map(|address| address.parse().unwrap()).collect(),
+            from: Leaving::Home,
+            addresses: home.iter().map(|address| address.parse().unwrap()).collect(),
             port: "lh-web1-net0".to_owned(),
             lan: "br0".to_owned(),
         }

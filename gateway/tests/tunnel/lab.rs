@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use gateway::tunnel::{CareOf, DatagramPath, HoldRequest, Tunnel, TunnelConfig, VisitRequest};
+use gateway::tunnel::{CareOf, DatagramPath, HoldRequest, Leaving, Tunnel, TunnelConfig, VisitRequest};
 use longhaul_core::tunnel::handover::{Mac, Neighbour, NicHandover, Prefix};
 use longhaul_core::tunnel::policy::PortKey;
 use nix::sched::{CloneFlags, setns};
@@ -252,7 +252,8 @@ pub fn hold_request() -> HoldRequest {
         key: key(),
         peer: "b".parse().unwrap(),
         mac: GUEST_MAC,
-        home: vec![address(HOME), address(HOME_V6)],
+        from: Leaving::Home,
+        addresses: vec![address(HOME), address(HOME_V6)],
         port: "tapa".to_owned(),
         lan: "br0".to_owned(),
     }
@@ -263,6 +264,8 @@ pub fn visit_request(neighbours: Vec<Neighbour>) -> VisitRequest {
     VisitRequest {
         key: key(),
         peer: "a".parse().unwrap(),
+        from: None,
+        carried: Vec::new(),
         nic: NicHandover {
             nic: "net0".parse().unwrap(),
             mac: GUEST_MAC,

@@ -23,6 +23,9 @@ use crate::topology::{BRIDGE, SiteSpec};
 /// The gateways' UDP port.
 pub const PORT: u16 = 4789;
 
+/// The number of the first care-of address on a site's LAN.
+pub const CARE_OF: u8 = 200;
+
 /// What belongs to one site before its daemon runs.
 pub struct SiteFiles {
     /// The site.
@@ -66,13 +69,17 @@ impl SiteFiles {
         dns_key: Option<&Path>,
     ) -> Result<()> {
         let folder = self.folder.display();
-        let care_of = format!("{}-{}", self.spec.address(200), self.spec.address(209));
+        let last = CARE_OF + 9;
+        let mut care_of = format!("\"{}-{}\"", self.spec.address(CARE_OF), self.spec.address(last));
+        if options.dual_stack {
+            care_of += &format!(", \"{}-{}\"", self.spec.address6(CARE_OF), self.spec.address6(last));
+        }
         let rate = options.rate_mbit.max(1.0) as u64;
         let mut text = format!(
             "[site]\nname = \"{name}\"\nkey_file = \"{folder}/key\"\nstate_dir = \"{folder}/state\"\n\
              run_dir = \"{folder}/run\"\n\
              [link]\nlisten = \"{host}:{PORT}\"\nrate_mbit = {rate}\n\
-             [lan.lan]\nbridge = \"{BRIDGE}\"\ncare_of = [\"{care_of}\"]\n\
+             [lan.lan]\nbridge = \"{BRIDGE}\"\ncare_of = [{care_of}]\n\
              [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
              [hypervisor]\nuid_base = 200000\n\
              [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\

@@ -40,6 +40,10 @@ pub struct SceneOptions {
     pub quiet_s: u64,
     /// Size of the file whose blocks the guest rewrites.
     pub dirt_bytes: u64,
+    /// A third site, c.
+    pub third_site: bool,
+    /// Home and care-of addresses of both IP versions.
+    pub dual_stack: bool,
     /// What arbitrates. Both sites have the name server's key where it is the name server.
     pub arbiter: ArbiterChoice,
 }
@@ -71,6 +75,8 @@ impl Default for SceneOptions {
             migration: Vec::new(),
             quiet_s: 3,
             dirt_bytes: 64 << 20,
+            third_site: false,
+            dual_stack: false,
             arbiter: ArbiterChoice::None,
         }
     }

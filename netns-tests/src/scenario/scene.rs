@@ -9,7 +9,7 @@ use gateway::api::types::{DefineRequest, MigrateRequest, MigrationView, Progress
 use gateway::config::ArbiterChoice;
 
 use super::etcd::Etcd;
-use super::gateway::{Gateway, PORT, SiteFiles};
+use super::gateway::{CARE_OF, Gateway, PORT, SiteFiles};
 use super::names::{Names, ZONE};
 use super::options::SceneOptions;
 use super::programs::Programs;
@@ -17,7 +17,7 @@ use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
 use crate::cleanup::Lab;
 use crate::guest::boot::{BootOptions, Nic, READY, failure};
 use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
-use crate::topology::{World, WorldSpec};
+use crate::topology::{SiteSpec, World, WorldSpec};
 use crate::wan::{Emulator, Measured, measure};
 
 /// The machine that moves.
@@ -25,7 +25,7 @@ pub const VM: &str = "web1";
 /// The number of its home address on site a's LAN.
 pub const VM_NUMBER: u8 = 10;
 
-/// Two sites, their gateways, a guest at site a, a name server.
+/// Two sites or three, their gateways, a guest at site a, a name server.
 pub struct Scene {
     /// Namespaces and WAN.
     pub world: World,
@@ -33,6 +33,8 @@ pub struct Scene {
     pub a: Gateway,
     /// Site b's gateway.
     pub b: Gateway,
+    /// Site c's gateway, where there is one.
+    pub c: Option<Gateway>,
     /// The name server.
     pub names: Names,
     /// The etcd, where it arbitrates.
@@ -63,6 +65,9 @@ impl Scene {
         let emulator = Emulator::detect()?;
         let mut spec = WorldSpec::two_sites(options.wan(), emulator, PORT);
         spec.open_tcp_ports = vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT];
+        if options.third_site {
+            spec.sites.push(SiteSpec::c());
+        }
         let world = World::build(Lab::start()?, &spec)?;
         let folder = lab_folder().join(&options.name);
         std::fs::create_dir_all(&folder)?;
@@ -79,16 +84,28 @@ impl Scene {
         let by_name = options.arbiter == ArbiterChoice::Dns;
         let a = SiteFiles::make(&world.site("a")?.spec, &scratch)?;
         let b = SiteFiles::make(&world.site("b")?.spec, &scratch)?;
-        a.configure(&[&b], &image, &options, Some(names.key_file()))?;
-        b.configure(&[&a], &image, &options, by_name.then(|| names.key_file()))?;
+        let c = options.third_site.then(|| SiteFiles::make(&world.site("c")?.spec, &scratch)).transpose()?;
+        let all = [Some(&a), Some(&b), c.as_ref()];
+        for site in all.into_iter().flatten() {
+            let others: Vec<&SiteFiles> =
+                all.into_iter().flatten().filter(|other| other.spec.name != site.spec.name).collect();
+            // The name is its home's to change, unless it arbitrates.
+            let changes = site.spec.name == "a" || by_name;
+            site.configure(&others, &image, &options, changes.then(|| names.key_file()))?;
+        }
         let disks = image.copy_disks(&a.folder.join("disks"))?;
         let disks = [Some(disks.root), disks.second].into_iter().flatten().collect();
         let gateway_a = Gateway::start(&world.site("a")?.host, &programs.longhaul, &a.folder).await?;
         let gateway_b = Gateway::start(&world.site("b")?.host, &programs.longhaul, &b.folder).await?;
+        let gateway_c = match &c {
+            Some(c) => Some(Gateway::start(&world.site("c")?.host, &programs.longhaul, &c.folder).await?),
+            None => None,
+        };
         let scene = Self {
             world,
             a: gateway_a,
             b: gateway_b,
+            c: gateway_c,
             names,
             etcd,
             options,
@@ -110,6 +127,21 @@ impl Scene {
     /// The machine's home address.
     pub fn home(&self) -> Result<IpAddr> {
         Ok(self.world.site("a")?.spec.address(VM_NUMBER).into())
+    }
+
+    /// The machine's IPv6 home address, where it has one.
+    pub fn home6(&self) -> Result<IpAddr> {
+        Ok(self.world.site("a")?.spec.address6(VM_NUMBER).into())
+    }
+
+    /// The first of a site's care-of addresses.
+    pub fn care_of(&self, site: &str) -> Result<IpAddr> {
+        Ok(self.world.site(site)?.spec.address(CARE_OF).into())
+    }
+
+    /// The first of its IPv6 ones.
+    pub fn care_of6(&self, site: &str) -> Result<IpAddr> {
+        Ok(self.world.site(site)?.spec.address6(CARE_OF).into())
     }
 
     /// Measures the emulated WAN.
@@ -151,13 +183,18 @@ impl Scene {
         ];
         let mut nics =
             vec![Nic::new("eth0", self.home()?, site.lan_prefix, Some(site.router_address().into()))];
+        let mut home = format!("\"{}/{}\"", self.home()?, site.lan_prefix);
+        if self.options.dual_stack {
+            let (home6, router6) = (self.home6()?, site.address6(1));
+            nics[0].addresses.push((home6, 64));
+            nics[0].gateways.push(router6.into());
+            home += &format!(", \"{home6}/64\"");
+        }
         let mut devices = format!(
             "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n\
-             [[nics]]\nname = \"lan\"\nmac = \"52:54:00:aa:00:10\"\nhome = [\"{}/{}\"]\nlan = \"lan\"\n\
+             [[nics]]\nname = \"lan\"\nmac = \"52:54:00:aa:00:10\"\nhome = [{home}]\nlan = \"lan\"\n\
              pci = \"05.0\"\n",
             self.options.disk_bytes,
-            self.home()?,
-            site.lan_prefix
         );
         if self.options.two_of_each {
             let second = site.address(VM_NUMBER + 1);
@@ -189,7 +226,11 @@ impl Scene {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let up = |view: &gateway::api::types::StatusView| view.peers.iter().all(|peer| peer.up);
-            if up(&self.a.client().status().await?) && up(&self.b.client().status().await?) {
+            let mut all = true;
+            for gateway in self.gateways() {
+                all &= up(&gateway.client().status().await?);
+            }
+            if all {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -203,18 +244,43 @@ impl Scene {
         }
     }
 
+    /// The gateways there are.
+    pub fn gateways(&self) -> impl Iterator<Item = &Gateway> {
+        [Some(&self.a), Some(&self.b), self.c.as_ref()].into_iter().flatten()
+    }
+
+    /// One site's gateway.
+    pub fn gateway(&self, site: &str) -> Result<&Gateway> {
+        let found = match site {
+            "a" => Some(&self.a),
+            "b" => Some(&self.b),
+            _ => self.c.as_ref(),
+        };
+        found.with_context(|| format!("No gateway {site}"))
+    }
+
     /// Begins to move the guest to site b.
     pub async fn begin_move(&self) -> Result<String> {
+        self.begin_move_between("a", "b").await
+    }
+
+    /// Begins to move the guest.
+    pub async fn begin_move_between(&self, from: &str, to: &str) -> Result<String> {
         let request =
-            MigrateRequest { vm: VM.parse()?, to: "b".parse()?, without_dns: false, max_downtime_ms: None };
-        Ok(self.a.client().migrate(&request).await?.id)
+            MigrateRequest { vm: VM.parse()?, to: to.parse()?, without_dns: false, max_downtime_ms: None };
+        Ok(self.gateway(from)?.client().migrate(&request).await?.id)
+    }
+
+    /// Waits until a migration from site a is over.
+    pub async fn wait_move(&self, id: &str, limit: Duration) -> Result<MigrationView> {
+        self.wait_move_from("a", id, limit).await
     }
 
     /// Waits until a migration is over.
-    pub async fn wait_move(&self, id: &str, limit: Duration) -> Result<MigrationView> {
+    pub async fn wait_move_from(&self, from: &str, id: &str, limit: Duration) -> Result<MigrationView> {
         let deadline = Instant::now() + limit;
         loop {
-            let view = self.a.client().migration(id).await?;
+            let view = self.gateway(from)?.client().migration(id).await?;
             if view.progressing != Progressing::Running {
                 return Ok(view);
             }
@@ -227,7 +293,7 @@ impl Scene {
 
     /// Keeps what helps to find out what went wrong.
     pub fn keep_logs(&self) {
-        for (site, gateway) in [("a", &self.a), ("b", &self.b)] {
+        for (site, gateway) in ["a", "b", "c"].into_iter().zip(self.gateways()) {
             let kept = |what: &str| self.folder.join(format!("{site}-{what}"));
             copy_if_there(&gateway.log(), &kept("gateway.log"));
             copy_if_there(&gateway.console(VM), &kept("console.log"));
@@ -242,6 +308,7 @@ impl Scene {
         // A gateway that does not end by itself is ended with its namespace.
         let _ = self.a.stop();
         let _ = self.b.stop();
+        let _ = self.c.as_mut().map(Gateway::stop);
         let Self { world, names, etcd, .. } = self;
         drop((names, etcd));
         world.close()

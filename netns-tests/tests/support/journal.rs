@@ -10,6 +10,7 @@ use gateway::hypervisor::parse_definition;
 use gateway::journal::{Journal, unix_ms};
 use gateway::migration::MachineRow;
 use gateway::migration::anchor::{Anchor, AnchorNic, NameState};
+use gateway::tunnel::Leaving;
 use longhaul_core::ids::{Epoch, MigrationId};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::ledger::Ownership;
@@ -52,7 +53,8 @@ pub fn anchor(written: &Written, home: IpAddr, care_of: IpAddr) -> Anchor {
     let nics = definition.nics.iter().map(|nic| AnchorNic {
         nic: nic.name.clone(),
         mac: nic.mac,
-        home: vec![home],
+        from: Leaving::Home,
+        addresses: vec![home],
         bridge: netns_tests::topology::BRIDGE.to_owned(),
         port: "gone".to_owned(),
         flows: Vec::new(),
@@ -63,10 +65,13 @@ pub fn anchor(written: &Written, home: IpAddr, care_of: IpAddr) -> Anchor {
         peer: "b".parse().unwrap(),
         nics: nics.collect(),
         care_of: vec![(home, care_of)],
+        moves: vec![(home, care_of)],
         name: definition.dns_name.clone(),
         ttl_s: 5,
         names: NameState::Waiting,
         since_unix_ms: unix_ms(),
+        tell: Vec::new(),
+        ended: false,
     }
 }
 
@@ -87,7 +92,9 @@ impl Written {
             definition: self.definition.clone(),
             images: images.to_vec(),
             home_site: "a".parse()?,
+            came_from: (!at_a).then(|| "a".parse()).transpose()?,
             adopted: None,
+            carried: Vec::new(),
             care_of: if at_a { Vec::new() } else { self.reservation().care_of },
             handover: (!at_a).then(|| self.handover()),
             wanted: true,
@@ -140,6 +147,7 @@ impl Written {
             running: true,
             commit: CommitMode::Confirmed,
             nics: self.handover().nics,
+            carried: Vec::new(),
         })
     }
 

@@ -3,6 +3,7 @@
 //! Every message may be lost, doubled or late: a machine repeats what it still needs answered and
 //! ignores what no longer fits. Local errors never travel; they are mapped to [`Refusal`].
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -97,7 +98,26 @@ pub struct Proposal {
     pub commit: CommitMode,
     /// Its NICs' addresses and neighbours; flows come with [`Handover`].
     pub nics: Vec<NicHandover>,
+    /// Addresses that it had at sites it has visited, and at which clients may still reach it.
+    pub carried: Vec<Carried>,
 }
+
+/// A care-of address of an earlier visit. Its site attracts it, and packets to it travel to the machine, wherever it
+/// is, for as long as connections are left that were opened there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// The NIC in the machine's definition.
+    pub nic: DeviceName,
+    /// The address the guest believes it has.
+    pub home: IpAddr,
+    /// The address its clients dialled.
+    pub addr: IpAddr,
+    /// The site that attracts it.
+    pub site: SiteName,
+}
+
+/// Addresses of earlier visits that one machine may take along. More are left behind, oldest first.
+pub const MAX_CARRIED: usize = 16;
 
 /// What the destination holds for the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,6 +211,7 @@ impl Proposal {
     ///
     /// [`Refusal::PeerMisbehaved`] with the NIC that differs.
     pub fn check_nics(&self) -> Result<(), Refusal> {
+        self.check_carried()?;
         let defined = &self.definition.nics;
         if self.nics.len() != defined.len() {
             let text = format!("{} NICs are defined, {} are described", defined.len(), self.nics.len());
@@ -199,6 +220,28 @@ impl Proposal {
         for (nic, handed) in defined.iter().zip(&self.nics) {
             if (&nic.name, nic.mac, &nic.home) != (&handed.nic, handed.mac, &handed.home) {
                 let text = format!("NIC {} has other addresses than it is defined with", nic.name);
+                return Err(Refusal::PeerMisbehaved(text));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Proposal {
+    /// Each carried address stands for a home address of the machine, of the same IP version, and is given once.
+    fn check_carried(&self) -> Result<(), Refusal> {
+        if self.carried.len() > MAX_CARRIED {
+            let text = format!("{} carried addresses; {MAX_CARRIED} are allowed", self.carried.len());
+            return Err(Refusal::PeerMisbehaved(text));
+        }
+        let mut known: BTreeSet<IpAddr> =
+            self.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect();
+        for carried in &self.carried {
+            let nic = self.definition.nics.iter().find(|nic| nic.name == carried.nic);
+            let stands = nic.is_some_and(|nic| nic.home.iter().any(|home| home.addr == carried.home));
+            let same_version = carried.home.is_ipv4() == carried.addr.is_ipv4();
+            if !stands || !same_version || !known.insert(carried.addr) {
+                let text = format!("Carried address {} stands for no address of the machine", carried.addr);
                 return Err(Refusal::PeerMisbehaved(text));
             }
         }
@@ -244,7 +287,27 @@ mod tests {
             epoch: Epoch(0),
             running: true,
             commit: CommitMode::Confirmed,
+            carried: Vec::new(),
         }
+    }
+
+    fn carried(home: &str, addr: &str) -> Carried {
+        let (home, addr) = (home.parse().unwrap(), addr.parse().unwrap());
+        Carried { nic: "lan".parse().unwrap(), home, addr, site: "b".parse().unwrap() }
+    }
+
+    #[test]
+    fn a_carried_address_stands_for_one_of_the_machines_own_and_is_given_once() {
+        let check = |carried: Vec<Carried>| Proposal { carried, ..proposal() }.check_nics();
+        let good = || carried("198.51.100.10", "203.0.113.200");
+        assert_eq!(check(vec![good()]), Ok(()));
+        assert!(check(vec![good(), good()]).is_err(), "twice");
+        assert!(check(vec![carried("198.51.100.11", "203.0.113.200")]).is_err(), "another's home");
+        assert!(check(vec![carried("198.51.100.10", "2001:db8::1")]).is_err(), "another version");
+        assert!(check(vec![carried("198.51.100.10", "198.51.100.10")]).is_err(), "its home address itself");
+        let many = |n: u8| (0..n).map(|i| carried("198.51.100.10", &format!("203.0.113.{i}"))).collect();
+        assert_eq!(check(many(MAX_CARRIED as u8)), Ok(()));
+        assert!(check(many(MAX_CARRIED as u8 + 1)).is_err());
     }
 
     #[test]

@@ -13,6 +13,10 @@
 //!
 //! A hold only concerns packets to the guest. The guest's own pass in `Passing` and `Releasing`
 //! at its home (before, it has not been handed over), and always at the site it visits.
+//!
+//! A machine that moves on from a site it visits is two things there: its care-of address is `away` like a home
+//! address, and what comes for its other addresses is held ([`Datapath::pause`]) and then passed on
+//! ([`Datapath::relay`]) until the sites that attract them have heard where it is.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -26,7 +30,7 @@ use super::fragment::{Parts, Reassembly, ReassemblyConfig, Splitter};
 use super::handover::FlowTuple;
 use super::hold::{Hold, HoldConfig};
 use super::packet::{Packet, Side};
-use super::policy::{AddressTaken, DropReason, Grant, PeerSlot, Policy, PortKey, PortSlot, Role};
+use super::policy::{AddressTaken, DropReason, Grant, Inbound, PeerSlot, Policy, PortKey, PortSlot, Role};
 use crate::ids::SiteName;
 
 /// Bounds and times of the datapath.
@@ -152,10 +156,27 @@ struct Peer {
     reassembly: Reassembly,
 }
 
+/// An address of a machine that is here, and the site that attracts it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VisitRoute {
+    /// The address.
+    pub address: IpAddr,
+    /// The site that attracts it, or the one that passes its packets on.
+    pub peer: SiteName,
+    /// The other of the two, if it may be either.
+    pub also: Option<SiteName>,
+}
+
 #[derive(Debug)]
 struct Port {
     key: PortKey,
-    grant: Grant,
+    role: Role,
+    /// The other end; for a visit, that of its first address.
+    peer: PeerSlot,
+    /// For a relay: where the machine is now.
+    onward: Option<PeerSlot>,
+    /// Packets to the machine come from where it is, because it is on its way back.
+    returning: bool,
     phase: Phase,
     released_at: Duration,
     hold: Hold,
@@ -204,21 +225,88 @@ impl Datapath {
         peer: &SiteName,
         home: &[IpAddr],
     ) -> Result<(), AddressTaken> {
-        self.register(key, peer, home, Role::Away)
+        let peer = self.peer_slot(peer);
+        let routes: Vec<_> = home.iter().map(|address| (*address, peer, None)).collect();
+        self.register(key, peer, &routes, Role::Away)
     }
 
     /// The machine was handed over: kept packets leave for the peer, then new ones pass.
     pub fn attract(&mut self, now: Duration, key: &PortKey, flows: &[FlowTuple]) -> Result<(), UnknownPort> {
         let table = FlowTable::new(self.config.flows.clone(), now);
+        let slot = self.slot(key, Role::Away).ok_or_else(|| UnknownPort(key.clone()))?;
+        let ours = self.policy.addresses(slot);
+        let flows: Vec<FlowTuple> =
+            flows.iter().filter(|flow| ours.contains(&flow.local)).copied().collect();
         let port = self.port_mut(key, Role::Away)?;
-        port.flows.get_or_insert(table).seed(now, flows);
+        port.flows.get_or_insert(table).seed(now, &flows);
         port.release(now);
         Ok(())
     }
 
-    /// A machine of `peer` will visit: until it runs, packets to it are kept.
-    pub fn visit(&mut self, key: &PortKey, peer: &SiteName, home: &[IpAddr]) -> Result<(), AddressTaken> {
-        self.register(key, peer, home, Role::Visiting)
+    /// A machine will be here whose addresses are attracted at other sites: until it runs, packets to it are kept.
+    pub fn visit(&mut self, key: &PortKey, routes: &[VisitRoute]) -> Result<(), AddressTaken> {
+        let routes: Vec<_> = routes
+            .iter()
+            .map(|route| {
+                let also = route.also.as_ref().map(|also| self.peer_slot(also));
+                (route.address, self.peer_slot(&route.peer), also)
+            })
+            .collect();
+        let peer = routes.first().map_or(PeerSlot(0), |(_, peer, _)| *peer);
+        self.register(key, peer, &routes, Role::Visiting)
+    }
+
+    /// A machine that is here is about to leave: packets to it are kept again.
+    pub fn pause(&mut self, key: &PortKey) -> Result<(), UnknownPort> {
+        self.port_mut(key, Role::Visiting)?.phase = Phase::Holding;
+        Ok(())
+    }
+
+    /// It left for `onward`: what was kept and what still comes is passed on there, and its replies back.
+    pub fn relay(&mut self, now: Duration, key: &PortKey, onward: &SiteName) -> Result<(), UnknownPort> {
+        let onward = self.peer_slot(onward);
+        if self.slot(key, Role::Relay).is_some() {
+            return Ok(());
+        }
+        let slot = self.slot(key, Role::Visiting).ok_or_else(|| UnknownPort(key.clone()))?;
+        self.policy.change(slot, |grant| {
+            grant.role = Role::Relay;
+            grant.also = Some(onward);
+        });
+        let port = self.port_mut(key, Role::Visiting)?;
+        (port.role, port.onward) = (Role::Relay, Some(onward));
+        port.release(now);
+        Ok(())
+    }
+
+    /// A machine that is away is at `peer` now. The place that it left is believed for a while as well: what it sent
+    /// from there may still be under way.
+    pub fn retarget(&mut self, key: &PortKey, peer: &SiteName) -> Result<(), UnknownPort> {
+        let peer = self.peer_slot(peer);
+        let slot = self.slot(key, Role::Away).ok_or_else(|| UnknownPort(key.clone()))?;
+        self.policy.change(slot, |grant| {
+            if grant.peer != peer {
+                (grant.peer, grant.also) = (peer, Some(grant.peer));
+            }
+        });
+        self.port_mut(key, Role::Away)?.peer = peer;
+        Ok(())
+    }
+
+    /// A machine that is away is on its way back: what its present place held for it is kept here until it is.
+    pub fn expect_return(&mut self, key: &PortKey, returning: bool) {
+        if let Ok(port) = self.port_mut(key, Role::Away) {
+            port.returning = returning;
+        }
+    }
+
+    /// An address of a machine that is here is attracted nowhere any more.
+    pub fn forget_address(&mut self, key: &PortKey, address: IpAddr) {
+        for role in [Role::Visiting, Role::Relay] {
+            if let Some(slot) = self.slot(key, role) {
+                self.policy.forget_address(slot, address);
+            }
+        }
     }
 
     /// The visitor runs: kept packets are delivered, then new ones pass.
@@ -238,14 +326,15 @@ impl Datapath {
     }
 
     /// What is kept for a NIC now, oldest first; it stays in its phase. An unknown one has nothing.
-    pub fn take_kept(&mut self, key: &PortKey) -> Vec<Bytes> {
-        let Some(port) = self.slot(key).and_then(|slot| self.ports.get_mut(&slot)) else { return Vec::new() };
+    pub fn take_kept(&mut self, key: &PortKey, role: Role) -> Vec<Bytes> {
+        let slot = self.slot(key, role);
+        let Some(port) = slot.and_then(|slot| self.ports.get_mut(&slot)) else { return Vec::new() };
         std::iter::from_fn(|| port.hold.pop()).collect()
     }
 
     /// Ends a tunnel; what was still kept comes back, oldest first. Ending an unknown one is harmless.
-    pub fn end(&mut self, key: &PortKey) -> Vec<Bytes> {
-        let Some(slot) = self.slot(key) else { return Vec::new() };
+    pub fn end(&mut self, key: &PortKey, role: Role) -> Vec<Bytes> {
+        let Some(slot) = self.slot(key, role) else { return Vec::new() };
         self.policy.forget(slot);
         let Some(mut port) = self.ports.remove(&slot) else { return Vec::new() };
         std::iter::from_fn(|| port.hold.pop()).collect()
@@ -264,7 +353,7 @@ impl Datapath {
             };
         let port = self.ports.get_mut(&grant.port)?;
         match grant.role {
-            Role::Visiting => Some(grant.peer),
+            Role::Visiting | Role::Relay => Some(grant.peer),
             Role::Away => {
                 if let Some(flows) = &mut port.flows {
                     flows.handle_packet(now, &view, Side::Remote);
@@ -274,8 +363,13 @@ impl Datapath {
         }
     }
 
-    /// Takes a datagram from `peer`. Returned: the packet to give to the kernel now.
-    pub fn handle_datagram(&mut self, now: Duration, peer: PeerSlot, datagram: Bytes) -> Option<Bytes> {
+    /// Takes a datagram from `peer`. Returned: the packet that came with it, and where it goes now.
+    pub fn handle_datagram(
+        &mut self,
+        now: Duration,
+        peer: PeerSlot,
+        datagram: Bytes,
+    ) -> Option<(Way, Bytes)> {
         let reassembly = &mut self.peers.get_mut(&peer)?.reassembly;
         let abandoned = reassembly.abandoned();
         let joined = reassembly.handle_datagram(now, datagram);
@@ -288,8 +382,7 @@ impl Datapath {
             }
         };
         match self.admit(now, peer, &packet) {
-            Ok(true) => Some(packet),
-            Ok(false) => None,
+            Ok(way) => way.map(|way| (way, packet)),
             Err(reason) => {
                 self.counters.drop(reason, 1);
                 None
@@ -312,8 +405,9 @@ impl Datapath {
                 port.phase = Phase::Passing;
                 continue;
             };
-            let way = match port.grant.role {
-                Role::Away => Way::Peer(port.grant.peer),
+            let way = match port.role {
+                Role::Away => Way::Peer(port.peer),
+                Role::Relay => Way::Peer(port.onward.unwrap_or(port.peer)),
                 Role::Visiting => Way::Device,
             };
             return Some((*slot, way, packet));
@@ -370,53 +464,83 @@ impl Datapath {
     fn register(
         &mut self,
         key: &PortKey,
-        peer: &SiteName,
-        home: &[IpAddr],
+        peer: PeerSlot,
+        routes: &[(IpAddr, PeerSlot, Option<PeerSlot>)],
         role: Role,
     ) -> Result<(), AddressTaken> {
-        let peer = self.peer_slot(peer);
-        let port = match self.slot(key) {
+        let port = match self.slot(key, role) {
             Some(slot) => slot,
             None => PortSlot(self.take_slot()),
         };
-        if let Some((address, slot)) = self.policy.conflict(port, home) {
+        let addresses: Vec<IpAddr> = routes.iter().map(|(address, _, _)| *address).collect();
+        if let Some((address, slot)) = self.policy.conflict(port, &addresses)
+            && !self.gives_way(slot, key)
+        {
             let owner = self.ports.get(&slot).map_or_else(|| key.clone(), |port| port.key.clone());
             return Err(AddressTaken { address, owner });
         }
-        let grant = Grant { port, peer, role };
-        self.policy.allow(grant, home);
-        if self.ports.get(&port).is_some_and(|known| known.grant == grant) {
+        let known = self.ports.get(&port).is_some_and(|known| known.peer == peer);
+        self.policy.forget(port);
+        for (address, peer, also) in routes {
+            self.policy.allow(Grant { port, peer: *peer, also: *also, role }, *address);
+        }
+        if known {
             return Ok(());
         }
         let hold = Hold::new(self.config.hold.clone());
-        let (key, phase) = (key.clone(), Phase::Holding);
-        self.ports.insert(port, Port { key, grant, phase, released_at: Duration::ZERO, hold, flows: None });
+        let (key, phase, released_at) = (key.clone(), Phase::Holding, Duration::ZERO);
+        let new =
+            Port { key, role, peer, onward: None, returning: false, phase, released_at, hold, flows: None };
+        self.ports.insert(port, new);
         Ok(())
     }
 
-    /// Judges a joined packet; `false`: it was kept.
-    fn admit(&mut self, now: Duration, peer: PeerSlot, packet: &Bytes) -> Result<bool, DropReason> {
+    /// What a machine has here in another role gives way to the same machine: it comes, goes and comes again.
+    fn gives_way(&self, slot: PortSlot, key: &PortKey) -> bool {
+        self.ports.get(&slot).is_none_or(|port| port.key == *key)
+    }
+
+    /// Judges a joined packet; `None`: it was kept.
+    fn admit(&mut self, now: Duration, peer: PeerSlot, packet: &Bytes) -> Result<Option<Way>, DropReason> {
         let view = Packet::parse(packet).map_err(|_| DropReason::NotAPacket)?;
-        let grant = self.policy.inbound(&view, peer)?;
-        let port = self.ports.get_mut(&grant.port).ok_or(DropReason::UnknownAddress)?;
-        match grant.role {
-            Role::Visiting => Ok(!port.keep(packet, &mut self.counters)),
-            Role::Away => {
+        let ports = &self.ports;
+        let returning = |slot| ports.get(&slot).is_some_and(|port| port.returning);
+        let judged = self.policy.inbound(&view, peer, returning)?;
+        let port = self.ports.get_mut(&judged.grant().port).ok_or(DropReason::UnknownAddress)?;
+        match judged {
+            Inbound::ToMachine(grant) => {
+                if grant.peer != peer {
+                    self.policy.turn_to(view.destination(), peer);
+                }
+                let kept = port.keep(packet, &mut self.counters);
+                Ok((!kept).then_some(Way::Device))
+            }
+            Inbound::FromMachine(_) => {
                 let flows = port.flows.as_mut().ok_or(DropReason::NotHandedOver)?;
                 flows.handle_packet(now, &view, Side::Guest);
-                Ok(true)
+                Ok(Some(Way::Device))
+            }
+            Inbound::PassedOn(grant, onward) => {
+                let kept = grant.peer == peer && port.keep(packet, &mut self.counters);
+                Ok((!kept).then_some(Way::Peer(onward)))
+            }
+            Inbound::ForReturning(_) => {
+                self.counters.held += 1;
+                self.counters.drop(DropReason::HoldFull, port.hold.push(packet.clone()));
+                Ok(None)
             }
         }
     }
 
-    fn slot(&self, key: &PortKey) -> Option<PortSlot> {
-        self.ports.iter().find(|(_, port)| port.key == *key).map(|(slot, _)| *slot)
+    fn slot(&self, key: &PortKey, role: Role) -> Option<PortSlot> {
+        let is_it = |port: &Port| port.key == *key && port.role == role;
+        self.ports.iter().find(|(_, port)| is_it(port)).map(|(slot, _)| *slot)
     }
 
     fn port_mut(&mut self, key: &PortKey, role: Role) -> Result<&mut Port, UnknownPort> {
         self.ports
             .values_mut()
-            .find(|port| port.key == *key && port.grant.role == role)
+            .find(|port| port.key == *key && port.role == role)
             .ok_or_else(|| UnknownPort(key.clone()))
     }
 
@@ -453,8 +577,8 @@ impl Port {
         let may_end = self.flows.as_mut().is_some_and(|flows| flows.may_end(now));
         Some(PortStatus {
             key: self.key.clone(),
-            role: self.grant.role,
-            peer: peers.get(&self.grant.peer)?.site.clone(),
+            role: self.role,
+            peer: peers.get(&self.onward.unwrap_or(self.peer))?.site.clone(),
             phase: self.phase,
             held_packets: self.hold.len() as u64,
             held_bytes: self.hold.bytes() as u64,
@@ -538,8 +662,8 @@ mod tests {
         let mut home = Datapath::new(DatapathConfig::default());
         home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
         home.handle_packet(NOW, to_guest(1));
-        assert_eq!(home.end(&key("web1")), [to_guest(1)]);
-        assert_eq!(home.end(&key("web1")), Vec::<Bytes>::new());
+        assert_eq!(home.end(&key("web1"), Role::Away), [to_guest(1)]);
+        assert_eq!(home.end(&key("web1"), Role::Away), Vec::<Bytes>::new());
         assert_eq!(home.handle_packet(NOW, to_guest(2)), None);
     }
 
@@ -552,13 +676,13 @@ mod tests {
         assert_eq!(home.handle_datagram(NOW, peer, datagram.clone()), None);
         assert_eq!(home.counters().dropped[&DropReason::NotHandedOver], 1);
         home.attract(NOW, &key("web1"), &[]).unwrap();
-        assert_eq!(home.handle_datagram(NOW, peer, datagram), Some(from_guest(1)));
+        assert_eq!(home.handle_datagram(NOW, peer, datagram), Some((Way::Device, from_guest(1))));
     }
 
     #[test]
     fn a_visitor_gets_what_arrived_before_it_ran() {
         let mut visited = Datapath::new(DatapathConfig::default());
-        visited.visit(&key("web1"), &site("a"), &[HOME.into()]).unwrap();
+        visited.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
         let peer = visited.peer_slot(&site("a"));
         let datagram = datagrams(&mut visited, peer, &to_guest(1)).remove(0);
         assert_eq!(visited.handle_datagram(NOW, peer, datagram), None);
@@ -571,9 +695,95 @@ mod tests {
     fn two_machines_with_one_address_do_not_share_a_tunnel() {
         let mut home = Datapath::new(DatapathConfig::default());
         home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
-        let taken = home.visit(&key("web2"), &site("c"), &[HOME.into()]).unwrap_err();
+        let taken = home.visit(&key("web2"), &[route(HOME, "c")]).unwrap_err();
         assert_eq!(taken.owner, key("web1"));
         home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+    }
+
+    fn route(address: [u8; 4], peer: &str) -> VisitRoute {
+        VisitRoute { address: address.into(), peer: site(peer), also: None }
+    }
+
+    /// What `from` sends to `to` about a packet.
+    fn carry(from: &mut Datapath, to: &mut Datapath, at: (&str, &str), packet: &Bytes) -> Option<(Way, Bytes)> {
+        let (peer, back) = (from.peer_slot(&site(at.1)), to.peer_slot(&site(at.0)));
+        let datagram = datagrams(from, peer, packet).remove(0);
+        to.handle_datagram(NOW, back, datagram)
+    }
+
+    #[test]
+    fn a_machine_that_moves_on_is_reached_through_the_site_it_left_until_its_home_knows() {
+        let [mut a, mut b, mut c] = [(); 3].map(|()| Datapath::new(DatapathConfig::default()));
+        a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+        a.attract(NOW, &key("web1"), &[]).unwrap();
+        b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
+        b.resumed(NOW, &key("web1")).unwrap();
+        assert!(a.poll_kept(NOW).is_none() && b.poll_kept(NOW).is_none());
+        c.visit(&key("web1"), &[VisitRoute { also: Some(site("a")), ..route(HOME, "b") }]).unwrap();
+        b.pause(&key("web1")).unwrap();
+        assert_eq!(carry(&mut a, &mut b, ("a", "b"), &to_guest(1)), None, "held");
+        b.relay(NOW, &key("web1"), &site("c")).unwrap();
+        b.relay(NOW, &key("web1"), &site("c")).unwrap();
+        let (_, way, kept) = b.poll_kept(NOW).unwrap();
+        assert_eq!((way, kept.clone()), (Way::Peer(b.peer_slot(&site("c"))), to_guest(1)));
+        assert_eq!(carry(&mut b, &mut c, ("b", "c"), &kept), None, "it does not run yet");
+        c.resumed(NOW, &key("web1")).unwrap();
+        assert_eq!(c.poll_kept(NOW).unwrap().1, Way::Device);
+        let by_b = c.peer_slot(&site("b"));
+        assert_eq!(c.handle_packet(NOW, from_guest(1)), Some(by_b), "the home does not know yet");
+        let to_a = Some((Way::Peer(b.peer_slot(&site("a"))), from_guest(1)));
+        assert_eq!(carry(&mut c, &mut b, ("c", "b"), &from_guest(1)), to_a);
+        assert_eq!(carry(&mut c, &mut a, ("c", "a"), &from_guest(1)), None, "not believed yet");
+        assert_eq!(
+            carry(&mut b, &mut a, ("b", "a"), &from_guest(1)),
+            Some((Way::Device, from_guest(1)))
+        );
+        a.retarget(&key("web1"), &site("c")).unwrap();
+        assert_eq!(a.handle_packet(NOW, to_guest(2)), Some(a.peer_slot(&site("c"))));
+        let delivered = Some((Way::Device, to_guest(2)));
+        assert_eq!(carry(&mut a, &mut c, ("a", "c"), &to_guest(2)), delivered);
+        let direct = c.peer_slot(&site("a"));
+        assert_eq!(c.handle_packet(NOW, from_guest(2)), Some(direct), "from now on without a detour");
+        let late = Some((Way::Device, from_guest(3)));
+        assert_eq!(carry(&mut b, &mut a, ("b", "a"), &from_guest(3)), late, "sent before it was known");
+    }
+
+    #[test]
+    fn a_machine_that_returns_finds_what_was_held_for_it_and_keeps_the_address_it_was_visited_at() {
+        const CARE_OF: [u8; 4] = [203, 0, 113, 200];
+        let [mut a, mut b] = [(); 2].map(|()| Datapath::new(DatapathConfig::default()));
+        a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+        a.attract(NOW, &key("web1"), &[]).unwrap();
+        b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
+        b.resumed(NOW, &key("web1")).unwrap();
+        assert!(a.poll_kept(NOW).is_none() && b.poll_kept(NOW).is_none());
+        b.pause(&key("web1")).unwrap();
+        b.begin_hold(&key("web1"), &site("a"), &[CARE_OF.into()]).unwrap();
+        assert_eq!(carry(&mut a, &mut b, ("a", "b"), &to_guest(1)), None);
+        b.relay(NOW, &key("web1"), &site("a")).unwrap();
+        let (_, _, kept) = b.poll_kept(NOW).unwrap();
+        assert_eq!(carry(&mut b, &mut a, ("b", "a"), &kept), None);
+        assert_eq!(a.take_kept(&key("web1"), Role::Away), Vec::<Bytes>::new(), "nobody is expected");
+        a.expect_return(&key("web1"), true);
+        assert_eq!(carry(&mut b, &mut a, ("b", "a"), &kept), None);
+        assert_eq!(a.end(&key("web1"), Role::Away), [to_guest(1)]);
+        a.visit(&key("web1"), &[route(CARE_OF, "b"), route(HOME, "b")]).unwrap();
+        a.resumed(NOW, &key("web1")).unwrap();
+        b.attract(NOW, &key("web1"), &[]).unwrap();
+        assert!(b.poll_kept(NOW).is_none());
+        let dialled: Bytes = ipv4(CLIENT, CARE_OF, 6, &tcp(1, 80, 0x02)).into();
+        assert_eq!(b.handle_packet(NOW, dialled.clone()), Some(b.peer_slot(&site("a"))));
+        assert!(a.poll_kept(NOW).is_none());
+        assert_eq!(carry(&mut b, &mut a, ("b", "a"), &dialled), Some((Way::Device, dialled)));
+        let reply: Bytes = ipv4(CARE_OF, CLIENT, 6, &tcp(80, 1, 0x12)).into();
+        assert_eq!(a.handle_packet(NOW, reply.clone()), Some(a.peer_slot(&site("b"))));
+        assert_eq!(carry(&mut a, &mut b, ("a", "b"), &reply), Some((Way::Device, reply)));
+        // And away again: its home address leaves the visit for the hold.
+        a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+        assert_eq!(a.handle_packet(NOW, to_guest(9)), None);
+        assert_eq!(a.end(&key("web1"), Role::Away), [to_guest(9)]);
+        a.forget_address(&key("web1"), CARE_OF.into());
+        assert_eq!(a.handle_packet(NOW, ipv4(CARE_OF, CLIENT, 6, &tcp(80, 1, 0x10)).into()), None);
     }
 
     #[test]

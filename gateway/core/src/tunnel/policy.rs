@@ -1,9 +1,10 @@
 //! Which packets may travel: only those of machines that moved across the link to that very peer.
 //!
 //! An address that is not listed does not travel, whoever asks for it and whatever a peer says: not
-//! from the host's own stack, not from the peer, not to another peer.
+//! from the host's own stack, not from the peer, not to another peer. A machine has several such addresses once it
+//! has visited more than one site: each belongs to the site whose clients dialled it, and each travels on its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -41,8 +42,11 @@ pub struct PortSlot(pub u32);
 pub enum Role {
     /// The machine's home is here and it is away (or about to leave).
     Away,
-    /// The machine visits here; its home is at the peer.
+    /// The machine is here; the address is attracted at the peer.
     Visiting,
+    /// The machine visited here and has moved on: what still comes for it from the site that attracts the address
+    /// is passed on, and its replies back.
+    Relay,
 }
 
 /// Why a packet did not travel.
@@ -109,8 +113,36 @@ pub struct Grant {
     pub port: PortSlot,
     /// The peer at the other end of its tunnel.
     pub peer: PeerSlot,
+    /// Another peer that may speak for it: while a machine moves on, both its old and its new place do. For a relay, where
+    /// the machine is now.
+    pub also: Option<PeerSlot>,
     /// Which end we are.
     pub role: Role,
+}
+
+/// What becomes of a packet that a peer sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inbound {
+    /// It is for the machine that is here.
+    ToMachine(Grant),
+    /// It is from one of our machines that is away.
+    FromMachine(Grant),
+    /// It is passed on to another peer.
+    PassedOn(Grant, PeerSlot),
+    /// It was held for a machine that is on its way back here.
+    ForReturning(Grant),
+}
+
+impl Inbound {
+    /// Whose it is.
+    pub fn grant(&self) -> Grant {
+        match self {
+            Self::ToMachine(grant)
+            | Self::FromMachine(grant)
+            | Self::PassedOn(grant, _)
+            | Self::ForReturning(grant) => *grant,
+        }
+    }
 }
 
 /// The list of addresses that may travel. Bounded by the number of NICs that moved.
@@ -128,17 +160,41 @@ impl Policy {
         })
     }
 
-    /// Lets `addresses` travel.
-    pub fn allow(&mut self, grant: Grant, addresses: &[IpAddr]) {
-        self.forget(grant.port);
-        for address in addresses {
-            self.grants.insert(*address, grant);
-        }
+    /// Lets `address` travel.
+    pub fn allow(&mut self, grant: Grant, address: IpAddr) {
+        self.grants.insert(address, grant);
     }
 
     /// Takes back all that `port` was allowed.
     pub fn forget(&mut self, port: PortSlot) {
         self.grants.retain(|_, grant| grant.port != port);
+    }
+
+    /// The addresses of `port`.
+    pub fn addresses(&self, port: PortSlot) -> BTreeSet<IpAddr> {
+        let own = self.grants.iter().filter(|(_, grant)| grant.port == port);
+        own.map(|(address, _)| *address).collect()
+    }
+
+    /// Takes back one address of `port`.
+    pub fn forget_address(&mut self, port: PortSlot, address: IpAddr) {
+        if self.grants.get(&address).is_some_and(|grant| grant.port == port) {
+            self.grants.remove(&address);
+        }
+    }
+
+    /// Changes what the addresses of `port` are allowed.
+    pub fn change(&mut self, port: PortSlot, change: impl Fn(&mut Grant)) {
+        self.grants.values_mut().filter(|grant| grant.port == port).for_each(change);
+    }
+
+    /// A machine's address is reached by way of `peer` from now on, which spoke for it.
+    pub fn turn_to(&mut self, address: IpAddr, peer: PeerSlot) {
+        if let Some(grant) = self.grants.get_mut(&address)
+            && grant.also == Some(peer)
+        {
+            (grant.peer, grant.also) = (peer, Some(grant.peer));
+        }
     }
 
     /// Judges a packet that the kernel gave us: to a machine that is away, or from one that visits.
@@ -152,17 +208,57 @@ impl Policy {
     }
 
     /// Judges a packet that `peer` sent: to a machine that visits us from there, or from one of ours
-    /// that is away there.
-    pub fn inbound(&self, packet: &Packet<'_>, peer: PeerSlot) -> Result<Grant, DropReason> {
+    /// that is away there. `returning` says of a NIC that its machine is on its way back from its peer.
+    pub fn inbound(
+        &self,
+        packet: &Packet<'_>,
+        peer: PeerSlot,
+        returning: impl Fn(PortSlot) -> bool,
+    ) -> Result<Inbound, DropReason> {
         let (source, destination) = (packet.source(), packet.destination());
-        let (grant, other) = match self.grant(destination, Role::Visiting) {
-            Some(grant) => (grant, source),
-            None => (self.grant(source, Role::Away).ok_or(DropReason::UnknownAddress)?, destination),
+        let judged = self.to_machine(destination, peer, returning).map(|judged| (judged, source));
+        let (judged, other) = match judged {
+            Some(judged) => judged,
+            None => (self.from_machine(source, peer)?, destination),
         };
-        if grant.peer != peer {
-            return Err(DropReason::WrongPeer);
+        let judged = judged?;
+        if is_martian(other) { Err(DropReason::Martian) } else { Ok(judged) }
+    }
+
+    /// `None`: nobody's that packets go to.
+    fn to_machine(
+        &self,
+        destination: IpAddr,
+        peer: PeerSlot,
+        returning: impl Fn(PortSlot) -> bool,
+    ) -> Option<Result<Inbound, DropReason>> {
+        let grant = *self.grants.get(&destination)?;
+        let known = grant.peer == peer || grant.also == Some(peer);
+        match grant.role {
+            Role::Visiting if known => Some(Ok(Inbound::ToMachine(grant))),
+            Role::Visiting => Some(Err(DropReason::WrongPeer)),
+            Role::Relay if grant.peer == peer => {
+                grant.also.map(|onward| Ok(Inbound::PassedOn(grant, onward)))
+            }
+            Role::Away if grant.peer == peer && returning(grant.port) => {
+                Some(Ok(Inbound::ForReturning(grant)))
+            }
+            Role::Relay | Role::Away => None,
         }
-        if is_martian(other) { Err(DropReason::Martian) } else { Ok(grant) }
+    }
+
+    fn from_machine(
+        &self,
+        source: IpAddr,
+        peer: PeerSlot,
+    ) -> Result<Result<Inbound, DropReason>, DropReason> {
+        let grant = *self.grants.get(&source).ok_or(DropReason::UnknownAddress)?;
+        Ok(match grant.role {
+            Role::Away if grant.peer == peer || grant.also == Some(peer) => Ok(Inbound::FromMachine(grant)),
+            Role::Relay if grant.also == Some(peer) => Ok(Inbound::PassedOn(grant, grant.peer)),
+            Role::Away | Role::Relay => Err(DropReason::WrongPeer),
+            Role::Visiting => Err(DropReason::UnknownAddress),
+        })
     }
 
     fn grant(&self, address: IpAddr, role: Role) -> Option<Grant> {
@@ -199,7 +295,8 @@ mod tests {
 
     fn policy(role: Role) -> Policy {
         let mut policy = Policy::default();
-        policy.allow(Grant { port: PortSlot(1), peer: PeerSlot(1), role }, &[IpAddr::from(HOME)]);
+        let grant = Grant { port: PortSlot(1), peer: PeerSlot(1), also: None, role };
+        policy.allow(grant, IpAddr::from(HOME));
         policy
     }
 
@@ -209,8 +306,62 @@ mod tests {
     }
 
     fn inbound(policy: &Policy, from: [u8; 4], to: [u8; 4], peer: u32) -> Result<Role, DropReason> {
+        judged(policy, from, to, peer, false).map(|judged| judged.grant().role)
+    }
+
+    fn judged(
+        policy: &Policy,
+        from: [u8; 4],
+        to: [u8; 4],
+        peer: u32,
+        returning: bool,
+    ) -> Result<Inbound, DropReason> {
         let bytes = ipv4(from, to, 6, &tcp(1, 2, 0));
-        policy.inbound(&Packet::parse(&bytes).unwrap(), PeerSlot(peer)).map(|grant| grant.role)
+        policy.inbound(&Packet::parse(&bytes).unwrap(), PeerSlot(peer), |_| returning)
+    }
+
+    fn relay() -> (Policy, Grant) {
+        let mut policy = Policy::default();
+        let grant =
+            Grant { port: PortSlot(1), peer: PeerSlot(1), also: Some(PeerSlot(2)), role: Role::Relay };
+        policy.allow(grant, IpAddr::from(HOME));
+        (policy, grant)
+    }
+
+    #[test]
+    fn a_relay_passes_on_between_its_two_peers_and_nothing_else() {
+        let (policy, grant) = relay();
+        let passed_on = |to: u32| Ok(Inbound::PassedOn(grant, PeerSlot(to)));
+        assert_eq!(judged(&policy, CLIENT, HOME, 1, false), passed_on(2));
+        assert_eq!(judged(&policy, HOME, CLIENT, 2, false), passed_on(1));
+        assert_eq!(judged(&policy, HOME, CLIENT, 1, false), Err(DropReason::WrongPeer));
+        assert_eq!(judged(&policy, CLIENT, HOME, 2, false), Err(DropReason::UnknownAddress));
+        assert_eq!(judged(&policy, CLIENT, HOME, 3, false), Err(DropReason::UnknownAddress));
+        assert_eq!(outbound(&policy, CLIENT, HOME), Err(DropReason::UnknownAddress));
+        assert_eq!(outbound(&policy, HOME, CLIENT), Err(DropReason::UnknownAddress));
+    }
+
+    #[test]
+    fn what_was_held_elsewhere_is_taken_for_a_machine_that_returns_only() {
+        let away = policy(Role::Away);
+        assert!(matches!(judged(&away, CLIENT, HOME, 1, true), Ok(Inbound::ForReturning(_))));
+        assert_eq!(judged(&away, CLIENT, HOME, 1, false), Err(DropReason::UnknownAddress));
+        assert_eq!(judged(&away, CLIENT, HOME, 2, true), Err(DropReason::UnknownAddress));
+    }
+
+    #[test]
+    fn a_machine_is_spoken_for_by_its_old_and_its_new_place_while_it_moves_on() {
+        let mut policy = Policy::default();
+        let grant = Grant { port: PortSlot(1), peer: PeerSlot(1), also: Some(PeerSlot(2)), role: Role::Away };
+        policy.allow(grant, IpAddr::from(HOME));
+        assert!(inbound(&policy, HOME, CLIENT, 1).is_ok() && inbound(&policy, HOME, CLIENT, 2).is_ok());
+        assert_eq!(inbound(&policy, HOME, CLIENT, 3), Err(DropReason::WrongPeer));
+        policy.change(PortSlot(1), |grant| grant.role = Role::Visiting);
+        policy.turn_to(HOME.into(), PeerSlot(3));
+        assert_eq!(policy.grant(HOME.into(), Role::Visiting).unwrap().peer, PeerSlot(1), "a stranger");
+        policy.turn_to(HOME.into(), PeerSlot(2));
+        let turned = policy.grant(HOME.into(), Role::Visiting).unwrap();
+        assert_eq!((turned.peer, turned.also), (PeerSlot(2), Some(PeerSlot(1))));
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl fmt::Display for VersionRange {
 }
 
 /// What this build understands.
-pub const SUPPORTED: VersionRange = VersionRange { oldest: Version(1), newest: Version(1) };
+pub const SUPPORTED: VersionRange = VersionRange { oldest: Version(2), newest: Version(2) };
 
 /// No version is understood by both sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -171,6 +171,12 @@ mod tests {
         assert_eq!(negotiate(range(1, 3), range(2, 5)), Ok(Version(3)));
         assert_eq!(negotiate(range(2, 5), range(1, 3)), Ok(Version(3)));
         assert_eq!(negotiate(range(1, 1), range(1, 1)), Ok(Version(1)));
+    }
+
+    #[test]
+    fn a_gateway_of_before_carried_addresses_is_told_which_side_is_older() {
+        let error = negotiate(SUPPORTED, range(1, 1)).unwrap_err().to_string();
+        assert!(error.contains("this side speaks 2, the peer speaks 1; update the older gateway"), "{error}");
     }
 
     #[test]

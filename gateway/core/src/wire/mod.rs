@@ -11,6 +11,7 @@
 //! There is no ping: QUIC keeps the connection alive. Bulk data does not travel here (see
 //! [`crate::bulk`]), only what steers it. This module decides nothing about migrations.
 
+mod anchor;
 mod frame;
 mod hello;
 mod migration;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::bulk::BulkId;
 use crate::ids::MigrationId;
 
+pub use anchor::{AnchorMessage, MAX_ADDRESSES};
 pub use frame::{FRAME_PREFIX_BYTES, FrameDecoder, FrameError, MAX_FRAME_BYTES, encode_frame};
 pub use hello::{
     Hello, HelloError, InvalidSoftware, SUPPORTED, Software, Version, VersionMismatch, VersionRange,
@@ -67,6 +69,8 @@ pub enum Message {
         /// Opaque to the link.
         body: Opaque,
     },
+    /// What sites that attract addresses of one machine say to each other.
+    Anchor(AnchorMessage),
 }
 
 /// At most [`MAX_BODY_BYTES`] bytes that the link carries without looking inside.
@@ -155,6 +159,12 @@ mod tests {
             .prop_map(|(migration, channel)| BulkId { migration: MigrationId(migration), channel })
     }
 
+    fn anchor((epoch, addresses): (u64, Vec<std::net::IpAddr>)) -> Message {
+        let care_of = addresses.iter().map(|address| (*address, *address)).collect();
+        let (vm, to) = ("web1".parse().unwrap(), "c".parse().unwrap());
+        Message::Anchor(AnchorMessage::Moved { vm, epoch: crate::ids::Epoch(epoch), to, care_of })
+    }
+
     fn message() -> impl Strategy<Value = Message> {
         let opaque = prop::collection::vec(any::<u8>(), 0..2000)
             .prop_map(|bytes| Opaque::try_from(bytes).expect("short"));
@@ -165,6 +175,7 @@ mod tests {
             (bulk_id(), any::<u64>()).prop_map(|(id, taken)| Message::BulkAck { id, taken }),
             bulk_id().prop_map(|id| Message::BulkClose { id }),
             (any::<u128>(), opaque).prop_map(|(id, body)| Message::Migration { id: MigrationId(id), body }),
+            (any::<u64>(), prop::collection::vec(any::<std::net::IpAddr>(), 0..4)).prop_map(anchor),
         ]
     }
 

@@ -58,6 +58,7 @@ pub fn proposal() -> Box<Proposal> {
         running: true,
         commit: CommitMode::Confirmed,
         nics: Vec::new(),
+        carried: Vec::new(),
     })
 }
 

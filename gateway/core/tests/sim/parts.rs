@@ -287,6 +287,7 @@ pub fn proposal(epoch: Epoch) -> Box<Proposal> {
         running: true,
         commit: CommitMode::Confirmed,
         nics: Vec::new(),
+        carried: Vec::new(),
     })
 }
 

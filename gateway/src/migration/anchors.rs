@@ -1,0 +1,508 @@
+//! The anchors of this site at work: a task each, and what other sites say of them.
+//!
+//! ```text
+//!  attract ---> packets go to the machine's new place ------------------------> end, when no old
+//!     |   ^                                                                     flow is left
+//!     |   '-- it has moved on, as the site that it left says
+//!     `-- machine runs there --> name moved --> old answers expired --> TTL restored
+//!                        `-----> other sites that attract an address of it are told
+//! ```
+//!
+//! A gateway that restarts takes its anchors up again before it listens. The name is owed until it has moved: a name
+//! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use longhaul_core::ids::{Epoch, SiteName, VmName};
+use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::wire::{AnchorMessage, Message};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::anchor::{Anchor, AnchorCommand, NameState};
+use super::{Edges, chain};
+use crate::api::types::AnchorView;
+use crate::dns::NameMove;
+use crate::journal::unix_ms;
+use crate::tunnel::Leaving;
+
+/// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
+/// connections stalled for the gateway's absence only.
+pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, AnchorView>>) -> Anchors {
+    let rows: Vec<(VmName, Anchor)> = edges.journal.anchors().unwrap_or_else(|error| {
+        tracing::error!(
+            error = chain(&error),
+            "anchors could not be read; old connections of machines that left stall"
+        );
+        Vec::new()
+    });
+    let mut running = Anchors::default();
+    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| !anchor.ended) {
+        running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
+    }
+    running
+}
+
+/// Runs every anchor of this site, beginning with those that were restored; `views` shows them.
+pub async fn run(
+    edges: Edges,
+    mut anchors: Anchors,
+    mut commands: mpsc::Receiver<AnchorCommand>,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+) {
+    while let Some(command) = commands.recv().await {
+        match command {
+            AnchorCommand::Attract(anchor) if !anchors.is_news(&anchor.vm, anchor.epoch) => {}
+            AnchorCommand::Attract(anchor) => {
+                anchors.end(&anchor.vm).await;
+                put(&edges, &anchor);
+                anchors.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views).await);
+            }
+            AnchorCommand::MoveNames(vm) => anchors.move_names(&vm),
+            AnchorCommand::Forget(vm) => {
+                anchors.end(&vm).await;
+                forget(&edges, &vm);
+                views.send_modify(|views| drop(views.remove(&vm)));
+            }
+            AnchorCommand::CameBack { vm, names, done } => {
+                anchors.end(&vm).await;
+                forget(&edges, &vm);
+                views.send_modify(|views| drop(views.remove(&vm)));
+                if let Some(anchor) = names {
+                    put(&edges, &anchor);
+                    anchors.insert(vm, start(&edges, *anchor, Begin::Held, &views).await);
+                }
+                // Who asked may have gone.
+                let _ = done.send(());
+            }
+            AnchorCommand::Heard { from, message } => {
+                heard(&edges, &mut anchors, &views, &from, message).await;
+            }
+            AnchorCommand::End(vm, done) => {
+                anchors.end(&vm).await;
+                if let Some(anchor) = row(&edges, &vm) {
+                    release(&edges, &anchor).await;
+                    forget(&edges, &vm);
+                }
+                views.send_modify(|views| drop(views.remove(&vm)));
+                // Who asked may have gone.
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+/// Another site's word about an anchor. `Moved` counts from the site that the machine was at only.
+async fn heard(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    from: &SiteName,
+    message: AnchorMessage,
+) {
+    match message {
+        AnchorMessage::Noted { vm, epoch } => anchors.noted(&vm, epoch, from),
+        AnchorMessage::Ended { .. } => {}
+        AnchorMessage::Moved { vm, epoch, to, care_of } => {
+            let Some(anchor) = row(edges, &vm).filter(|anchor| anchor.epoch < epoch) else {
+                // It is known, or none of ours.
+                return say(edges, from, AnchorMessage::Noted { vm, epoch });
+            };
+            if anchor.peer != *from {
+                return tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
+            }
+            if to != *edges.site() {
+                anchors.end(&vm).await;
+                follow(edges, anchors, views, anchor.moved_on(epoch, &to, &care_of)).await;
+            }
+            say(edges, from, AnchorMessage::Noted { vm, epoch });
+        }
+    }
+}
+
+/// Packets go to the machine's new place, and the name follows.
+async fn follow(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    anchor: Anchor,
+) {
+    let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
+    if edges.link.peer(&to).is_none() {
+        tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one: add it as a [[peer]], its old connections have a detour until then");
+        put(edges, &anchor);
+        return;
+    }
+    for hold in anchor.holds() {
+        if let Err(error) = edges.tunnel.retarget(hold.key, to.clone()).await {
+            tracing::debug!(%vm, error = chain(&error), "nothing is attracted for it any more");
+        }
+    }
+    put(edges, &anchor);
+    tracing::info!(%vm, %to, "machine has moved on");
+    if !anchor.ended || anchor.name.is_some() {
+        anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
+    }
+}
+
+fn say(edges: &Edges, to: &SiteName, message: AnchorMessage) {
+    let Some(peer) = edges.link.peer(to) else { return };
+    if let Err(error) = peer.try_send(Message::Anchor(message)) {
+        tracing::debug!(%to, %error, "message lost");
+    }
+}
+
+fn row(edges: &Edges, vm: &VmName) -> Option<Anchor> {
+    let rows = edges.journal.anchors::<Anchor>().unwrap_or_default();
+    rows.into_iter().find(|(name, _)| name == vm).map(|(_, anchor)| anchor)
+}
+
+fn put(edges: &Edges, anchor: &Anchor) {
+    if let Err(error) = edges.journal.put_anchor(&anchor.vm, anchor) {
+        tracing::error!(vm = %anchor.vm, error = chain(&error), "anchor could not be written down");
+    }
+}
+
+/// The anchors that were begun, ended or not.
+#[derive(Default)]
+pub struct Anchors {
+    known: BTreeMap<VmName, Known>,
+}
+
+struct Known {
+    epoch: Epoch,
+    runs_there: watch::Sender<bool>,
+    /// The sites that have heard where it is.
+    noted: watch::Sender<BTreeSet<SiteName>>,
+    task: JoinHandle<()>,
+}
+
+impl Anchors {
+    /// Nothing is known of a hand-over as late as this. One that has ended is not begun again by a late
+    /// word, so it stays known; the machine's next move has a higher epoch.
+    fn is_news(&self, vm: &VmName, epoch: Epoch) -> bool {
+        self.known.get(vm).is_none_or(|known| known.epoch < epoch)
+    }
+
+    fn insert(&mut self, vm: VmName, known: Known) {
+        self.known.insert(vm, known);
+    }
+
+    fn move_names(&self, vm: &VmName) {
+        if let Some(known) = self.known.get(vm) {
+            known.runs_there.send_replace(true);
+        }
+    }
+
+    fn noted(&self, vm: &VmName, epoch: Epoch, by: &SiteName) {
+        if let Some(known) = self.known.get(vm).filter(|known| known.epoch == epoch) {
+            known.noted.send_if_modified(|noted| noted.insert(by.clone()));
+        }
+    }
+
+    /// Ends the task of an anchor: when this returns it does nothing more. What it changed stays.
+    async fn end(&mut self, vm: &VmName) {
+        let Some(known) = self.known.remove(vm) else { return };
+        known.task.abort();
+        // Only that it has ended matters, not how.
+        drop(known.task.await);
+    }
+}
+
+/// What the tunnel knows when an anchor begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begin {
+    /// Packets are held already.
+    Held,
+    /// Nothing: the gateway was restarted.
+    Restored,
+}
+
+async fn start(
+    edges: &Edges,
+    anchor: Anchor,
+    begin: Begin,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+) -> Known {
+    let known_to_run = !matches!(anchor.names, NameState::Waiting);
+    let (runs_there, told) = watch::channel(known_to_run);
+    let (noted, heard) = watch::channel(BTreeSet::new());
+    views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
+    let epoch = anchor.epoch;
+    let mut task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told, heard };
+    task.attract(begin).await;
+    Known { epoch, runs_there, noted, task: tokio::spawn(task.run()) }
+}
+
+/// Takes down what an anchor has on this host, and forgets it.
+async fn release(edges: &Edges, anchor: &Anchor) {
+    for hold in anchor.holds() {
+        let key = hold.key;
+        if let Err(error) = edges.tunnel.attract_end(key.clone()).await {
+            tracing::warn!(vm = %anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
+        }
+        if hold.from == Leaving::Visit {
+            continue;
+        }
+        if let Err(error) = edges.tunnel.sample_end(key.clone()).await {
+            tracing::warn!(vm = %anchor.vm, error = chain(&error), "sampler could not be removed");
+        }
+        // The tap of an adopted machine stays its operator's.
+        let ours = hold.port == edges.tap_name(&key);
+        if ours && let Err(error) = edges.tunnel.remove_tap(key).await {
+            tracing::warn!(vm = %anchor.vm, error = chain(&error), "tap could not be removed");
+        }
+    }
+}
+
+fn forget(edges: &Edges, vm: &VmName) {
+    if let Err(error) = edges.journal.remove_anchor(vm) {
+        tracing::error!(%vm, error = chain(&error), "anchor could not be removed from the journal");
+    }
+}
+
+struct AnchorTask {
+    edges: Edges,
+    anchor: Anchor,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+    told: watch::Receiver<bool>,
+    heard: watch::Receiver<BTreeSet<SiteName>>,
+}
+
+/// Between two tries to tell another site where the machine is.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
+/// Between two tries at the name server, at most.
+const NAMES_AGAIN: Duration = Duration::from_secs(30);
+
+impl AnchorTask {
+    async fn run(mut self) {
+        if self.told.wait_for(|runs| *runs).await.is_err() {
+            return;
+        }
+        let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
+        let _telling = AbortOnDrop(telling);
+        self.settle().await;
+        self.end().await;
+    }
+
+    async fn attract(&mut self, begin: Begin) {
+        let holds = self.anchor.holds();
+        for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
+            let key = hold.key.clone();
+            let held = match begin {
+                Begin::Held => Ok(()),
+                Begin::Restored => self.edges.tunnel.hold_begin(hold).await,
+            };
+            let attracted = match held {
+                Ok(()) => self.edges.tunnel.hold_end_attract(key, nic.flows.clone()).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = attracted {
+                tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
+            }
+        }
+        if !self.anchor.nics.is_empty() {
+            tracing::info!(vm = %self.anchor.vm, to = %self.anchor.peer, "address attracted");
+        }
+    }
+
+    /// Names, then flows: until the tunnel may end.
+    async fn settle(&mut self) {
+        self.move_name().await;
+        self.let_old_answers_expire().await;
+        self.wait_for_flows().await;
+    }
+
+    async fn move_name(&mut self) {
+        if !matches!(self.anchor.names, NameState::Waiting | NameState::Pending) {
+            return;
+        }
+        let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
+        self.anchor.names = NameState::Pending;
+        if self.anchor.ttl_s == 0 {
+            self.anchor.ttl_s = names.ttl_s(&name).await.unwrap_or(0);
+        }
+        self.write();
+        let mut wait = Duration::from_millis(200);
+        loop {
+            let wanted = NameMove {
+                name: &name,
+                addresses: &self.anchor.moves,
+                ttl_s: names.move_ttl_s(),
+                epoch: self.anchor.epoch,
+                owner: &self.anchor.peer,
+            };
+            match names.swap(&wanted).await {
+                Ok(()) => break,
+                Err(error) => {
+                    let text = chain(&error);
+                    tracing::warn!(vm = %self.anchor.vm, name, error = text, "name could not be moved yet; new clients still come through the tunnel");
+                    self.show(|view| view.names_error = Some(text));
+                }
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(NAMES_AGAIN);
+        }
+        let at_unix_ms = unix_ms();
+        self.anchor.names = NameState::Moved { at_unix_ms };
+        self.write();
+        self.show(|view| {
+            view.names = "moved".into();
+            view.names_error = None;
+            view.names_moved_ms = Some(at_unix_ms);
+        });
+        tracing::info!(vm = %self.anchor.vm, name, "name moved");
+    }
+
+    /// Resolvers may believe an old answer for as long as its TTL; then the TTL can be what it was.
+    async fn let_old_answers_expire(&mut self) {
+        let NameState::Moved { at_unix_ms } = self.anchor.names else { return };
+        let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
+        let believed = Duration::from_secs(names.move_ttl_s().into());
+        let passed = Duration::from_millis(unix_ms().saturating_sub(at_unix_ms));
+        tokio::time::sleep(believed.saturating_sub(passed)).await;
+        let mut wait = Duration::from_secs(1);
+        let ttl_s = if self.anchor.ttl_s == 0 { names.move_ttl_s() } else { self.anchor.ttl_s };
+        while let Err(error) = names.set_ttl(&name, ttl_s).await {
+            tracing::warn!(vm = %self.anchor.vm, name, error = chain(&error), "TTL could not be restored yet");
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(NAMES_AGAIN);
+        }
+        self.anchor.names = NameState::Settled { at_unix_ms };
+        self.write();
+        self.show(|view| view.names = "settled".into());
+    }
+
+    /// Until no old flow is left and nobody asks for the home address any more.
+    async fn wait_for_flows(&mut self) {
+        let keys: Vec<PortKey> = self.anchor.holds().into_iter().map(|hold| hold.key).collect();
+        if keys.is_empty() || self.anchor.ended {
+            return;
+        }
+        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then.
+        let believed_until_ms = self.anchor.since_unix_ms + u64::from(self.anchor.ttl_s) * 1000;
+        let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
+        for key in &keys {
+            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
+                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
+            }
+        }
+        let mut status = self.edges.tunnel.status();
+        loop {
+            let (flows, may_end) = {
+                let status = status.borrow_and_update();
+                let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
+                (
+                    ports.iter().filter_map(|port| port.flows_alive).sum(),
+                    !ports.is_empty() && ports.iter().all(|port| port.may_end),
+                )
+            };
+            self.show(|view| view.flows = flows);
+            if may_end || status.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn end(&mut self) {
+        if !self.anchor.ended {
+            release(&self.edges, &self.anchor).await;
+        }
+        self.anchor.ended = true;
+        let (vm, addresses) = (self.anchor.vm.clone(), self.anchor.addresses());
+        // The name of a machine that is away may have to follow it again.
+        match self.anchor.name.is_some() && !self.anchor.nics.is_empty() {
+            true => self.write(),
+            false => forget(&self.edges, &vm),
+        }
+        if self.anchor.is_of_visit() {
+            say(&self.edges, &self.anchor.peer, AnchorMessage::Ended { vm, addresses });
+        }
+        self.show(|view| {
+            view.flows = 0;
+            view.closed_ms = Some(unix_ms());
+        });
+        tracing::info!(vm = %self.anchor.vm, "no old connection is left; its address here is free");
+    }
+
+    fn write(&self) {
+        put(&self.edges, &self.anchor);
+    }
+
+    fn show(&self, change: impl FnOnce(&mut AnchorView)) {
+        self.views.send_modify(|views| {
+            if let Some(view) = views.get_mut(&self.anchor.vm) {
+                change(view);
+            }
+        });
+    }
+}
+
+/// Says where the machine is until every other site that attracts an address of it has heard.
+async fn tell_others(edges: Edges, anchor: Anchor, mut heard: watch::Receiver<BTreeSet<SiteName>>) {
+    loop {
+        let left: Vec<SiteName> = {
+            let heard = heard.borrow_and_update();
+            anchor.tell.iter().filter(|site| !heard.contains(*site)).cloned().collect()
+        };
+        if left.is_empty() {
+            return;
+        }
+        for site in left {
+            let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
+            let moved = AnchorMessage::Moved { vm, epoch: anchor.epoch, to, care_of: anchor.moves.clone() };
+            say(&edges, &site, moved);
+        }
+        tokio::select! {
+            changed = heard.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(TELL_AGAIN) => {}
+        }
+    }
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(epoch: u64) -> Known {
+        let runs_there = watch::Sender::new(false);
+        let mut told = runs_there.subscribe();
+        let task = tokio::spawn(async move { drop(told.wait_for(|runs| *runs).await) });
+        Known { epoch: Epoch(epoch), runs_there, noted: watch::Sender::default(), task }
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_left_before_is_anchored_again_when_it_leaves_again() {
+        let vm: VmName = "web1".parse().unwrap();
+        let mut anchors = Anchors::default();
+        assert!(anchors.is_news(&vm, Epoch(1)));
+        anchors.insert(vm.clone(), known(1));
+        assert!(!anchors.is_news(&vm, Epoch(1)), "the same word again");
+        anchors.move_names(&vm);
+        (&mut anchors.known.get_mut(&vm).unwrap().task).await.unwrap();
+        assert!(!anchors.is_news(&vm, Epoch(1)), "a late word");
+        assert!(anchors.is_news(&vm, Epoch(2)), "the machine was moved again");
+    }
+
+    #[tokio::test]
+    async fn the_task_of_an_anchor_that_is_ended_does_nothing_more() {
+        let vm: VmName = "web1".parse().unwrap();
+        let mut anchors = Anchors::default();
+        let anchor = known(1);
+        let runs_there = anchor.runs_there.clone();
+        anchors.insert(vm.clone(), anchor);
+        anchors.end(&vm).await;
+        assert_eq!(runs_there.receiver_count(), 0, "the task is gone");
+        assert!(anchors.is_news(&vm, Epoch(1)));
+    }
+}

@@ -1,0 +1,255 @@
+//! Rules for addresses of earlier visits: connections that were opened there go on there.
+//!
+//! ```text
+//!   client --> site it visited --tunnel--> lh0: to the address it dialled ==> to the home address --> guest
+//!          <--                 <--tunnel-- lh0: from that address        <== marked connection    <--
+//! ```
+//!
+//! Each such address has a connection mark and a set of flows of its own. A machine that visits hands all its packets to
+//! this host anyway. One that is at home is on its LAN's bridge: the frames of those flows alone are turned to the host
+//! where they leave the guest. A site that the machine has left translates nothing of these flows any more.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use longhaul_core::tunnel::handover::{FlowTuple, Mac};
+use serde_json::Value;
+
+use super::visit::add_elements;
+use super::{Table, mac_text, nft, read_turned};
+use crate::tunnel::config::TunnelConfig;
+use crate::tunnel::error::TunnelError;
+
+/// One carried address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::tunnel) struct CarriedRule {
+    /// The address the guest believes it has.
+    pub home: IpAddr,
+    /// The address its clients dialled.
+    pub addr: IpAddr,
+    /// The connection mark of its flows.
+    pub mark: u32,
+    /// Its place among the machine's carried addresses.
+    pub number: u32,
+}
+
+impl CarriedRule {
+    /// The name of its set of flows, without the IP version.
+    pub fn set(&self) -> String {
+        format!("by{}_", self.number)
+    }
+
+    fn ip(&self) -> &'static str {
+        if self.addr.is_ipv6() { "ip6" } else { "ip" }
+    }
+}
+
+/// A NIC of a machine that is at home.
+pub(in crate::tunnel) struct Home<'a> {
+    /// What its tables are named after.
+    pub id: &'a str,
+    /// The tap.
+    pub port: &'a str,
+    /// The bridge, and its link-layer address.
+    pub lan: &'a str,
+    pub lan_mac: Mac,
+    pub carried: &'a [CarriedRule],
+}
+
+/// Packets by a care-of address that the machine has left go into the tunnel and come out of it as they are.
+pub(in crate::tunnel) fn left_table(config: &TunnelConfig, id: &str, addresses: &[IpAddr]) -> Table {
+    let (prefix, tun) = (&config.prefix, &config.device);
+    let mut body = format!(
+        "\tchain {prefix}_left {{\n\t\ttype filter hook prerouting priority raw - 5; policy accept;\n"
+    );
+    for address in addresses {
+        let ip = if address.is_ipv6() { "ip6" } else { "ip" };
+        let _ = write!(
+            body,
+            "\t\tiifname != \"{tun}\" {ip} daddr {address} notrack\n\t\tiifname \"{tun}\" {ip} saddr {address} notrack\n"
+        );
+    }
+    body.push_str("\t}\n");
+    Table { family: "inet", name: left_name(config, id), body }
+}
+
+/// Its name.
+pub(in crate::tunnel) fn left_name(config: &TunnelConfig, id: &str) -> String {
+    format!("{}_left_{id}", config.prefix)
+}
+
+/// Flows by carried addresses of a machine at home: the tables that turn and translate them.
+pub(in crate::tunnel) fn carry_tables(config: &TunnelConfig, home: &Home<'_>) -> [Table; 2] {
+    [turn_table(config, home), translate_table(config, home)]
+}
+
+/// The name of the table that turns frames.
+pub(in crate::tunnel) fn turn_name(config: &TunnelConfig, id: &str) -> String {
+    format!("{}_turn_{id}", config.prefix)
+}
+
+/// The transaction that adds flows of before the return.
+pub(in crate::tunnel) fn carry_flows(
+    config: &TunnelConfig,
+    id: &str,
+    carried: &[CarriedRule],
+    flows: &[FlowTuple],
+) -> String {
+    let ours: Vec<FlowTuple> =
+        flows.iter().filter(|flow| carried.iter().any(|rule| rule.addr == flow.local)).copied().collect();
+    let set = |flow: &FlowTuple| {
+        carried.iter().find(|rule| rule.addr == flow.local).map(CarriedRule::set).unwrap_or_default()
+    };
+    add_elements("netdev", &turn_name(config, id), &ours, set)
+        + &add_elements("inet", &carry_name(config, id), &ours, set)
+}
+
+/// Of a machine at home: the flows that are turned, each by the address that its other end knows.
+pub(in crate::tunnel) async fn turned(
+    config: &TunnelConfig,
+    id: &str,
+    carried: &[CarriedRule],
+) -> Result<Vec<FlowTuple>, TunnelError> {
+    let listed = nft(&["-j", "list", "table", "netdev", &turn_name(config, id)], "").await?;
+    let listed: Value = serde_json::from_str(&listed).map_err(TunnelError::NftOutput)?;
+    Ok(carried.iter().flat_map(|rule| read_turned(&listed, &rule.set(), rule.addr)).collect())
+}
+
+/// New connections by a carried address, as they come out of the tunnel.
+pub(super) fn carried_marks(config: &TunnelConfig, carried: &[CarriedRule], v6: bool) -> String {
+    let rule = |rule: &CarriedRule| {
+        format!(
+            "\t\tiifname \"{}\" {} daddr {} ct state new ct mark set {:#x}\n",
+            config.device,
+            rule.ip(),
+            rule.addr,
+            rule.mark
+        )
+    };
+    carried.iter().filter(|rule| rule.addr.is_ipv6() == v6).map(rule).collect()
+}
+
+/// Connections of before that the guest's own packet is the first of.
+pub(super) fn carried_flows(carried: &[CarriedRule]) -> String {
+    let rule = |rule: &CarriedRule| {
+        let (ip, version) = (rule.ip(), if rule.addr.is_ipv6() { 6 } else { 4 });
+        format!(
+            "\t\tct state new meta l4proto . {ip} daddr . th dport . th sport @{}{version} ct mark set {:#x}\n",
+            rule.set(),
+            rule.mark
+        )
+    };
+    carried.iter().map(rule).collect()
+}
+
+/// The address that was dialled becomes the home address.
+pub(super) fn carried_in(config: &TunnelConfig, carried: &[CarriedRule]) -> String {
+    let rule = |rule: &CarriedRule| {
+        let (ip, tun) = (rule.ip(), &config.device);
+        format!("\t\tiifname \"{tun}\" {ip} daddr {} dnat {ip} to {}\n", rule.addr, rule.home)
+    };
+    carried.iter().map(rule).collect()
+}
+
+/// And the other way round.
+pub(super) fn carried_out(config: &TunnelConfig, carried: &[CarriedRule]) -> String {
+    let rule = |rule: &CarriedRule| {
+        let (ip, tun) = (rule.ip(), &config.device);
+        format!(
+            "\t\toifname \"{tun}\" ct mark {:#x} {ip} saddr {} snat {ip} to {}\n",
+            rule.mark, rule.home, rule.addr
+        )
+    };
+    carried.iter().map(rule).collect()
+}
+
+fn carry_name(config: &TunnelConfig, id: &str) -> String {
+    format!("{}_carry_{id}", config.prefix)
+}
+
+/// A flow is known by what came for it out of the tunnel, or from before. ICMP echo has no ports; its askers are kept.
+fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
+    let (prefix, tcp) = (&config.prefix, config.tcp_flow_timeout.as_secs());
+    let mut body = String::new();
+    for rule in home.carried {
+        let (version, address) = if rule.addr.is_ipv6() { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+        let (set, size) = (rule.set(), config.max_flows);
+        let _ = write!(
+            body,
+            "\tset {set}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
+             \t\tflags dynamic,timeout\n\t\ttimeout {tcp}s\n\t}}\n\
+             \tset {set}ping{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout 1m\n\t}}\n",
+        );
+    }
+    let _ = writeln!(
+        body,
+        "\tchain {prefix}_come {{\n\t\ttype filter hook ingress device \"{}\" priority 0; policy accept;",
+        config.device
+    );
+    for rule in home.carried {
+        let (ip, set, addr) = (rule.ip(), rule.set(), rule.addr);
+        let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
+        let _ = write!(
+            body,
+            "\t\t{ip} daddr {addr} meta l4proto {{ tcp, udp }} update @{set}{version} {{ meta l4proto . {ip} saddr . th sport . th dport }}\n\
+             \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }}\n",
+        );
+    }
+    let _ = writeln!(
+        body,
+        "\t}}\n\tchain {prefix}_turn {{\n\t\ttype filter hook ingress device \"{}\" priority -5; policy accept;",
+        home.port
+    );
+    for rule in home.carried {
+        let (ip, set, own) = (rule.ip(), rule.set(), rule.home);
+        let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
+        let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
+        let _ = write!(
+            body,
+            "\t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} meta l4proto . {ip} daddr . th dport . th sport @{set}{version} {to_host}\n\
+             \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host}\n",
+        );
+    }
+    body.push_str("\t}\n");
+    Table { family: "netdev", name: turn_name(config, home.id), body }
+}
+
+fn translate_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
+    let (prefix, lan, tunnel) = (&config.prefix, home.lan, config.mark_tunnel);
+    let mut body = String::new();
+    for rule in home.carried {
+        let (version, address) = if rule.addr.is_ipv6() { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+        let _ = writeln!(
+            body,
+            "\tset {}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {}\n\
+             \t\tflags timeout\n\t\ttimeout {}s\n\t}}",
+            rule.set(),
+            config.max_flows,
+            config.tcp_flow_timeout.as_secs(),
+        );
+    }
+    let _ = write!(
+        body,
+        "\tchain {prefix}_mark {{\n\t\ttype filter hook prerouting priority mangle; policy accept;\n{}{}\t\tiifname != \"{lan}\" return\n{}",
+        carried_marks(config, home.carried, false),
+        carried_marks(config, home.carried, true),
+        carried_flows(home.carried),
+    );
+    for rule in home.carried {
+        let _ = writeln!(
+            body,
+            "\t\t{} saddr {} ct mark {:#x} meta mark set {tunnel:#x}",
+            rule.ip(),
+            rule.home,
+            rule.mark
+        );
+    }
+    let _ = write!(
+        body,
+        "\t}}\n\tchain {prefix}_in {{\n\t\ttype nat hook prerouting priority dstnat; policy accept;\n{}\t}}\n\
+         \tchain {prefix}_out {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n{}\t}}\n",
+        carried_in(config, home.carried),
+        carried_out(config, home.carried),
+    );
+    Table { family: "inet", name: carry_name(config, home.id), body }
+}

@@ -1,0 +1,262 @@
+//! Machines that move more than once: home again, on to a third site, back and forth. Connections that were opened at
+//! any of its places live on.
+//!
+//! Each test has its own scene; they take turns. What a single move does is looked at elsewhere.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test's own preparation may end it; clippy exempts only the test functions"
+)]
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use gateway::api::types::{MigrationView, Progressing};
+use netns_tests::agent::client::ask;
+use netns_tests::agent::control::AgentStatus;
+use netns_tests::agent::{IDLE_PORT, RECORD_PORT};
+use netns_tests::scenario::gateway::Gateway;
+use netns_tests::scenario::monitor::Monitor;
+use netns_tests::scenario::names::Names;
+use netns_tests::scenario::options::SceneOptions;
+use netns_tests::scenario::programs::Programs;
+use netns_tests::scenario::scene::{Scene, VM};
+use netns_tests::scenario::traffic::Client;
+use netns_tests::topology::Watch;
+use netns_tests::traffic::{IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
+use netns_tests::wan::PacketMatch;
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Generous: guests run without hardware help, and the machine may be busy.
+const MOVE_LIMIT: Duration = Duration::from_secs(120);
+
+static TURN: Mutex<()> = Mutex::const_new(());
+static PROGRAMS: OnceCell<Programs> = OnceCell::const_new();
+
+/// The turn of one test; `None`, with the reason printed, where it cannot run.
+async fn turn() -> Option<MutexGuard<'static, ()>> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: network namespaces need root");
+        return None;
+    }
+    Some(TURN.lock().await)
+}
+
+fn options(name: &str) -> SceneOptions {
+    SceneOptions {
+        name: format!("journeys-{name}"),
+        // Two hosts, two machines and the client share few cores: a faster copy would starve the guest.
+        rate_mbit: 100.0,
+        rtt: Duration::from_millis(20),
+        loss: 0.0,
+        memory_mib: 128,
+        disk_bytes: 512 << 20,
+        ttl_s: 5,
+        // Old connections decide; nobody is to be cut because the test was slow.
+        quiet_s: 20,
+        ..SceneOptions::default()
+    }
+}
+
+async fn build(options: SceneOptions) -> Scene {
+    let programs = PROGRAMS.get_or_init(|| async { Programs::build().unwrap() }).await;
+    Scene::build(options, programs).await.unwrap()
+}
+
+fn close(scene: Scene) {
+    let left = scene.close();
+    assert!(left.is_empty(), "left behind: {left:?}");
+}
+
+/// The run state of the machine's QEMU, `None` where there is none.
+fn state(gateway: &Gateway) -> Option<String> {
+    Monitor::connect(&gateway.observer(VM), Duration::from_millis(300)).ok()?.state().ok()
+}
+
+/// Moves the machine; afterwards it runs there alone.
+async fn moved(scene: &Scene, from: &str, to: &str) -> MigrationView {
+    let id = scene.begin_move_between(from, to).await.unwrap();
+    let view = scene.wait_move_from(from, &id, MOVE_LIMIT).await.unwrap();
+    let (source, destination) = (scene.gateway(from).unwrap(), scene.gateway(to).unwrap());
+    assert_eq!(
+        view.progressing,
+        Progressing::Moved,
+        "{:?}\n{}\n{}",
+        view.reason,
+        source.log_tail(),
+        destination.log_tail()
+    );
+    assert_eq!(state(destination).as_deref(), Some("running"));
+    assert_eq!(state(source), None);
+    view
+}
+
+/// Asks until `seen` gives something, at most `limit`.
+async fn wait<T>(what: &str, limit: Duration, mut seen: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = seen() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn named(scene: &Scene, address: IpAddr) {
+    let seen = || scene.names.read(&Scene::name()).ok()?.addresses.contains(&address).then_some(());
+    wait(&format!("the name at {address}"), 60 * SECOND, seen).await;
+}
+
+fn epoch_unix_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+/// Records both ways and a silent connection, to one of the machine's addresses.
+async fn connect(scene: &Scene, to: IpAddr) -> Client {
+    let mut plan = TrafficPlan::new(epoch_unix_ms());
+    plan.record = Some(RecordPlan { address: SocketAddr::new(to, RECORD_PORT), interval_ms: 10, gap_ms: 50 });
+    plan.idle = Some(IdlePlan { address: SocketAddr::new(to, IDLE_PORT) });
+    Client::start(&scene.world.client, plan).await.unwrap()
+}
+
+/// Ends a client's connections and looks whether they had lived; gives the longest silence.
+async fn lived(what: &str, client: Client, boot: &str) -> u64 {
+    let report: TrafficReport = client.finish().await.unwrap();
+    let (record, idle) = (report.record.unwrap(), report.idle.unwrap());
+    assert!(record.content_ok, "{what}: {:?} of {record:?}", record.error);
+    assert!(idle.content_ok, "{what}: {idle:?}");
+    assert_eq!(idle.boot_id.as_deref(), Some(boot), "{what}");
+    let long: Vec<_> = record.gaps.iter().filter(|gap| gap.end_ms - gap.start_ms > 200).collect();
+    println!("{what}: {} records, longest silence {} ms, {long:?}", record.received, record.longest_gap_ms);
+    record.longest_gap_ms
+}
+
+/// Ends clients, keeps the gateways' logs, and then says whether any was silent for too long.
+async fn all_lived(scene: &Scene, clients: Vec<(&str, Client)>, boot: &str, limit_ms: u64) {
+    let mut silences = Vec::new();
+    for (what, client) in clients {
+        silences.push((what, lived(what, client, boot).await));
+    }
+    scene.keep_logs();
+    for (what, silence_ms) in silences {
+        assert!(silence_ms < limit_ms, "{what}: {silence_ms} ms of silence");
+    }
+}
+
+/// The guest's boot, asked anew at one of its addresses.
+fn boot(scene: &Scene, address: IpAddr) -> String {
+    let asked = scene.world.client.run(move || ask::<AgentStatus>(address, "/status", 10 * SECOND));
+    asked.unwrap().unwrap_or_else(|error| panic!("{address}: {error:#}")).boot_id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_goes_home_again_keeps_the_connections_of_both_places() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("home")).await;
+    scene.start_guest().await.unwrap();
+    let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
+    let boot_id = boot(&scene, home);
+    let by_name = TrafficPlan::new(epoch_unix_ms()).with_requests(&Scene::name(), Names::address());
+    let by_name = Client::start(&scene.world.client, by_name).await.unwrap();
+    let first = connect(&scene, home).await;
+    moved(&scene, "a", "b").await;
+    named(&scene, care_of).await;
+    let second = connect(&scene, care_of).await;
+    moved(&scene, "b", "a").await;
+    named(&scene, home).await;
+    assert_eq!(boot(&scene, home), boot_id);
+    assert_eq!(boot(&scene, care_of), boot_id, "a client with the old answer");
+    let third = connect(&scene, care_of).await;
+    let clients =
+        vec![("opened at home", first), ("opened at b", second), ("opened at b after the return", third)];
+    all_lived(&scene, clients, &boot_id, 1000).await;
+    let report = by_name.finish().await.unwrap();
+    let failed: u64 =
+        report.outcomes.iter().filter(|(outcome, _)| **outcome != Outcome::Ok).map(|(_, n)| n).sum();
+    assert_eq!(failed, 0, "{:?}", report.outcomes);
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_goes_on_to_a_third_site_needs_the_second_for_its_own_connections_only() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(SceneOptions { third_site: true, ..options("third") }).await;
+    scene.start_guest().await.unwrap();
+    let home = scene.home().unwrap();
+    let (at_b, at_c) = (scene.care_of("b").unwrap(), scene.care_of("c").unwrap());
+    let boot_id = boot(&scene, home);
+    let first = connect(&scene, home).await;
+    moved(&scene, "a", "b").await;
+    named(&scene, at_b).await;
+    let second = connect(&scene, at_b).await;
+    moved(&scene, "b", "c").await;
+    named(&scene, at_c).await;
+    assert_eq!(boot(&scene, at_c), boot_id);
+    assert_eq!(boot(&scene, at_b), boot_id, "a client with the old answer");
+    assert_eq!(boot(&scene, home), boot_id, "a client with the number written down");
+    let third = connect(&scene, at_c).await;
+    // What was opened at home has no detour: nothing of it passes site b, and b is not needed.
+    let core = scene.world.net.clone();
+    let watch = |name: &str, from: &str, to: &str| Watch {
+        name: name.into(),
+        place: core.clone(),
+        from_device: Some(format!("up-{from}")),
+        to_device: Some(format!("up-{to}")),
+        packets: PacketMatch::udp_port(netns_tests::scenario::gateway::PORT),
+    };
+    let direct = scene.world.watch(&watch("a_c", "a", "c")).unwrap();
+    let before = direct.tally().unwrap().packets;
+    tokio::time::sleep(SECOND).await;
+    assert!(direct.tally().unwrap().packets > before + 50, "records go from a to c");
+    all_lived(&scene, vec![("opened at b", second)], &boot_id, 5000).await;
+    scene.b.stop().unwrap();
+    assert_eq!(boot(&scene, home), boot_id, "b is gone");
+    all_lived(&scene, vec![("opened at home", first), ("opened at c", third)], &boot_id, 5000).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_moves_in_a_row_lose_no_connection() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("ten")).await;
+    scene.start_guest().await.unwrap();
+    let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
+    let boot_id = boot(&scene, home);
+    let mut clients = vec![("opened first", connect(&scene, home).await)];
+    for turn in 0..5 {
+        moved(&scene, "a", "b").await;
+        clients.push(("opened at b", connect(&scene, care_of).await));
+        moved(&scene, "b", "a").await;
+        clients.push(("opened at home", connect(&scene, home).await));
+        assert_eq!(boot(&scene, care_of), boot_id, "turn {turn}");
+    }
+    named(&scene, home).await;
+    all_lived(&scene, clients, &boot_id, 5000).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_ip_versions_move_together_and_come_home_together() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(SceneOptions { dual_stack: true, ..options("dual") }).await;
+    scene.start_guest().await.unwrap();
+    let (home, home6) = (scene.home().unwrap(), scene.home6().unwrap());
+    let (care_of, care_of6) = (scene.care_of("b").unwrap(), scene.care_of6("b").unwrap());
+    let boot_id = boot(&scene, home);
+    let mut clients = vec![("IPv4 home", connect(&scene, home).await)];
+    clients.push(("IPv6 home", connect(&scene, home6).await));
+    moved(&scene, "a", "b").await;
+    assert_eq!(boot(&scene, home6), boot_id);
+    assert_eq!(boot(&scene, care_of6), boot_id);
+    clients.push(("IPv4 at b", connect(&scene, care_of).await));
+    clients.push(("IPv6 at b", connect(&scene, care_of6).await));
+    moved(&scene, "b", "a").await;
+    for address in [home, home6, care_of, care_of6] {
+        assert_eq!(boot(&scene, address), boot_id, "{address}");
+    }
+    all_lived(&scene, clients, &boot_id, 5000).await;
+    close(scene);
+}
