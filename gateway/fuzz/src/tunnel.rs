@@ -11,6 +11,7 @@ use longhaul_core::tunnel::datapath::{Datapath, DatapathConfig, VisitRoute, Way}
 use longhaul_core::tunnel::fragment::{Reassembly, ReassemblyConfig, Splitter};
 use longhaul_core::tunnel::packet::{Packet, Side};
 use longhaul_core::tunnel::policy::{PeerSlot, PortKey};
+use longhaul_core::tunnel::repair::{FlowBucket, Incarnation, Repair, RepairConfig};
 
 use crate::input::Input;
 use crate::sample;
@@ -22,6 +23,7 @@ const VISITS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77));
 pub fn run(data: &[u8]) {
     let mut world = World::new();
     let mut reassembly = Reassembly::new(ReassemblyConfig::default());
+    let mut repair = Repair::new(RepairConfig::default(), Incarnation(0));
     let mut input = Input(data);
     while !input.is_empty() {
         let (kind, len) = (input.byte(), usize::from(input.u16()));
@@ -29,6 +31,7 @@ pub fn run(data: &[u8]) {
         world.now += Duration::from_millis(u64::from(kind >> 3));
         let _ = reassembly.handle_datagram(world.now, bytes.clone());
         assert!(reassembly.len() <= ReassemblyConfig::default().max_entries);
+        repair_takes(&mut repair, world.now, bytes.clone());
         match kind & 7 {
             0..=2 => world.peer_sends(world.b, bytes),
             3 => world.peer_sends(world.c, bytes),
@@ -38,6 +41,19 @@ pub fn run(data: &[u8]) {
         }
         world.release();
     }
+}
+
+/// Whatever the peer says, what waits is bounded and a datagram is answered by a bounded number.
+fn repair_takes(repair: &mut Repair, now: Duration, datagram: Bytes) {
+    let config = RepairConfig::default();
+    repair.wrap(now, FlowBucket(1), &[&datagram]);
+    let _ = repair.handle_datagram(now, datagram);
+    repair.handle_timeout(now);
+    while repair.poll_packet().is_some() {}
+    let answers = std::iter::from_fn(|| repair.poll_transmit(now)).count();
+    assert!(answers <= usize::from(config.max_jump) + config.max_gaps);
+    let (packets, bytes) = repair.receiver().waiting();
+    assert!(packets <= config.max_waiting && bytes <= config.max_waiting_bytes);
 }
 
 struct World {

@@ -11,3 +11,4 @@ pub mod hold;
 pub mod host;
 pub mod packet;
 pub mod policy;
+pub mod repair;

@@ -64,6 +64,7 @@ pub struct Packet<'a> {
     source: IpAddr,
     destination: IpAddr,
     protocol: u8,
+    dscp: u8,
     later_fragment: bool,
     transport: &'a [u8],
 }
@@ -100,6 +101,11 @@ impl<'a> Packet<'a> {
     /// The transport's protocol number, extension headers skipped.
     pub fn protocol(&self) -> u8 {
         self.protocol
+    }
+
+    /// The differentiated services code point (RFC 2474), without the two bits of ECN.
+    pub fn dscp(&self) -> u8 {
+        self.dscp
     }
 
     /// A fragment other than the first: it has no transport header.
@@ -167,6 +173,7 @@ impl<'a> Packet<'a> {
             source: IpAddr::V4(Ipv4Addr::new(header[12], header[13], header[14], header[15])),
             destination: IpAddr::V4(Ipv4Addr::new(header[16], header[17], header[18], header[19])),
             protocol: header[9],
+            dscp: header[1] >> 2,
             later_fragment: fragment_offset != 0,
             transport: &bytes[header_len..total_len],
         })
@@ -181,6 +188,7 @@ impl<'a> Packet<'a> {
             source: IpAddr::V6(address_v6(header, 8)),
             destination: IpAddr::V6(address_v6(header, 24)),
             protocol,
+            dscp: (header[0] & 0x0f) << 2 | header[1] >> 6,
             later_fragment,
             transport,
         })
@@ -287,6 +295,16 @@ pub(crate) mod tests {
         let bytes = ipv6(0, &payload);
         let packet = Packet::parse(&bytes).unwrap();
         assert_eq!((packet.protocol(), packet.ports()), (UDP, Some((0x1000, 53))));
+    }
+
+    #[test]
+    fn the_code_point_is_read_from_both_versions() {
+        let mut bytes = ipv4([192, 0, 2, 1], [198, 51, 100, 10], UDP, &[0; 8]);
+        bytes[1] = 46 << 2 | 3;
+        assert_eq!(Packet::parse(&bytes).unwrap().dscp(), 46);
+        let mut bytes = ipv6(UDP, &[0; 8]);
+        (bytes[0], bytes[1]) = (0x60 | 46 >> 2, 46 << 6 | 0x3f);
+        assert_eq!(Packet::parse(&bytes).unwrap().dscp(), 46);
     }
 
     #[test]
