@@ -15,7 +15,11 @@
 //! ```
 //!
 //! Prerequisites carry TTL 0. The first time, the ownership prerequisite is `NONE TXT`: no such RRset. A family that
-//! the old state does not have is not deleted, so that a key without permission for AAAA can move an IPv4 name. No I/O.
+//! the old state does not have is not deleted, so that a key without permission for AAAA can move an IPv4 name.
+//!
+//! Every other change has the same form, with the ownership record in its prerequisites and a new value of it among its
+//! updates: a time to live leaves the claim as it is and touches the record, a reverse name has a record of its own below
+//! `_longhaul` in its own zone. So no message does anything when it comes again. No I/O.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -63,21 +67,6 @@ pub struct Swap {
     pub observed: Option<Ownership>,
 }
 
-/// A change of an address's reverse name. Its zone is another one, so it is an update of its own and never critical.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PtrSwap {
-    /// The address whose reverse name changes.
-    pub address: IpAddr,
-    /// The reverse zone, such as `100.51.198.in-addr.arpa`.
-    pub zone: DnsName,
-    /// The name it must have; none: it must have none.
-    pub old: Option<DnsName>,
-    /// The name it gets; none: the record is removed.
-    pub new: Option<DnsName>,
-    /// The time to live of the new record, in seconds.
-    pub ttl_s: u32,
-}
-
 impl Swap {
     /// A swap with a fresh transaction number, for a name that was never owned (epoch 0 to 1); change what differs.
     pub fn new(name: DnsName, old: Vec<IpAddr>, new: Vec<IpAddr>, ttl_s: u32, owner: &str) -> Self {
@@ -113,15 +102,14 @@ impl Swap {
 
     /// The swap that takes this one back: on top of exactly this one's record, to the old addresses and epoch.
     ///
-    /// Its record has a new transaction number, so a replay of the first swap stays impossible. Its owner is the one of
+    /// The ownership record of the swap that takes this one back, to the old addresses and epoch.
+    ///
+    /// It has a new transaction number, so a replay of the first swap stays impossible. Its owner is the one of
     /// `observed`, else [`NOBODY`].
-    pub(crate) fn inverse(&self) -> Result<Reversal, Error> {
+    pub(crate) fn inverse(&self) -> Result<Ownership, Error> {
         let owner = self.observed.as_ref().map_or(NOBODY, |observed| observed.owner());
         let written = Ownership::new(self.epoch_from, owner, Txn::random());
-        Ok(Reversal {
-            before: self.ownership()?,
-            after: written.map_err(|error| Error::Config(error.to_string()))?,
-        })
+        written.map_err(|error| Error::Config(error.to_string()))
     }
 
     pub(crate) fn check(&self, zone: &DnsName) -> Result<(), Error> {
@@ -146,12 +134,6 @@ impl Swap {
         check_in_zone(&self.name, zone)?;
         self.ownership().map(|_| ())
     }
-}
-
-/// The two ownership records of an undo.
-pub(crate) struct Reversal {
-    pub(crate) before: Ownership,
-    pub(crate) after: Ownership,
 }
 
 pub(crate) fn check_ttl(ttl_s: u32) -> Result<(), Error> {
@@ -193,11 +175,9 @@ impl Change {
 
     /// The prerequisites: exactly this state, nothing more and nothing less.
     pub(crate) fn only_if(mut self, before: &Before<'_>) -> Self {
+        let register = self.ownership_prerequisite(before.ownership);
         let message = &mut self.message;
-        message.add_pre_requisite(match before.ownership {
-            Some(value) => Record::from_rdata(self.ownership.clone(), 0, txt(value)),
-            None => marker(&self.ownership, DNSClass::NONE, RecordType::TXT),
-        });
+        message.add_pre_requisite(register);
         let distinct: BTreeSet<_> = before.addresses.iter().copied().collect();
         for address in &distinct {
             message.add_pre_requisite(Record::from_rdata(self.name.clone(), 0, (*address).into()));
@@ -211,6 +191,23 @@ impl Change {
             message.add_pre_requisite(marker(&self.name, DNSClass::NONE, RecordType::CNAME));
         }
         self
+    }
+
+    /// The prerequisites of a reverse name: exactly this one and this ownership record.
+    pub(crate) fn only_if_named(mut self, ownership: Option<&Ownership>, old: Option<&DnsName>) -> Self {
+        self.message.add_pre_requisite(self.ownership_prerequisite(ownership));
+        self.message.add_pre_requisite(match old {
+            Some(old) => Record::from_rdata(self.name.clone(), 0, ptr(old)),
+            None => marker(&self.name, DNSClass::NONE, RecordType::PTR),
+        });
+        self
+    }
+
+    fn ownership_prerequisite(&self, expected: Option<&Ownership>) -> Record {
+        match expected {
+            Some(value) => Record::from_rdata(self.ownership.clone(), 0, txt(value)),
+            None => marker(&self.ownership, DNSClass::NONE, RecordType::TXT),
+        }
     }
 
     /// Replaces the ownership record.
@@ -259,27 +256,28 @@ impl Change {
         self
     }
 
+    /// Of the prerequisites only those of one record type at the name itself, and nothing to change. They are checked all
+    /// the same (RFC 2136 section 3.2).
+    pub(crate) fn asks_only(mut self, record_type: RecordType) -> Message {
+        let name = self.name;
+        self.message.answers.retain(|record| record.name == name && record.record_type() == record_type);
+        self.message
+    }
+
+    /// Replaces the reverse name `old` by `new`.
+    pub(crate) fn name_back(mut self, old: Option<&DnsName>, new: Option<&DnsName>, ttl_s: u32) -> Self {
+        if old.is_some() {
+            self.message.add_update(marker(&self.name, DNSClass::ANY, RecordType::PTR));
+        }
+        if let Some(new) = new {
+            self.message.add_update(Record::from_rdata(self.name.clone(), ttl_s, ptr(new)));
+        }
+        self
+    }
+
     pub(crate) fn into_message(self) -> Message {
         self.message
     }
-}
-
-/// The UPDATE of a reverse name.
-pub(crate) fn ptr_message(swap: &PtrSwap) -> Message {
-    let name = DnsName::reverse(swap.address);
-    let ptr = |target: &DnsName| RData::PTR(PTR(target.as_name().clone()));
-    let mut message = empty_update(&swap.zone);
-    message.add_pre_requisite(match &swap.old {
-        Some(old) => Record::from_rdata(name.as_name().clone(), 0, ptr(old)),
-        None => marker(name.as_name(), DNSClass::NONE, RecordType::PTR),
-    });
-    if swap.old.is_some() {
-        message.add_update(marker(name.as_name(), DNSClass::ANY, RecordType::PTR));
-    }
-    if let Some(new) = &swap.new {
-        message.add_update(Record::from_rdata(name.as_name().clone(), swap.ttl_s, ptr(new)));
-    }
-    message
 }
 
 pub(crate) fn query(name: &Name, record_type: RecordType) -> Message {
@@ -306,6 +304,10 @@ fn marker(name: &Name, class: DNSClass, record_type: RecordType) -> Record {
     let mut record = Record::update0(name.clone(), 0, record_type);
     record.dns_class = class;
     record
+}
+
+fn ptr(target: &DnsName) -> RData {
+    RData::PTR(PTR(target.as_name().clone()))
 }
 
 fn txt(value: &Ownership) -> RData {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
 
+use crate::config::UpdaterConfig;
 use crate::name::DnsName;
 use crate::ownership::Txn;
 
@@ -33,10 +34,12 @@ pub enum Error {
     ///
     /// Servers differ: BIND, Knot and YADIFA say NOTAUTH with BADKEY or BADSIG, PowerDNS says REFUSED without any
     /// signature (also when the clocks differ), Knot says NOTAUTH BADKEY for a name outside the key's policy.
-    #[error("Name server {server} refused ({rcode}{}): {}", tsig_text(tsig), refusal_advice(*tsig, *authenticated))]
+    #[error("Name server {server} refused key {key} ({}{}): {}", rcode_text(*rcode), tsig_text(tsig), refusal_advice(*rcode, *tsig, *authenticated))]
     KeyOrPolicy {
         /// The server that refused.
         server: SocketAddr,
+        /// The key's name.
+        key: DnsName,
         /// Its response code.
         rcode: ResponseCode,
         /// Its TSIG error, if it gave one.
@@ -46,7 +49,7 @@ pub enum Error {
     },
 
     /// Server and client do not agree on the time.
-    #[error("Name server {server} sees another time: here {here_s}, there {}; set the clocks (NTP), TSIG allows {fudge_s} s", there_text(*there_s))]
+    #[error("Name server {server} does not accept the time of the message (BADTIME): {}; TSIG allows {fudge_s} s, set both clocks by NTP", difference_text(*here_s, *there_s))]
     Clock {
         /// The server that complained, or whose answer was too old or too new.
         server: SocketAddr,
@@ -59,9 +62,7 @@ pub enum Error {
     },
 
     /// The name is not in the zone, or the server is not authoritative for the zone.
-    #[error(
-        "{name} is not in zone {zone} as name server {server} has it: check `zone` and the server's zones ({reason})"
-    )]
+    #[error("Name server {server} cannot change {name} in zone {zone}: {reason}")]
     NotZone {
         /// The server that was asked.
         server: SocketAddr,
@@ -83,9 +84,7 @@ pub enum Error {
     },
 
     /// The server failed at its own work, or does not do dynamic updates.
-    #[error(
-        "Name server {server} failed with {rcode}: read its log; it must accept RFC 2136 updates for this zone"
-    )]
+    #[error("Name server {server} failed with {}: {}", rcode_text(*rcode), failure_advice(*rcode))]
     Server {
         /// The server.
         server: SocketAddr,
@@ -141,6 +140,18 @@ pub enum Shape {
     /// The addresses come from a wildcard, so there is nothing at the name itself to compare and swap.
     #[error("its addresses come from a wildcard; give the name records of its own")]
     Wildcard,
+    /// The server says that what it answers itself does not hold.
+    #[error(
+        "its name server says that it is not as it reads: each prerequisite holds alone, all together do not; such a server \
+         (YADIFA 2.6 is one) cannot compare and swap, take BIND, Knot or PowerDNS"
+    )]
+    Prerequisites,
+    /// The reverse name is an alias, as RFC 2317 delegates less than 256 addresses.
+    #[error("it is an alias of {target} (RFC 2317); its PTR record is there, change it in that zone by hand")]
+    ReverseAlias {
+        /// What it is an alias of.
+        target: String,
+    },
     /// More than one address of a family, which a move would collapse into one.
     #[error("it has {found} addresses of one family; a machine's name has one, remove the others")]
     SeveralAddresses {
@@ -234,12 +245,14 @@ impl Failure {
     }
 
     /// The failure as the error of an operation that changes nothing.
-    pub(crate) fn into_error(self, server: SocketAddr, fudge_s: u16) -> Error {
+    pub(crate) fn into_error(self, server: SocketAddr, config: &UpdaterConfig) -> Error {
+        let fudge_s = config.fudge_s;
         match self {
             Self::NotSent(source) | Self::NoAnswer(source) => Error::Unreachable { server, source },
             Self::Suspicious(reason) => Error::Protocol { server, reason },
             Self::Denied { rcode: rcode @ (ResponseCode::Refused | ResponseCode::NotAuth), tsig } => {
-                Error::KeyOrPolicy { server, rcode, tsig, authenticated: false }
+                let key = config.key.name().clone();
+                Error::KeyOrPolicy { server, key, rcode, tsig, authenticated: false }
             }
             Self::Denied { rcode, tsig: _ } => Error::Server { server, rcode },
             Self::Clock { here_s, there_s, refused: _ } => Error::Clock { server, here_s, there_s, fudge_s },
@@ -260,21 +273,112 @@ fn tsig_text(tsig: &Option<TsigFault>) -> String {
     }
 }
 
-fn refusal_advice(tsig: Option<TsigFault>, authenticated: bool) -> &'static str {
+fn refusal_advice(rcode: ResponseCode, tsig: Option<TsigFault>, authenticated: bool) -> &'static str {
     match (tsig, authenticated) {
         (Some(TsigFault::BadKey), _) => {
-            "it does not know this key's name and algorithm, or not for this name"
+            "it has no key of this name and algorithm, add it there as tsig-keygen printed it; or (Knot) the key is there and \
+             its acl does not name this name"
         }
-        (Some(TsigFault::BadSig), _) => "it has another secret under this key's name",
+        (Some(TsigFault::BadSig), _) => {
+            "it has another secret under this key's name, copy the whole key again from one side to the other"
+        }
         (_, true) => {
-            "the key is right, its policy does not allow this (A, AAAA and the _longhaul TXT record)"
+            "the key is right, its policy does not allow this; allow it A, AAAA and the TXT record below _longhaul (PTR and TXT \
+             for a reverse name): BIND `update-policy`, Knot `acl` with `update-type`, PowerDNS TSIG-ALLOW-DNSUPDATE, YADIFA \
+             `allow-update`"
+        }
+        (Some(TsigFault::Other(_)) | None, false) if rcode == ResponseCode::NotAuth => {
+            "it does not accept the signature and does not say why: compare the key's name, algorithm and secret on both sides, \
+             then the clocks"
         }
         (Some(TsigFault::Other(_)) | None, false) => {
-            "check the key's name, algorithm and secret, the server's update policy and the clock"
+            "it may have no such zone (give the zone's primary), allow this zone no updates by this key or from this address, \
+             or not know the key; compare the key on both sides, then the clocks"
         }
     }
 }
 
-fn there_text(there_s: Option<u64>) -> String {
-    there_s.map_or_else(|| "not told".to_owned(), |seconds| seconds.to_string())
+fn failure_advice(rcode: ResponseCode) -> &'static str {
+    if rcode == ResponseCode::NotImp {
+        return "it does no dynamic updates (RFC 2136); give the zone's primary, or a server that does them";
+    }
+    if rcode == ResponseCode::FormErr {
+        return "it does not understand the message; is something between that rewrites DNS?";
+    }
+    if rcode == ResponseCode::ServFail {
+        return "read its log; often it may not write its journal or zone file, or the zone is not loaded";
+    }
+    "read its log; it must accept RFC 2136 updates for this zone"
+}
+
+/// The rcode as RFC 2136 and the servers' logs write it.
+pub(crate) fn rcode_text(rcode: ResponseCode) -> String {
+    let written = [
+        (ResponseCode::FormErr, "FORMERR"),
+        (ResponseCode::ServFail, "SERVFAIL"),
+        (ResponseCode::NXDomain, "NXDOMAIN"),
+        (ResponseCode::NotImp, "NOTIMP"),
+        (ResponseCode::Refused, "REFUSED"),
+        (ResponseCode::YXDomain, "YXDOMAIN"),
+        (ResponseCode::YXRRSet, "YXRRSET"),
+        (ResponseCode::NXRRSet, "NXRRSET"),
+        (ResponseCode::NotAuth, "NOTAUTH"),
+        (ResponseCode::NotZone, "NOTZONE"),
+    ];
+    let known = written.iter().find(|(code, _)| *code == rcode);
+    known.map_or_else(|| rcode.to_string(), |(_, text)| (*text).to_owned())
+}
+
+fn difference_text(here_s: u64, there_s: Option<u64>) -> String {
+    let Some(there_s) = there_s else {
+        return format!("here it is {here_s} s since 1970, the server does not tell its time");
+    };
+    let apart_s = here_s.abs_diff(there_s);
+    let side = if here_s > there_s { "ahead of" } else { "behind" };
+    format!("the clock here is {apart_s} s {side} the server's (here {here_s}, there {there_s} s since 1970)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_error_says_who_is_ahead_and_by_how_much() {
+        let error = |here_s, there_s| {
+            let server = "192.0.2.53:53".parse().unwrap();
+            Error::Clock { server, here_s, there_s, fudge_s: 300 }.to_string()
+        };
+        assert!(error(4_600, Some(1_000)).contains("clock here is 3600 s ahead of the server's"));
+        assert!(error(1_000, Some(1_400)).contains("clock here is 400 s behind the server's"));
+        assert!(error(1_000, None).contains("does not tell its time"));
+    }
+
+    #[test]
+    fn every_refusal_names_its_code_the_key_and_what_to_change() {
+        let said = |rcode, tsig, authenticated| {
+            let (server, key) = ("192.0.2.53:53".parse().unwrap(), "gw-a".parse().unwrap());
+            Error::KeyOrPolicy { server, key, rcode, tsig, authenticated }.to_string()
+        };
+        for (text, parts) in [
+            (said(ResponseCode::NotAuth, Some(TsigFault::BadKey), false), ["NOTAUTH BADKEY", "add it there"]),
+            (
+                said(ResponseCode::NotAuth, Some(TsigFault::BadSig), false),
+                ["NOTAUTH BADSIG", "another secret"],
+            ),
+            (said(ResponseCode::NotAuth, None, false), ["(NOTAUTH)", "then the clocks"]),
+            (said(ResponseCode::Refused, None, false), ["(REFUSED)", "no updates by this key"]),
+            (said(ResponseCode::Refused, None, true), ["(REFUSED)", "update-policy"]),
+        ] {
+            assert!(parts.iter().all(|part| text.contains(part)) && text.contains("key gw-a."), "{text}");
+        }
+        let server = "192.0.2.53:53".parse().unwrap();
+        for (rcode, part) in [
+            (ResponseCode::NotImp, "NOTIMP: it does no dynamic updates"),
+            (ResponseCode::ServFail, "SERVFAIL: read its log"),
+            (ResponseCode::FormErr, "FORMERR: it does not understand"),
+        ] {
+            let text = Error::Server { server, rcode }.to_string();
+            assert!(text.contains(part), "{text}");
+        }
+    }
 }

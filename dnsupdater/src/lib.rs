@@ -20,7 +20,7 @@
 //!     .observed(found.ownership().cloned());
 //! match updater.swap(&swap).await? {
 //!     Outcome::Won => println!("{}", updater.verify(&name, &new, Scope::Listed).await?.is_complete()),
-//!     Outcome::Lost { current } => println!("somebody else was first: {current:?}"),
+//!     Outcome::Lost { current, .. } => println!("somebody else was first: {current:?}"),
 //! }
 //! # Ok(()) }
 //! ```
@@ -41,7 +41,9 @@ mod exchange;
 mod key;
 mod name;
 pub mod ownership;
+mod preflight;
 mod records;
+mod reverse;
 mod settle;
 mod signing;
 #[cfg(feature = "test-server")]
@@ -49,13 +51,15 @@ pub mod test_server;
 mod updater;
 mod verify;
 
-pub use change::{MAX_ADDRESSES, MAX_TTL_S, PtrSwap, Swap};
+pub use change::{MAX_ADDRESSES, MAX_TTL_S, Swap};
 pub use config::{MAX_SERVERS, Transport, UpdaterConfig};
 pub use error::{Error, Shape, TsigFault};
 pub use hickory_proto::op::ResponseCode;
 pub use key::{Algorithm, Key, MIN_SECRET_BYTES};
 pub use name::{DnsName, InvalidDnsName};
 pub use ownership::{Epoch, InvalidOwnership, Ownership, Txn};
+pub use preflight::Preflight;
 pub use records::{Records, Register};
-pub use updater::{Outcome, Preflight, PtrOutcome, TtlOutcome, Updater};
-pub use verify::{Scope, ServerState, ServerView, Verification};
+pub use reverse::{PtrOutcome, PtrRecords, PtrSwap};
+pub use updater::{Outcome, TtlOutcome, Updater};
+pub use verify::{Scope, ServerState, ServerView, Unasked, Verification};

@@ -6,7 +6,9 @@
 //!
 //! One string of at most 255 bytes, compared byte for byte by the name server, hence written in one way only.
 //! The transaction number makes every value unique, so that a value once replaced never comes back and a replayed
-//! update finds its prerequisite false for ever. It does not decide what an epoch means: that is the caller's journal.
+//! update finds its prerequisite false for ever. What changes a name but not who has it, a new time to live, keeps the
+//! three and appends ` touch=` and 32 random digits, for the same reason. It does not decide what an epoch means: that is
+//! the caller's journal.
 
 use std::fmt;
 use std::str::FromStr;
@@ -39,11 +41,14 @@ pub struct Ownership {
     epoch: Epoch,
     owner: String,
     txn: Txn,
+    touch: Option<Txn>,
 }
 
 /// A text that is no ownership record of version 1.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{value:?} is not an ownership record: v=1 epoch=NUMBER owner=SITE txn=32 HEX DIGITS")]
+#[error(
+    "{value:?} is not an ownership record: v=1 epoch=NUMBER owner=SITE txn=32 HEX DIGITS [touch=32 HEX DIGITS]"
+)]
 pub struct InvalidOwnership {
     value: String,
 }
@@ -62,7 +67,18 @@ impl Ownership {
         if owner.is_empty() || owner.len() > MAX_OWNER_LEN || !owner.bytes().all(allowed) {
             return Err(InvalidOwnership { value: format!("owner={owner}") });
         }
-        Ok(Self { epoch, owner: owner.to_owned(), txn })
+        Ok(Self { epoch, owner: owner.to_owned(), txn, touch: None })
+    }
+
+    /// The same claim in a value that never was: for an update that changes a name but not whose it is.
+    #[must_use]
+    pub fn touched(&self) -> Self {
+        Self { touch: Some(Txn::random()), ..self.clone() }
+    }
+
+    /// Whether both say that the same transaction gave the name to the same owner, touched since or not.
+    pub fn is_claim_of(&self, other: &Self) -> bool {
+        (self.epoch, &self.owner, self.txn) == (other.epoch, &other.owner, other.txn)
     }
 
     /// How often the name has changed hands.
@@ -95,14 +111,22 @@ impl FromStr for Ownership {
         let epoch = field("epoch=").and_then(|text| text.parse().ok()).ok_or_else(refused)?;
         let owner = field("owner=").ok_or_else(refused)?;
         let txn = field("txn=").and_then(|text| Txn::from_str(text).ok()).ok_or_else(refused)?;
-        let read = Self::new(Epoch(epoch), owner, txn).map_err(|_| refused())?;
+        let touch = match fields.next() {
+            None => None,
+            Some(last) => {
+                let number = last.strip_prefix("touch=").and_then(|text| text.parse().ok());
+                Some(number.ok_or_else(refused)?)
+            }
+        };
+        let read = Self { touch, ..Self::new(Epoch(epoch), owner, txn).map_err(|_| refused())? };
         if read.to_string() == value { Ok(read) } else { Err(refused()) }
     }
 }
 
 impl fmt::Display for Ownership {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "v=1 epoch={} owner={} txn={}", self.epoch, self.owner, self.txn)
+        write!(f, "v=1 epoch={} owner={} txn={}", self.epoch, self.owner, self.txn)?;
+        self.touch.map_or(Ok(()), |touch| write!(f, " touch={touch}"))
     }
 }
 
@@ -188,10 +212,22 @@ mod tests {
             GOOD.replace("ff", "f"),
             GOOD.replace(' ', "  "),
             format!("{GOOD} more=1"),
+            format!("{GOOD} touch=1"),
+            format!("{GOOD} touch=00112233445566778899aabbccddeeff more=1"),
             format!("{GOOD}\n"),
         ] {
             assert!(bad.parse::<Ownership>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_touched_record_is_another_value_and_the_same_claim() {
+        let read: Ownership = GOOD.parse().expect("canonical");
+        let touched = read.touched();
+        assert!(touched != read && touched != read.touched() && touched.is_claim_of(&read));
+        assert_eq!(touched.to_string().parse(), Ok(touched.clone()));
+        let other = Ownership::new(Epoch(7), "site-a", Txn::random()).expect("valid");
+        assert!(!other.is_claim_of(&read));
     }
 
     proptest! {
@@ -199,7 +235,7 @@ mod tests {
         fn every_record_fits_one_string_and_survives_the_way_there_and_back(
             epoch: u64, owner in "[A-Za-z0-9._-]{1,63}", txn: u128
         ) {
-            let record = Ownership::new(Epoch(epoch), &owner, Txn(txn)).expect("valid");
+            let record = Ownership::new(Epoch(epoch), &owner, Txn(txn)).expect("valid").touched();
             let text = record.to_string();
             prop_assert!(text.len() <= 255);
             prop_assert_eq!(text.parse::<Ownership>(), Ok(record));

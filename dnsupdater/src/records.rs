@@ -48,7 +48,8 @@ pub struct Records {
     pub primary: DnsName,
     /// How long the reading took, connection included.
     pub round_trip: Duration,
-    /// The server's clock minus this machine's, in seconds, to about a second; none if the reply was not signed.
+    /// The server's clock minus this machine's, in seconds, to about a second; none if the reply was not signed. Always
+    /// about 0 with PowerDNS, which signs with the time of the request.
     pub clock_ahead_s: Option<i64>,
 }
 
@@ -178,7 +179,7 @@ impl Reading<'_> {
     }
 
     /// The answer section, if the reply is an authoritative one.
-    fn answer<'m>(&self, reply: &'m Message) -> Result<&'m [Record], Error> {
+    pub(crate) fn answer<'m>(&self, reply: &'m Message) -> Result<&'m [Record], Error> {
         let rcode = reply.response_code;
         if rcode == ResponseCode::Refused || rcode == ResponseCode::NotAuth {
             return Err(self.not_zone("it refuses to answer for it"));

@@ -32,16 +32,30 @@ pub(crate) struct Update<'a> {
     pub(crate) name: &'a DnsName,
     pub(crate) before: Option<&'a Ownership>,
     pub(crate) after: &'a Ownership,
+    pub(crate) proof: Proof,
     pub(crate) message: Message,
+}
+
+/// What in the register says that an update was applied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// Its claim, touched since or not.
+    Claim,
+    /// Its very value.
+    Value,
 }
 
 impl Update<'_> {
     /// A register with our own value says that we won, whatever the answer was.
-    fn judge(&self, current: Records) -> Outcome {
-        if current.ownership() == Some(self.after) {
+    fn judge(&self, current: Records, rcode: Option<ResponseCode>) -> Outcome {
+        let ours = |found: &Ownership| match self.proof {
+            Proof::Claim => found.is_claim_of(self.after),
+            Proof::Value => found == self.after,
+        };
+        if current.ownership().is_some_and(ours) {
             return Outcome::Won;
         }
-        Outcome::Lost { current: Box::new(current) }
+        Outcome::Lost { current: Box::new(current), rcode }
     }
 
     /// Whether the update may still be applied: the register is as it expects.
@@ -68,10 +82,10 @@ impl Updater {
             let failure = match self.once(conversation, &update.message).await? {
                 Ok(reply) => match Answer::of(&reply) {
                     Answer::Applied => return Ok(Outcome::Won),
-                    Answer::NotAsExpected => {
+                    Answer::NotAsExpected(rcode) => {
                         let current = self.read_in(conversation, update.name).await;
                         return current
-                            .map(|now| update.judge(now))
+                            .map(|now| update.judge(now, Some(rcode)))
                             .map_err(|error| self.unknown(update, &error));
                     }
                     // SERVFAIL alone may come after the zone was changed.
@@ -88,7 +102,7 @@ impl Updater {
             }
             in_doubt |= failure.may_have_acted() && !matches!(failure, Failure::Denied { .. });
             if attempt >= self.config.retries || !failure.is_transient() {
-                let error = failure.into_error(self.primary, self.config.fudge_s);
+                let error = failure.into_error(self.primary, &self.config);
                 return Err(self.conclude(update, error, in_doubt));
             }
             self.pause(attempt).await;
@@ -109,7 +123,7 @@ impl Updater {
         }
         match self.read_in(conversation, update.name).await {
             Ok(current) if update.still_open(&current) => None,
-            Ok(current) => Some(Ok(update.judge(current))),
+            Ok(current) => Some(Ok(update.judge(current, None))),
             // Who does not know the key answers neither: what was denied was not done.
             Err(error @ Error::KeyOrPolicy { .. }) if is_denial(failure) => {
                 Some(Err(self.conclude(update, error, in_doubt)))
@@ -149,7 +163,7 @@ impl Updater {
             };
             debug!(server = %conversation.server, attempt, ?failure, "Exchange failed");
             if attempt >= self.config.retries || !failure.is_transient() {
-                return Err(failure.into_error(conversation.server, self.config.fudge_s));
+                return Err(failure.into_error(conversation.server, &self.config));
             }
             self.pause(attempt).await;
             attempt += 1;
@@ -182,7 +196,7 @@ impl Updater {
 pub(crate) enum Answer {
     Applied,
     /// A prerequisite does not hold (RFC 2136 section 3.2).
-    NotAsExpected,
+    NotAsExpected(ResponseCode),
     Failed(ResponseCode),
 }
 
@@ -194,7 +208,7 @@ impl Answer {
         if rcode == ResponseCode::NoError {
             Self::Applied
         } else if failed_prerequisites.contains(&rcode) {
-            Self::NotAsExpected
+            Self::NotAsExpected(rcode)
         } else {
             Self::Failed(rcode)
         }

@@ -1,21 +1,22 @@
 //! The updater: reads a name, swaps it, takes a swap back, changes its time to live; always at the primary alone.
 //!
-//! Never a second primary: two servers cannot order two swaps. How one update comes to its outcome is in `settle`, the
-//! verification of all servers in `verify`.
+//! Never a second primary: two servers cannot order two swaps. How one update comes to its outcome is in `settle`, what
+//! is proven before in `preflight`, the verification of all servers in `verify`, reverse names in `reverse`.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use hickory_proto::op::ResponseCode;
 use tracing::info;
 
-use crate::change::{Before, Change, PtrSwap, Swap, check_in_zone, check_ttl, ptr_message, record_type};
+use crate::change::{Before, Change, Swap, check_in_zone, check_ttl};
 use crate::config::{Transport, UpdaterConfig};
 use crate::error::{Error, Shape};
 use crate::exchange::Conversation;
 use crate::name::DnsName;
+use crate::ownership::{Epoch, NOBODY, Ownership, Txn};
 use crate::records::{Reading, Records};
-use crate::settle::{Answer, Update};
+use crate::settle::{Proof, Update};
 use crate::signing::Seal;
 
 /// Changes names at one primary, as [`UpdaterConfig`] says. Holds no connection; cheap to clone, `&self` everywhere.
@@ -38,16 +39,10 @@ pub enum Outcome {
     Lost {
         /// The name as it is.
         current: Box<Records>,
+        /// What the server said of the prerequisites: NXRRSET, something expected is not there; YXRRSET, something is
+        /// there that must not be. None: it was seen by reading.
+        rcode: Option<ResponseCode>,
     },
-}
-
-/// What a preflight found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Preflight {
-    /// The name as it is; its ownership record goes into [`Swap::observed`].
-    pub records: Records,
-    /// The shortest exchange with the primary, connection included.
-    pub round_trip: Duration,
 }
 
 /// How a change of the time to live ended.
@@ -72,15 +67,6 @@ pub enum TtlOutcome {
     },
 }
 
-/// How a change of a reverse name ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PtrOutcome {
-    /// It is as asked.
-    Done,
-    /// It was not as expected and was left alone.
-    Lost,
-}
-
 impl Updater {
     /// Checks the configuration; sends nothing.
     pub fn new(config: UpdaterConfig) -> Result<Self, Error> {
@@ -94,6 +80,14 @@ impl Updater {
         &self.config
     }
 
+    /// The same updater for another zone of the same primary.
+    #[must_use]
+    pub fn in_zone(&self, zone: DnsName) -> Self {
+        let mut other = self.clone();
+        other.config.zone = zone;
+        other
+    }
+
     /// Reads a name at the primary: one round trip, signed unless the configuration says otherwise.
     pub async fn read(&self, name: &DnsName) -> Result<Records, Error> {
         check_in_zone(name, &self.config.zone)?;
@@ -103,34 +97,60 @@ impl Updater {
     /// Swaps a name's addresses and its ownership record in one update.
     ///
     /// May be repeated with the same `swap` after any error. An error other than [`Error::OutcomeUnknown`] means that
-    /// the name was not changed by this call.
+    /// the name was not changed by this call. A change of the time to live in between does not make it lose.
     pub async fn swap(&self, swap: &Swap) -> Result<Outcome, Error> {
         swap.check(&self.config.zone)?;
         let after = swap.ownership()?;
         let mut conversation = self.conversation();
-        let before = match &swap.observed {
+        let mut before = match &swap.observed {
             Some(observed) if observed.epoch() == swap.epoch_from => Some(observed.clone()),
             Some(_) | None => {
                 let current = self.read_in(&mut conversation, &swap.name).await?;
                 let ownership = current.comparable()?.cloned();
-                if ownership.as_ref() == Some(&after) {
+                if ownership.as_ref().is_some_and(|found| found.is_claim_of(&after)) {
                     return Ok(Outcome::Won);
                 }
                 if current.epoch() != swap.epoch_from || !current.has(&swap.old) {
-                    return Ok(Outcome::Lost { current: Box::new(current) });
+                    return Ok(Outcome::Lost { current: Box::new(current), rcode: None });
                 }
                 ownership
             }
         };
+        for _ in 0..self.config.retries {
+            let outcome = self.swap_once(&mut conversation, swap, before.as_ref(), &after).await?;
+            match touched_since(before.as_ref(), &outcome) {
+                Some(now) => before = Some(now),
+                None => return Ok(outcome),
+            }
+        }
+        self.swap_once(&mut conversation, swap, before.as_ref(), &after).await
+    }
+
+    async fn swap_once(
+        &self,
+        conversation: &mut Conversation<'_>,
+        swap: &Swap,
+        before: Option<&Ownership>,
+        after: &Ownership,
+    ) -> Result<Outcome, Error> {
+        let expected = Before { ownership: before, addresses: &swap.old };
         let message = Change::of(&swap.name, &self.config.zone)?
-            .only_if(&Before { ownership: before.as_ref(), addresses: &swap.old })
-            .own(&after)
+            .only_if(&expected)
+            .own(after)
             .point(&swap.old, &swap.new, |_| swap.ttl_s)
             .into_message();
-        let update = Update { name: &swap.name, before: before.as_ref(), after: &after, message };
-        let outcome = self.settle(&mut conversation, &update).await;
-        info!(name = %swap.name, txn = %swap.txn, epoch = %swap.epoch_to, won = matches!(outcome, Ok(Outcome::Won)), "Swap ended");
-        outcome
+        let update = Update { name: &swap.name, before, after, proof: Proof::Claim, message };
+        let outcome = self.settle(conversation, &update).await;
+        let won = matches!(outcome, Ok(Outcome::Won));
+        info!(name = %swap.name, txn = %swap.txn, epoch = %swap.epoch_to, won, "Swap ended");
+        let outcome = outcome?;
+        if let Outcome::Lost { current, rcode: Some(_) } = &outcome
+            && current.ownership() == before
+            && current.has(&swap.old)
+        {
+            return Err(self.why_not(conversation, &swap.name, &expected).await?);
+        }
+        Ok(outcome)
     }
 
     /// Takes back a swap that was won: `new` becomes `old` again, if nobody has swapped since.
@@ -138,63 +158,29 @@ impl Updater {
     /// The time to live stays the swap's; call [`Updater::restore_ttl`] next. `Won` also if the swap was never applied.
     pub async fn undo(&self, swap: &Swap) -> Result<Outcome, Error> {
         swap.check(&self.config.zone)?;
-        let reversal = swap.inverse()?;
+        let (swapped, after) = (swap.ownership()?, swap.inverse()?);
         let mut conversation = self.conversation();
         let current = self.read_in(&mut conversation, &swap.name).await?;
-        if current.comparable()? != Some(&reversal.before) {
+        let before = current.comparable()?.filter(|found| found.is_claim_of(&swapped)).cloned();
+        let Some(before) = before else {
             let untouched = current.epoch() == swap.epoch_from && current.has(&swap.old);
-            return Ok(if untouched { Outcome::Won } else { Outcome::Lost { current: Box::new(current) } });
-        }
+            let lost = Outcome::Lost { current: Box::new(current), rcode: None };
+            return Ok(if untouched { Outcome::Won } else { lost });
+        };
         let message = Change::of(&swap.name, &self.config.zone)?
-            .only_if(&Before { ownership: Some(&reversal.before), addresses: &swap.new })
-            .own(&reversal.after)
+            .only_if(&Before { ownership: Some(&before), addresses: &swap.new })
+            .own(&after)
             .point(&swap.new, &swap.old, |_| swap.ttl_s)
             .into_message();
-        let update =
-            Update { name: &swap.name, before: Some(&reversal.before), after: &reversal.after, message };
+        let (before, after, proof) = (Some(&before), &after, Proof::Claim);
+        let update = Update { name: &swap.name, before, after, proof, message };
         self.settle(&mut conversation, &update).await
-    }
-
-    /// Proves that a swap of `name` to addresses like `new` would work: reachable, key known and permitted for each
-    /// record type, clocks in agreement, a shape that can be swapped. Changes nothing, not even the zone's serial.
-    ///
-    /// The proof is an UPDATE whose prerequisites are the state just read and whose records are that state again: what
-    /// is there is added as it is, what is absent is deleted. BIND checks its update-policy for each of them; hickory
-    /// authenticates. `new` may be empty: then only the families the name has now are rehearsed.
-    pub async fn preflight(&self, name: &DnsName, new: &[std::net::IpAddr]) -> Result<Preflight, Error> {
-        check_in_zone(name, &self.config.zone)?;
-        let mut conversation = self.conversation();
-        for _ in 0..=self.config.retries {
-            let records = self.read_in(&mut conversation, name).await?;
-            let ownership = records.check_shape()?;
-            let before = Before { ownership, addresses: &records.addresses };
-            let types: Vec<_> = new.iter().map(|address| record_type(*address)).collect();
-            let message = Change::of(name, &self.config.zone)?
-                .only_if(&before)
-                .rehearse(&before, &types, |address| records.ttl_of(address))
-                .into_message();
-            let started = Instant::now();
-            let reply = self.tell(&mut conversation, &message).await?;
-            let round_trip = started.elapsed().min(records.round_trip);
-            match Answer::of(&reply) {
-                Answer::Applied => {
-                    self.check_single_primary(&records).await?;
-                    return Ok(Preflight { records, round_trip });
-                }
-                Answer::NotAsExpected => {
-                    let again = self.read_in(&mut conversation, name).await?;
-                    if again.has(&records.addresses) && again.register == records.register {
-                        return Err(Error::Shape { name: name.clone(), shape: Shape::Wildcard });
-                    }
-                }
-                Answer::Failed(rcode) => return Err(self.refused(name, rcode)),
-            }
-        }
-        Err(Error::Config(format!("{name} changes faster than it can be looked at; who else updates it?")))
     }
 
     /// Lowers the time to live of a name's addresses before a move, if it is higher, conditional on the addresses and
     /// the ownership record as they are. Wait for `from_s` afterwards, until older answers have expired.
+    ///
+    /// The ownership record keeps its claim and is touched; a name without one gets one of epoch 0.
     pub async fn lower_ttl(&self, name: &DnsName, ttl_s: u32) -> Result<TtlOutcome, Error> {
         self.set_ttl(name, ttl_s, |now_s| now_s > ttl_s).await
     }
@@ -202,21 +188,6 @@ impl Updater {
     /// Sets the time to live of a name's addresses back, conditional on the addresses and the ownership record.
     pub async fn restore_ttl(&self, name: &DnsName, ttl_s: u32) -> Result<TtlOutcome, Error> {
         self.set_ttl(name, ttl_s, |now_s| now_s != ttl_s).await
-    }
-
-    /// Changes an address's reverse name, conditional on the present one. Never critical: report an error, go on.
-    ///
-    /// The reverse zone is another one than the configured; the key must be allowed to change it at the same primary.
-    pub async fn swap_ptr(&self, swap: &PtrSwap) -> Result<PtrOutcome, Error> {
-        check_ttl(swap.ttl_s)?;
-        let name = DnsName::reverse(swap.address);
-        check_in_zone(&name, &swap.zone)?;
-        let reply = self.tell(&mut self.conversation(), &ptr_message(swap)).await?;
-        match Answer::of(&reply) {
-            Answer::Applied => Ok(PtrOutcome::Done),
-            Answer::NotAsExpected => Ok(PtrOutcome::Lost),
-            Answer::Failed(rcode) => Err(self.refused_in(&swap.zone, &name, rcode)),
-        }
     }
 
     async fn set_ttl(
@@ -236,19 +207,20 @@ impl Updater {
         if ![current.a_ttl_s, current.aaaa_ttl_s].into_iter().flatten().any(needed) {
             return Ok(TtlOutcome::Already { ttl_s: from_s });
         }
+        let after = match ownership {
+            Some(ownership) => ownership.touched(),
+            None => Ownership::new(Epoch(0), NOBODY, Txn::random())
+                .map_err(|error| Error::Config(error.to_string()))?,
+        };
         let message = Change::of(name, &self.config.zone)?
             .only_if(&Before { ownership, addresses: &current.addresses })
+            .own(&after)
             .point(&current.addresses, &current.addresses, |_| ttl_s)
             .into_message();
-        // Repeating it is harmless: it sets the same addresses to the same time to live.
-        let reply = self.tell(&mut conversation, &message).await?;
-        match Answer::of(&reply) {
-            Answer::Applied => Ok(TtlOutcome::Changed { from_s, to_s: ttl_s }),
-            Answer::NotAsExpected => {
-                let current = self.read_in(&mut conversation, name).await?;
-                Ok(TtlOutcome::Lost { current: Box::new(current) })
-            }
-            Answer::Failed(rcode) => Err(self.refused(name, rcode)),
+        let update = Update { name, before: ownership, after: &after, proof: Proof::Value, message };
+        match self.settle(&mut conversation, &update).await? {
+            Outcome::Won => Ok(TtlOutcome::Changed { from_s, to_s: ttl_s }),
+            Outcome::Lost { current, rcode: _ } => Ok(TtlOutcome::Lost { current }),
         }
     }
 
@@ -291,20 +263,28 @@ impl Updater {
         Conversation::new(server, transport, self.config.timeout, &self.seal)
     }
 
-    pub(crate) fn refused(&self, name: &DnsName, rcode: ResponseCode) -> Error {
-        self.refused_in(&self.config.zone, name, rcode)
-    }
-
     /// A signed error reply: the key is right.
-    fn refused_in(&self, zone: &DnsName, name: &DnsName, rcode: ResponseCode) -> Error {
-        let server = self.primary;
+    pub(crate) fn refused(&self, name: &DnsName, rcode: ResponseCode) -> Error {
+        let (server, zone) = (self.primary, self.config.zone.clone());
         if rcode == ResponseCode::Refused {
-            return Error::KeyOrPolicy { server, rcode, tsig: None, authenticated: true };
+            let key = self.config.key.name().clone();
+            return Error::KeyOrPolicy { server, key, rcode, tsig: None, authenticated: true };
         }
         if rcode == ResponseCode::NotAuth || rcode == ResponseCode::NotZone {
-            let reason = format!("it says {rcode}");
-            return Error::NotZone { server, zone: zone.clone(), name: name.clone(), reason };
+            let reason = if rcode == ResponseCode::NotAuth {
+                "NOTAUTH: it has no such zone as a primary; give the primary of the zone, or add the zone there"
+            } else {
+                "NOTZONE: its zone does not reach down to this name; give the zone that holds the name"
+            };
+            return Error::NotZone { server, zone, name: name.clone(), reason: reason.to_owned() };
         }
         Error::Server { server, rcode }
     }
+}
+
+/// The ownership record now, if a swap lost for no other reason than that this record was touched.
+fn touched_since(before: Option<&Ownership>, outcome: &Outcome) -> Option<Ownership> {
+    let Outcome::Lost { current, rcode: _ } = outcome else { return None };
+    let (now, before) = (current.ownership()?, before?);
+    (now != before && now.is_claim_of(before)).then(|| now.clone())
 }

@@ -1,7 +1,9 @@
 //! Whether the world sees a change: every listed server, or every name server of the zone, is asked what it answers.
 //!
 //! The primary is read with the key; the others as any resolver asks them, unsigned, because that is what counts there
-//! and because secondaries need not know the key. Nothing is decided on these answers except what is shown.
+//! and because secondaries need not know the key. A server is current if its answer is the expected one and its serial
+//! number is not older than the primary's: a name that has come back to its address looks right at a secondary that has
+//! heard of nothing. Nothing is decided on these answers except what is shown.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -37,8 +39,21 @@ pub struct Verification {
     pub name: DnsName,
     /// The addresses it should have.
     pub expected: Vec<IpAddr>,
+    /// The primary's serial number of the zone, to which the others are compared; none as long as it did not answer.
+    pub serial: Option<u32>,
     /// Every server asked, the primary first.
     pub servers: Vec<ServerView>,
+    /// Name servers of the zone that could not be asked.
+    pub unasked: Vec<Unasked>,
+}
+
+/// A name server of the zone that could not be asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unasked {
+    /// Its name.
+    pub host: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// What one server said.
@@ -63,7 +78,7 @@ pub enum ServerState {
         /// The longest time to live of the addresses, in seconds.
         ttl_s: Option<u32>,
     },
-    /// It answers something else: a secondary that has not caught up (its serial is lower), or another truth.
+    /// It answers something else, or from an older zone: a secondary that has not caught up, or another truth.
     Behind {
         /// Its serial number of the zone.
         serial: u32,
@@ -78,9 +93,9 @@ pub enum ServerState {
 }
 
 impl Verification {
-    /// Whether every server answers as expected.
+    /// Whether every server of the scope answers as expected.
     pub fn is_complete(&self) -> bool {
-        self.behind().next().is_none()
+        self.behind().next().is_none() && self.unasked.is_empty()
     }
 
     /// The servers that do not answer as expected, or not at all.
@@ -100,15 +115,7 @@ impl Updater {
         expected: &[IpAddr],
         scope: Scope,
     ) -> Result<Verification, Error> {
-        check_in_zone(name, &self.config.zone)?;
-        let servers = self.audience(scope).await?;
-        let asked: Vec<_> = servers.iter().map(|(server, _)| *server).collect();
-        let states = self.ask_each(&asked, name, self.config.retries).await;
-        let view = |((server, host), published): ((SocketAddr, Option<String>), Result<Published, Error>)| {
-            ServerView { server, host, state: state_of(published, expected) }
-        };
-        let servers = servers.into_iter().zip(states).map(view).collect();
-        Ok(Verification { name: name.clone(), expected: expected.to_vec(), servers })
+        self.verify_from(name, expected, scope, None).await
     }
 
     /// Repeats [`Updater::verify`] until every server answers as expected or `patience` is over; the last view counts.
@@ -123,14 +130,40 @@ impl Updater {
     ) -> Result<Verification, Error> {
         let deadline = Instant::now() + patience;
         let mut pause = Duration::from_millis(50);
+        // The serial number with which the primary had it first: other names may change while this waits.
+        let mut serial = None;
         loop {
-            let verification = self.verify(name, expected, scope).await?;
+            let verification = self.verify_from(name, expected, scope, serial).await?;
+            if let ServerState::Current { serial: now, ttl_s: _ } = verification.servers[0].state {
+                serial = serial.or(Some(now));
+            }
             if verification.is_complete() || Instant::now() + pause > deadline {
                 return Ok(verification);
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(2));
         }
+    }
+
+    /// One view of all, beside the primary's `serial` or, if none is given, the one it answers now.
+    async fn verify_from(
+        &self,
+        name: &DnsName,
+        expected: &[IpAddr],
+        scope: Scope,
+        serial: Option<u32>,
+    ) -> Result<Verification, Error> {
+        check_in_zone(name, &self.config.zone)?;
+        let Audience { servers, unasked } = self.audience(scope).await?;
+        let asked: Vec<_> = servers.iter().map(|(server, _)| *server).collect();
+        let answers = self.ask_each(&asked, name, self.config.retries).await;
+        let primary = answers.first().and_then(|answer| answer.as_ref().ok());
+        let serial = serial.or(primary.map(|published| published.serial));
+        let view = |((server, host), published): ((SocketAddr, Option<String>), Result<Published, Error>)| {
+            ServerView { server, host, state: state_of(published, expected, serial) }
+        };
+        let servers = servers.into_iter().zip(answers).map(view).collect();
+        Ok(Verification { name: name.clone(), expected: expected.to_vec(), serial, servers, unasked })
     }
 
     /// Refuses several primaries, as directory services and replicated databases have them: they cannot order two
@@ -178,23 +211,26 @@ impl Updater {
         reading.published(&soa.message, &a.message, &aaaa.message)
     }
 
-    async fn audience(&self, scope: Scope) -> Result<Vec<(SocketAddr, Option<String>)>, Error> {
-        let mut servers: Vec<_> = self.config.servers.iter().map(|server| (*server, None)).collect();
+    async fn audience(&self, scope: Scope) -> Result<Audience, Error> {
+        let listed = self.config.servers.iter().map(|server| (*server, None)).collect();
+        let mut audience = Audience { servers: listed, unasked: Vec::new() };
         match scope {
-            Scope::Listed => return Ok(servers),
+            Scope::Listed => return Ok(audience),
             Scope::All => {}
         }
         for host in self.name_servers().await? {
-            for address in self.addresses_of(&host).await {
-                let server = SocketAddr::new(address, self.config.ns_port);
-                match servers.iter().position(|(known, _)| *known == server) {
-                    Some(at) => servers[at].1 = Some(host.to_string()),
-                    None if servers.len() < MAX_SERVERS => servers.push((server, Some(host.to_string()))),
-                    None => {}
+            let found = self.addresses_of(&host).await;
+            match found.as_deref() {
+                Ok([]) => audience.skip(&host, "it has no address".to_owned()),
+                Ok(addresses) => {
+                    for address in addresses {
+                        audience.add(&host, SocketAddr::new(*address, self.config.ns_port));
+                    }
                 }
+                Err(reason) => audience.skip(&host, reason.clone()),
             }
         }
-        Ok(servers)
+        Ok(audience)
     }
 
     async fn name_servers(&self) -> Result<Vec<DnsName>, Error> {
@@ -205,26 +241,69 @@ impl Updater {
             let RData::NS(host) = &record.data else { return None };
             Some(DnsName::from_wire(&host.0))
         });
-        Ok(hosts.take(MAX_SERVERS).collect())
+        Ok(hosts.collect())
     }
 
     /// The primary knows the hosts inside the zone; for others this machine's resolver is asked.
-    async fn addresses_of(&self, host: &DnsName) -> Vec<IpAddr> {
+    async fn addresses_of(&self, host: &DnsName) -> Result<Vec<IpAddr>, String> {
         if host.is_in(&self.config.zone) {
-            return self.read(host).await.map(|records| records.addresses).unwrap_or_default();
+            return self.read(host).await.map(|records| records.addresses).map_err(|error| error.to_string());
         }
         let found = tokio::net::lookup_host((host.to_string(), self.config.ns_port)).await;
-        found.map(|addresses| addresses.map(|address| address.ip()).collect()).unwrap_or_default()
+        let distinct = |addresses: std::vec::IntoIter<SocketAddr>| {
+            addresses.map(|address| address.ip()).collect::<BTreeSet<_>>().into_iter().collect()
+        };
+        found
+            .map(|addresses| distinct(addresses.collect::<Vec<_>>().into_iter()))
+            .map_err(|error| format!("this machine's resolver does not find its address: {error}"))
     }
 }
 
-fn state_of(published: Result<Published, Error>, expected: &[IpAddr]) -> ServerState {
-    match published {
-        Ok(published) if same(&published.addresses, expected) => ServerState::Current {
-            serial: published.serial,
-            ttl_s: published.a_ttl_s.max(published.aaaa_ttl_s),
-        },
-        Ok(published) => ServerState::Behind { serial: published.serial, addresses: published.addresses },
-        Err(error) => ServerState::Silent { reason: error.to_string() },
+/// Who is asked, with the names they are known by, and who cannot be.
+struct Audience {
+    servers: Vec<(SocketAddr, Option<String>)>,
+    unasked: Vec<Unasked>,
+}
+
+impl Audience {
+    fn add(&mut self, host: &DnsName, server: SocketAddr) {
+        match self.servers.iter().position(|(known, _)| *known == server) {
+            Some(at) => self.servers[at].1 = Some(host.to_string()),
+            None if self.servers.len() < MAX_SERVERS => self.servers.push((server, Some(host.to_string()))),
+            None => self.skip(host, format!("{server} would be one of more than {MAX_SERVERS} servers")),
+        }
+    }
+
+    fn skip(&mut self, host: &DnsName, reason: String) {
+        self.unasked.push(Unasked { host: host.to_string(), reason });
+    }
+}
+
+fn state_of(published: Result<Published, Error>, expected: &[IpAddr], serial: Option<u32>) -> ServerState {
+    let published = match published {
+        Ok(published) => published,
+        Err(error) => return ServerState::Silent { reason: error.to_string() },
+    };
+    let caught_up = serial.is_none_or(|serial| !is_older(published.serial, serial));
+    if caught_up && same(&published.addresses, expected) {
+        let ttl_s = published.a_ttl_s.max(published.aaaa_ttl_s);
+        return ServerState::Current { serial: published.serial, ttl_s };
+    }
+    ServerState::Behind { serial: published.serial, addresses: published.addresses }
+}
+
+/// Serial numbers go round (RFC 1982 section 3.2).
+fn is_older(serial: u32, than: u32) -> bool {
+    than.wrapping_sub(serial).cast_signed() > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serial_numbers_go_round() {
+        assert!(is_older(1, 2) && is_older(u32::MAX, 0) && is_older(u32::MAX - 5, 100));
+        assert!(!is_older(2, 2) && !is_older(3, 2) && !is_older(0, u32::MAX));
     }
 }

@@ -1,4 +1,4 @@
-//! What happens when answers are lost, late, cut, forged or replayed between the updater and the name server.
+//! What happens when answers are lost, late, cut, forged or replayed between the updater and each of the name servers.
 
 mod support;
 
@@ -7,11 +7,27 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dnsupdater::{Error, Outcome, Transport, Updater, UpdaterConfig};
-use support::proxy::{Proxy, Verdict, is_update};
+use support::proxy::{Proxy, Verdict, is_update, unsigned};
 use support::*;
 use tokio::net::{TcpListener, UdpSocket};
 
 const SHORT: Duration = Duration::from_millis(300);
+
+on_every_server!(
+    a_lost_answer_is_won_by_reading_back,
+    a_lost_request_is_sent_again,
+    a_swap_whose_answer_was_lost_and_overtaken_is_lost,
+    an_outcome_that_cannot_be_known_is_said_and_the_same_swap_settles_it_later,
+    a_truncated_answer_is_asked_for_again_over_tcp,
+    a_slow_server_is_waited_for_until_the_timeout_and_no_longer,
+    an_unsigned_answer_to_a_signed_question_is_not_believed,
+    an_unsigned_success_of_an_update_counts_only_after_a_signed_reading,
+    a_forged_refusal_does_not_hide_a_swap_that_was_applied,
+    an_altered_answer_is_not_believed,
+    strays_before_the_answer_are_skipped_over_udp_and_fatal_over_tcp,
+    another_requests_genuine_answer_is_not_believed,
+    a_preflight_and_its_failure_leave_no_trace,
+);
 
 fn through(proxy: &Proxy, change: impl FnOnce(&mut UpdaterConfig)) -> Updater {
     let mut config = config(vec![proxy.address], site_a());
@@ -32,26 +48,14 @@ async fn state(world: &World) -> (Vec<std::net::IpAddr>, Option<u32>, Option<u32
     essence(&world.updater(site_a()).read(&app()).await.expect("readable"))
 }
 
-/// The reply without its TSIG record, which is the last one and always begins with the key's uncompressed name.
-fn unsigned(reply: &[u8]) -> Vec<u8> {
-    let key = b"\x06site-a\x00";
-    let Some(at) = reply.windows(key.len()).rposition(|window| window == key) else {
-        return reply.to_vec();
-    };
-    let mut bare = reply[..at].to_vec();
-    bare[11] -= 1;
-    bare
-}
-
 fn with_rcode(mut reply: Vec<u8>, rcode: u8) -> Vec<u8> {
     reply[3] = (reply[3] & 0xf0) | rcode;
     reply
 }
 
-#[tokio::test]
-async fn a_lost_answer_is_won_by_reading_back() {
+async fn a_lost_answer_is_won_by_reading_back(world: &World) {
     for transport in [Transport::Tcp, Transport::Udp] {
-        let world = World::hickory().await;
+        let world = &world.another().await;
         let first = first_update_reply();
         let mut proxy =
             Proxy::start(
@@ -70,10 +74,9 @@ async fn a_lost_answer_is_won_by_reading_back() {
     }
 }
 
-#[tokio::test]
-async fn a_lost_request_is_sent_again() {
+async fn a_lost_request_is_sent_again(world: &World) {
     for transport in [Transport::Tcp, Transport::Udp] {
-        let world = World::hickory().await;
+        let world = &world.another().await;
         let updates = AtomicU32::new(0);
         let mut proxy = Proxy::start(world.address, move |request, reply| {
             let asked = is_update(request) && reply.is_none();
@@ -90,9 +93,7 @@ async fn a_lost_request_is_sent_again() {
     }
 }
 
-#[tokio::test]
-async fn a_swap_whose_answer_was_lost_and_overtaken_is_lost() {
-    let world = World::hickory().await;
+async fn a_swap_whose_answer_was_lost_and_overtaken_is_lost(world: &World) {
     let first = first_swap();
     assert_eq!(world.updater(site_a()).swap(&first).await.expect("answered"), Outcome::Won);
     let proxy =
@@ -111,13 +112,11 @@ async fn a_swap_whose_answer_was_lost_and_overtaken_is_lost() {
     });
     let (outcome, other) = theirs.expect("answered");
     assert_eq!(outcome, Outcome::Won);
-    let Outcome::Lost { current } = ours.expect("resolved") else { panic!("won") };
+    let Outcome::Lost { current, .. } = ours.expect("resolved") else { panic!("won") };
     assert_eq!(current.ownership(), Some(&other.ownership().expect("valid")));
 }
 
-#[tokio::test]
-async fn an_outcome_that_cannot_be_known_is_said_and_the_same_swap_settles_it_later() {
-    let world = World::hickory().await;
+async fn an_outcome_that_cannot_be_known_is_said_and_the_same_swap_settles_it_later(world: &World) {
     let cut = Arc::new(AtomicU32::new(0));
     let rule_cut = cut.clone();
     let proxy = Proxy::start(world.address, move |request, reply| {
@@ -134,14 +133,12 @@ async fn an_outcome_that_cannot_be_known_is_said_and_the_same_swap_settles_it_la
     assert!(matches!(&error, Error::OutcomeUnknown { txn, .. } if *txn == swap.txn), "{error:?}");
     assert!(error.is_transient());
     cut.store(2, Ordering::Relaxed);
-    let serial = state(&world).await.4;
+    let serial = state(world).await.4;
     assert_eq!(updater.swap(&swap).await.expect("the cut is over"), Outcome::Won);
-    assert_eq!(state(&world).await.4, serial, "it had been applied before");
+    assert_eq!(state(world).await.4, serial, "it had been applied before");
 }
 
-#[tokio::test]
-async fn a_truncated_answer_is_asked_for_again_over_tcp() {
-    let world = World::hickory().await;
+async fn a_truncated_answer_is_asked_for_again_over_tcp(world: &World) {
     let over_udp = Arc::new(AtomicU32::new(0));
     let counted = over_udp.clone();
     let mut proxy = Proxy::start(world.address, move |request, reply| match reply {
@@ -160,9 +157,7 @@ async fn a_truncated_answer_is_asked_for_again_over_tcp() {
     assert_eq!(proxy.updates().len(), 2, "over UDP, then over TCP");
 }
 
-#[tokio::test]
-async fn a_slow_server_is_waited_for_until_the_timeout_and_no_longer() {
-    let world = World::hickory().await;
+async fn a_slow_server_is_waited_for_until_the_timeout_and_no_longer(world: &World) {
     let proxy = Proxy::start(world.address, |_, _| Verdict::Late(Duration::from_millis(200))).await;
     let patient = through(&proxy, |config| config.timeout = Duration::from_secs(5));
     assert!(patient.read(&app()).await.expect("in time").has(&ips(&[HOME])));
@@ -202,9 +197,7 @@ async fn a_silent_or_absent_server_is_unreachable_and_nothing_is_unknown_about_i
     }
 }
 
-#[tokio::test]
-async fn an_unsigned_answer_to_a_signed_question_is_not_believed() {
-    let world = World::hickory().await;
+async fn an_unsigned_answer_to_a_signed_question_is_not_believed(world: &World) {
     let proxy = Proxy::start(world.address, |_, reply| match reply {
         Some(reply) => Verdict::Instead(vec![unsigned(reply)]),
         None => Verdict::Pass,
@@ -221,9 +214,7 @@ async fn an_unsigned_answer_to_a_signed_question_is_not_believed() {
     assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
 }
 
-#[tokio::test]
-async fn an_unsigned_success_of_an_update_counts_only_after_a_signed_reading() {
-    let world = World::hickory().await;
+async fn an_unsigned_success_of_an_update_counts_only_after_a_signed_reading(world: &World) {
     // The forger answers the update himself, with success, and lets it never arrive.
     let updates = AtomicU32::new(0);
     let forger = Proxy::start(world.address, move |request, reply| match reply {
@@ -242,10 +233,9 @@ async fn an_unsigned_success_of_an_update_counts_only_after_a_signed_reading() {
     assert!(matches!(updater.swap(&blind).await.expect("resolved"), Outcome::Lost { .. }));
 }
 
-#[tokio::test]
-async fn a_forged_refusal_does_not_hide_a_swap_that_was_applied() {
+async fn a_forged_refusal_does_not_hide_a_swap_that_was_applied(world: &World) {
     for rcode in [5, 9, 2] {
-        let world = World::hickory().await;
+        let world = &world.another().await;
         let first = first_update_reply();
         let proxy = Proxy::start(world.address, move |request, reply| match reply {
             Some(bytes) if first(request, reply) => {
@@ -259,9 +249,7 @@ async fn a_forged_refusal_does_not_hide_a_swap_that_was_applied() {
     }
 }
 
-#[tokio::test]
-async fn an_altered_answer_is_not_believed() {
-    let world = World::hickory().await;
+async fn an_altered_answer_is_not_believed(world: &World) {
     let proxy = Proxy::start(world.address, |_, reply| match reply {
         Some(reply) => {
             let mut altered = reply.to_vec();
@@ -279,9 +267,7 @@ async fn an_altered_answer_is_not_believed() {
     assert!(matches!(error, Error::Protocol { reason: "its signature does not match", .. }), "{error:?}");
 }
 
-#[tokio::test]
-async fn strays_before_the_answer_are_skipped_over_udp_and_fatal_over_tcp() {
-    let world = World::hickory().await;
+async fn strays_before_the_answer_are_skipped_over_udp_and_fatal_over_tcp(world: &World) {
     let proxy = Proxy::start(world.address, |_, reply| match reply {
         Some(reply) => {
             let mut other_id = reply.to_vec();
@@ -299,9 +285,7 @@ async fn strays_before_the_answer_are_skipped_over_udp_and_fatal_over_tcp() {
     assert!(matches!(error, Error::Protocol { .. }), "{error:?}");
 }
 
-#[tokio::test]
-async fn another_requests_genuine_answer_is_not_believed() {
-    let world = World::hickory().await;
+async fn another_requests_genuine_answer_is_not_believed(world: &World) {
     let recorded: Arc<OnceLock<Vec<u8>>> = Arc::default();
     let record = recorded.clone();
     let proxy = Proxy::start(world.address, move |request, reply| match reply {
@@ -329,10 +313,8 @@ async fn another_requests_genuine_answer_is_not_believed() {
     assert!(matches!(updater.swap(&stale).await.expect("resolved"), Outcome::Lost { .. }));
 }
 
-#[tokio::test]
-async fn a_preflight_and_its_failure_leave_no_trace() {
-    let world = World::hickory().await;
-    let before = state(&world).await;
+async fn a_preflight_and_its_failure_leave_no_trace(world: &World) {
+    let before = state(world).await;
     let proxy = Proxy::start(world.address, |request, reply| {
         if is_update(request) && reply.is_some() { Verdict::Drop } else { Verdict::Pass }
     })
@@ -340,5 +322,5 @@ async fn a_preflight_and_its_failure_leave_no_trace() {
     let updater = through(&proxy, |config| config.retries = 1);
     let error = updater.preflight(&app(), &ips(&[AWAY])).await.expect_err("no answer");
     assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
-    assert_eq!(state(&world).await, before);
+    assert_eq!(state(world).await, before);
 }

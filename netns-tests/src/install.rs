@@ -22,7 +22,7 @@ pub const PACKAGE_CACHE: &str = "target/lab/packages";
 pub struct Need {
     /// The program's name.
     pub program: &'static str,
-    /// Debian's package.
+    /// Debian's package; several with spaces between them, the program's own first.
     pub package: &'static str,
     /// A few words for the user.
     pub why: &'static str,
@@ -37,6 +37,10 @@ pub const LAB_NEEDS: &[Need] = &[
     need("qemu-system-x86_64", "qemu-system-x86", "the machines that move"),
     need("qemu-img", "qemu-utils", "disk images"),
     need("named", "bind9", "the name server of `--dns bind9`"),
+    need("knotd", "knot", "conformance of dnsupdater"),
+    need("pdns_server", "pdns-server pdns-backend-sqlite3", "conformance of dnsupdater"),
+    need("sqlite3", "sqlite3", "the database of PowerDNS"),
+    need("yadifad", "yadifa", "conformance of dnsupdater"),
     need("etcd", "etcd-server", "the arbiter `etcd`"),
     need("mke2fs", "e2fsprogs", "the guest's root disk"),
     need("cpio", "cpio", "the guest's first file system"),
@@ -73,7 +77,7 @@ fn install_missing(missing: &[&Need]) -> Result<()> {
         bail!("Missing, and this is no Debian to install it on: {list}");
     }
     say(&format!("Installing from Debian: {list}"));
-    install(&missing.iter().map(|need| need.package).collect())
+    install(&missing.iter().flat_map(|need| need.package.split(' ')).collect())
 }
 
 /// Downloads Debian packages and unpacks them, without their scripts, into `<into>/<name>`: `name` itself and the

@@ -73,6 +73,18 @@ pub fn is_update(message: &[u8]) -> bool {
     (message[2] >> 3) & 0xf == 5
 }
 
+/// A message of `site-a` without its TSIG record, which is the last one and always begins with the key's uncompressed
+/// name.
+pub fn unsigned(message: &[u8]) -> Vec<u8> {
+    let key = b"\x06site-a\x00";
+    let Some(at) = message.windows(key.len()).rposition(|window| window == key) else {
+        return message.to_vec();
+    };
+    let mut bare = message[..at].to_vec();
+    bare[11] -= 1;
+    bare
+}
+
 async fn accept(
     tcp: TcpListener,
     upstream: SocketAddr,
