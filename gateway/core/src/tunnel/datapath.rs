@@ -237,6 +237,16 @@ impl Datapath {
         Ok(())
     }
 
+    /// The flows of a machine that is away and was handed over: to list them, to say what holds the tunnel.
+    pub fn flows(&self, key: &PortKey) -> Option<&FlowTable> {
+        self.ports.get(&self.slot(key)?)?.flows.as_ref()
+    }
+
+    /// The same, to change how long the tunnel is held.
+    pub fn flows_mut(&mut self, key: &PortKey) -> Option<&mut FlowTable> {
+        self.ports.get_mut(&self.slot(key)?)?.flows.as_mut()
+    }
+
     /// What is kept for a NIC now, oldest first; it stays in its phase. An unknown one has nothing.
     pub fn take_kept(&mut self, key: &PortKey) -> Vec<Bytes> {
         let Some(port) = self.slot(key).and_then(|slot| self.ports.get_mut(&slot)) else { return Vec::new() };
@@ -587,6 +597,6 @@ mod tests {
         let status = home.handle_status(NOW + Duration::from_secs(60)).remove(0);
         assert_eq!((status.flows_alive, status.may_end, status.held_packets), (Some(1), false, 1));
         home.handle_packet(NOW, ipv4(CLIENT, HOME, 6, &tcp(1, 80, 0x04)).into());
-        assert!(home.handle_status(NOW + Duration::from_secs(60))[0].may_end);
+        assert!(home.handle_status(NOW + Duration::from_secs(24 * 3600))[0].may_end);
     }
 }
