@@ -334,7 +334,7 @@ impl Datapath {
     /// Takes back a packet that could not leave yet.
     pub fn return_kept(&mut self, slot: PortSlot, packet: Bytes) {
         if let Some(port) = self.ports.get_mut(&slot) {
-            port.hold.return_first(packet);
+            self.counters.drop(DropReason::HoldFull, port.hold.return_first(packet));
         }
     }
 
