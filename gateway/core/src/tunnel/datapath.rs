@@ -325,6 +325,16 @@ impl Datapath {
         Ok(())
     }
 
+    /// The flows of a machine that is away and was handed over: to list them, to say what holds the tunnel.
+    pub fn flows(&self, key: &PortKey) -> Option<&FlowTable> {
+        self.ports.get(&self.slot(key)?)?.flows.as_ref()
+    }
+
+    /// The same, to change how long the tunnel is held.
+    pub fn flows_mut(&mut self, key: &PortKey) -> Option<&mut FlowTable> {
+        self.ports.get_mut(&self.slot(key)?)?.flows.as_mut()
+    }
+
     /// What is kept for a NIC now, oldest first; it stays in its phase. An unknown one has nothing.
     pub fn take_kept(&mut self, key: &PortKey, role: Role) -> Vec<Bytes> {
         let slot = self.slot(key, role);
@@ -418,7 +428,7 @@ impl Datapath {
     /// Takes back a packet that could not leave yet.
     pub fn return_kept(&mut self, slot: PortSlot, packet: Bytes) {
         if let Some(port) = self.ports.get_mut(&slot) {
-            port.hold.return_first(packet);
+            self.counters.drop(DropReason::HoldFull, port.hold.return_first(packet));
         }
     }
 
@@ -797,6 +807,6 @@ mod tests {
         let status = home.handle_status(NOW + Duration::from_secs(60)).remove(0);
         assert_eq!((status.flows_alive, status.may_end, status.held_packets), (Some(1), false, 1));
         home.handle_packet(NOW, ipv4(CLIENT, HOME, 6, &tcp(1, 80, 0x04)).into());
-        assert!(home.handle_status(NOW + Duration::from_secs(60))[0].may_end);
+        assert!(home.handle_status(NOW + Duration::from_secs(24 * 3600))[0].may_end);
     }
 }

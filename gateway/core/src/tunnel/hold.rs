@@ -3,6 +3,9 @@
 //! Bounded in packets and bytes; when full the oldest go first, because a transport repeats what it
 //! sent first and the newest carry the newest acknowledgements.
 
+#[cfg(test)]
+mod properties;
+
 use std::collections::VecDeque;
 
 use bytes::Bytes;
@@ -60,10 +63,15 @@ impl Hold {
         Some(packet)
     }
 
-    /// Puts the packet that [`Hold::pop`] gave back in front, because it could not leave yet.
-    pub fn return_first(&mut self, packet: Bytes) {
+    /// Puts the packet that [`Hold::pop`] gave back in front, because it could not leave yet; returns how many packets were
+    /// dropped for it: itself, if others took its room meanwhile.
+    pub fn return_first(&mut self, packet: Bytes) -> u64 {
+        if self.queue.len() >= self.config.max_packets || self.bytes + packet.len() > self.config.max_bytes {
+            return 1;
+        }
         self.bytes += packet.len();
         self.queue.push_front(packet);
+        0
     }
 
     /// Packets held.
@@ -93,7 +101,7 @@ mod tests {
             assert_eq!(hold.push(Bytes::copy_from_slice(&[i])), 0);
         }
         let first = hold.pop().unwrap();
-        hold.return_first(first);
+        assert_eq!(hold.return_first(first), 0);
         let order: Vec<u8> = std::iter::from_fn(|| hold.pop()).map(|p| p[0]).collect();
         assert_eq!((order, hold.bytes()), (vec![0, 1, 2, 3, 4], 0));
     }

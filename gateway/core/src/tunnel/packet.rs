@@ -52,6 +52,11 @@ impl TcpFlags {
         self.0 & Self::RST != 0
     }
 
+    /// A segment that asks for a connection or answers such a one.
+    pub fn syn(self) -> bool {
+        self.0 & Self::SYN != 0
+    }
+
     /// The first segment of a connection, and not its answer.
     pub fn opens(self) -> bool {
         self.0 & (Self::SYN | Self::ACK | Self::RST | Self::FIN) == Self::SYN
@@ -66,6 +71,7 @@ pub struct Packet<'a> {
     protocol: u8,
     dscp: u8,
     later_fragment: bool,
+    total_len: usize,
     transport: &'a [u8],
 }
 
@@ -106,6 +112,11 @@ impl<'a> Packet<'a> {
     /// The differentiated services code point (RFC 2474), without the two bits of ECN.
     pub fn dscp(&self) -> u8 {
         self.dscp
+    }
+
+    /// The packet's bytes, IP header included, as that header counts them.
+    pub fn total_len(&self) -> usize {
+        self.total_len
     }
 
     /// A fragment other than the first: it has no transport header.
@@ -175,6 +186,7 @@ impl<'a> Packet<'a> {
             protocol: header[9],
             dscp: header[1] >> 2,
             later_fragment: fragment_offset != 0,
+            total_len,
             transport: &bytes[header_len..total_len],
         })
     }
@@ -190,6 +202,7 @@ impl<'a> Packet<'a> {
             protocol,
             dscp: (header[0] & 0x0f) << 2 | header[1] >> 6,
             later_fragment,
+            total_len: header.len() + payload.len(),
             transport,
         })
     }
@@ -272,6 +285,7 @@ pub(crate) mod tests {
         let bytes = ipv4([192, 0, 2, 1], [198, 51, 100, 10], TCP, &tcp(40000, 80, 0x02));
         let packet = Packet::parse(&bytes).unwrap();
         assert!(packet.tcp_flags().unwrap().opens());
+        assert_eq!(packet.total_len(), bytes.len());
         let seen_by_guest = packet.flow(Side::Remote).unwrap();
         assert_eq!(seen_by_guest.local_port, 80);
         assert_eq!(seen_by_guest.remote, "192.0.2.1".parse::<IpAddr>().unwrap());
@@ -292,8 +306,11 @@ pub(crate) mod tests {
         let mut payload = vec![44, 0, 0, 0, 0, 0, 0, 0];
         payload.extend_from_slice(&[UDP, 0, 0, 0, 0, 0, 0, 9]);
         payload.extend_from_slice(&[0x10, 0, 0, 53, 0, 8, 0, 0]);
-        let bytes = ipv6(0, &payload);
+        let mut bytes = ipv6(0, &payload);
+        let len = bytes.len();
+        bytes.push(0xff);
         let packet = Packet::parse(&bytes).unwrap();
+        assert_eq!(packet.total_len(), len, "what follows the packet is not the packet");
         assert_eq!((packet.protocol(), packet.ports()), (UDP, Some((0x1000, 53))));
     }
 

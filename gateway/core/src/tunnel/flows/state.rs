@@ -1,0 +1,160 @@
+//! What one flow is, and what a packet makes of it.
+//!
+//! ```text
+//!            SYN                segment without SYN
+//!  (unknown) ----> Opening ---------------------------> Open --- FIN both ways, or RST ---> Closed
+//!      |             ^                                   ^                                    |
+//!      |             +-- SYN|ACK (unknown) --+           |          SYN: Opening again        |
+//!      +------- any other packet, or seeded -------------+                                    |
+//!  every state ends by its idle time; Closed is remembered, and lingers for late segments <---+
+//! ```
+//!
+//! An answer alone does not open: a guest answers a SYN whose sender does not exist. Sequence numbers are not
+//! looked at, so a forged segment counts like a true one.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::datapath::Traffic;
+use super::super::handover::FlowTuple;
+use super::super::packet::{Side, TCP, TcpFlags, UDP};
+
+/// How far a flow is, as far as its packets tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlowState {
+    /// TCP: asked for, and not yet taken up.
+    Opening,
+    /// In use.
+    Open,
+    /// TCP: one end has closed it.
+    Closing,
+    /// Over, and remembered for late segments. It holds nothing.
+    Closed,
+}
+
+/// How a flow came to be known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlowOrigin {
+    /// The source saw it before the move.
+    Seeded,
+    /// A TCP connection first seen in its middle: older than the move, and not among those the source saw.
+    Underway,
+    /// It began after the move.
+    New,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Opening,
+    Open { guest_fin: bool, remote_fin: bool },
+    Closed,
+}
+
+impl State {
+    pub const OPEN: Self = Self::Open { guest_fin: false, remote_fin: false };
+
+    /// Of a flow that was not known. `None`: a reset of a connection that nobody has is not one.
+    pub fn first(flags: Option<TcpFlags>, sender: Side) -> Option<Self> {
+        match flags {
+            Some(flags) if flags.rst() => None,
+            Some(flags) if flags.syn() => Some(Self::Opening),
+            Some(flags) => Some(Self::Open {
+                guest_fin: flags.fin() && sender == Side::Guest,
+                remote_fin: flags.fin() && sender == Side::Remote,
+            }),
+            None => Some(Self::OPEN),
+        }
+    }
+
+    /// After one more packet.
+    pub fn next(self, flags: Option<TcpFlags>, sender: Side) -> Self {
+        let Some(flags) = flags else { return self };
+        if flags.rst() {
+            return Self::Closed;
+        }
+        let (guest_fin, remote_fin) = match self {
+            Self::Closed if flags.opens() => return Self::Opening,
+            Self::Closed => return Self::Closed,
+            Self::Opening if flags.syn() => return Self::Opening,
+            Self::Opening => (false, false),
+            Self::Open { guest_fin, remote_fin } => (guest_fin, remote_fin),
+        };
+        let guest_fin = guest_fin || (flags.fin() && sender == Side::Guest);
+        let remote_fin = remote_fin || (flags.fin() && sender == Side::Remote);
+        if guest_fin && remote_fin { Self::Closed } else { Self::Open { guest_fin, remote_fin } }
+    }
+}
+
+/// Flows with the same idle time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    TcpOpening,
+    TcpOpen,
+    TcpClosing,
+    Udp,
+    Other,
+    Closed,
+}
+
+impl Class {
+    pub const ALL: [Self; 6] =
+        [Self::TcpOpening, Self::TcpOpen, Self::TcpClosing, Self::Udp, Self::Other, Self::Closed];
+
+    /// Those that hold the tunnel.
+    pub const ALIVE: [Self; 5] = [Self::TcpOpening, Self::TcpOpen, Self::TcpClosing, Self::Udp, Self::Other];
+}
+
+/// One flow.
+#[derive(Debug, Clone)]
+pub(super) struct Flow {
+    pub tuple: FlowTuple,
+    pub state: State,
+    pub origin: FlowOrigin,
+    pub since: Duration,
+    pub last_seen: Duration,
+    pub to_guest: Traffic,
+    pub from_guest: Traffic,
+}
+
+impl Flow {
+    pub fn new(now: Duration, tuple: FlowTuple, state: State, origin: FlowOrigin) -> Self {
+        let none = Traffic::default();
+        Self { tuple, state, origin, since: now, last_seen: now, to_guest: none, from_guest: none }
+    }
+
+    pub fn class(&self) -> Class {
+        class(self.tuple.protocol, self.state)
+    }
+
+    pub fn count(&mut self, sender: Side, traffic: Traffic) {
+        let way = match sender {
+            Side::Guest => &mut self.from_guest,
+            Side::Remote => &mut self.to_guest,
+        };
+        way.packets += traffic.packets;
+        way.bytes += traffic.bytes;
+    }
+
+    pub fn shown(&self) -> FlowState {
+        match self.state {
+            State::Opening => FlowState::Opening,
+            State::Open { guest_fin: false, remote_fin: false } => FlowState::Open,
+            State::Open { .. } => FlowState::Closing,
+            State::Closed => FlowState::Closed,
+        }
+    }
+}
+
+pub(super) fn class(protocol: u8, state: State) -> Class {
+    match (protocol, state) {
+        (_, State::Closed) => Class::Closed,
+        (TCP, State::Opening) => Class::TcpOpening,
+        (TCP, State::Open { guest_fin: false, remote_fin: false }) => Class::TcpOpen,
+        (TCP, State::Open { .. }) => Class::TcpClosing,
+        (UDP, State::Opening | State::Open { .. }) => Class::Udp,
+        (_, State::Opening | State::Open { .. }) => Class::Other,
+    }
+}
