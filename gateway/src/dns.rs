@@ -175,7 +175,7 @@ impl Names {
     pub async fn set_ttl(&self, name: &str, ttl_s: u32) -> Result<(), NamesError> {
         match self.updater.restore_ttl(&parse(name)?, ttl_s).await? {
             TtlOutcome::Changed { .. } | TtlOutcome::Already { .. } => Ok(()),
-            TtlOutcome::Lost { current } => {
+            TtlOutcome::Lost { current, .. } => {
                 Err(NamesError::Lost { name: name.to_owned(), current: list(&current.addresses) })
             }
         }
@@ -205,7 +205,7 @@ impl Names {
             .observed(register);
         match self.updater.swap(&swap).await? {
             Outcome::Won => Ok(()),
-            Outcome::Lost { current } => Err(lost(wanted.name, &current.addresses)),
+            Outcome::Lost { current, .. } => Err(lost(wanted.name, &current.addresses)),
         }
     }
 }
@@ -228,7 +228,7 @@ impl Names {
         let seen = seen.max(said.epoch);
         match self.updater.swap(&swap).await? {
             Outcome::Won => Ok(contest.said(Some((contest.epoch, winner.as_str())), seen)),
-            Outcome::Lost { current } => prize.reads(contest, &current, seen),
+            Outcome::Lost { current, .. } => prize.reads(contest, &current, seen),
         }
     }
 }

@@ -76,9 +76,16 @@ impl World {
     }
 
     fn peer_sends(&mut self, peer: PeerSlot, datagram: Bytes) {
-        let Some((way, packet)) = self.datapath.handle_datagram(self.now, peer, datagram) else { return };
+        self.datapath.handle_datagram(self.now, peer, datagram);
+        while let Some((way, packet)) = self.datapath.poll_packet(self.now, peer) {
+            self.came(peer, way, &packet);
+        }
+        while self.datapath.poll_repair(self.now, peer).is_some() {}
+    }
+
+    fn came(&self, peer: PeerSlot, way: Way, packet: &Bytes) {
         assert_eq!(way, Way::Device);
-        let view = Packet::parse(&packet).expect("it was parsed");
+        let view = Packet::parse(packet).expect("it was parsed");
         assert!(peer == self.b && (view.source() == AWAY || view.destination() == VISITS));
         let _ = (view.flow(Side::Guest), view.flow(Side::Remote), view.tcp_flags());
     }

@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use longhaul_core::ids::VmName;
 
 use super::types::{
-    AdoptRequest, DefineRequest, ErrorBody, Finding, JournalView, MigrateRequest, MigrationView,
+    AdoptRequest, DefineRequest, ErrorBody, Finding, FlowsView, JournalView, MigrateRequest, MigrationView,
     ResolveRequest, Started, StatusView,
 };
 
@@ -114,6 +114,16 @@ impl Client {
     /// Decides a move that waits for a peer that is gone for good.
     pub async fn resolve(&self, vm: &VmName, request: &ResolveRequest) -> Result<(), ClientError> {
         self.ask(Method::POST, &format!("/v1/machines/{vm}/resolve"), request).await
+    }
+
+    /// What is held of a machine that left.
+    pub async fn flows(&self, vm: &VmName) -> Result<FlowsView, ClientError> {
+        self.ask(Method::GET, &format!("/v1/machines/{vm}/flows"), &()).await
+    }
+
+    /// Ends it.
+    pub async fn release(&self, vm: &VmName) -> Result<(), ClientError> {
+        self.ask(Method::POST, &format!("/v1/machines/{vm}/release"), &()).await
     }
 
     /// Begins a migration.

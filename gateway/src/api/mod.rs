@@ -13,7 +13,7 @@ use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::MayNotRun;
 
 use types::{
-    AdoptRequest, DefineRequest, Finding, JournalView, MigrateRequest, MigrationView, ResolveRequest,
+    AdoptRequest, DefineRequest, Finding, FlowsView, JournalView, MigrateRequest, MigrationView, ResolveRequest,
     Started, StatusView,
 };
 
@@ -34,6 +34,10 @@ pub enum Request {
     Undefine(VmName, bool, Reply<()>),
     /// Throws away the disks that are kept of a machine that did not come.
     Discard(VmName, Reply<()>),
+    /// The connections for which something of a machine that left is still held.
+    Flows(VmName, Reply<FlowsView>),
+    /// Ends them.
+    Release(VmName, Reply<()>),
     /// Begins a migration.
     Migrate(MigrateRequest, Reply<Started>),
     /// One migration.

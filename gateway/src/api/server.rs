@@ -76,6 +76,8 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/machines/{name}/may-run", get(may_run))
         .route("/v1/machines/{name}/resolve", post(resolve))
         .route("/v1/machines/{name}", axum::routing::delete(undefine))
+        .route("/v1/machines/{name}/flows", get(flows))
+        .route("/v1/machines/{name}/release", post(release))
         .route("/v1/partials/{name}", axum::routing::delete(discard))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
@@ -129,6 +131,14 @@ async fn metrics(State(daemon): State<Daemon>) -> Response {
 
 async fn status(State(daemon): State<Daemon>) -> Response {
     daemon.look(Request::Status).await
+}
+
+async fn flows(State(daemon): State<Daemon>, UrlPath(vm): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Flows(vm, reply)).await
+}
+
+async fn release(State(daemon): State<Daemon>, UrlPath(vm): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::Release(vm, reply)).await
 }
 
 async fn doctor(State(daemon): State<Daemon>, Query(query): Query<MachineQuery>) -> Response {

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::ids::{DeviceName, SiteName, VmName};
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::recovery::NextStep;
 use longhaul_core::migration::resolve::Keep;
+use longhaul_core::tunnel::flows::{FlowEntry, HeldBy};
 
 /// Everything there is to see at one site.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -277,6 +278,26 @@ pub struct AnchorView {
     pub since_ms: u64,
     /// When the tunnel ended, once it has.
     pub closed_ms: Option<u64>,
+}
+
+/// What is held here of a machine that left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowsView {
+    /// Where it is.
+    pub at: SiteName,
+    /// Each of its NICs.
+    pub nics: Vec<NicFlows>,
+}
+
+/// The same for one NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicFlows {
+    /// The NIC.
+    pub nic: DeviceName,
+    /// What the tunnel waits for.
+    pub held_by: HeldBy,
+    /// Flows, those first that were silent for the longest; 1000 at most.
+    pub flows: Vec<FlowEntry>,
 }
 
 /// The tunnel's counters since the daemon started.

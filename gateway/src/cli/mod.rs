@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 not done (the machine stayed, a check failed), 2 wrong usage, definition or
 //! configuration, 3 the daemon cannot be reached.
 
+mod flows;
 mod journal;
 mod key;
 mod migrate;
@@ -57,6 +58,19 @@ enum Command {
     },
     /// Show the status again and again
     Watch,
+    /// What is still held here for connections of a machine that left: who, since when, how much, how long silent
+    Flows {
+        /// The machine
+        vm: VmName,
+        /// Print the API's JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End what is held here for a machine that left. Its old connections by this site end; its name goes on following it
+    Release {
+        /// The machine
+        vm: VmName,
+    },
     /// Find what would make a migration fail, and the remedy
     Doctor {
         /// Look at this machine too
@@ -141,6 +155,8 @@ pub fn run(cli: Cli) -> ExitCode {
         | Command::Migrate(_)
         | Command::Status { .. }
         | Command::Watch
+        | Command::Flows { .. }
+        | Command::Release { .. }
         | Command::Doctor { .. }
         | Command::Journal { file: None, .. }
         | Command::MayRun { .. }
@@ -170,6 +186,11 @@ async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> 
         Command::Migrate(args) => migrate::run(&client, &args).await,
         Command::Status { json } => show::status(&client, json).await,
         Command::Watch => show::watch(&client).await,
+        Command::Flows { vm, json } => flows::run(&client, &vm, json).await,
+        Command::Release { vm } => {
+            client.release(&vm).await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Doctor { vm, json } => show::doctor(&client, vm.as_ref(), json).await,
         Command::Journal { vm, json, .. } => journal::ask(&client, vm.as_ref(), json).await,
         Command::MayRun { vm } => {

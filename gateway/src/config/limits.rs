@@ -49,7 +49,8 @@ impl Config {
         within(tunnel.quiet_s, 1, MAX_S, "tunnel.quiet_s")?;
         within(tunnel.hold_kib, 64, 1 << 20, "tunnel.hold_kib")?;
         within(tunnel.idle_s, 1, MAX_S, "tunnel.idle_s")?;
-        within(tunnel.max_age_s, 0, 366 * 24 * 3600, "tunnel.max_age_s")?;
+        let hold_s = tunnel.hold.limit().map_or(1, |limit| limit.as_secs());
+        within(hold_s, 1, 366 * 24 * 3600, "tunnel.hold")?;
         for prefix in tunnel.home_prefixes.iter().flatten() {
             let text = format!("ADDRESS/LENGTH, not {prefix:?}");
             expect(parse_prefix(prefix).is_some(), "tunnel.home_prefixes", &text)?;

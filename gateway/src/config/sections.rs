@@ -13,6 +13,7 @@ use serde::Deserialize;
 use longhaul_core::ids::SiteName;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
+use longhaul_core::tunnel::flows::HoldLimit;
 use longhaul_core::migration::retry::RetryLimits;
 
 /// `[site]`: who this site is and where its daemon keeps things.
@@ -169,14 +170,23 @@ pub struct TunnelSection {
     /// The TUN device's name (default `lh0`).
     pub device: String,
     /// The tunnel ends when no old flow is left, the old name has expired and no new flow to the home
-    /// address came for this long (default 300 s).
+    /// address came for this long (default 86400 s: some clients have the number written down).
     pub quiet_s: u64,
     /// Packets held during the pause, in KiB per machine (default 4096); beyond it the oldest are dropped.
     pub hold_kib: u64,
     /// A flow without packets counts as ended after this long (default 7440 s, RFC 5382).
     pub idle_s: u64,
-    /// The tunnel ends after this long whatever is open (default 0: never).
-    pub max_age_s: u64,
+    /// How long the tunnel stays at most, whatever is open: `until-drained` (default), or a time such as `24h`.
+    pub hold: HoldLimit,
+    /// The WAN's loss is hidden from TCP connections in the tunnel (default true): lost packets are repeated, and only
+    /// their own connection waits for them.
+    pub repair_tcp: bool,
+    /// The same for UDP (default false: most of what cannot wait is UDP).
+    pub repair_udp: bool,
+    /// UDP ports, at either end, for which it is hidden all the same, such as 443 for QUIC (default none).
+    pub repair_udp_ports: Vec<u16>,
+    /// The same for all other protocols (default true).
+    pub repair_other: bool,
     /// Destinations that visiting machines of this home always reach through the tunnel, as `PREFIX/LEN`
     /// (default: the LANs of the machine's own home addresses).
     pub home_prefixes: Option<Vec<String>>,
@@ -186,10 +196,14 @@ impl Default for TunnelSection {
     fn default() -> Self {
         Self {
             device: "lh0".into(),
-            quiet_s: 300,
+            quiet_s: 24 * 3600,
             hold_kib: 4096,
             idle_s: 7440,
-            max_age_s: 0,
+            hold: HoldLimit::UntilDrained,
+            repair_tcp: true,
+            repair_udp: false,
+            repair_udp_ports: Vec::new(),
+            repair_other: true,
             home_prefixes: None,
         }
     }

@@ -9,6 +9,8 @@ use anyhow::Context;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use longhaul_core::tunnel::flows::HashKey;
+use longhaul_core::tunnel::repair::{Incarnation, Treatment};
 use longhaul_core::units::Rate;
 
 use crate::api::server::ApiSocket;
@@ -104,7 +106,14 @@ fn tunnel(config: &Config) -> TunnelConfig {
     tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
     tunnel.datapath.flows.tcp_idle = Duration::from_secs(section.idle_s);
     tunnel.datapath.flows.quiet = Duration::from_secs(section.quiet_s);
-    tunnel.datapath.flows.limit = (section.max_age_s > 0).then(|| Duration::from_secs(section.max_age_s));
+    tunnel.datapath.flows.limit = section.hold.limit();
+    tunnel.datapath.flows.hash_key = HashKey(rand::random());
+    tunnel.datapath.incarnation = Incarnation(rand::random());
+    let repair = |repaired: bool| if repaired { Treatment::Repair } else { Treatment::AtOnce };
+    let policy = &mut tunnel.datapath.repair_policy;
+    (policy.tcp, policy.udp, policy.other) =
+        (repair(section.repair_tcp), repair(section.repair_udp), repair(section.repair_other));
+    policy.udp_ports = section.repair_udp_ports.iter().map(|port| (*port..=*port, Treatment::Repair)).collect();
     tunnel
 }
 
@@ -136,5 +145,9 @@ impl DatagramPath for LinkPath {
 
     fn max_len(&self) -> usize {
         self.0.max_len().unwrap_or(0)
+    }
+
+    fn rtt(&self) -> Option<Duration> {
+        self.0.rtt()
     }
 }

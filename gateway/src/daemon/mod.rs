@@ -16,6 +16,7 @@ mod before;
 mod build;
 mod dispatch;
 mod doctor;
+mod flows;
 mod image;
 mod kept;
 mod machines;
@@ -207,6 +208,9 @@ impl Daemon {
         match event {
             LinkEvent::Up { peer, restarted, .. } => {
                 tracing::info!(%peer, restarted, "link is up");
+                if restarted && let Err(error) = self.edges.tunnel.peer_restarted(peer.clone()).await {
+                    tracing::warn!(%peer, %error, "tunnel was not told");
+                }
                 self.tell_migrations_with(&peer, || Inbound::LinkUp).await;
                 self.tell_taken_back(&peer);
             }

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_core::bulk::BulkId;
@@ -211,6 +212,11 @@ impl DatagramSender {
     pub async fn changed(&mut self) -> Result<Option<usize>, NotConnected> {
         self.state.changed().await.map_err(|_closed| NotConnected)?;
         Ok(self.max_len())
+    }
+
+    /// The path's round trip; `None` while the link is down.
+    pub fn rtt(&self) -> Option<Duration> {
+        self.state.borrow().current.as_ref().map(|current| current.connection.rtt())
     }
 
     fn offer(&self, datagram: Bytes) -> Result<(), DatagramDropped> {

@@ -115,6 +115,9 @@ pub enum AnchorCommand {
         /// The answer.
         done: oneshot::Sender<()>,
     },
+    /// Its operator ends what is held for its old connections; its name goes on following it. Answered when the host is
+    /// as it was.
+    Release(VmName, oneshot::Sender<Released>),
     /// Another site said something about an anchor.
     Heard {
         /// The site.
@@ -124,6 +127,17 @@ pub enum AnchorCommand {
     },
     /// Its operator forgets it: its old connections end. Answered when the host is as it was.
     End(VmName, oneshot::Sender<()>),
+}
+
+/// What became of an operator's wish to end an anchor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Released {
+    /// It has ended.
+    Ended,
+    /// There is none.
+    Nothing,
+    /// The machine is not known to run at its new place yet: it may come back.
+    StillMoving,
 }
 
 /// Tells the anchors; they outlive every migration.

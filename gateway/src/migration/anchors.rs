@@ -20,7 +20,7 @@ use longhaul_core::wire::{AnchorMessage, Message};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::anchor::{Anchor, AnchorCommand, NameState};
+use super::anchor::{Anchor, AnchorCommand, NameState, Released};
 use super::{Edges, chain};
 use crate::api::types::AnchorView;
 use crate::dns::NameMove;
@@ -76,6 +76,10 @@ pub async fn run(
                 // Who asked may have gone.
                 let _ = done.send(());
             }
+            AnchorCommand::Release(vm, done) => {
+                // Who asked may have gone.
+                let _ = done.send(release_now(&edges, &mut anchors, &views, &vm).await);
+            }
             AnchorCommand::Heard { from, message } => {
                 heard(&edges, &mut anchors, &views, &from, message).await;
             }
@@ -91,6 +95,48 @@ pub async fn run(
             }
         }
     }
+}
+
+/// Ends an anchor whatever it still holds.
+async fn release_now(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    vm: &VmName,
+) -> Released {
+    let Some(anchor) = row(edges, vm).filter(|anchor| !anchor.ended) else { return Released::Nothing };
+    if !anchors.known.get(vm).is_some_and(|known| *known.runs_there.borrow()) {
+        return Released::StillMoving;
+    }
+    anchors.end(vm).await;
+    release(edges, &anchor).await;
+    let left = leave(edges, anchor);
+    views.send_modify(|views| {
+        if let Some(view) = views.get_mut(vm) {
+            (view.flows, view.closed_ms) = (0, Some(unix_ms()));
+        }
+    });
+    tracing::info!(%vm, "released by the operator; its address here is free");
+    if let Some(anchor) = left.filter(|anchor| !matches!(anchor.names, NameState::Settled { .. })) {
+        anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+    }
+    Released::Ended
+}
+
+/// Nothing is attracted any more: what is left of an anchor is its name, if it has one, which may have to follow the
+/// machine again.
+fn leave(edges: &Edges, mut anchor: Anchor) -> Option<Anchor> {
+    anchor.ended = true;
+    if anchor.is_of_visit() {
+        let (vm, addresses) = (anchor.vm.clone(), anchor.addresses());
+        say(edges, &anchor.peer, AnchorMessage::Ended { vm, addresses });
+    }
+    let has_name = anchor.name.is_some() && !anchor.nics.is_empty();
+    match has_name {
+        true => put(edges, &anchor),
+        false => forget(edges, &anchor.vm),
+    }
+    has_name.then_some(anchor)
 }
 
 /// Another site's word about an anchor. `Moved` counts from the site that the machine was at only.
@@ -287,6 +333,9 @@ impl AnchorTask {
     }
 
     async fn attract(&mut self, begin: Begin) {
+        if self.anchor.ended {
+            return;
+        }
         let holds = self.anchor.holds();
         for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
             let key = hold.key.clone();
@@ -409,16 +458,7 @@ impl AnchorTask {
         if !self.anchor.ended {
             release(&self.edges, &self.anchor).await;
         }
-        self.anchor.ended = true;
-        let (vm, addresses) = (self.anchor.vm.clone(), self.anchor.addresses());
-        // The name of a machine that is away may have to follow it again.
-        match self.anchor.name.is_some() && !self.anchor.nics.is_empty() {
-            true => self.write(),
-            false => forget(&self.edges, &vm),
-        }
-        if self.anchor.is_of_visit() {
-            say(&self.edges, &self.anchor.peer, AnchorMessage::Ended { vm, addresses });
-        }
+        leave(&self.edges, self.anchor.clone());
         self.show(|view| {
             view.flows = 0;
             view.closed_ms = Some(unix_ms());

@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use super::announce::{self, Announcement, FrameSocket, Repeating};
 use super::change::{Change, Changes, Owner};
 use super::config::{TunnelConfig, check_device_name};
-use super::device::{Command as Move, PeerPath};
+use super::device::{Command as Move, FlowListing, PeerPath};
 use super::error::TunnelError;
 use super::nft;
 use super::plan::{self, CareOf, CarryRequest, HoldRequest, Kernel, Leaving, VisitRequest};
@@ -65,6 +65,8 @@ pub(super) enum Command {
     Carry { request: CarryRequest, flows: Vec<FlowTuple>, reply: Reply<()> },
     CarryUndo { key: PortKey, reply: Reply<()> },
     ForgetAddress { key: PortKey, address: IpAddr, reply: Reply<()> },
+    PeerRestarted { site: SiteName, reply: Reply<()> },
+    Flows { key: PortKey, max: usize, reply: Reply<FlowListing> },
     VisitPrepare { request: VisitRequest, reply: Reply<()> },
     VisitFlows { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
     VisitResumed { key: PortKey, reply: Reply<()> },
@@ -183,6 +185,14 @@ impl Control {
                 drop(reply.send(self.carry(request, &flows).await));
             }
             Command::CarryUndo { key, reply } => drop(reply.send(self.carry_undo(&key).await)),
+            Command::PeerRestarted { site, reply } => {
+                let set = self.tell(|done| Move::PeerRestarted { site, done }).await;
+                drop(reply.send(set));
+            }
+            Command::Flows { key, max, reply } => {
+                let listed = self.tell(|done| Move::Flows { key, max, done }).await;
+                drop(reply.send(listed.and_then(|listed| Ok(listed?))));
+            }
             Command::ForgetAddress { key, address, reply } => {
                 let set = self.tell(|done| Move::ForgetAddress { key, address, done }).await;
                 drop(reply.send(set));

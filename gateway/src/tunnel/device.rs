@@ -16,8 +16,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::datapath::{Counters, Datapath, PortStatus, UnknownPort, VisitRoute, Way};
+use longhaul_core::tunnel::flows::{FlowEntry, FlowTable, HeldBy};
 use longhaul_core::tunnel::handover::FlowTuple;
 use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey, Role};
+use longhaul_core::tunnel::repair::RepairCounters;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{trace, warn};
@@ -31,6 +33,8 @@ const BATCH: usize = 64;
 const DRAIN: usize = 8192;
 /// The longest packet a device of any MTU gives us.
 const READ_BUFFER: usize = 65_536;
+/// How exactly repair is called in time; well below a round trip that is worth repairing.
+const REPAIR_GRANULARITY: Duration = Duration::from_micros(500);
 /// How soon a link that took no datagram is tried again with packets that were kept.
 const RETRY: Duration = Duration::from_millis(1);
 
@@ -42,6 +46,9 @@ pub trait DatagramPath: Send + Sync {
 
     /// The largest datagram the link takes at the moment, in bytes; 0 while it is down.
     fn max_len(&self) -> usize;
+
+    /// The path's round trip; `None` while the link is down.
+    fn rtt(&self) -> Option<Duration>;
 }
 
 /// What the tunnel does, for status and metrics.
@@ -51,6 +58,17 @@ pub struct TunnelStatus {
     pub counters: Counters,
     /// Every NIC that is away or visits.
     pub ports: Vec<PortStatus>,
+    /// What was done about each path's loss.
+    pub repair: Vec<(SiteName, RepairCounters)>,
+}
+
+/// The flows of a NIC that is away, and what holds its tunnel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlowListing {
+    /// What holds it.
+    pub held_by: HeldBy,
+    /// The flows that have been without a packet for the longest.
+    pub flows: Vec<FlowEntry>,
 }
 
 /// A peer's path and the datagrams that come from it.
@@ -112,6 +130,16 @@ pub(super) enum Command {
         key: PortKey,
         address: IpAddr,
         done: oneshot::Sender<()>,
+    },
+    /// The peer's gateway was started anew.
+    PeerRestarted {
+        site: SiteName,
+        done: oneshot::Sender<()>,
+    },
+    Flows {
+        key: PortKey,
+        max: usize,
+        done: oneshot::Sender<Result<FlowListing, UnknownPort>>,
     },
     /// These go into the kernel, as if they came from a peer.
     Deliver {
@@ -185,18 +213,23 @@ impl Mover {
             Peer(PeerSlot),
             Status,
             Retry,
+            Repair,
         }
         let mut ticks = tokio::time::interval(status_interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             let releasing = self.datapath.is_releasing();
+            let repair_at = self.repair_at();
             let event = tokio::select! {
                 command = commands.recv() => Event::Command(command),
                 read = self.device.recv(&mut self.buffer) => Event::Device(read),
                 peer = next_batch(&mut self.peers, self.last_served, &mut batch) => Event::Peer(peer),
                 _ = ticks.tick() => Event::Status,
                 () = tokio::time::sleep(RETRY), if releasing => Event::Retry,
+                () = tokio::time::sleep_until(repair_at.unwrap_or(self.epoch)), if repair_at.is_some() => {
+                    Event::Repair
+                }
             };
             match event {
                 Event::Command(Some(command)) => {
@@ -210,10 +243,15 @@ impl Mover {
                     return;
                 }
                 Event::Peer(peer) => self.handle_datagrams(peer, &mut batch),
-                Event::Status => self.publish(),
+                Event::Status => {
+                    self.measure_paths();
+                    self.publish();
+                }
                 Event::Retry => {}
+                Event::Repair => self.handle_repair_timeout(),
             }
             self.release_kept();
+            self.send_repair();
         }
     }
 
@@ -223,7 +261,8 @@ impl Mover {
 
     fn publish(&mut self) {
         let ports = self.datapath.handle_status(self.now());
-        let status = TunnelStatus { counters: self.datapath.counters().clone(), ports };
+        let (counters, repair) = (self.datapath.counters().clone(), self.datapath.repair_counters());
+        let status = TunnelStatus { counters, ports, repair };
         self.status.send_if_modified(|old| {
             let changed = *old != status;
             *old = status;
@@ -265,6 +304,18 @@ impl Mover {
             Command::ForgetAddress { key, address, done } => {
                 self.datapath.forget_address(&key, address);
                 let _ = done.send(());
+            }
+            Command::PeerRestarted { site, done } => {
+                self.datapath.handle_peer_restart(&site);
+                let _ = done.send(());
+            }
+            Command::Flows { key, max, done } => {
+                let table = self.datapath.flows(&key).ok_or(UnknownPort(key.clone()));
+                let listing = |table: &FlowTable| FlowListing {
+                    held_by: table.held_by(now),
+                    flows: table.longest_idle(now, max),
+                };
+                let _ = done.send(table.map(listing));
             }
             Command::Deliver { packets, done } => {
                 for packet in packets {
@@ -319,13 +370,54 @@ impl Mover {
         self.last_served = peer;
         let now = self.now();
         for datagram in batch.drain(..) {
-            if let Some((way, packet)) = self.datapath.handle_datagram(now, peer, datagram) {
-                let outcome = match way {
-                    Way::Device => self.deliver(&packet),
-                    Way::Peer(onward) => self.send(onward, &packet),
-                };
-                trace!(len = packet.len(), ?outcome, "from peer");
-                self.datapath.handle_outcome(way, &packet, outcome);
+            self.datapath.handle_datagram(now, peer, datagram);
+            self.take_packets(peer);
+        }
+    }
+
+    /// What has come from `peer` and waits for nothing goes on.
+    fn take_packets(&mut self, peer: PeerSlot) {
+        let now = self.now();
+        while let Some((way, packet)) = self.datapath.poll_packet(now, peer) {
+            let outcome = match way {
+                Way::Device => self.deliver(&packet),
+                Way::Peer(onward) => self.send(onward, &packet),
+            };
+            trace!(len = packet.len(), ?outcome, "from peer");
+            self.datapath.handle_outcome(way, &packet, outcome);
+        }
+    }
+
+    /// When repair wants to be called. Not at once again: a link that takes nothing would be asked without pause.
+    fn repair_at(&self) -> Option<Instant> {
+        let at = self.epoch + self.datapath.repair_timeout()?;
+        Some(at.max(Instant::now() + REPAIR_GRANULARITY))
+    }
+
+    fn handle_repair_timeout(&mut self) {
+        self.datapath.handle_repair_timeout(self.now());
+        for peer in self.peers.keys().copied().collect::<Vec<_>>() {
+            self.take_packets(peer);
+        }
+    }
+
+    /// Reports, repeats and parity, as far as the links take them.
+    fn send_repair(&mut self) {
+        let now = self.now();
+        for (slot, peer) in &self.peers {
+            while let Some(datagram) = self.datapath.poll_repair(now, *slot) {
+                if !peer.path.try_send(datagram.clone()) {
+                    self.datapath.return_repair(*slot, datagram);
+                    break;
+                }
+            }
+        }
+    }
+
+    fn measure_paths(&mut self) {
+        for (slot, peer) in &self.peers {
+            if let Some(rtt) = peer.path.rtt() {
+                self.datapath.set_rtt(*slot, rtt);
             }
         }
     }
@@ -352,9 +444,12 @@ impl Mover {
         if max_len == 0 {
             return Err(DropReason::LinkBusy);
         }
-        let parts = self.datapath.split(peer, packet, max_len).ok_or(DropReason::TooLarge)?;
-        for part in parts {
-            if !path.try_send(part) {
+        let now = self.epoch.elapsed();
+        let datagrams = self.datapath.split(now, peer, packet, max_len);
+        let mut datagrams = datagrams.ok_or(DropReason::TooLarge)?;
+        while let Some(datagram) = datagrams.next() {
+            if !path.try_send(datagram) {
+                datagrams.take_back();
                 return Err(DropReason::LinkBusy);
             }
         }

@@ -49,7 +49,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use config::{AnnounceConfig, TunnelConfig};
 pub use control::AnchorClosed;
-pub use device::{DatagramPath, TunnelStatus};
+pub use device::{DatagramPath, FlowListing, TunnelStatus};
 pub use error::TunnelError;
 pub use plan::{CareOf, CarriedRoute, CarryRequest, HoldRequest, Leaving, VisitRequest};
 pub use tap::tap_name;
@@ -247,6 +247,17 @@ impl Tunnel {
     /// Like [`Tunnel::undo_all`], then removes the device and ends the tasks.
     pub async fn stop(self) -> Result<(), TunnelError> {
         self.ask(|reply| Command::Stop { reply }).await
+    }
+
+    /// A peer's gateway was started anew, and has forgotten which of our datagrams it had.
+    pub async fn peer_restarted(&self, site: SiteName) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::PeerRestarted { site, reply }).await
+    }
+
+    /// What holds the tunnel of a NIC that is away, and its flows, those first that were silent for the longest;
+    /// `max` at most.
+    pub async fn flows(&self, key: PortKey, max: usize) -> Result<FlowListing, TunnelError> {
+        self.ask(|reply| Command::Flows { key, max, reply }).await
     }
 
     /// What passes, what is kept, which tunnels may end.

@@ -71,6 +71,10 @@ impl DatagramPath for ChannelPath {
     fn max_len(&self) -> usize {
         if self.is_up.load(Ordering::Relaxed) { DATAGRAM } else { 0 }
     }
+
+    fn rtt(&self) -> Option<Duration> {
+        self.is_up.load(Ordering::Relaxed).then_some(2 * ONE_WAY)
+    }
 }
 
 /// Why the lab cannot be built here, if so.

@@ -26,10 +26,11 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::flows::{FlowConfig, FlowTable};
-use super::fragment::{Parts, Reassembly, ReassemblyConfig, Splitter};
+use super::fragment::{Reassembly, ReassemblyConfig, Splitter};
 use super::handover::FlowTuple;
 use super::hold::{Hold, HoldConfig};
 use super::packet::{Packet, Side};
+use super::repair::{FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairPolicy, Treatment};
 use super::policy::{AddressTaken, DropReason, Grant, Inbound, PeerSlot, Policy, PortKey, PortSlot, Role};
 use crate::ids::SiteName;
 
@@ -38,6 +39,12 @@ use crate::ids::SiteName;
 pub struct DatapathConfig {
     /// Joining of split packets.
     pub reassembly: ReassemblyConfig,
+    /// Hiding the path's loss.
+    pub repair: RepairConfig,
+    /// Which flows it is hidden from.
+    pub repair_policy: RepairPolicy,
+    /// What tells this start of the gateway from earlier ones to its peers. Drawn at random; the default is for tests.
+    pub incarnation: Incarnation,
     /// Packets kept during the pause.
     pub hold: HoldConfig,
     /// Flows and the tunnel's end.
@@ -50,6 +57,9 @@ impl Default for DatapathConfig {
     fn default() -> Self {
         Self {
             reassembly: ReassemblyConfig::default(),
+            repair: RepairConfig::default(),
+            repair_policy: RepairPolicy::default(),
+            incarnation: Incarnation::default(),
             hold: HoldConfig::default(),
             flows: FlowConfig::default(),
             release_limit: Duration::from_secs(5),
@@ -153,6 +163,8 @@ pub enum Way {
 struct Peer {
     site: SiteName,
     splitter: Splitter,
+    incarnation: Incarnation,
+    repair: Repair,
     reassembly: Reassembly,
 }
 
@@ -181,6 +193,36 @@ struct Port {
     released_at: Duration,
     hold: Hold,
     flows: Option<FlowTable>,
+}
+
+/// The datagrams of one packet, in order; numbered if its flow is repaired.
+#[derive(Debug)]
+pub struct Datagrams<'a> {
+    now: Duration,
+    parts: std::vec::IntoIter<Bytes>,
+    flow: Option<FlowBucket>,
+    repair: &'a mut Repair,
+}
+
+impl Iterator for Datagrams<'_> {
+    type Item = Bytes;
+
+    fn next(&mut self) -> Option<Bytes> {
+        let part = self.parts.next()?;
+        Some(match self.flow {
+            Some(flow) => self.repair.wrap(self.now, flow, &[&part]),
+            None => part,
+        })
+    }
+}
+
+impl Datagrams<'_> {
+    /// The link did not take the one that was just made.
+    pub fn take_back(self) {
+        if self.flow.is_some() {
+            self.repair.take_back();
+        }
+    }
 }
 
 /// All tunnels of one gateway.
@@ -214,7 +256,10 @@ impl Datapath {
         }
         let slot = PeerSlot(self.take_slot());
         let reassembly = Reassembly::new(self.config.reassembly.clone());
-        self.peers.insert(slot, Peer { site: site.clone(), splitter: Splitter::default(), reassembly });
+        let incarnation = self.config.incarnation;
+        let repair = Repair::new(self.config.repair.clone(), incarnation);
+        let (site, splitter) = (site.clone(), Splitter::default());
+        self.peers.insert(slot, Peer { site, splitter, incarnation, repair, reassembly });
         slot
     }
 
@@ -327,12 +372,7 @@ impl Datapath {
 
     /// The flows of a machine that is away and was handed over: to list them, to say what holds the tunnel.
     pub fn flows(&self, key: &PortKey) -> Option<&FlowTable> {
-        self.ports.get(&self.slot(key)?)?.flows.as_ref()
-    }
-
-    /// The same, to change how long the tunnel is held.
-    pub fn flows_mut(&mut self, key: &PortKey) -> Option<&mut FlowTable> {
-        self.ports.get_mut(&self.slot(key)?)?.flows.as_mut()
+        self.ports.get(&self.slot(key, Role::Away)?)?.flows.as_ref()
     }
 
     /// What is kept for a NIC now, oldest first; it stays in its phase. An unknown one has nothing.
@@ -373,31 +413,82 @@ impl Datapath {
         }
     }
 
-    /// Takes a datagram from `peer`. Returned: the packet that came with it, and where it goes now.
-    pub fn handle_datagram(
-        &mut self,
-        now: Duration,
-        peer: PeerSlot,
-        datagram: Bytes,
-    ) -> Option<(Way, Bytes)> {
-        let reassembly = &mut self.peers.get_mut(&peer)?.reassembly;
-        let abandoned = reassembly.abandoned();
-        let joined = reassembly.handle_datagram(now, datagram);
-        self.counters.drop(DropReason::Incomplete, reassembly.abandoned() - abandoned);
-        let packet = match joined {
-            Ok(packet) => packet?,
-            Err(_) => {
-                self.counters.drop(DropReason::BadDatagram, 1);
-                return None;
-            }
-        };
-        match self.admit(now, peer, &packet) {
-            Ok(way) => way.map(|way| (way, packet)),
-            Err(reason) => {
-                self.counters.drop(reason, 1);
-                None
+    /// Takes a datagram from `peer`. What comes of it is at [`Datapath::poll_packet`].
+    pub fn handle_datagram(&mut self, now: Duration, peer: PeerSlot, datagram: Bytes) {
+        let Some(peer) = self.peers.get_mut(&peer) else { return };
+        if peer.repair.handle_datagram(now, datagram).is_err() {
+            self.counters.drop(DropReason::BadDatagram, 1);
+        }
+    }
+
+    /// The next packet that has come from `peer`, and where it goes now.
+    pub fn poll_packet(&mut self, now: Duration, peer: PeerSlot) -> Option<(Way, Bytes)> {
+        loop {
+            let Peer { repair, reassembly, .. } = self.peers.get_mut(&peer)?;
+            let part = repair.poll_packet()?;
+            let abandoned = reassembly.abandoned();
+            let joined = reassembly.handle_datagram(now, part);
+            self.counters.drop(DropReason::Incomplete, reassembly.abandoned() - abandoned);
+            let packet = match joined {
+                Ok(Some(packet)) => packet,
+                Ok(None) => continue,
+                Err(_) => {
+                    self.counters.drop(DropReason::BadDatagram, 1);
+                    continue;
+                }
+            };
+            match self.admit(now, peer, &packet) {
+                Ok(Some(way)) => return Some((way, packet)),
+                Ok(None) => {}
+                Err(reason) => self.counters.drop(reason, 1),
             }
         }
+    }
+
+    /// What repair wants to send to `peer` beside packets. Give it back with [`Datapath::return_repair`] if it cannot
+    /// leave.
+    pub fn poll_repair(&mut self, now: Duration, peer: PeerSlot) -> Option<Bytes> {
+        self.peers.get_mut(&peer)?.repair.poll_transmit(now)
+    }
+
+    /// Takes back what repair could not send yet.
+    pub fn return_repair(&mut self, peer: PeerSlot, datagram: Bytes) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.repair.return_transmit(datagram);
+        }
+    }
+
+    /// When repair has something to do next; then call [`Datapath::handle_repair_timeout`].
+    pub fn repair_timeout(&self) -> Option<Duration> {
+        self.peers.values().filter_map(|peer| peer.repair.poll_timeout()).min()
+    }
+
+    /// Repair gives up what is too late. What goes on without it is at [`Datapath::poll_packet`].
+    pub fn handle_repair_timeout(&mut self, now: Duration) {
+        for peer in self.peers.values_mut() {
+            peer.repair.handle_timeout(now);
+        }
+    }
+
+    /// The path to `peer` has this round trip now.
+    pub fn set_rtt(&mut self, peer: PeerSlot, rtt: Duration) {
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.repair.set_rtt(rtt);
+        }
+    }
+
+    /// The gateway of `site` was started anew and has forgotten what it had.
+    pub fn handle_peer_restart(&mut self, site: &SiteName) {
+        let slot = self.peer_slot(site);
+        if let Some(peer) = self.peers.get_mut(&slot) {
+            peer.incarnation = peer.incarnation.next();
+            peer.repair.handle_peer_restart(peer.incarnation);
+        }
+    }
+
+    /// What repair did, all peers together.
+    pub fn repair_counters(&self) -> Vec<(SiteName, RepairCounters)> {
+        self.peers.values().map(|peer| (peer.site.clone(), peer.repair.counters())).collect()
     }
 
     /// The next kept packet that may leave, and where to. Give it back with [`Datapath::return_kept`]
@@ -437,13 +528,24 @@ impl Datapath {
         self.ports.values().any(|port| port.phase == Phase::Releasing)
     }
 
-    /// Cuts a packet into datagrams for `peer`; `None` if it is too large for that.
-    pub fn split<'a>(&mut self, peer: PeerSlot, packet: &'a Bytes, max_len: usize) -> Option<Parts<'a>> {
-        let parts = self.peers.get_mut(&peer)?.splitter.split(packet, max_len);
-        if parts.is_some() && packet.len() >= max_len {
-            self.counters.split += 1;
-        }
-        parts
+    /// The datagrams of a packet for `peer`, each at most `max_len` bytes; `None` if it is too large for that. What
+    /// the link does not take of them is to be said at once ([`Datagrams::take_back`]).
+    pub fn split(
+        &mut self,
+        now: Duration,
+        peer: PeerSlot,
+        packet: &Bytes,
+        max_len: usize,
+    ) -> Option<Datagrams<'_>> {
+        let Peer { splitter, repair, .. } = self.peers.get_mut(&peer)?;
+        let view = Packet::parse(packet).ok()?;
+        let (flow, max_len) = match self.config.repair_policy.treatment(&view) {
+            Treatment::Repair => (Some(FlowBucket::of(&view)), max_len.saturating_sub(ROOM)),
+            Treatment::AtOnce => (None, max_len),
+        };
+        let parts = splitter.split(packet, max_len)?;
+        self.counters.split += u64::from(packet.len() >= max_len);
+        Some(Datagrams { now, parts: parts.collect::<Vec<_>>().into_iter(), flow, repair })
     }
 
     /// Counts what became of a packet: it went its way, or not and why.
@@ -624,7 +726,7 @@ mod tests {
     }
 
     fn datagrams(datapath: &mut Datapath, peer: PeerSlot, packet: &Bytes) -> Vec<Bytes> {
-        datapath.split(peer, packet, 1200).unwrap().collect()
+        datapath.split(NOW, peer, packet, 1200).unwrap().collect()
     }
 
     fn kept(datapath: &mut Datapath) -> Vec<Bytes> {
@@ -683,10 +785,11 @@ mod tests {
         home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
         let peer = home.peer_slot(&site("b"));
         let datagram = datagrams(&mut home, peer, &from_guest(1)).remove(0);
-        assert_eq!(home.handle_datagram(NOW, peer, datagram.clone()), None);
+        assert_eq!(arrive(&mut home, peer, datagram), None);
+        let datagram = datagrams(&mut home, peer, &from_guest(1)).remove(0);
         assert_eq!(home.counters().dropped[&DropReason::NotHandedOver], 1);
         home.attract(NOW, &key("web1"), &[]).unwrap();
-        assert_eq!(home.handle_datagram(NOW, peer, datagram), Some((Way::Device, from_guest(1))));
+        assert_eq!(arrive(&mut home, peer, datagram), Some((Way::Device, from_guest(1))));
     }
 
     #[test]
@@ -695,7 +798,7 @@ mod tests {
         visited.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
         let peer = visited.peer_slot(&site("a"));
         let datagram = datagrams(&mut visited, peer, &to_guest(1)).remove(0);
-        assert_eq!(visited.handle_datagram(NOW, peer, datagram), None);
+        assert_eq!(arrive(&mut visited, peer, datagram), None);
         visited.resumed(NOW, &key("web1")).unwrap();
         assert_eq!(visited.poll_kept(NOW).unwrap().1, Way::Device);
         assert_eq!(visited.handle_packet(NOW, from_guest(1)), Some(peer));
@@ -710,6 +813,11 @@ mod tests {
         home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
     }
 
+    fn arrive(datapath: &mut Datapath, peer: PeerSlot, datagram: Bytes) -> Option<(Way, Bytes)> {
+        datapath.handle_datagram(NOW, peer, datagram);
+        datapath.poll_packet(NOW, peer)
+    }
+
     fn route(address: [u8; 4], peer: &str) -> VisitRoute {
         VisitRoute { address: address.into(), peer: site(peer), also: None }
     }
@@ -718,7 +826,7 @@ mod tests {
     fn carry(from: &mut Datapath, to: &mut Datapath, at: (&str, &str), packet: &Bytes) -> Option<(Way, Bytes)> {
         let (peer, back) = (from.peer_slot(&site(at.1)), to.peer_slot(&site(at.0)));
         let datagram = datagrams(from, peer, packet).remove(0);
-        to.handle_datagram(NOW, back, datagram)
+        arrive(to, back, datagram)
     }
 
     #[test]

@@ -36,8 +36,16 @@ const HALF: u32 = 1 << 31;
 
 /// One life of a sender, whose numbers begin at 0. The caller chooses it so that two lives after one
 /// another differ: at random, or from the instance that the peer's gateway announced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Incarnation(pub u32);
+
+impl Incarnation {
+    /// The one after it.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+}
 
 /// A datagram's place among all numbered ones of its incarnation. It wraps (RFC 1982).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,68 @@
+//! What is still held here of a machine that left: shown, and ended when its operator says so.
+
+use longhaul_core::ids::VmName;
+use longhaul_core::tunnel::policy::PortKey;
+use tokio::sync::oneshot;
+
+use super::Daemon;
+use super::machines::failed;
+use crate::api::types::{FlowsView, NicFlows};
+use crate::api::{Reply, RequestError};
+use crate::migration::MachineRow;
+use crate::migration::anchor::{AnchorCommand, Released, tell};
+
+/// Flows that are shown per NIC.
+const MAX_SHOWN: usize = 1000;
+
+impl Daemon {
+    /// `longhaul flows`: a task, for the tunnel may be busy.
+    pub(super) fn flows(&self, vm: &VmName, reply: Reply<FlowsView>) {
+        let anchor = self.anchor_views.borrow().get(vm).filter(|view| view.closed_ms.is_none()).cloned();
+        let row = self.journal_row(vm);
+        let (Some(anchor), Some(row)) = (anchor, row) else {
+            return drop(reply.send(Err(nothing_held(vm))));
+        };
+        let (tunnel, vm) = (self.edges.tunnel.clone(), vm.clone());
+        tokio::spawn(async move {
+            let mut nics = Vec::new();
+            for nic in row.definition.nics {
+                let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
+                match tunnel.flows(key, MAX_SHOWN).await {
+                    Ok(listing) => {
+                        let (held_by, flows) = (listing.held_by, listing.flows);
+                        nics.push(NicFlows { nic: nic.name, held_by, flows });
+                    }
+                    Err(error) => return drop(reply.send(Err(failed(&error)))),
+                }
+            }
+            drop(reply.send(Ok(FlowsView { at: anchor.at, nics })));
+        });
+    }
+
+    /// `longhaul release`: its address here is free, and connections by it end.
+    pub(super) async fn release(&self, vm: &VmName, reply: Reply<()>) {
+        let (done, ended) = oneshot::channel();
+        tell(&self.anchors, AnchorCommand::Release(vm.clone(), done)).await;
+        let vm = vm.clone();
+        tokio::spawn(async move {
+            let answer = match ended.await {
+                Ok(Released::Ended) => Ok(()),
+                Ok(Released::Nothing) => Err(nothing_held(&vm)),
+                Ok(Released::StillMoving) => {
+                    Err(RequestError::Conflict(format!("Machine {vm} is not known to run elsewhere yet")))
+                }
+                Err(_) => Err(RequestError::Failed("The gateway is stopping".into())),
+            };
+            drop(reply.send(answer));
+        });
+    }
+
+    fn journal_row(&self, vm: &VmName) -> Option<MachineRow> {
+        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
+        rows.into_iter().find(|(name, _)| name == vm).map(|(_, row)| row)
+    }
+}
+
+fn nothing_held(vm: &VmName) -> RequestError {
+    RequestError::NotFound(format!("Nothing is held here for connections of a machine {vm}"))
+}
