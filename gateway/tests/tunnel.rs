@@ -18,6 +18,7 @@ use gateway::tunnel::{TunnelConfig, TunnelError, tap_name};
 use lab::*;
 use longhaul_core::tunnel::handover::{FlowTuple, Neighbour};
 use longhaul_core::tunnel::policy::{DropReason, PortKey};
+use longhaul_core::tunnel::repair::Treatment;
 use traffic::*;
 
 macro_rules! lab_or_skip {
@@ -88,6 +89,34 @@ async fn full_size_segments_pass_a_link_of_smaller_datagrams() {
     let counters = sites.a.tunnel.status().borrow().counters.clone();
     println!("{counters:?}");
     assert!(counters.split > 100, "{counters:?}");
+}
+
+/// How long an old connection takes for an exchange on a path that loses 1 % at 40 ms.
+async fn exchange_on_a_lossy_path(lab: &Lab, treatment: Treatment) -> Duration {
+    lab.script("for n in c vm; do x $n sysctl -qw net.ipv4.tcp_congestion_control=cubic; done");
+    serve_echo(lab, "vm");
+    let mut config = TunnelConfig::default();
+    config.datapath.repair_policy.tcp = treatment;
+    let sites = lab.start_sites(config).await;
+    let neighbours = sites.a.tunnel.home_neighbours("br0".to_owned()).await.unwrap();
+    let mut open = lab.within("c", || connect(server(HOME)).unwrap()).join().unwrap();
+    exchange(&mut open, 10_000);
+    sites.move_guest(lab, visit_request(neighbours)).await;
+    exchange(&mut open, 10_000);
+    sites.lost_per_mille.store(10, Ordering::Relaxed);
+    let begun = Instant::now();
+    exchange(&mut open, 3_000_000);
+    let took = begun.elapsed();
+    println!("{treatment:?}: {took:?}, {:?}", sites.a.tunnel.status().borrow().repair);
+    took
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_paths_loss_is_hidden_from_old_connections() {
+    let plain = exchange_on_a_lossy_path(&lab_or_skip!(), Treatment::AtOnce).await;
+    let hidden = exchange_on_a_lossy_path(&lab_or_skip!(), Treatment::Repair).await;
+    println!("hidden takes {:.2} of the time", hidden.as_secs_f64() / plain.as_secs_f64());
+    assert!(hidden * 2 < plain, "{hidden:?} with repair, {plain:?} without");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -61,6 +61,8 @@ struct World {
     b: PeerSlot,
     c: PeerSlot,
     now: Duration,
+    /// Repair at the other end.
+    there: Repair,
 }
 
 impl World {
@@ -72,7 +74,8 @@ impl World {
         datapath.attract(Duration::ZERO, &key("web1"), &[]).expect("it is held");
         let route = VisitRoute { address: VISITS, peer: sample::site("b"), also: None };
         datapath.visit(&key("web2"), &[route]).expect("a free address");
-        Self { datapath, b, c, now: Duration::ZERO }
+        let there = Repair::new(RepairConfig::default(), Incarnation::default());
+        Self { datapath, b, c, now: Duration::ZERO, there }
     }
 
     fn peer_sends(&mut self, peer: PeerSlot, datagram: Bytes) {
@@ -95,12 +98,15 @@ impl World {
         assert!(peer == self.b);
         let view = Packet::parse(&packet).expect("it was parsed");
         assert!(view.destination() == AWAY || view.source() == VISITS);
-        let parts: Vec<Bytes> = self.datapath.split(peer, &packet, 1200).expect("not too large").collect();
+        let datagrams = self.datapath.split(self.now, peer, &packet, 1200).expect("not too large");
         let mut other = Reassembly::new(ReassemblyConfig::default());
         let mut joined = None;
-        for part in parts {
-            assert!(part.len() <= 1200);
-            joined = other.handle_datagram(self.now, part).expect("our own parts join");
+        for datagram in datagrams {
+            assert!(datagram.len() <= 1200);
+            self.there.handle_datagram(self.now, datagram).expect("our own datagrams are understood");
+            while let Some(part) = self.there.poll_packet() {
+                joined = other.handle_datagram(self.now, part).expect("our own parts join");
+            }
         }
         assert_eq!(joined, Some(packet));
     }

@@ -54,16 +54,32 @@ pub struct Sites {
     pub a: Site,
     pub b: Site,
     pub link_is_up: Arc<AtomicBool>,
+    /// Of a thousand datagrams so many are lost, in either direction.
+    pub lost_per_mille: Arc<AtomicU32>,
 }
 
 struct ChannelPath {
     datagrams: mpsc::Sender<(Instant, Bytes)>,
     is_up: Arc<AtomicBool>,
+    lost_per_mille: Arc<AtomicU32>,
+    draws: AtomicU32,
+}
+
+impl ChannelPath {
+    /// The same losses in every run (a linear congruential generator: Numerical Recipes, 7.1).
+    fn is_lost(&self) -> bool {
+        let next = |draw: u32| Some(draw.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+        let drawn = self.draws.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).expect("always a next");
+        (drawn >> 16) % 1000 < self.lost_per_mille.load(Ordering::Relaxed)
+    }
 }
 
 impl DatagramPath for ChannelPath {
     fn try_send(&self, datagram: Bytes) -> bool {
         assert!(datagram.len() <= DATAGRAM);
+        if self.is_up.load(Ordering::Relaxed) && self.is_lost() {
+            return true;
+        }
         self.is_up.load(Ordering::Relaxed)
             && self.datagrams.try_send((Instant::now() + ONE_WAY, datagram)).is_ok()
     }
@@ -158,8 +174,9 @@ impl Lab {
     pub async fn start_sites(&self, config: TunnelConfig) -> Sites {
         let (a, b) = (self.start_site("ga", config.clone()), self.start_site("gb", config));
         let link_is_up = Arc::new(AtomicBool::new(true));
-        connect(&a, &b, &link_is_up).await;
-        Sites { a, b, link_is_up }
+        let lost_per_mille = Arc::new(AtomicU32::new(0));
+        connect(&a, &b, &link_is_up, &lost_per_mille).await;
+        Sites { a, b, link_is_up, lost_per_mille }
     }
 
     /// All that a gateway may have changed at a host, as text.
@@ -292,15 +309,15 @@ pub fn address(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-async fn connect(a: &Site, b: &Site, is_up: &Arc<AtomicBool>) {
-    let (a_to_b, into_b) = channel(is_up);
-    let (b_to_a, into_a) = channel(is_up);
+async fn connect(a: &Site, b: &Site, is_up: &Arc<AtomicBool>, lost: &Arc<AtomicU32>) {
+    let (a_to_b, into_b) = channel(is_up, lost);
+    let (b_to_a, into_a) = channel(is_up, lost);
     a.tunnel.add_peer("b".parse().unwrap(), a_to_b, into_a).await.unwrap();
     b.tunnel.add_peer("a".parse().unwrap(), b_to_a, into_b).await.unwrap();
 }
 
 /// One direction of a link with a delay.
-fn channel(is_up: &Arc<AtomicBool>) -> (Arc<ChannelPath>, mpsc::Receiver<Bytes>) {
+fn channel(is_up: &Arc<AtomicBool>, lost: &Arc<AtomicU32>) -> (Arc<ChannelPath>, mpsc::Receiver<Bytes>) {
     let (datagrams, mut delayed) = mpsc::channel::<(Instant, Bytes)>(4096);
     let (arrive, incoming) = mpsc::channel(4096);
     tokio::spawn(async move {
@@ -311,5 +328,6 @@ fn channel(is_up: &Arc<AtomicBool>) -> (Arc<ChannelPath>, mpsc::Receiver<Bytes>)
             }
         }
     });
-    (Arc::new(ChannelPath { datagrams, is_up: is_up.clone() }), incoming)
+    let (is_up, lost_per_mille) = (is_up.clone(), lost.clone());
+    (Arc::new(ChannelPath { datagrams, is_up, lost_per_mille, draws: AtomicU32::new(1) }), incoming)
 }

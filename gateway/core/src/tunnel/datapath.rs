@@ -30,7 +30,7 @@ use super::fragment::{Reassembly, ReassemblyConfig, Splitter};
 use super::handover::FlowTuple;
 use super::hold::{Hold, HoldConfig};
 use super::packet::{Packet, Side};
-use super::repair::{FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairPolicy, Treatment};
+use super::repair::{FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairError, RepairPolicy, Treatment};
 use super::policy::{AddressTaken, DropReason, Grant, Inbound, PeerSlot, Policy, PortKey, PortSlot, Role};
 use crate::ids::SiteName;
 
@@ -416,8 +416,12 @@ impl Datapath {
     /// Takes a datagram from `peer`. What comes of it is at [`Datapath::poll_packet`].
     pub fn handle_datagram(&mut self, now: Duration, peer: PeerSlot, datagram: Bytes) {
         let Some(peer) = self.peers.get_mut(&peer) else { return };
-        if peer.repair.handle_datagram(now, datagram).is_err() {
-            self.counters.drop(DropReason::BadDatagram, 1);
+        match peer.repair.handle_datagram(now, datagram) {
+            // What a peer sent before it was started anew may still come.
+            Ok(()) | Err(RepairError::Stale) => {}
+            Err(RepairError::UnknownFormat | RepairError::Contradiction) => {
+                self.counters.drop(DropReason::BadDatagram, 1);
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! A guest's packets in the link's datagrams: split when they are larger than a datagram, and joined.
 //!
 //! The inner MTU stays the LAN's, because connections that are open have agreed on their segment
-//! size already. Lost parts are not asked for again: the transport inside does that.
+//! size already. What is lost on the way is [`super::repair`]'s to hide, each datagram on its own.
 //!
 //! ```text
 //!  whole packet   | 0x10 | packet ...

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::super::datapath::{Datapath, DatapathConfig, Phase, Way};
+use super::super::datapath::{Datapath, DatapathConfig, Phase, VisitRoute, Way};
 use super::super::packet::UDP;
 use super::super::packet::tests::ipv4;
 use super::super::policy::{DropReason, PortKey};
@@ -209,7 +209,8 @@ fn what_arrives_while_the_link_is_down_after_the_hand_over_is_counted_once() {
 fn what_the_guest_sends_is_not_kept_while_packets_to_it_are() {
     let to_client = || Bytes::from(ipv4(HOME, CLIENT, UDP, &[0; 8]));
     let mut visited = Datapath::new(DatapathConfig::default());
-    visited.visit(&key(), &peer(), &[HOME.into()]).unwrap();
+    let route = VisitRoute { address: HOME.into(), peer: peer(), also: None };
+    visited.visit(&key(), &[route]).unwrap();
     let to_peer = visited.peer_slot(&peer());
     assert_eq!(visited.handle_packet(NOW, to_client()), Some(to_peer));
     let status = visited.handle_status(NOW).remove(0);
