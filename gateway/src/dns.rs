@@ -201,7 +201,7 @@ impl Names {
             .observed(register);
         match self.updater.swap(&swap).await? {
             Outcome::Won => Ok(()),
-            Outcome::Lost { current } => Err(lost(wanted.name, &current.addresses)),
+            Outcome::Lost { current, .. } => Err(lost(wanted.name, &current.addresses)),
         }
     }
 }
@@ -224,7 +224,7 @@ impl Names {
         let seen = seen.max(said.epoch);
         match self.updater.swap(&swap).await? {
             Outcome::Won => Ok(contest.said(Some((contest.epoch, winner.as_str())), seen)),
-            Outcome::Lost { current } => prize.reads(contest, &current, seen),
+            Outcome::Lost { current, .. } => prize.reads(contest, &current, seen),
         }
     }
 }
