@@ -33,6 +33,7 @@
 //! **What it needs of the server.** A single primary that applies updates one after the other and keeps them over a
 //! crash (BIND, Knot with its defaults, PowerDNS with `pragma-synchronous=2`). The stock hickory server compares
 //! prerequisites record by record and does not serialise updates, so it can confirm a swap but not arbitrate a race.
+//! YADIFA 2.6 misjudges several prerequisites together; [`Updater::preflight`] finds that out.
 
 pub mod change;
 mod config;

@@ -19,6 +19,7 @@ on_every_server!(
     a_swap_of_an_older_epoch_loses_and_tells_what_is_there,
     a_swap_from_other_addresses_loses_at_the_server,
     a_swap_from_some_of_the_addresses_loses_at_the_server,
+    a_lost_swap_carries_the_servers_code,
     the_same_swap_given_twice_is_won_twice_and_applied_once,
     of_twenty_racing_swaps_exactly_one_wins,
     of_twenty_racing_claims_that_change_no_address_exactly_one_wins,
@@ -84,6 +85,28 @@ async fn a_swap_from_other_addresses_loses_at_the_server(world: &World) {
     let mut swap = second_swap().observed(Some(first.ownership().expect("valid")));
     swap.old = ips(&["203.0.113.99"]);
     assert!(lost(&updater, &swap).await.has(&ips(&[AWAY])));
+}
+
+/// Of what is expected the server says NXRRSET, of what is not expected YXRRSET.
+async fn a_lost_swap_carries_the_servers_code(world: &World) {
+    let updater = world.updater(site_a());
+    let dual = name("dual.vm.example");
+    let home = ips(&["198.51.100.11", "2001:db8:a::11"]);
+    let first = Swap::new(dual.clone(), home.clone(), home.clone(), 30, "site-a");
+    won(&updater, &first).await;
+    let next = |old: &[&str]| {
+        Swap::new(dual.clone(), ips(old), ips(&[AWAY]), 30, "site-b")
+            .epochs(Epoch(1), Epoch(2))
+            .observed(Some(first.ownership().expect("valid")))
+    };
+    for (swap, code) in [
+        (next(&["198.51.100.11"]), ResponseCode::YXRRSet),
+        (next(&["198.51.100.99", "2001:db8:a::11"]), ResponseCode::NXRRSet),
+    ] {
+        let outcome = updater.swap(&swap).await.expect("answered");
+        assert!(matches!(outcome, Outcome::Lost { rcode: Some(found), .. } if found == code), "{outcome:?}");
+    }
+    assert!(updater.read(&dual).await.expect("readable").has(&home));
 }
 
 async fn a_swap_from_some_of_the_addresses_loses_at_the_server(world: &World) {

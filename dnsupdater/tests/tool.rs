@@ -202,7 +202,10 @@ async fn undo_takes_addresses_reverse_names_and_time_to_live_back() {
     let tool = Tool::new().await;
     let nothing = tool.run(&["undo", "app.vm.example"]).await;
     assert!(nothing.code == 2 && nothing.err.contains("No swap of app.vm.example."), "{}", nothing.err);
-    let swap = tool.run(&["swap", "app.vm.example", "--from", HOME, "--to", AWAY, "--ptr"]).await;
+    let server = tool.world.address.to_string();
+    let swap = ["swap", "app.vm.example", "--from", HOME, "--to", AWAY, "--ptr", "--ptr-server", &server];
+    let zones = ["--ptr-zone", REVERSE_ZONE, "--ptr-zone", REVERSE_ZONE_AWAY];
+    let swap = tool.run(&[swap.as_slice(), &zones].concat()).await;
     assert_eq!(swap.code, 0, "{} {}", swap.out, swap.err);
     assert!(swap.out.contains("203.0.113.10 has the reverse name app.vm.example. now"), "{}", swap.out);
     assert_eq!(tool.reverse_names(AWAY, REVERSE_ZONE_AWAY).await, ["app.vm.example."]);

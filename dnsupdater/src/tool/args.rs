@@ -169,18 +169,18 @@ pub struct After {
     pub reverse: ReverseAccess,
 }
 
-/// Where reverse zones are.
+/// Where reverse zones are. The fields' names are the arguments' and must differ from the global ones.
 #[derive(Args)]
 pub struct ReverseAccess {
     /// Reverse zone, repeat for several. Default: the one the primary says holds the reverse name.
     #[arg(long = "ptr-zone", value_name = "ZONE")]
-    pub zones: Vec<DnsName>,
+    pub ptr_zones: Vec<DnsName>,
     /// Primary of the reverse zones, if it is another one.
     #[arg(long = "ptr-server", value_name = "SERVER", value_parser = server)]
-    pub server: Option<SocketAddr>,
+    pub ptr_server: Option<SocketAddr>,
     /// File with the TSIG key for the reverse zones, if it is another one.
     #[arg(long = "ptr-key-file", value_name = "KEY_FILE")]
-    pub key_file: Option<PathBuf>,
+    pub ptr_key_file: Option<PathBuf>,
 }
 
 impl Command {

@@ -27,14 +27,14 @@ pub async fn run(cli: &Cli) -> Result<Report, Error> {
         Command::Preflight { to, .. } => preflight(&updater, name, to).await,
         Command::Set { addresses, ttl, owner, after, .. } => {
             let found = updater.read(name).await?;
-            let old = found.addresses.clone();
-            let asked = Asked { old, new: addresses.clone(), ttl_s: *ttl, owner: owner.clone(), epoch: None };
+            let asked =
+                Asked { old: None, new: addresses.clone(), ttl_s: *ttl, owner: owner.clone(), epoch: None };
             change(&updater, &memory()?, asked, found, after).await
         }
         Command::Swap { from, to, ttl, owner, epoch, after, .. } => {
             let found = updater.read(name).await?;
             let (owner, epoch) = (owner.clone(), epoch.map(Epoch));
-            let asked = Asked { old: from.clone(), new: to.clone(), ttl_s: *ttl, owner, epoch };
+            let asked = Asked { old: Some(from.clone()), new: to.clone(), ttl_s: *ttl, owner, epoch };
             change(&updater, &memory()?, asked, found, after).await
         }
         Command::Undo { verify, reverse, .. } => undo(&updater, &memory()?, name, *verify, reverse).await,
@@ -50,7 +50,8 @@ pub async fn run(cli: &Cli) -> Result<Report, Error> {
 
 /// What a change is to be.
 struct Asked {
-    old: Vec<IpAddr>,
+    /// None: whatever it has.
+    old: Option<Vec<IpAddr>>,
     new: Vec<IpAddr>,
     ttl_s: u32,
     owner: Option<String>,
@@ -66,7 +67,8 @@ impl Asked {
         let to = from.0.checked_add(1).map(Epoch);
         let to = to.ok_or_else(|| Error::Config("The epoch has reached its end".to_owned()))?;
         let observed = found.ownership().filter(|ownership| ownership.epoch() == from).cloned();
-        let (name, old, new) = (found.name.clone(), self.old.clone(), self.new.clone());
+        let old = self.old.as_ref().unwrap_or(&found.addresses).clone();
+        let (name, new) = (found.name.clone(), self.new.clone());
         Ok(Swap::new(name, old, new, self.ttl_s, owner).epochs(from, to).observed(observed))
     }
 
@@ -74,7 +76,8 @@ impl Asked {
     fn is(&self, swap: &Swap) -> bool {
         let owner = self.owner.as_ref().is_none_or(|owner| *owner == swap.owner);
         let epoch = self.epoch.is_none_or(|epoch| epoch == swap.epoch_from);
-        (&self.old, &self.new, self.ttl_s) == (&swap.old, &swap.new, swap.ttl_s) && owner && epoch
+        let old = self.old.as_ref().is_none_or(|old| *old == swap.old);
+        (&self.new, self.ttl_s) == (&swap.new, swap.ttl_s) && old && owner && epoch
     }
 }
 

@@ -18,11 +18,11 @@ pub struct Followed {
 /// The updater for reverse zones.
 pub fn updater(forward: &Updater, access: &ReverseAccess) -> Result<Updater, Error> {
     let config = forward.config().clone();
-    let key = match &access.key_file {
+    let key = match &access.ptr_key_file {
         Some(path) => Key::from_file(path)?,
         None => config.key.clone(),
     };
-    let servers = access.server.map_or_else(|| config.servers.clone(), |server| vec![server]);
+    let servers = access.ptr_server.map_or_else(|| config.servers.clone(), |server| vec![server]);
     Updater::new(UpdaterConfig { servers, key, ..config })
 }
 
@@ -81,7 +81,7 @@ pub async fn follow(updater: &Updater, changes: &[PtrSwap]) -> Followed {
 }
 
 async fn zone_of(updater: &Updater, access: &ReverseAccess, name: &DnsName) -> Result<DnsName, Error> {
-    match access.zones.iter().find(|zone| name.is_in(zone)) {
+    match access.ptr_zones.iter().find(|zone| name.is_in(zone)) {
         Some(zone) => Ok(zone.clone()),
         None => updater.zone_of(name).await,
     }
