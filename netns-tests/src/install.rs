@@ -63,7 +63,9 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
         install_missing(&missing)?;
     }
     let still = missing_of(needs);
-    still.first().map_or(Ok(()), |need| bail!("{} is installed but {} is not there", need.package, need.program))
+    still
+        .first()
+        .map_or(Ok(()), |need| bail!("{} is installed but {} is not there", need.package, need.program))
 }
 
 fn missing_of(needs: &[Need]) -> Vec<&Need> {

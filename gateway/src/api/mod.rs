@@ -13,8 +13,8 @@ use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::ledger::MayNotRun;
 
 use types::{
-    AdoptRequest, DefineRequest, Finding, FlowsView, JournalView, MigrateRequest, MigrationView, ResolveRequest,
-    Started, StatusView,
+    AdoptRequest, DefineRequest, Finding, FlowsView, JournalView, MigrateRequest, MigrationView,
+    ResolveRequest, Started, StatusView,
 };
 
 /// A request to the daemon's task, with the way back for the answer.

@@ -53,7 +53,11 @@ fn waits_for(held: &HeldBy) -> String {
     if let Some(left) = held.limit_left {
         parts.push(format!("at most {}", time(left)));
     }
-    if parts.is_empty() { "waits for nothing any more".to_owned() } else { format!("waits for {}", parts.join("; ")) }
+    if parts.is_empty() {
+        "waits for nothing any more".to_owned()
+    } else {
+        format!("waits for {}", parts.join("; "))
+    }
 }
 
 fn line(flow: &FlowEntry) -> String {
@@ -115,7 +119,10 @@ mod tests {
             released: false,
         };
         let text = waits_for(&held);
-        assert_eq!(text, "waits for 3 connections; its name has not moved yet; nobody new for 24 h; at most 10 min");
+        assert_eq!(
+            text,
+            "waits for 3 connections; its name has not moved yet; nobody new for 24 h; at most 10 min"
+        );
         held.flows = FlowCounts::default();
         (held.names_left, held.quiet_left, held.limit_left) = (Some(Duration::ZERO), Duration::ZERO, None);
         assert_eq!(waits_for(&held), "waits for nothing any more");

@@ -13,8 +13,8 @@ use serde::Deserialize;
 use longhaul_core::ids::SiteName;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
-use longhaul_core::tunnel::flows::HoldLimit;
 use longhaul_core::migration::retry::RetryLimits;
+use longhaul_core::tunnel::flows::HoldLimit;
 
 /// `[site]`: who this site is and where its daemon keeps things.
 #[derive(Debug, Clone, Deserialize)]

@@ -113,7 +113,8 @@ fn tunnel(config: &Config) -> TunnelConfig {
     let policy = &mut tunnel.datapath.repair_policy;
     (policy.tcp, policy.udp, policy.other) =
         (repair(section.repair_tcp), repair(section.repair_udp), repair(section.repair_other));
-    policy.udp_ports = section.repair_udp_ports.iter().map(|port| (*port..=*port, Treatment::Repair)).collect();
+    policy.udp_ports =
+        section.repair_udp_ports.iter().map(|port| (*port..=*port, Treatment::Repair)).collect();
     tunnel
 }
 

@@ -236,8 +236,7 @@ impl Daemon {
     /// No connection is left by these addresses.
     async fn on_anchor_ended(&mut self, peer: &SiteName, vm: &VmName, addresses: &[IpAddr]) {
         let Some(machine) = self.machines.get_mut(vm) else { return };
-        let over =
-            |carried: &Carried| carried.site == *peer && addresses.contains(&carried.addr);
+        let over = |carried: &Carried| carried.site == *peer && addresses.contains(&carried.addr);
         let ended: Vec<Carried> = machine.row.carried.iter().filter(|it| over(it)).cloned().collect();
         if ended.is_empty() {
             return;
@@ -352,8 +351,14 @@ impl Daemon {
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let (inbox, outbox) = mpsc::channel(INBOX);
         let anchors = self.anchors.clone();
-        let driver =
-            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox, anchors);
+        let driver = DestinationDriver::new(
+            self.edges.clone(),
+            attempt.clone(),
+            proposal,
+            reservation,
+            outbox,
+            anchors,
+        );
         let (viewer, guest) = (driver.viewer(), driver.guest());
         tracing::info!(%vm, from = %peer, %id, "machine is coming");
         self.spawn(attempt, inbox, viewer, guest, async move { driver.run().await.err() });

@@ -154,8 +154,14 @@ impl Daemon {
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
         let (inbox, outbox) = mpsc::channel(64);
         let anchors = self.anchors.clone();
-        let driver =
-            DestinationDriver::new(self.edges.clone(), attempt.clone(), proposal, reservation, outbox, anchors);
+        let driver = DestinationDriver::new(
+            self.edges.clone(),
+            attempt.clone(),
+            proposal,
+            reservation,
+            outbox,
+            anchors,
+        );
         let (viewer, shown) = (driver.viewer(), driver.guest());
         let qemu_found = qemu != Qemu::Gone;
         let drive = async move { driver.resume(guest, qemu_found, last).await.err() };

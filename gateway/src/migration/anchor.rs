@@ -179,9 +179,9 @@ impl Anchor {
         let visits = row.visits(edges.site());
         let name = definition.dns_name.clone().filter(|_| follows.is_some() && !visits);
         let care_of = reservation.map_or(&[][..], |reservation| &reservation.care_of);
-        let care_of: Vec<_> =
-            care_of.iter().map(|care_of| (care_of.home.addr, care_of.addr)).collect();
-        let believed_s = definition.dns_name.as_ref().map_or(0, |_| definition.dns_ttl_s.unwrap_or(UNKNOWN_TTL_S));
+        let care_of: Vec<_> = care_of.iter().map(|care_of| (care_of.home.addr, care_of.addr)).collect();
+        let believed_s =
+            definition.dns_name.as_ref().map_or(0, |_| definition.dns_ttl_s.unwrap_or(UNKNOWN_TTL_S));
         Self {
             vm: attempt.vm.clone(),
             epoch: attempt.epoch,

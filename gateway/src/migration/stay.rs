@@ -74,8 +74,7 @@ impl Stay {
         for nic in &self.definition.nics {
             let (key, lan) = (self.key(nic), self.lan(edges, nic)?);
             let bridge = self.is_home(edges).then(|| lan.bridge.clone());
-            let tap =
-                edges.tunnel.create_tap(key.clone(), TAP_OWNER, bridge).await.map_err(tunnel_failed)?;
+            let tap = edges.tunnel.create_tap(key.clone(), TAP_OWNER, bridge).await.map_err(tunnel_failed)?;
             if self.is_home(edges) {
                 edges.tunnel.sample_begin(key, tap.clone()).await.map_err(tunnel_failed)?;
             }
@@ -183,10 +182,12 @@ impl Stay {
 
     fn visit(&self, edges: &Edges, nic: &Nic) -> Result<VisitRequest, Refusal> {
         let lan = self.lan(edges, nic)?;
-        let handed =
-            self.nics.iter().find(|handed| handed.nic == nic.name).cloned().ok_or_else(|| {
-                Refusal::PeerMisbehaved(format!("nothing was said about NIC {}", nic.name))
-            })?;
+        let handed = self
+            .nics
+            .iter()
+            .find(|handed| handed.nic == nic.name)
+            .cloned()
+            .ok_or_else(|| Refusal::PeerMisbehaved(format!("nothing was said about NIC {}", nic.name)))?;
         let key = self.key(nic);
         let ours = self.care_of.iter().filter(|care_of| care_of.nic == nic.name);
         let others = self.definition.nics.iter().filter(|other| other.name != nic.name);
@@ -199,9 +200,7 @@ impl Stay {
             nic: handed,
             others: others.flat_map(|other| other.home.iter().map(|home| home.addr)).collect(),
             lan: lan.bridge.clone(),
-            care_of: ours
-                .map(|care_of| CareOf { home: care_of.home.addr, care_of: care_of.addr })
-                .collect(),
+            care_of: ours.map(|care_of| CareOf { home: care_of.home.addr, care_of: care_of.addr }).collect(),
         })
     }
 
@@ -339,8 +338,7 @@ mod tests {
 
     #[test]
     fn a_visitor_leaves_its_care_of_address_behind_and_takes_it_along() {
-        let (site, row) =
-            ("b".parse().unwrap(), row("a", &["203.0.113.200"], &[("192.0.2.200", "c")]));
+        let (site, row) = ("b".parse().unwrap(), row("a", &["203.0.113.200"], &[("192.0.2.200", "c")]));
         let (from, left) = left_behind(&site, &row, &row.definition.nics[0]);
         assert_eq!((from, left), (Leaving::Visit, vec!["203.0.113.200".parse().unwrap()]));
         let along = takes_along(&site, &row);

@@ -223,8 +223,7 @@ impl Control {
         let (config, max) = (&self.config, self.config.max_flows as usize);
         let sampled = match self.visits.get(key) {
             Some(Visit { request, .. }) => {
-                let care_of: Vec<_> =
-                    request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect();
+                let care_of: Vec<_> = request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect();
                 let carried = plan::carried_rules(config, &request.carried);
                 nft::visited(config, &plan::visit_table_name(config, key), max, &care_of, &carried).await
             }
@@ -450,8 +449,7 @@ impl Control {
         let Some(Visit { request, .. }) = self.visits.get(key) else { return Ok(()) };
         let care_of: Vec<IpAddr> = request.care_of.iter().map(|pair| pair.care_of).collect();
         let carried = plan::carried_rules(&self.config, &request.carried);
-        let script =
-            nft::visit_flows(&plan::visit_table_name(&self.config, key), flows, &care_of, &carried);
+        let script = nft::visit_flows(&plan::visit_table_name(&self.config, key), flows, &care_of, &carried);
         if script.is_empty() { Ok(()) } else { nft::run(&script).await }
     }
 

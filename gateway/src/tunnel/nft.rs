@@ -219,7 +219,10 @@ fn read_sampled(listed: &Value, tag: &str, max: usize) -> Vec<FlowTuple> {
 fn read_turned(listed: &Value, set: &str, local: IpAddr) -> Vec<FlowTuple> {
     let sets = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["set"]);
     let ours = sets.filter(|found| {
-        found["name"].as_str().and_then(|name| name.strip_prefix(set)).is_some_and(|rest| rest == "4" || rest == "6")
+        found["name"]
+            .as_str()
+            .and_then(|name| name.strip_prefix(set))
+            .is_some_and(|rest| rest == "4" || rest == "6")
     });
     let elements = ours.flat_map(|found| found["elem"].as_array().into_iter().flatten());
     let read = |element: &Value| {
@@ -264,7 +267,6 @@ fn read_protocol(value: &Value) -> Option<u8> {
         None => value.as_u64()?.try_into().ok(),
     }
 }
-
 
 async fn nft(arguments: &[&str], input: &str) -> Result<String, TunnelError> {
     let mut child = Command::new("nft")

@@ -69,7 +69,8 @@ impl ChannelPath {
     /// The same losses in every run (a linear congruential generator: Numerical Recipes, 7.1).
     fn is_lost(&self) -> bool {
         let next = |draw: u32| Some(draw.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
-        let drawn = self.draws.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).expect("always a next");
+        let drawn =
+            self.draws.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).expect("always a next");
         (drawn >> 16) % 1000 < self.lost_per_mille.load(Ordering::Relaxed)
     }
 }

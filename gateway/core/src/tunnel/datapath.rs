@@ -30,8 +30,10 @@ use super::fragment::{Reassembly, ReassemblyConfig, Splitter};
 use super::handover::FlowTuple;
 use super::hold::{Hold, HoldConfig};
 use super::packet::{Packet, Side};
-use super::repair::{FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairError, RepairPolicy, Treatment};
 use super::policy::{AddressTaken, DropReason, Grant, Inbound, PeerSlot, Policy, PortKey, PortSlot, Role};
+use super::repair::{
+    FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairError, RepairPolicy, Treatment,
+};
 use crate::ids::SiteName;
 
 /// Bounds and times of the datapath.
@@ -280,8 +282,7 @@ impl Datapath {
         let table = FlowTable::new(self.config.flows.clone(), now);
         let slot = self.slot(key, Role::Away).ok_or_else(|| UnknownPort(key.clone()))?;
         let ours = self.policy.addresses(slot);
-        let flows: Vec<FlowTuple> =
-            flows.iter().filter(|flow| ours.contains(&flow.local)).copied().collect();
+        let flows: Vec<FlowTuple> = flows.iter().filter(|flow| ours.contains(&flow.local)).copied().collect();
         let port = self.port_mut(key, Role::Away)?;
         port.flows.get_or_insert(table).seed(now, &flows);
         port.release(now);
@@ -827,7 +828,12 @@ mod tests {
     }
 
     /// What `from` sends to `to` about a packet.
-    fn carry(from: &mut Datapath, to: &mut Datapath, at: (&str, &str), packet: &Bytes) -> Option<(Way, Bytes)> {
+    fn carry(
+        from: &mut Datapath,
+        to: &mut Datapath,
+        at: (&str, &str),
+        packet: &Bytes,
+    ) -> Option<(Way, Bytes)> {
         let (peer, back) = (from.peer_slot(&site(at.1)), to.peer_slot(&site(at.0)));
         let datagram = datagrams(from, peer, packet).remove(0);
         arrive(to, back, datagram)
@@ -851,15 +857,13 @@ mod tests {
         assert_eq!(carry(&mut b, &mut c, ("b", "c"), &kept), None, "it does not run yet");
         c.resumed(NOW, &key("web1")).unwrap();
         assert_eq!(c.poll_kept(NOW).unwrap().1, Way::Device);
+        assert!(c.poll_kept(NOW).is_none());
         let by_b = c.peer_slot(&site("b"));
         assert_eq!(c.handle_packet(NOW, from_guest(1)), Some(by_b), "the home does not know yet");
         let to_a = Some((Way::Peer(b.peer_slot(&site("a"))), from_guest(1)));
         assert_eq!(carry(&mut c, &mut b, ("c", "b"), &from_guest(1)), to_a);
         assert_eq!(carry(&mut c, &mut a, ("c", "a"), &from_guest(1)), None, "not believed yet");
-        assert_eq!(
-            carry(&mut b, &mut a, ("b", "a"), &from_guest(1)),
-            Some((Way::Device, from_guest(1)))
-        );
+        assert_eq!(carry(&mut b, &mut a, ("b", "a"), &from_guest(1)), Some((Way::Device, from_guest(1))));
         a.retarget(&key("web1"), &site("c")).unwrap();
         assert_eq!(a.handle_packet(NOW, to_guest(2)), Some(a.peer_slot(&site("c"))));
         let delivered = Some((Way::Device, to_guest(2)));

@@ -220,10 +220,8 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
 /// Remembers the visitor's flows with their marks, which tell by which of its addresses the other end knows it.
 fn sample_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     let marks = sampled_marks(config, visit.carried);
-    let rules: String = marks
-        .iter()
-        .map(|(tag, mark)| sampling_rules(config, tag, &format!("ct mark {mark:#x} ")))
-        .collect();
+    let rules: String =
+        marks.iter().map(|(tag, mark)| sampling_rules(config, tag, &format!("ct mark {mark:#x} "))).collect();
     let _ = write!(
         body,
         "\tchain {}_seen {{\n\t\ttype filter hook prerouting priority mangle + 5; policy accept;\n\
@@ -265,7 +263,6 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     }
     let _ = write!(body, "{}\t}}\n", carried_out(config, visit.carried));
 }
-
 
 #[cfg(test)]
 mod tests {
