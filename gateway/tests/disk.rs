@@ -369,7 +369,8 @@ async fn a_disk_that_is_written_all_the_time_arrives_whole() {
     let scenario = Scenario { size, mirror, ..Scenario::default() };
     let Some(mut lab) = Lab::start(scenario, |disk| noise(disk, 128 * MIB)).await else { return };
     let started = Instant::now();
-    lab.flow.send(Flow::Paced(Duration::from_millis(20))).unwrap();
+    // Slow enough for a busy host to have written all of it before the copy is over.
+    lab.flow.send(Flow::Paced(Duration::from_millis(100))).unwrap();
     for round in 0..60u64 {
         let byte = round % 250 + 1;
         lab.source_qemu.io(&format!("write -P {byte} {} 192k", round * 4 * MIB + 4096)).await;

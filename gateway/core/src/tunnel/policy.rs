@@ -216,17 +216,17 @@ impl Policy {
         returning: impl Fn(PortSlot) -> bool,
     ) -> Result<Inbound, DropReason> {
         let (source, destination) = (packet.source(), packet.destination());
-        let judged = self.to_machine(destination, peer, returning).map(|judged| (judged, source));
+        let judged = self.judge_destination(destination, peer, returning).map(|judged| (judged, source));
         let (judged, other) = match judged {
             Some(judged) => judged,
-            None => (self.from_machine(source, peer)?, destination),
+            None => (self.judge_source(source, peer)?, destination),
         };
         let judged = judged?;
         if is_martian(other) { Err(DropReason::Martian) } else { Ok(judged) }
     }
 
     /// `None`: nobody's that packets go to.
-    fn to_machine(
+    fn judge_destination(
         &self,
         destination: IpAddr,
         peer: PeerSlot,
@@ -247,7 +247,7 @@ impl Policy {
         }
     }
 
-    fn from_machine(
+    fn judge_source(
         &self,
         source: IpAddr,
         peer: PeerSlot,
