@@ -13,6 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use gateway::api::types::{MigrationView, Progressing};
+use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::{IDLE_PORT, RECORD_PORT};
@@ -20,6 +21,7 @@ use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::names::Names;
 use netns_tests::scenario::options::SceneOptions;
+use netns_tests::scenario::outside::attracts;
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::{Scene, VM};
 use netns_tests::scenario::traffic::Client;
@@ -235,6 +237,36 @@ async fn ten_moves_in_a_row_lose_no_connection() {
     }
     named(&scene, home).await;
     all_lived(&scene, clients, &boot_id, 5000).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_for_a_machine_that_left_is_listed_and_its_operator_can_end_it() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("held")).await;
+    scene.start_guest().await.unwrap();
+    let (vm, at_a) = (VM.parse().unwrap(), scene.a.client());
+    let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
+    let boot_id = boot(&scene, home);
+    let silent = scene.world.client.tcp_connect(SocketAddr::new(home, IDLE_PORT), 5 * SECOND).unwrap();
+    assert!(at_a.flows(&vm).await.is_err() && at_a.release(&vm).await.is_err(), "it has not left");
+    moved(&scene, "a", "b").await;
+    let view = at_a.flows(&vm).await.unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let flow = view.nics[0].flows.iter().find(|flow| flow.tuple.remote_port == port);
+    let flow = flow.unwrap_or_else(|| panic!("{view:?}"));
+    assert_eq!((flow.state, flow.origin), (FlowState::Open, FlowOrigin::Seeded));
+    assert!(view.at.as_str() == "b" && !view.nics[0].held_by.may_end(), "{view:?}");
+    at_a.release(&vm).await.unwrap();
+    let host = &scene.world.site("a").unwrap().host;
+    assert!(!attracts(host, home).unwrap(), "the home address is free");
+    assert!(at_a.flows(&vm).await.is_err());
+    // The name follows all the same, and the machine comes home to an address that nobody attracts.
+    named(&scene, care_of).await;
+    moved(&scene, "b", "a").await;
+    named(&scene, home).await;
+    assert_eq!(boot(&scene, home), boot_id);
+    assert_eq!(boot(&scene, care_of), boot_id, "a client with the old answer");
     close(scene);
 }
 

@@ -248,7 +248,7 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
             let ip = if care_of.is_ipv6() { "ip6" } else { "ip" };
             let _ = writeln!(body, "\t\t{ip} daddr {care_of} dnat {ip} to {home}");
         }
-        let _ = write!(body, "{carried}\t}}\n");
+        let _ = writeln!(body, "{carried}\t}}");
     }
     let _ = writeln!(
         body,
@@ -261,7 +261,7 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
             "\t\toifname != {{ \"{tun}\", \"{port}\" }} {ip} saddr {home} snat {ip} to {care_of}"
         );
     }
-    let _ = write!(body, "{}\t}}\n", carried_out(config, visit.carried));
+    let _ = writeln!(body, "{}\t}}", carried_out(config, visit.carried));
 }
 
 #[cfg(test)]
