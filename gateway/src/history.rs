@@ -79,6 +79,7 @@ pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<Ne
         qemu: known.qemu,
         owes_names: known.row.is_some_and(|row| row.ttl_before_s.is_some()),
         overtaken: is_overtaken(history, all),
+        came_again: came_again(history, all),
         stale: is_stale(history, known),
     }))
 }
@@ -107,6 +108,16 @@ fn is_overtaken(history: &History, all: &[History]) -> bool {
         let is_later = other.attempt.id != history.attempt.id && other.attempt.epoch >= history.attempt.epoch;
         other.attempt.vm == history.attempt.vm && is_later && !refused
     })
+}
+
+/// Whether an attempt to bring the machine here began after this one.
+fn came_again(history: &History, all: &[History]) -> bool {
+    let brings = |other: &&History| {
+        other.attempt.vm == history.attempt.vm
+            && other.attempt.epoch > history.attempt.epoch
+            && other.entries.iter().any(|entry| matches!(entry.record, Record::Destination(_)))
+    };
+    all.iter().any(|other| brings(&other))
 }
 
 /// Whether the ledger is older than a disk of the machine; a note that cannot be read may say that it is.
@@ -252,6 +263,8 @@ mod tests {
         assert!(is_overtaken(&first, &[first.clone(), history(2, 3, activated())]));
         assert!(!is_overtaken(&first, &[first.clone(), history(2, 1, activated())]));
         assert!(!is_overtaken(&first, &[first.clone(), history(2, 3, refused())]));
+        assert!(came_again(&first, &[first.clone(), history(2, 3, refused())]), "its QEMU may be that one's");
+        assert!(!came_again(&first, &[first.clone(), history(2, 1, activated())]));
     }
 
     #[test]

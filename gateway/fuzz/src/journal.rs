@@ -61,6 +61,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         home_site: sample::site("a"),
         came_from: Some(sample::site("a")),
         carried: sample::proposal().carried,
+        over: vec![[192, 0, 2, 200].into()],
         adopted: None,
         care_of: sample::reservation().care_of,
         handover: Some(sample::handover()),

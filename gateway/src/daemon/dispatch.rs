@@ -237,11 +237,13 @@ impl Daemon {
     async fn on_anchor_ended(&mut self, peer: &SiteName, vm: &VmName, addresses: &[IpAddr]) {
         let Some(machine) = self.machines.get_mut(vm) else { return };
         let over = |carried: &Carried| carried.site == *peer && addresses.contains(&carried.addr);
-        let ended: Vec<Carried> = machine.row.carried.iter().filter(|it| over(it)).cloned().collect();
+        let known = &machine.row.over;
+        let is_news = |carried: &&Carried| over(carried) && !known.contains(&carried.addr);
+        let ended: Vec<Carried> = machine.row.carried.iter().filter(is_news).cloned().collect();
         if ended.is_empty() {
             return;
         }
-        machine.row.carried.retain(|carried| !over(carried));
+        machine.row.over.extend(ended.iter().map(|carried| carried.addr));
         if let Err(error) = self.edges.journal.put_machine(vm, &machine.row) {
             tracing::warn!(%vm, %error, "the end of an anchor could not be written down");
         }

@@ -111,6 +111,7 @@ impl Daemon {
             came_from: None,
             care_of: Vec::new(),
             carried: Vec::new(),
+            over: Vec::new(),
             handover: None,
             ttl_before_s: None,
         };

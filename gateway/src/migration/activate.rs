@@ -137,6 +137,7 @@ pub(super) fn remember(
         adopted: None,
         care_of: reservation.care_of.clone(),
         carried: brought(leaf.edges.site(), proposal),
+        over: Vec::new(),
         handover: Some(merge(&proposal.nics, handover)),
         wanted: proposal.running,
         ttl_before_s: None,

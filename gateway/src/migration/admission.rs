@@ -7,14 +7,15 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use longhaul_core::ids::{Epoch, SiteName};
+use longhaul_core::ids::{Epoch, SiteName, VmName};
+use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Carried, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
-use super::{Edges, host, journal_room, partial};
+use super::{Edges, MachineRow, host, journal_room, partial};
 use crate::config::Config;
 
 /// What this host has left.
@@ -162,6 +163,9 @@ pub fn reserve(
         return Ok(Reservation { care_of: Vec::new() });
     }
     let mut taken = taken.clone();
+    // Another site may have the same private addresses.
+    let elsewhere = proposal.carried.iter().filter(|carried| carried.site != config.site.name);
+    taken.extend(elsewhere.map(|carried| carried.addr));
     let mut care_of = Vec::new();
     for nic in &proposal.definition.nics {
         let Some(lan) = config.lan.get(nic.lan.as_str()) else {
@@ -202,12 +206,40 @@ pub fn reserve(
     Ok(Reservation { care_of })
 }
 
+/// A machine has one home. What comes home is what has left there, with the same addresses and the same name: it gets
+/// a place on the LAN's bridge, and this site's key moves its name.
+pub fn check_home(known: Option<&MachineRow>, site: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
+    let home_is_here = proposal.home_site == *site;
+    let known = known.filter(|row| row.home_site == *site);
+    let (known, definition) = match (known, home_is_here) {
+        (None, false) => return Ok(()),
+        (None, true) => {
+            let text = format!("site {site} is not the home of a machine {}", proposal.definition.name);
+            return Err(Refusal::PeerMisbehaved(text));
+        }
+        (Some(known), _) => (&known.definition, &proposal.definition),
+    };
+    let same_name = known.dns_name == definition.dns_name;
+    let nics = |definition: &MachineDefinition| -> Vec<_> {
+        definition.nics.iter().map(|nic| (nic.name.clone(), nic.mac, nic.home.clone())).collect()
+    };
+    if home_is_here && same_name && nics(known) == nics(definition) {
+        return Ok(());
+    }
+    let text = format!(
+        "{} left its home {site} with other addresses, another name or another home",
+        definition.name
+    );
+    Err(Refusal::PeerMisbehaved(text))
+}
+
 /// Everything that is asked before a proposal is accepted.
 pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
     check_policy(&edges.config, peer, proposal)?;
     check_arbiter(&edges.config, peer, proposal)?;
     journal_room::check(&edges.config)?;
     proposal.check_nics()?;
+    check_home(known_row(edges, &proposal.definition.name)?.as_ref(), edges.site(), proposal)?;
     check_homes(edges, proposal).await?;
     check_register(edges, proposal).await?;
     let (storage, vm) = (&edges.config.storage, &proposal.definition.name);
@@ -230,6 +262,12 @@ async fn check_homes(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> 
     let host = host.map_err(super::park::tunnel_failed)?;
     host::check(&host, &proposal.definition)
         .map_err(|needed| Refusal::Incompatible(format!("{needed} (at site {})", edges.site())))
+}
+
+fn known_row(edges: &Edges, vm: &VmName) -> Result<Option<MachineRow>, Refusal> {
+    let rows = edges.journal.machines::<MachineRow>();
+    let rows = rows.map_err(|error| Refusal::Other(Refusal::text(super::chain(&error))))?;
+    Ok(rows.into_iter().find(|(name, _)| name == vm).map(|(_, row)| row))
 }
 
 fn room(edges: &Edges) -> Result<Room, Refusal> {
@@ -319,6 +357,41 @@ mod tests {
         assert_eq!(check("c", 6), Ok(()), "b has handed it on");
         assert!(check("b", 4).unwrap_err().to_string().contains("was in 5 since"));
         assert!(check("c", 5).unwrap_err().to_string().contains("handed over to b"));
+    }
+
+    fn row(home_site: &str, proposal: &Proposal) -> MachineRow {
+        MachineRow {
+            definition: proposal.definition.clone(),
+            images: Vec::new(),
+            home_site: site(home_site),
+            came_from: None,
+            adopted: None,
+            care_of: Vec::new(),
+            carried: Vec::new(),
+            over: Vec::new(),
+            handover: None,
+            wanted: true,
+            ttl_before_s: None,
+        }
+    }
+
+    #[test]
+    fn only_what_has_left_comes_home_and_it_has_one_home() {
+        let mut coming = proposal(HOME, 1);
+        let check = |known: Option<&MachineRow>, coming: &Proposal| check_home(known, &site("a"), coming);
+        assert_eq!(check(None, &coming), Ok(()), "a visitor");
+        coming.home_site = site("a");
+        assert!(check(None, &coming).is_err(), "never left here");
+        let known = row("a", &coming);
+        assert_eq!(check(Some(&known), &coming), Ok(()));
+        assert!(check(Some(&row("b", &coming)), &coming).is_err(), "it visited");
+        let other = Proposal { home_site: site("a"), ..proposal("198.51.100.11/24", 1) };
+        assert!(check(Some(&known), &other).is_err(), "another address");
+        let mut named = coming.clone();
+        named.definition.dns_name = Some("www.example.net".into());
+        assert!(check(Some(&known), &named).is_err(), "another's name");
+        let elsewhere = Proposal { home_site: site("b"), ..coming.clone() };
+        assert!(check(Some(&known), &elsewhere).is_err(), "another home");
     }
 
     #[test]

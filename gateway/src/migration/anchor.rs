@@ -74,6 +74,8 @@ pub struct Anchor {
     pub since_unix_ms: u64,
     /// Sites that attract other addresses of the machine, and are to hear where it is.
     pub tell: Vec<SiteName>,
+    /// The machine is known to run at its new place: nothing is said of it, and nothing ends, before.
+    pub runs_there: bool,
     /// No connection is left; only the name is followed.
     pub ended: bool,
 }
@@ -104,8 +106,8 @@ pub enum AnchorCommand {
     Attract(Box<Anchor>),
     /// It runs there: move its name.
     MoveNames(VmName),
-    /// It stayed after all.
-    Forget(VmName),
+    /// It stayed after all, and this epoch does not begin elsewhere.
+    Forget(VmName, Epoch),
     /// It is here again; `names` is what its name needs, at its home. Answered when nothing is done for it any more.
     CameBack {
         /// The machine.
@@ -194,6 +196,7 @@ impl Anchor {
             ttl_s: if visits { believed_s } else { follows.unwrap_or(0) },
             since_unix_ms: unix_ms(),
             tell: others(edges.site(), row, &attempt.peer),
+            runs_there: false,
             ended: false,
         }
     }
@@ -211,6 +214,7 @@ impl Anchor {
             names,
             ttl_s: 0,
             since_unix_ms: unix_ms(),
+            runs_there: true,
             ..self
         }
     }
@@ -285,6 +289,7 @@ pub(super) fn names_of_return(edges: &Edges, attempt: &Attempt, proposal: &Propo
         names: NameState::Pending,
         since_unix_ms: unix_ms(),
         tell: Vec::new(),
+        runs_there: true,
         ended: false,
     })
 }

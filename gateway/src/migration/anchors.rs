@@ -15,7 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
-use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::tunnel::datapath::PortStatus;
+use longhaul_core::tunnel::policy::{PortKey, Role};
 use longhaul_core::wire::{AnchorMessage, Message};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -25,7 +26,7 @@ use super::{Edges, chain};
 use crate::api::types::AnchorView;
 use crate::dns::NameMove;
 use crate::journal::unix_ms;
-use crate::tunnel::Leaving;
+use crate::tunnel::{Leaving, TunnelError};
 
 /// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
 /// connections stalled for the gateway's absence only.
@@ -38,7 +39,10 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
         Vec::new()
     });
     let mut running = Anchors::default();
-    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| !anchor.ended) {
+    let owes_name = |anchor: &Anchor| {
+        anchor.name.is_some() && !matches!(anchor.names, NameState::None | NameState::Settled { .. })
+    };
+    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| !anchor.ended || owes_name(anchor)) {
         running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
     }
     running
@@ -60,7 +64,9 @@ pub async fn run(
                 anchors.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views).await);
             }
             AnchorCommand::MoveNames(vm) => anchors.move_names(&vm),
-            AnchorCommand::Forget(vm) => {
+            // What is left of an earlier stay, such as a name on its way home, is not this attempt's.
+            AnchorCommand::Forget(vm, epoch) if row(&edges, &vm).is_none_or(|row| row.epoch != epoch) => {}
+            AnchorCommand::Forget(vm, _) => {
                 anchors.end(&vm).await;
                 forget(&edges, &vm);
                 views.send_modify(|views| drop(views.remove(&vm)));
@@ -155,7 +161,7 @@ async fn heard(
                 // It is known, or none of ours.
                 return say(edges, from, AnchorMessage::Noted { vm, epoch });
             };
-            if anchor.peer != *from {
+            if anchor.peer != *from || epoch > Epoch::MAX_FROM_PEER {
                 return tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
             }
             if to != *edges.site() {
@@ -271,8 +277,7 @@ async fn start(
     begin: Begin,
     views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
 ) -> Known {
-    let known_to_run = !matches!(anchor.names, NameState::Waiting);
-    let (runs_there, told) = watch::channel(known_to_run);
+    let (runs_there, told) = watch::channel(anchor.runs_there);
     let (noted, heard) = watch::channel(BTreeSet::new());
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
     let epoch = anchor.epoch;
@@ -318,6 +323,8 @@ struct AnchorTask {
 
 /// Between two tries to tell another site where the machine is.
 const TELL_AGAIN: Duration = Duration::from_secs(1);
+/// How long it is tried after nothing else is left to do.
+const TELL_LIMIT: Duration = Duration::from_secs(3600);
 /// Between two tries at the name server, at most.
 const NAMES_AGAIN: Duration = Duration::from_secs(30);
 
@@ -326,9 +333,15 @@ impl AnchorTask {
         if self.told.wait_for(|runs| *runs).await.is_err() {
             return;
         }
+        if !self.anchor.runs_there {
+            self.anchor.runs_there = true;
+            self.write();
+        }
         let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
-        let _telling = AbortOnDrop(telling);
+        let mut telling = AbortOnDrop(telling);
         self.settle().await;
+        // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for ever.
+        let _ = tokio::time::timeout(TELL_LIMIT, &mut telling.0).await;
         self.end().await;
     }
 
@@ -339,13 +352,18 @@ impl AnchorTask {
         let holds = self.anchor.holds();
         for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
             let key = hold.key.clone();
-            let held = match begin {
-                Begin::Held => Ok(()),
-                Begin::Restored => self.edges.tunnel.hold_begin(hold).await,
+            let tunnel = &self.edges.tunnel;
+            let known = match begin {
+                Begin::Held => tunnel.hold_end_attract(key.clone(), nic.flows.clone()).await,
+                Begin::Restored => Err(TunnelError::Stopped),
             };
-            let attracted = match held {
-                Ok(()) => self.edges.tunnel.hold_end_attract(key, nic.flows.clone()).await,
-                Err(error) => Err(error),
+            // A gateway that was killed before it wrote the anchor down knows of no hold either.
+            let attracted = match known {
+                Ok(()) => Ok(()),
+                Err(_) => match tunnel.hold_begin(hold).await {
+                    Ok(()) => tunnel.hold_end_attract(key, nic.flows.clone()).await,
+                    Err(error) => Err(error),
+                },
             };
             if let Err(error) = attracted {
                 tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
@@ -441,7 +459,9 @@ impl AnchorTask {
         loop {
             let (flows, may_end) = {
                 let status = status.borrow_and_update();
-                let ports: Vec<_> = status.ports.iter().filter(|port| keys.contains(&port.key)).collect();
+                // Beside it may stand what is passed on for the machine's other addresses.
+                let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
+                let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
                 (
                     ports.iter().filter_map(|port| port.flows_alive).sum(),
                     !ports.is_empty() && ports.iter().all(|port| port.may_end),

@@ -32,6 +32,7 @@ pub mod view;
 mod work;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -102,8 +103,11 @@ pub struct MachineRow {
     pub adopted: Option<Adopted>,
     /// What it was given here; empty at home.
     pub care_of: Vec<CareOf>,
-    /// Addresses of earlier visits, by which connections may still be open.
+    /// Addresses of earlier visits, by which connections may still be open. Their places are the marks of those
+    /// connections, and do not change while it is here.
     pub carried: Vec<Carried>,
+    /// Those of them that are attracted nowhere any more.
+    pub over: Vec<IpAddr>,
     /// What keeps its connections alive here, if it came from another site.
     pub handover: Option<Handover>,
     /// It is meant to run.

@@ -257,8 +257,8 @@ impl SourceDriver {
                 self.work.hand_on(move |transfer, _stop| release::run(leaf, guest, row, transfer));
             }
             Action::Rollback(permit) => {
-                let vm = self.leaf.attempt.vm.clone();
-                anchor::tell(&self.anchors, AnchorCommand::Forget(vm)).await;
+                let (vm, epoch) = (self.leaf.attempt.vm.clone(), self.leaf.attempt.epoch);
+                anchor::tell(&self.anchors, AnchorCommand::Forget(vm, epoch)).await;
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
                 let ttl = self.ttl_before_s.clone();
                 self.work

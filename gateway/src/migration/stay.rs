@@ -28,6 +28,8 @@ pub struct Stay {
     from: Option<SiteName>,
     care_of: Vec<Reserved>,
     carried: Vec<Carried>,
+    /// Those of them that are attracted nowhere any more.
+    over: Vec<IpAddr>,
     nics: Vec<NicHandover>,
 }
 
@@ -45,6 +47,7 @@ impl Stay {
             from: Some(from.clone()),
             care_of: reservation.care_of.clone(),
             carried: brought(edges.site(), proposal),
+            over: Vec::new(),
             nics: proposal.nics.clone(),
         }
     }
@@ -58,6 +61,7 @@ impl Stay {
             from: row.came_from.clone().filter(|_| !home_is_peer),
             care_of: row.care_of.clone(),
             carried: row.carried.clone(),
+            over: row.over.clone(),
             nics: row.handover.as_ref().map(|handover| handover.nics.clone()).unwrap_or_default(),
         }
     }
@@ -217,13 +221,15 @@ impl Stay {
     }
 
     fn carried(&self, nic: &Nic) -> Vec<CarriedRoute> {
-        let ours = self.carried.iter().filter(|carried| carried.nic == nic.name);
-        let route = |carried: &Carried| CarriedRoute {
+        let ours = (0u32..).zip(&self.carried).filter(|(_, carried)| carried.nic == nic.name);
+        let attracted = ours.filter(|(_, carried)| !self.over.contains(&carried.addr));
+        let route = |(number, carried): (u32, &Carried)| CarriedRoute {
+            number,
             home: carried.home,
             addr: carried.addr,
             site: carried.site.clone(),
         };
-        ours.map(route).collect()
+        attracted.map(route).collect()
     }
 
     fn key(&self, nic: &Nic) -> PortKey {
@@ -284,7 +290,8 @@ pub fn takes_along(site: &SiteName, row: &MachineRow) -> Vec<Carried> {
         addr: care_of.addr,
         site: site.clone(),
     });
-    let mut all: Vec<Carried> = row.carried.iter().cloned().chain(here).collect();
+    let brought = row.carried.iter().filter(|carried| !row.over.contains(&carried.addr));
+    let mut all: Vec<Carried> = brought.cloned().chain(here).collect();
     all.drain(..all.len().saturating_sub(MAX_CARRIED));
     all
 }
@@ -326,6 +333,7 @@ mod tests {
             adopted: None,
             care_of: care_of.iter().map(reserved).collect(),
             carried: carried.iter().map(brought).collect(),
+            over: Vec::new(),
             handover: None,
             wanted: true,
             ttl_before_s: None,
@@ -343,6 +351,8 @@ mod tests {
         assert_eq!((from, left), (Leaving::Visit, vec!["203.0.113.200".parse().unwrap()]));
         let along = takes_along(&site, &row);
         assert_eq!(addresses(&along), ["192.0.2.200 at c", "203.0.113.200 at b"]);
+        let over = MachineRow { over: vec!["192.0.2.200".parse().unwrap()], ..row };
+        assert_eq!(addresses(&takes_along(&site, &over)), ["203.0.113.200 at b"]);
     }
 
     #[test]

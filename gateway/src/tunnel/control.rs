@@ -331,12 +331,22 @@ impl Control {
             Leaving::Home => self.give_back_at_home(&request).await,
             Leaving::Visit => self.give_back_at_visit(&request).await,
         };
-        if self.has_tunnels(key) {
-            let key = key.clone();
-            self.tell(|done| Move::Resumed { key, done }).await??;
-        }
+        self.take_tunnels_back(key).await?;
         info!(port = %key, "hold undone");
         undone
+    }
+
+    /// The machine stays where it is, and packets to addresses of it that other sites attract go to it again, also if they
+    /// were passed on already.
+    async fn take_tunnels_back(&mut self, key: &PortKey) -> Result<(), TunnelError> {
+        let visit = self.visits.get(key).map(|visit| plan::visit_routes(&visit.request));
+        let Some(routes) = visit.or(self.carries.get(key).map(plan::carry_routes)) else { return Ok(()) };
+        let packets = self.end(key, Role::Relay).await?;
+        let port = key.clone();
+        self.tell(|done| Move::Visit { key: port, routes, done }).await??;
+        let port = key.clone();
+        self.tell(|done| Move::Resumed { key: port, done }).await??;
+        self.tell(|done| Move::Deliver { packets, done }).await
     }
 
     async fn give_back_at_home(&mut self, request: &HoldRequest) -> Result<(), TunnelError> {

@@ -247,8 +247,11 @@ impl Mover {
                     self.measure_paths();
                     self.publish();
                 }
-                Event::Retry => {}
-                Event::Repair => self.handle_repair_timeout(),
+                Event::Retry | Event::Repair => {}
+            }
+            // However busy it is: what is given up in time holds up nobody.
+            if self.datapath.repair_timeout().is_some_and(|at| at <= self.now()) {
+                self.handle_repair_timeout();
             }
             self.release_kept();
             self.send_repair();

@@ -68,6 +68,8 @@ pub enum Leaving {
 /// An address of an earlier visit, by which connections are still open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CarriedRoute {
+    /// Its place among the machine's carried addresses; it tells the marks of its connections.
+    pub number: u32,
     /// The address the guest believes it has.
     pub home: IpAddr,
     /// The address its clients dialled.
@@ -201,15 +203,15 @@ pub(super) fn carry_plan(
     plan
 }
 
-/// The rules of a machine's carried addresses, in the order it has them.
+/// The rules of a machine's carried addresses.
 pub(super) fn carried_rules(config: &TunnelConfig, carried: &[CarriedRoute]) -> Vec<nft::CarriedRule> {
-    let rule = |(number, route): (u32, &CarriedRoute)| nft::CarriedRule {
+    let rule = |route: &CarriedRoute| nft::CarriedRule {
         home: route.home,
         addr: route.addr,
-        mark: config.mark_tunnel + 1 + number,
-        number,
+        mark: config.mark_tunnel + 1 + route.number,
+        number: route.number,
     };
-    (0u32..).zip(carried).map(rule).collect()
+    carried.iter().map(rule).collect()
 }
 
 /// Marked packets that come in by `input` go into the tunnel.

@@ -71,6 +71,7 @@ pub fn anchor(written: &Written, home: IpAddr, care_of: IpAddr) -> Anchor {
         names: NameState::Waiting,
         since_unix_ms: unix_ms(),
         tell: Vec::new(),
+        runs_there: false,
         ended: false,
     }
 }
@@ -95,6 +96,7 @@ impl Written {
             came_from: (!at_a).then(|| "a".parse()).transpose()?,
             adopted: None,
             carried: Vec::new(),
+            over: Vec::new(),
             care_of: if at_a { Vec::new() } else { self.reservation().care_of },
             handover: (!at_a).then(|| self.handover()),
             wanted: true,

@@ -42,6 +42,8 @@ pub struct Facts<'a> {
     pub owes_names: bool,
     /// Another attempt of the same machine came later and was not refused.
     pub overtaken: bool,
+    /// An attempt to bring the machine here began later, refused or not: a QEMU may be that one's.
+    pub came_again: bool,
     /// The ledger is older than a disk of the machine.
     pub stale: bool,
 }
@@ -141,7 +143,9 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
         }
         SourceRecord::Committed { .. } => NextStep::AskDestination,
         // One that is here was defined again under the same name, whatever its epoch.
-        SourceRecord::Released if is_latest && !here && facts.qemu != Qemu::Gone => NextStep::Release,
+        SourceRecord::Released if is_latest && !here && !facts.came_again && facts.qemu != Qemu::Gone => {
+            NextStep::Release
+        }
         SourceRecord::Released => NextStep::Nothing,
         // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
         SourceRecord::Aborted { .. }
