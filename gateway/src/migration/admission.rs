@@ -312,7 +312,7 @@ mod tests {
              [[nics]]\nname = \"net0\"\nmac = \"52:54:00:00:00:01\"\nlan = \"lan\"\npci = \"05.0\"\n\
              home = [\"{home}\"]\n"
         );
-        let definition: longhaul_core::machine::MachineDefinition = toml::from_str(&text).unwrap();
+        let definition: MachineDefinition = toml::from_str(&text).unwrap();
         let nics = definition.nics.iter().map(|nic| NicHandover {
             nic: nic.name.clone(),
             mac: nic.mac,

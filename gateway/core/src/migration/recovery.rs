@@ -212,8 +212,10 @@ mod tests {
 
     fn facts<'a>(last: &'a Record, owner: &'a Ownership, qemu: Qemu) -> Facts<'a> {
         let epoch = Epoch(5);
-        let (arbitrated, wanted, owes_names, overtaken, stale) = (false, true, false, false, false);
-        Facts { last, epoch, owner: Some(owner), arbitrated, wanted, qemu, owes_names, overtaken, stale }
+        let (arbitrated, wanted, owes_names) = (false, true, false);
+        let (overtaken, came_again, stale) = (false, false, false);
+        let owner = Some(owner);
+        Facts { last, epoch, owner, arbitrated, wanted, qemu, owes_names, overtaken, came_again, stale }
     }
 
     #[test]
@@ -231,6 +233,8 @@ mod tests {
         let released = source(SourceRecord::Released);
         let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(5) };
         assert_eq!(next_step(&facts(&released, &away, Qemu::StandsStill)), NextStep::Release);
+        let comes = Facts { came_again: true, ..facts(&released, &away, Qemu::StandsStill) };
+        assert_eq!(next_step(&comes), NextStep::Nothing, "the QEMU may be the one it comes back to");
         for epoch in [Epoch(5), Epoch(6)] {
             let again = Ownership::Here { epoch };
             assert_eq!(next_step(&facts(&released, &again, Qemu::Runs)), NextStep::Nothing);
