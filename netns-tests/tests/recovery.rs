@@ -431,7 +431,7 @@ async fn a_machine_that_becomes_ours_after_a_restart_keeps_its_connections() {
         scene.a.kill()?;
         scene.a.launch().await?;
         let told = std::fs::read_to_string(scene.a.log())?;
-        let after = told.rsplit_once("home address attracted").context("Nothing is attracted")?.1;
+        let after = told.rsplit_once("address attracted").context("Nothing is attracted")?.1;
         ensure!(after.contains("gateway is ready"), "the gateway listens before it attracts");
         scene.wait_for_link().await?;
         tokio::time::sleep(QUIET).await;
