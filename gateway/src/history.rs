@@ -263,7 +263,8 @@ mod tests {
         assert!(is_overtaken(&first, &[first.clone(), history(2, 3, activated())]));
         assert!(!is_overtaken(&first, &[first.clone(), history(2, 1, activated())]));
         assert!(!is_overtaken(&first, &[first.clone(), history(2, 3, refused())]));
-        assert!(came_again(&first, &[first.clone(), history(2, 3, refused())]), "its QEMU may be that one's");
+        assert!(came_again(&first, &[first.clone(), history(2, 4, refused())]), "its QEMU may be that one's");
+        assert!(!came_again(&first, &[first.clone(), history(2, 3, refused())]), "the attempt itself, again");
         assert!(!came_again(&first, &[first.clone(), history(2, 1, activated())]));
     }
 
