@@ -184,7 +184,8 @@ impl Site {
         // Debian's default (loose) on every interface made from now on, as on a real host.
         self.host.sysctl("net.ipv4.conf.default.rp_filter", "2")?;
         self.host.ip(&[
-            format!("link add {BRIDGE} type bridge"),
+            // Its own address: without one a bridge takes the lowest of its ports', which changes with every tap.
+            format!("link add {BRIDGE} address 02:00:00:00:00:{:02x} type bridge", spec.number),
             format!("link set {HOST_DEVICE} master {BRIDGE} up"),
             format!("addr add {}/{} dev {BRIDGE}", spec.host_address(), spec.lan_prefix),
             format!("addr add {}/64 dev {BRIDGE} nodad", spec.address6(2)),
