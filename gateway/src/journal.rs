@@ -239,6 +239,11 @@ impl Journal {
         self.rows(MACHINES)
     }
 
+    /// What this site knows of `vm`, here or away.
+    pub fn machine<T: DeserializeOwned>(&self, vm: &VmName) -> Result<Option<T>, JournalError> {
+        self.row(MACHINES, vm.as_str())
+    }
+
     /// Writes what this site knows of a machine.
     pub fn put_machine<T: Serialize>(&self, vm: &VmName, row: &T) -> Result<(), JournalError> {
         self.put(MACHINES, vm.as_str(), row)
@@ -309,6 +314,11 @@ impl Journal {
     /// Machines that left and are still anchored here.
     pub fn anchors<T: DeserializeOwned>(&self) -> Result<Vec<(VmName, T)>, JournalError> {
         self.rows(ANCHORS)
+    }
+
+    /// The anchor of `vm`, if it has left one.
+    pub fn anchor<T: DeserializeOwned>(&self, vm: &VmName) -> Result<Option<T>, JournalError> {
+        self.row(ANCHORS, vm.as_str())
     }
 
     /// Writes an anchor.

@@ -9,6 +9,9 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+#[path = "support/scenes.rs"]
+mod scenes;
+
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -17,34 +20,20 @@ use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::{IDLE_PORT, RECORD_PORT};
-use netns_tests::scenario::gateway::Gateway;
-use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::names::Names;
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::outside::attracts;
-use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::{Scene, VM};
 use netns_tests::scenario::traffic::Client;
 use netns_tests::topology::Watch;
 use netns_tests::traffic::{IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
 use netns_tests::wan::PacketMatch;
-use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+use scenes::{build, close, state, turn, wait};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Generous: guests run without hardware help, and the machine may be busy.
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
-
-static TURN: Mutex<()> = Mutex::const_new(());
-static PROGRAMS: OnceCell<Programs> = OnceCell::const_new();
-
-/// The turn of one test; `None`, with the reason printed, where it cannot run.
-async fn turn() -> Option<MutexGuard<'static, ()>> {
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: network namespaces need root");
-        return None;
-    }
-    Some(TURN.lock().await)
-}
 
 fn options(name: &str) -> SceneOptions {
     SceneOptions {
@@ -60,21 +49,6 @@ fn options(name: &str) -> SceneOptions {
         quiet_s: 20,
         ..SceneOptions::default()
     }
-}
-
-async fn build(options: SceneOptions) -> Scene {
-    let programs = PROGRAMS.get_or_init(|| async { Programs::build().unwrap() }).await;
-    Scene::build(options, programs).await.unwrap()
-}
-
-fn close(scene: Scene) {
-    let left = scene.close();
-    assert!(left.is_empty(), "left behind: {left:?}");
-}
-
-/// The run state of the machine's QEMU, `None` where there is none.
-fn state(gateway: &Gateway) -> Option<String> {
-    Monitor::connect(&gateway.observer(VM), Duration::from_millis(300)).ok()?.state().ok()
 }
 
 /// Moves the machine; afterwards it runs there alone.
@@ -93,18 +67,6 @@ async fn moved(scene: &Scene, from: &str, to: &str) -> MigrationView {
     assert_eq!(state(destination).as_deref(), Some("running"));
     assert_eq!(state(source), None);
     view
-}
-
-/// Asks until `seen` gives something, at most `limit`.
-async fn wait<T>(what: &str, limit: Duration, mut seen: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(found) = seen() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 async fn named(scene: &Scene, address: IpAddr) {
@@ -220,8 +182,8 @@ async fn a_machine_that_goes_on_to_a_third_site_needs_the_second_for_its_own_con
     };
     let direct = scene.world.watch(&watch("a_c", "a", "c")).unwrap();
     let before = direct.tally().unwrap().packets;
-    tokio::time::sleep(SECOND).await;
-    assert!(direct.tally().unwrap().packets > before + 50, "records go from a to c");
+    let flowing = || (direct.tally().ok()?.packets > before + 50).then_some(());
+    wait("records that go from a to c", 5 * SECOND, flowing).await;
     all_lived(&scene, vec![("opened at b", second)], &boot_id, 5000).await;
     scene.b.stop().unwrap();
     assert_eq!(boot(&scene, home), boot_id, "b is gone");

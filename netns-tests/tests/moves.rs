@@ -8,6 +8,9 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+#[path = "support/scenes.rs"]
+mod scenes;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -23,26 +26,14 @@ use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::names::Names;
 use netns_tests::scenario::options::{DnsServer, SceneOptions};
-use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
 use serde_json::{Value, json};
-use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+use scenes::{build, close, state, turn, wait};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Generous: guests run without hardware help, and the machine may be busy.
 const MOVE_LIMIT: Duration = Duration::from_secs(90);
-
-static TURN: Mutex<()> = Mutex::const_new(());
-static PROGRAMS: OnceCell<Programs> = OnceCell::const_new();
-
-/// The turn of one test; `None`, with the reason printed, where it cannot run.
-async fn turn() -> Option<MutexGuard<'static, ()>> {
-    if !nix::unistd::geteuid().is_root() {
-        println!("skipped: network namespaces need root");
-        return None;
-    }
-    Some(TURN.lock().await)
-}
 
 fn options(name: &str) -> SceneOptions {
     SceneOptions {
@@ -57,21 +48,6 @@ fn options(name: &str) -> SceneOptions {
     }
 }
 
-async fn build(options: SceneOptions) -> Scene {
-    let programs = PROGRAMS.get_or_init(|| async { Programs::build().unwrap() }).await;
-    Scene::build(options, programs).await.unwrap()
-}
-
-fn close(scene: Scene) {
-    let left = scene.close();
-    assert!(left.is_empty(), "left behind: {left:?}");
-}
-
-/// The run state of the machine's QEMU, `None` where there is none.
-fn state(gateway: &Gateway) -> Option<String> {
-    Monitor::connect(&gateway.observer(VM), Duration::from_millis(300)).ok()?.state().ok()
-}
-
 async fn moved(scene: &Scene) -> MigrationView {
     let id = scene.begin_move().await.unwrap();
     let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
@@ -84,18 +60,6 @@ async fn moved(scene: &Scene) -> MigrationView {
         scene.b.log_tail()
     );
     view
-}
-
-/// Asks until `seen` gives something, at most `limit`.
-async fn wait<T>(what: &str, limit: Duration, mut seen: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(found) = seen() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// What a site's host holds for machines: devices, rules, routes, firewall, disks, QEMUs.

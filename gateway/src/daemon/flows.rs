@@ -8,7 +8,6 @@ use super::Daemon;
 use super::machines::failed;
 use crate::api::types::{FlowsView, NicFlows};
 use crate::api::{Reply, RequestError};
-use crate::migration::MachineRow;
 use crate::migration::anchor::{AnchorCommand, Released, tell};
 
 /// Flows that are shown per NIC.
@@ -18,7 +17,7 @@ impl Daemon {
     /// `longhaul flows`: a task, for the tunnel may be busy.
     pub(super) fn flows(&self, vm: &VmName, reply: Reply<FlowsView>) {
         let anchor = self.anchor_views.borrow().get(vm).filter(|view| view.closed_ms.is_none()).cloned();
-        let row = self.journal_row(vm);
+        let row = self.row(vm);
         let (Some(anchor), Some(row)) = (anchor, row) else {
             return drop(reply.send(Err(nothing_held(vm))));
         };
@@ -55,11 +54,6 @@ impl Daemon {
             };
             drop(reply.send(answer));
         });
-    }
-
-    fn journal_row(&self, vm: &VmName) -> Option<MachineRow> {
-        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
-        rows.into_iter().find(|(name, _)| name == vm).map(|(_, row)| row)
     }
 }
 

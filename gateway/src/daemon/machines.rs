@@ -165,9 +165,8 @@ impl Daemon {
     }
 
     /// What the journal says of a machine, here or away.
-    fn row(&self, vm: &VmName) -> Option<MachineRow> {
-        let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
-        rows.into_iter().find(|(name, _)| name == vm).map(|(_, row)| row)
+    pub(super) fn row(&self, vm: &VmName) -> Option<MachineRow> {
+        self.edges.journal.machine(vm).unwrap_or_default()
     }
 
     pub(super) fn ownership(&self, vm: &VmName) -> Result<Ownership, RequestError> {

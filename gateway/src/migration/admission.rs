@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use longhaul_core::ids::{Epoch, SiteName, VmName};
+use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
@@ -239,7 +239,9 @@ pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Resul
     check_arbiter(&edges.config, peer, proposal)?;
     journal_room::check(&edges.config)?;
     proposal.check_nics()?;
-    check_home(known_row(edges, &proposal.definition.name)?.as_ref(), edges.site(), proposal)?;
+    let known = edges.journal.machine(&proposal.definition.name);
+    let known = known.map_err(|error| Refusal::Other(Refusal::text(super::chain(&error))))?;
+    check_home(known.as_ref(), edges.site(), proposal)?;
     check_homes(edges, proposal).await?;
     check_register(edges, proposal).await?;
     let (storage, vm) = (&edges.config.storage, &proposal.definition.name);
@@ -262,12 +264,6 @@ async fn check_homes(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> 
     let host = host.map_err(super::park::tunnel_failed)?;
     host::check(&host, &proposal.definition)
         .map_err(|needed| Refusal::Incompatible(format!("{needed} (at site {})", edges.site())))
-}
-
-fn known_row(edges: &Edges, vm: &VmName) -> Result<Option<MachineRow>, Refusal> {
-    let rows = edges.journal.machines::<MachineRow>();
-    let rows = rows.map_err(|error| Refusal::Other(Refusal::text(super::chain(&error))))?;
-    Ok(rows.into_iter().find(|(name, _)| name == vm).map(|(_, row)| row))
 }
 
 fn room(edges: &Edges) -> Result<Room, Refusal> {

@@ -164,6 +164,10 @@ async fn heard(
             if anchor.peer != *from || epoch > Epoch::MAX_FROM_PEER {
                 return tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
             }
+            if edges.link.peer(&to).is_none() && to != *edges.site() {
+                // Not noted: the site that it left says it again, and passes packets on meanwhile.
+                return tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one; add it as a [[peer]]");
+            }
             if to != *edges.site() {
                 anchors.end(&vm).await;
                 follow(edges, anchors, views, anchor.moved_on(epoch, &to, &care_of)).await;
@@ -181,11 +185,6 @@ async fn follow(
     anchor: Anchor,
 ) {
     let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
-    if edges.link.peer(&to).is_none() {
-        tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one: add it as a [[peer]], its old connections have a detour until then");
-        put(edges, &anchor);
-        return;
-    }
     for hold in anchor.holds() {
         if let Err(error) = edges.tunnel.retarget(hold.key, to.clone()).await {
             tracing::debug!(%vm, error = chain(&error), "nothing is attracted for it any more");
@@ -206,8 +205,10 @@ fn say(edges: &Edges, to: &SiteName, message: AnchorMessage) {
 }
 
 fn row(edges: &Edges, vm: &VmName) -> Option<Anchor> {
-    let rows = edges.journal.anchors::<Anchor>().unwrap_or_default();
-    rows.into_iter().find(|(name, _)| name == vm).map(|(_, anchor)| anchor)
+    edges.journal.anchor(vm).unwrap_or_else(|error| {
+        tracing::error!(%vm, error = chain(&error), "anchor could not be read");
+        None
+    })
 }
 
 fn put(edges: &Edges, anchor: &Anchor) {
@@ -321,12 +322,12 @@ struct AnchorTask {
     heard: watch::Receiver<BTreeSet<SiteName>>,
 }
 
-/// Between two tries to tell another site where the machine is.
+/// Between the first two tries to tell another site where the machine is.
 const TELL_AGAIN: Duration = Duration::from_secs(1);
 /// How long it is tried after nothing else is left to do.
 const TELL_LIMIT: Duration = Duration::from_secs(3600);
-/// Between two tries at the name server, at most.
-const NAMES_AGAIN: Duration = Duration::from_secs(30);
+/// Between two tries at the name server, or at another site, at most.
+const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 
 impl AnchorTask {
     async fn run(mut self) {
@@ -409,7 +410,7 @@ impl AnchorTask {
                 }
             }
             tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(NAMES_AGAIN);
+            wait = (wait * 2).min(AGAIN_AT_MOST);
         }
         let at_unix_ms = unix_ms();
         self.anchor.names = NameState::Moved { at_unix_ms };
@@ -434,7 +435,7 @@ impl AnchorTask {
         while let Err(error) = names.set_ttl(&name, ttl_s).await {
             tracing::warn!(vm = %self.anchor.vm, name, error = chain(&error), "TTL could not be restored yet");
             tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(NAMES_AGAIN);
+            wait = (wait * 2).min(AGAIN_AT_MOST);
         }
         self.anchor.names = NameState::Settled { at_unix_ms };
         self.write();
@@ -501,6 +502,7 @@ impl AnchorTask {
 
 /// Says where the machine is until every other site that attracts an address of it has heard.
 async fn tell_others(edges: Edges, anchor: Anchor, mut heard: watch::Receiver<BTreeSet<SiteName>>) {
+    let mut wait = TELL_AGAIN;
     loop {
         let left: Vec<SiteName> = {
             let heard = heard.borrow_and_update();
@@ -516,7 +518,7 @@ async fn tell_others(edges: Edges, anchor: Anchor, mut heard: watch::Receiver<BT
         }
         tokio::select! {
             changed = heard.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(TELL_AGAIN) => {}
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(AGAIN_AT_MOST),
         }
     }
 }

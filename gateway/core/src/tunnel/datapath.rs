@@ -31,7 +31,7 @@ use bytes::Bytes;
 pub use status::{Counters, Phase, PortStatus, Traffic};
 
 use super::flows::{FlowConfig, FlowTable};
-use super::fragment::{Reassembly, ReassemblyConfig, Splitter};
+use super::fragment::{Parts, Reassembly, ReassemblyConfig, Splitter};
 use super::handover::FlowTuple;
 use super::hold::{Hold, HoldConfig};
 use super::packet::{Packet, Side};
@@ -128,7 +128,7 @@ struct Port {
 #[derive(Debug)]
 pub struct Datagrams<'a> {
     now: Duration,
-    parts: std::vec::IntoIter<Bytes>,
+    parts: Parts<'a>,
     flow: Option<FlowBucket>,
     repair: &'a mut Repair,
 }
@@ -462,13 +462,13 @@ impl Datapath {
 
     /// The datagrams of a packet for `peer`, each at most `max_len` bytes; `None` if it is too large for that. What
     /// the link does not take of them is to be said at once ([`Datagrams::take_back`]).
-    pub fn split(
-        &mut self,
+    pub fn split<'a>(
+        &'a mut self,
         now: Duration,
         peer: PeerSlot,
-        packet: &Bytes,
+        packet: &'a Bytes,
         max_len: usize,
-    ) -> Option<Datagrams<'_>> {
+    ) -> Option<Datagrams<'a>> {
         let Peer { splitter, repair, .. } = self.peers.get_mut(&peer)?;
         let view = Packet::parse(packet).ok()?;
         let (flow, max_len) = match self.config.repair_policy.treatment(&view) {
@@ -477,7 +477,7 @@ impl Datapath {
         };
         let parts = splitter.split(packet, max_len)?;
         self.counters.split += u64::from(packet.len() >= max_len);
-        Some(Datagrams { now, parts: parts.collect::<Vec<_>>().into_iter(), flow, repair })
+        Some(Datagrams { now, parts, flow, repair })
     }
 
     /// Counts what became of a packet: it went its way, or not and why.
