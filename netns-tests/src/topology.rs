@@ -14,8 +14,9 @@ mod filters;
 mod plan;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 pub use filters::{FirewallCounts, Watch, Watched};
 pub use plan::{SiteSpec, WorldSpec};
@@ -35,6 +36,9 @@ pub const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(198, 18, 53, 53);
 pub const NAME_SERVER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x53, 0, 0, 0, 0, 0x53);
 /// The bridge on every hypervisor host that guests are attached to.
 pub const BRIDGE: &str = "br0";
+
+/// How long a host's bridge may take to see its port.
+const CONNECTED_LIMIT: Duration = Duration::from_secs(10);
 /// The interface that an end host has.
 const HOST_DEVICE: &str = "eth0";
 /// A router's interface to its site.
@@ -193,7 +197,21 @@ impl Site {
             format!("route add default via {}", spec.router_address()),
             format!("route add default via {}", spec.address6(1)),
         ])?;
-        forward(&self.host)
+        forward(&self.host)?;
+        self.wait_until_connected()
+    }
+
+    /// The kernel takes a moment to see that the bridge's port is up, and gives the bridge its link-local address then.
+    fn wait_until_connected(&self) -> Result<()> {
+        let deadline = Instant::now() + CONNECTED_LIMIT;
+        let asked = ["-6", "addr", "show", "dev", BRIDGE, "scope", "link"];
+        while !self.host.output("ip", &asked)?.contains("fe80:") {
+            if Instant::now() >= deadline {
+                bail!("The bridge of site {} has no link", self.spec.name);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 }
 
