@@ -2,6 +2,7 @@
 //! made of them. What is shown and what is tested is decided in the `lab` binary and in the tests.
 
 pub mod agent;
+pub mod bench;
 pub mod cleanup;
 pub mod exec;
 pub mod faults;

@@ -4,6 +4,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use netns_tests::bench::{
+    self,
+    tunnel::{BenchOptions, EndArguments, end_main},
+};
 use netns_tests::faults::{self, FaultOptions};
 use netns_tests::scenario::options::{DnsServer, parse_rate, parse_share, parse_time};
 use netns_tests::scenario::programs::Programs;
@@ -40,6 +44,12 @@ enum Command {
     },
     /// Build the demo's world and guest, and open a shell in it
     Shell(DemoArgs),
+    /// Measure side by side with what others have built
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// One end of the benchmark's own tunnel
+    #[command(hide = true)]
+    BenchEnd(EndArguments),
     /// The client of the laboratory
     #[command(hide = true)]
     Traffic(ClientArguments),
@@ -97,6 +107,35 @@ impl DemoArgs {
     }
 }
 
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// This tunnel, plain routing, and user-space tunnels of the package registries
+    Tunnel(BenchTunnelArgs),
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct BenchTunnelArgs {
+    /// Length of one measurement; three times that on the long path
+    #[arg(long, default_value_t = 4)]
+    seconds: u64,
+    /// How often each measurement is repeated
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// Only the tunnel of this name; may be given more than once
+    #[arg(long)]
+    only: Vec<String>,
+    /// Leave the long path out
+    #[arg(long)]
+    clean_only: bool,
+}
+
+impl BenchTunnelArgs {
+    fn options(self) -> BenchOptions {
+        let Self { seconds, rounds, only, clean_only } = self;
+        BenchOptions { seconds, rounds, only, clean_only }
+    }
+}
+
 #[derive(Debug, Clone, clap::Args)]
 struct FaultArgs {
     /// How many cases
@@ -145,6 +184,10 @@ fn run(command: Command) -> anyhow::Result<bool> {
         client_main(arguments)?;
         return Ok(true);
     }
+    if let Command::BenchEnd(arguments) = &command {
+        end_main(arguments)?;
+        return Ok(true);
+    }
     install::ensure_root();
     install::ensure(install::LAB_NEEDS)?;
     match command {
@@ -166,7 +209,13 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let programs = Programs::build()?;
             runtime()?.block_on(demo::shell(args.options(), &programs))
         }
-        Command::Traffic(_) => Ok(true),
+        Command::Bench(BenchCommand::Tunnel(args)) => {
+            bench::ensure_release()?;
+            cleanup::remove_on_signals()?;
+            bench::tunnel::run(&args.options())?;
+            Ok(true)
+        }
+        Command::BenchEnd(_) | Command::Traffic(_) => Ok(true),
     }
 }
 

@@ -137,7 +137,7 @@ fn link(config: &Config) -> anyhow::Result<LinkConfig> {
 }
 
 /// The link's datagrams, as the tunnel wants them.
-struct LinkPath(DatagramSender);
+pub struct LinkPath(pub DatagramSender);
 
 impl DatagramPath for LinkPath {
     fn try_send(&self, datagram: Bytes) -> bool {

@@ -62,6 +62,7 @@ const SWEEP: Duration = Duration::from_secs(600);
 const MAX_SHOWN: usize = 100;
 
 pub use before::check;
+pub use build::LinkPath;
 
 /// Sets up logging: for people on a terminal, or JSON lines.
 pub fn logs(json: bool) {

@@ -1,495 +1,142 @@
-//! The TUN device and the task that moves packets between it and the links.
-//!
-//! One task owns the datapath's state: it waits for a packet from the device, a datagram from a peer, a
-//! command or the clock, and applies what came. It never answers a packet itself: while a link is down,
-//! packets are dropped without a word and the transports inside repeat them.
+//! The TUN device: opened with virtio-net headers, so that the kernel hands over super-packets and takes
+//! them, and leaves checksums to whoever sends a packet on. What they mean is the core's business.
 
-use std::collections::BTreeMap;
-use std::future::poll_fn;
-use std::io;
-use std::net::IpAddr;
-use std::ops::Bound;
-use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use bytes::Bytes;
-use longhaul_core::ids::SiteName;
-use longhaul_core::tunnel::datapath::{Counters, Datapath, PortStatus, UnknownPort, VisitRoute, Way};
-use longhaul_core::tunnel::flows::{FlowEntry, FlowTable, HeldBy};
-use longhaul_core::tunnel::handover::FlowTuple;
-use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey, Role};
-use longhaul_core::tunnel::repair::RepairCounters;
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior};
-use tracing::{trace, warn};
+use longhaul_core::tunnel::coalesce::Train;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tracing::debug;
 
 use super::config::TunnelConfig;
 use super::error::TunnelError;
 
-/// Packets taken from one source before the others get their turn.
-const BATCH: usize = 64;
-/// Packets the device is emptied of before a hold is given up: more than it can queue.
-const DRAIN: usize = 8192;
-/// The longest packet a device of any MTU gives us.
-const READ_BUFFER: usize = 65_536;
-/// How exactly repair is called in time; well below a round trip that is worth repairing.
-const REPAIR_GRANULARITY: Duration = Duration::from_micros(500);
-/// How soon a link that took no datagram is tried again with packets that were kept.
-const RETRY: Duration = Duration::from_millis(1);
+/// What we finish for the kernel (`linux/if_tun.h`): checksums, TCP segments, those with ECN.
+const TCP_OFFLOADS: libc::c_uint = 0x01 | 0x02 | 0x04 | 0x08;
+/// And, from Linux 6.2, UDP datagrams of one length.
+const UDP_OFFLOADS: libc::c_uint = 0x20 | 0x40;
+/// The most pieces one packet is written in: headers, and the data of 64 KiB in the shortest usual segments.
+const MAX_PIECES: usize = 256;
 
-/// A peer's link, as far as the tunnel uses it.
-pub trait DatagramPath: Send + Sync {
-    /// Sends one datagram now, or says `false`: the link is down or its queue is full. It must neither
-    /// wait nor make room by dropping an earlier one.
-    fn try_send(&self, datagram: Bytes) -> bool;
+nix::ioctl_write_int_bad!(
+    /// Says which unfinished packets the program behind the device takes.
+    set_offloads,
+    libc::TUNSETOFFLOAD
+);
 
-    /// The largest datagram the link takes at the moment, in bytes; 0 while it is down.
-    fn max_len(&self) -> usize;
-
-    /// The path's round trip; `None` while the link is down.
-    fn rtt(&self) -> Option<Duration>;
+/// The open device.
+pub(super) struct TunDevice {
+    device: AsyncFd<Open>,
+    takes_udp: bool,
 }
 
-/// What the tunnel does, for status and metrics.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct TunnelStatus {
-    /// Packets of all tunnels together.
-    pub counters: Counters,
-    /// Every NIC that is away or visits.
-    pub ports: Vec<PortStatus>,
-    /// What was done about each path's loss.
-    pub repair: Vec<(SiteName, RepairCounters)>,
+struct Open(tun::Device);
+
+impl AsRawFd for Open {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
 }
 
-/// The flows of a NIC that is away, and what holds its tunnel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FlowListing {
-    /// What holds it.
-    pub held_by: HeldBy,
-    /// The flows that have been without a packet for the longest.
-    pub flows: Vec<FlowEntry>,
+impl AsFd for Open {
+    #[allow(unsafe_code)]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the device is open as long as `self` lives, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
 }
 
-/// A peer's path and the datagrams that come from it.
-pub(super) struct PeerPath {
-    pub path: Arc<dyn DatagramPath>,
-    pub incoming: mpsc::Receiver<Bytes>,
-}
-
-/// What the datapath is told to do.
-pub(super) enum Command {
-    AddPeer {
-        site: SiteName,
-        path: PeerPath,
-        done: oneshot::Sender<()>,
-    },
-    BeginHold {
-        key: PortKey,
-        peer: SiteName,
-        home: Vec<IpAddr>,
-        done: oneshot::Sender<Result<(), AddressTaken>>,
-    },
-    Attract {
-        key: PortKey,
-        flows: Vec<FlowTuple>,
-        done: oneshot::Sender<Result<(), UnknownPort>>,
-    },
-    Visit {
-        key: PortKey,
-        routes: Vec<VisitRoute>,
-        done: oneshot::Sender<Result<(), AddressTaken>>,
-    },
-    Resumed {
-        key: PortKey,
-        done: oneshot::Sender<Result<(), UnknownPort>>,
-    },
-    /// A machine that is here stops to leave.
-    Pause {
-        key: PortKey,
-        done: oneshot::Sender<Result<(), UnknownPort>>,
-    },
-    /// It left for this site.
-    Relay {
-        key: PortKey,
-        onward: SiteName,
-        done: oneshot::Sender<Result<(), UnknownPort>>,
-    },
-    /// A machine that is away is at this site now.
-    Retarget {
-        key: PortKey,
-        peer: SiteName,
-        done: oneshot::Sender<Result<(), UnknownPort>>,
-    },
-    ExpectReturn {
-        key: PortKey,
-        returning: bool,
-        done: oneshot::Sender<()>,
-    },
-    ForgetAddress {
-        key: PortKey,
-        address: IpAddr,
-        done: oneshot::Sender<()>,
-    },
-    /// The peer's gateway was started anew.
-    PeerRestarted {
-        site: SiteName,
-        done: oneshot::Sender<()>,
-    },
-    Flows {
-        key: PortKey,
-        max: usize,
-        done: oneshot::Sender<Result<FlowListing, UnknownPort>>,
-    },
-    /// These go into the kernel, as if they came from a peer.
-    Deliver {
-        packets: Vec<Bytes>,
-        done: oneshot::Sender<()>,
-    },
-    NamesExpire {
-        key: PortKey,
-        after: Duration,
-        done: oneshot::Sender<Result<(), UnknownPort>>,
-    },
-    TakeKept {
-        key: PortKey,
-        role: Role,
-        done: oneshot::Sender<Vec<Bytes>>,
-    },
-    End {
-        key: PortKey,
-        role: Role,
-        done: oneshot::Sender<Vec<Bytes>>,
-    },
-}
-
-/// The device, the links and the state between them.
-pub(super) struct Mover {
-    device: tun::AsyncDevice,
-    buffer: Box<[u8]>,
-    datapath: Datapath,
-    peers: BTreeMap<PeerSlot, PeerPath>,
-    last_served: PeerSlot,
-    epoch: Instant,
-    status: watch::Sender<TunnelStatus>,
-}
-
-/// Opens the device, not yet up.
-pub(super) fn open(config: &TunnelConfig) -> Result<tun::AsyncDevice, TunnelError> {
-    let open = || {
+impl TunDevice {
+    /// Opens the device, not yet up.
+    pub fn open(config: &TunnelConfig) -> Result<Self, TunnelError> {
+        let failed = |source| TunnelError::Device { name: config.device.clone(), source };
         let mut configuration = tun::Configuration::default();
         configuration.tun_name(&config.device).mtu(config.mtu);
-        let mut device = tun::create(&configuration)?;
-        if config.persistent {
-            device.persist()?;
-        }
-        tun::AsyncDevice::new(device).map_err(tun::Error::from)
-    };
-    open().map_err(|source| TunnelError::Device { name: config.device.clone(), source })
-}
-
-impl Mover {
-    pub(super) fn new(
-        device: tun::AsyncDevice,
-        config: &TunnelConfig,
-        status: watch::Sender<TunnelStatus>,
-    ) -> Self {
-        Self {
-            device,
-            buffer: vec![0; READ_BUFFER].into_boxed_slice(),
-            datapath: Datapath::new(config.datapath.clone()),
-            peers: BTreeMap::new(),
-            last_served: PeerSlot(0),
-            epoch: Instant::now(),
-            status,
-        }
-    }
-
-    /// Moves packets until the last sender of commands is gone.
-    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>, status_interval: Duration) {
-        enum Event {
-            Command(Option<Command>),
-            Device(io::Result<usize>),
-            Peer(PeerSlot),
-            Status,
-            Retry,
-            Repair,
-        }
-        let mut ticks = tokio::time::interval(status_interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut batch = Vec::with_capacity(BATCH);
-        loop {
-            let releasing = self.datapath.is_releasing();
-            let repair_at = self.repair_at();
-            let event = tokio::select! {
-                command = commands.recv() => Event::Command(command),
-                read = self.device.recv(&mut self.buffer) => Event::Device(read),
-                peer = next_batch(&mut self.peers, self.last_served, &mut batch) => Event::Peer(peer),
-                _ = ticks.tick() => Event::Status,
-                () = tokio::time::sleep(RETRY), if releasing => Event::Retry,
-                () = tokio::time::sleep_until(repair_at.unwrap_or(self.epoch)), if repair_at.is_some() => {
-                    Event::Repair
-                }
-            };
-            match event {
-                Event::Command(Some(command)) => {
-                    self.handle_command(command);
-                    self.publish();
-                }
-                Event::Command(None) => return,
-                Event::Device(Ok(len)) => self.handle_packets(len),
-                Event::Device(Err(error)) => {
-                    warn!(%error, "tunnel device failed; restart the gateway");
-                    return;
-                }
-                Event::Peer(peer) => self.handle_datagrams(peer, &mut batch),
-                Event::Status => {
-                    self.measure_paths();
-                    self.publish();
-                }
-                Event::Retry | Event::Repair => {}
-            }
-            // However busy it is: what is given up in time holds up nobody.
-            if self.datapath.repair_timeout().is_some_and(|at| at <= self.now()) {
-                self.handle_repair_timeout();
-            }
-            self.release_kept();
-            self.send_repair();
-        }
-    }
-
-    fn now(&self) -> Duration {
-        self.epoch.elapsed()
-    }
-
-    fn publish(&mut self) {
-        let ports = self.datapath.handle_status(self.now());
-        let (counters, repair) = (self.datapath.counters().clone(), self.datapath.repair_counters());
-        let status = TunnelStatus { counters, ports, repair };
-        self.status.send_if_modified(|old| {
-            let changed = *old != status;
-            *old = status;
-            changed
+        configuration.platform_config(|platform| {
+            platform.vnet_hdr(true);
         });
+        let mut device = tun::create(&configuration).map_err(failed)?;
+        if config.persistent {
+            device.persist().map_err(failed)?;
+        }
+        let opened = device.set_nonblock().and_then(|()| {
+            let takes_udp = offer(&device)?;
+            debug!(device = config.device, takes_udp, "tunnel device is open with offloads");
+            Ok(Self { device: register(device)?, takes_udp })
+        });
+        opened.map_err(|error| failed(error.into()))
     }
 
-    fn handle_command(&mut self, command: Command) {
-        let now = self.now();
-        // A caller that gave up waiting does not want the answer.
-        match command {
-            Command::AddPeer { site, path, done } => {
-                let slot = self.datapath.peer_slot(&site);
-                self.peers.insert(slot, path);
-                let _ = done.send(());
-            }
-            Command::BeginHold { key, peer, home, done } => {
-                let _ = done.send(self.datapath.begin_hold(&key, &peer, &home));
-            }
-            Command::Attract { key, flows, done } => {
-                let _ = done.send(self.datapath.attract(now, &key, &flows));
-            }
-            Command::Visit { key, routes, done } => {
-                let _ = done.send(self.datapath.visit(&key, &routes));
-            }
-            Command::Pause { key, done } => {
-                let _ = done.send(self.datapath.pause(&key));
-            }
-            Command::Relay { key, onward, done } => {
-                let _ = done.send(self.datapath.relay(now, &key, &onward));
-            }
-            Command::Retarget { key, peer, done } => {
-                let _ = done.send(self.datapath.retarget(&key, &peer));
-            }
-            Command::ExpectReturn { key, returning, done } => {
-                self.datapath.expect_return(&key, returning);
-                let _ = done.send(());
-            }
-            Command::ForgetAddress { key, address, done } => {
-                self.datapath.forget_address(&key, address);
-                let _ = done.send(());
-            }
-            Command::PeerRestarted { site, done } => {
-                self.datapath.handle_peer_restart(&site);
-                let _ = done.send(());
-            }
-            Command::Flows { key, max, done } => {
-                let table = self.datapath.flows(&key).ok_or(UnknownPort(key.clone()));
-                let listing = |table: &FlowTable| FlowListing {
-                    held_by: table.held_by(now),
-                    flows: table.longest_idle(now, max),
-                };
-                let _ = done.send(table.map(listing));
-            }
-            Command::Deliver { packets, done } => {
-                for packet in packets {
-                    let outcome = self.deliver(&packet);
-                    self.datapath.handle_outcome(Way::Device, &packet, outcome);
-                }
-                let _ = done.send(());
-            }
-            Command::Resumed { key, done } => {
-                let _ = done.send(self.datapath.resumed(now, &key));
-            }
-            Command::NamesExpire { key, after, done } => {
-                let _ = done.send(self.datapath.set_names_expire_at(&key, now + after));
-            }
-            Command::TakeKept { key, role, done } => {
-                self.drain_device(DRAIN);
-                let _ = done.send(self.datapath.take_kept(&key, role));
-            }
-            Command::End { key, role, done } => {
-                self.drain_device(DRAIN);
-                let _ = done.send(self.datapath.end(&key, role));
+    /// Whether the kernel takes UDP super-packets.
+    pub fn takes_udp(&self) -> bool {
+        self.takes_udp
+    }
+
+    /// Waits for a packet and reads it with its header. Cancel-safe.
+    pub async fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = self.device.readable().await?;
+            if let Ok(read) = ready.try_io(|_| self.read(buffer)) {
+                return read;
             }
         }
     }
 
-    fn handle_packets(&mut self, first: usize) {
-        self.handle_packet(first);
-        self.drain_device(BATCH - 1);
+    /// Reads a packet with its header, if there is one now.
+    pub fn try_recv(&self, buffer: &mut [u8]) -> Option<usize> {
+        self.read(buffer).ok().filter(|len| *len > 0)
     }
 
-    /// Handles what the device has at once, at most `max` packets.
-    fn drain_device(&mut self, max: usize) {
-        for _ in 0..max {
-            let read = tun::Device::recv(&self.device, &mut self.buffer);
-            match read {
-                Ok(len) if len > 0 => self.handle_packet(len),
-                Ok(_) | Err(_) => return,
+    /// Writes packets that were joined, without copying them together.
+    pub fn send(&self, train: &Train) -> io::Result<()> {
+        train.write(|head, data, rest| {
+            let mut pieces = [IoSlice::new(&[]); MAX_PIECES];
+            pieces[0] = IoSlice::new(head);
+            pieces[1] = IoSlice::new(data);
+            if rest.len() + 2 > MAX_PIECES {
+                let together =
+                    [&[head, data], &rest.iter().map(AsRef::as_ref).collect::<Vec<_>>()[..]].concat();
+                return self.write(&[IoSlice::new(&together.concat())]);
+            }
+            for (piece, bytes) in pieces[2..].iter_mut().zip(rest) {
+                *piece = IoSlice::new(bytes);
+            }
+            self.write(&pieces[..2 + rest.len()])
+        })
+    }
+
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match nix::unistd::read(self.device.get_ref(), buffer) {
+                Err(nix::Error::EINTR) => {}
+                read => return read.map_err(io::Error::from),
             }
         }
     }
 
-    fn handle_packet(&mut self, len: usize) {
-        let packet = Bytes::copy_from_slice(&self.buffer[..len]);
-        if let Some(peer) = self.datapath.handle_packet(self.now(), packet.clone()) {
-            let outcome = self.send(peer, &packet);
-            trace!(len, ?outcome, "to peer");
-            self.datapath.handle_outcome(Way::Peer(peer), &packet, outcome);
-        }
-    }
-
-    fn handle_datagrams(&mut self, peer: PeerSlot, batch: &mut Vec<Bytes>) {
-        self.last_served = peer;
-        let now = self.now();
-        for datagram in batch.drain(..) {
-            self.datapath.handle_datagram(now, peer, datagram);
-            self.take_packets(peer);
-        }
-    }
-
-    /// What has come from `peer` and waits for nothing goes on.
-    fn take_packets(&mut self, peer: PeerSlot) {
-        let now = self.now();
-        while let Some((way, packet)) = self.datapath.poll_packet(now, peer) {
-            let outcome = match way {
-                Way::Device => self.deliver(&packet),
-                Way::Peer(onward) => self.send(onward, &packet),
-            };
-            trace!(len = packet.len(), ?outcome, "from peer");
-            self.datapath.handle_outcome(way, &packet, outcome);
-        }
-    }
-
-    /// When repair wants to be called. Not at once again: a link that takes nothing would be asked without pause.
-    fn repair_at(&self) -> Option<Instant> {
-        let at = self.epoch + self.datapath.repair_timeout()?;
-        Some(at.max(Instant::now() + REPAIR_GRANULARITY))
-    }
-
-    fn handle_repair_timeout(&mut self) {
-        self.datapath.handle_repair_timeout(self.now());
-        for peer in self.peers.keys().copied().collect::<Vec<_>>() {
-            self.take_packets(peer);
-        }
-    }
-
-    /// Reports, repeats and parity, as far as the links take them.
-    fn send_repair(&mut self) {
-        let now = self.now();
-        for (slot, peer) in &self.peers {
-            while let Some(datagram) = self.datapath.poll_repair(now, *slot) {
-                if !peer.path.try_send(datagram.clone()) {
-                    self.datapath.return_repair(*slot, datagram);
-                    break;
-                }
-            }
-        }
-    }
-
-    fn measure_paths(&mut self) {
-        for (slot, peer) in &self.peers {
-            if let Some(rtt) = peer.path.rtt() {
-                self.datapath.set_rtt(*slot, rtt);
-            }
-        }
-    }
-
-    /// Lets kept packets go until none is left or one cannot leave.
-    fn release_kept(&mut self) {
-        let now = self.now();
-        while let Some((port, way, packet)) = self.datapath.poll_kept(now) {
-            let outcome = match way {
-                Way::Peer(peer) => self.send(peer, &packet),
-                Way::Device => self.deliver(&packet),
-            };
-            if outcome == Err(DropReason::LinkBusy) {
-                self.datapath.return_kept(port, packet);
-                return;
-            }
-            self.datapath.handle_outcome(way, &packet, outcome);
-        }
-    }
-
-    fn send(&mut self, peer: PeerSlot, packet: &Bytes) -> Result<(), DropReason> {
-        let path = &self.peers.get(&peer).ok_or(DropReason::LinkBusy)?.path;
-        let max_len = path.max_len();
-        if max_len == 0 {
-            return Err(DropReason::LinkBusy);
-        }
-        let now = self.epoch.elapsed();
-        let datagrams = self.datapath.split(now, peer, packet, max_len);
-        let mut datagrams = datagrams.ok_or(DropReason::TooLarge)?;
-        while let Some(datagram) = datagrams.next() {
-            if !path.try_send(datagram) {
-                datagrams.take_back();
-                return Err(DropReason::LinkBusy);
-            }
-        }
-        Ok(())
-    }
-
-    fn deliver(&self, packet: &Bytes) -> Result<(), DropReason> {
-        tun::Device::send(&self.device, packet).map(drop).map_err(|_| DropReason::DeviceBusy)
+    fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
+        nix::sys::uio::writev(self.device.get_ref(), pieces).map(drop).map_err(io::Error::from)
     }
 }
 
-/// Waits until some peer has datagrams and fills `batch` with them. Peers take turns, beginning after
-/// `last_served`. Cancel-safe: nothing is taken unless it is returned.
-async fn next_batch(
-    peers: &mut BTreeMap<PeerSlot, PeerPath>,
-    last_served: PeerSlot,
-    batch: &mut Vec<Bytes>,
-) -> PeerSlot {
-    poll_fn(|context| poll_batch(peers, last_served, batch, context)).await
+/// Lets the runtime watch the device.
+#[allow(unsafe_code)]
+fn register(device: tun::Device) -> io::Result<AsyncFd<Open>> {
+    // SAFETY: the descriptor is the same as long as the device is open, and the device is closed only with the
+    // `AsyncFd` that owns it.
+    unsafe { AsyncFd::register_with_interest(Open(device), Interest::READABLE) }.map_err(io::Error::from)
 }
 
-fn poll_batch(
-    peers: &mut BTreeMap<PeerSlot, PeerPath>,
-    last_served: PeerSlot,
-    batch: &mut Vec<Bytes>,
-    context: &mut Context<'_>,
-) -> Poll<PeerSlot> {
-    let after = (Bound::Excluded(last_served), Bound::Unbounded);
-    for (slot, peer) in peers.range_mut(after) {
-        if let Poll::Ready(1..) = peer.incoming.poll_recv_many(context, batch, BATCH) {
-            return Poll::Ready(*slot);
-        }
+/// Offers the kernel what we finish for it; says whether it knows UDP super-packets.
+#[allow(unsafe_code)]
+fn offer(device: &tun::Device) -> io::Result<bool> {
+    let with_udp = (TCP_OFFLOADS | UDP_OFFLOADS) as libc::c_int;
+    // SAFETY: the descriptor is open, and the call takes a plain number.
+    if unsafe { set_offloads(device.as_raw_fd(), with_udp) }.is_ok() {
+        return Ok(true);
     }
-    for (slot, peer) in peers.range_mut(..=last_served) {
-        if let Poll::Ready(1..) = peer.incoming.poll_recv_many(context, batch, BATCH) {
-            return Poll::Ready(*slot);
-        }
-    }
-    Poll::Pending
+    // SAFETY: as above.
+    unsafe { set_offloads(device.as_raw_fd(), TCP_OFFLOADS as libc::c_int) }?;
+    Ok(false)
 }

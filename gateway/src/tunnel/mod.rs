@@ -30,6 +30,7 @@ mod config;
 mod control;
 mod device;
 mod error;
+mod mover;
 mod nft;
 mod plan;
 mod routes;
@@ -49,14 +50,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use config::{AnnounceConfig, TunnelConfig};
 pub use control::AnchorClosed;
-pub use device::{DatagramPath, FlowListing, TunnelStatus};
 pub use error::TunnelError;
+pub use mover::{DatagramPath, FlowListing, TunnelStatus};
 pub use plan::{CareOf, CarriedRoute, CarryRequest, HoldRequest, Leaving, VisitRequest};
 pub use tap::tap_name;
 
 use announce::FrameSocket;
 use control::{Command, Control};
-use device::{Mover, PeerPath};
+use device::TunDevice;
+use mover::{Mover, PeerPath};
 use routes::Netlink;
 
 /// Commands that wait for the owner task; a caller beyond that waits to be let in.
@@ -78,7 +80,7 @@ impl Tunnel {
         config.check()?;
         let frames = FrameSocket::open()?;
         let netlink = Netlink::open(config.route_protocol)?;
-        let device = device::open(&config)?;
+        let device = TunDevice::open(&config)?;
         let (publish, status) = watch::channel(TunnelStatus::default());
         let (moves, move_commands) = mpsc::channel(COMMANDS);
         let mover = Mover::new(device, &config, publish);

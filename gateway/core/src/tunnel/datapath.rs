@@ -341,6 +341,11 @@ impl Datapath {
         }
     }
 
+    /// Counts what came from the device and is no packet.
+    pub fn handle_strange_frame(&mut self) {
+        self.counters.drop(DropReason::NotAPacket, 1);
+    }
+
     /// Takes a datagram from `peer`. What comes of it is at [`Datapath::poll_packet`].
     pub fn handle_datagram(&mut self, now: Duration, peer: PeerSlot, datagram: Bytes) {
         let Some(peer) = self.peers.get_mut(&peer) else { return };
@@ -480,12 +485,12 @@ impl Datapath {
         Some(Datagrams { now, parts, flow, repair })
     }
 
-    /// Counts what became of a packet: it went its way, or not and why.
-    pub fn handle_outcome(&mut self, way: Way, packet: &Bytes, outcome: Result<(), DropReason>) {
+    /// Counts what became of packets: they went their way, or not and why.
+    pub fn handle_outcome(&mut self, way: Way, traffic: Traffic, outcome: Result<(), DropReason>) {
         match (outcome, way) {
-            (Ok(()), Way::Peer(_)) => self.counters.to_peers.count(packet),
-            (Ok(()), Way::Device) => self.counters.from_peers.count(packet),
-            (Err(reason), _) => self.counters.drop(reason, 1),
+            (Ok(()), Way::Peer(_)) => self.counters.to_peers.count(traffic),
+            (Ok(()), Way::Device) => self.counters.from_peers.count(traffic),
+            (Err(reason), _) => self.counters.drop(reason, traffic.packets),
         }
     }
 

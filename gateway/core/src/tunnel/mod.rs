@@ -3,12 +3,16 @@
 //! [`datapath`] puts the pieces together; nothing here reads a device or changes a route. Those are
 //! the gateway's work.
 
+mod checksum;
+pub mod coalesce;
 pub mod datapath;
 pub mod flows;
 pub mod fragment;
 pub mod handover;
 pub mod hold;
 pub mod host;
+pub mod offload;
 pub mod packet;
 pub mod policy;
 pub mod repair;
+pub mod segment;

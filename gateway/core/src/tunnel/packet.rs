@@ -70,9 +70,16 @@ pub struct Packet<'a> {
     destination: IpAddr,
     protocol: u8,
     dscp: u8,
-    later_fragment: bool,
+    fragment: Fragment,
     total_len: usize,
     transport: &'a [u8],
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fragment {
+    Whole,
+    First,
+    Later,
 }
 
 /// Who sent a packet of a flow.
@@ -121,12 +128,27 @@ impl<'a> Packet<'a> {
 
     /// A fragment other than the first: it has no transport header.
     pub fn is_later_fragment(&self) -> bool {
-        self.later_fragment
+        self.fragment == Fragment::Later
+    }
+
+    /// A fragment, be it the first: its transport checksum covers bytes that are elsewhere.
+    pub fn is_fragment(&self) -> bool {
+        self.fragment != Fragment::Whole
+    }
+
+    /// Where the transport header begins, in bytes from the IP header's first.
+    pub fn transport_at(&self) -> usize {
+        self.total_len - self.transport.len()
+    }
+
+    /// The transport header and what it carries. Bytes behind the packet's own length are not part of it.
+    pub fn transport(&self) -> &'a [u8] {
+        self.transport
     }
 
     /// Source and destination port of TCP and UDP.
     pub fn ports(&self) -> Option<(u16, u16)> {
-        if self.later_fragment || !matches!(self.protocol, TCP | UDP) {
+        if self.is_later_fragment() || !matches!(self.protocol, TCP | UDP) {
             return None;
         }
         match self.transport {
@@ -137,7 +159,7 @@ impl<'a> Packet<'a> {
 
     /// The flags of a TCP segment.
     pub fn tcp_flags(&self) -> Option<TcpFlags> {
-        if self.protocol != TCP || self.later_fragment {
+        if self.protocol != TCP || self.is_later_fragment() {
             return None;
         }
         self.transport.get(13).copied().map(TcpFlags)
@@ -146,7 +168,7 @@ impl<'a> Packet<'a> {
     /// The flow this packet belongs to, the guest being the `sender` or the receiver. Protocols
     /// without ports are one flow per pair of addresses; a later fragment belongs to none.
     pub fn flow(&self, sender: Side) -> Option<FlowTuple> {
-        if self.later_fragment {
+        if self.is_later_fragment() {
             return None;
         }
         let (from, to) = match self.protocol {
@@ -179,13 +201,17 @@ impl<'a> Packet<'a> {
         if header_len < 20 || total_len < header_len || total_len > bytes.len() {
             return Err(PacketError::Truncated);
         }
-        let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+        let fragment = match u16::from_be_bytes([header[6], header[7]]) & 0x3fff {
+            0 => Fragment::Whole,
+            0x2000 => Fragment::First,
+            _ => Fragment::Later,
+        };
         Ok(Self {
             source: IpAddr::V4(Ipv4Addr::new(header[12], header[13], header[14], header[15])),
             destination: IpAddr::V4(Ipv4Addr::new(header[16], header[17], header[18], header[19])),
             protocol: header[9],
             dscp: header[1] >> 2,
-            later_fragment: fragment_offset != 0,
+            fragment,
             total_len,
             transport: &bytes[header_len..total_len],
         })
@@ -195,13 +221,13 @@ impl<'a> Packet<'a> {
         let header: &[u8; 40] = bytes.first_chunk().ok_or(PacketError::Truncated)?;
         let payload_len = usize::from(u16::from_be_bytes([header[4], header[5]]));
         let payload = bytes[40..].get(..payload_len).ok_or(PacketError::Truncated)?;
-        let (protocol, transport, later_fragment) = skip_extensions(header[6], payload)?;
+        let (protocol, transport, fragment) = skip_extensions(header[6], payload)?;
         Ok(Self {
             source: IpAddr::V6(address_v6(header, 8)),
             destination: IpAddr::V6(address_v6(header, 24)),
             protocol,
             dscp: (header[0] & 0x0f) << 2 | header[1] >> 6,
-            later_fragment,
+            fragment,
             total_len: header.len() + payload.len(),
             transport,
         })
@@ -214,24 +240,27 @@ fn address_v6(header: &[u8; 40], at: usize) -> Ipv6Addr {
     Ipv6Addr::from(octets)
 }
 
-/// Walks the extension headers (RFC 8200, 4): protocol, transport bytes, "is a later fragment".
-fn skip_extensions(first: u8, payload: &[u8]) -> Result<(u8, &[u8], bool), PacketError> {
+/// Walks the extension headers (RFC 8200, 4): protocol, transport bytes, which fragment.
+fn skip_extensions(first: u8, payload: &[u8]) -> Result<(u8, &[u8], Fragment), PacketError> {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
     const AUTHENTICATION: u8 = 51;
     const DESTINATION: u8 = 60;
 
-    let (mut protocol, mut rest) = (first, payload);
+    let (mut protocol, mut rest, mut fragment) = (first, payload, Fragment::Whole);
     for _ in 0..MAX_EXTENSION_HEADERS {
         let unit = match protocol {
             HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT => 8,
             AUTHENTICATION => 4,
-            _ => return Ok((protocol, rest, false)),
+            _ => return Ok((protocol, rest, fragment)),
         };
         let header: &[u8; 4] = rest.first_chunk().ok_or(PacketError::Truncated)?;
-        if protocol == FRAGMENT && u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 {
-            return Ok((header[0], &[], true));
+        if protocol == FRAGMENT {
+            match u16::from_be_bytes([header[2], header[3]]) {
+                0..=7 => fragment = Fragment::First,
+                8.. => return Ok((header[0], &[], Fragment::Later)),
+            }
         }
         let len = match protocol {
             FRAGMENT => 8,

@@ -30,9 +30,14 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    pub(super) fn count(&mut self, packet: &Bytes) {
-        self.packets += 1;
-        self.bytes += packet.len() as u64;
+    /// One packet.
+    pub fn of(packet: &Bytes) -> Self {
+        Self { packets: 1, bytes: packet.len() as u64 }
+    }
+
+    pub(super) fn count(&mut self, more: Self) {
+        self.packets += more.packets;
+        self.bytes += more.bytes;
     }
 }
 

@@ -1,0 +1,134 @@
+//! One machine moves while a client uses it in every way there is; then the path between the sites narrows, is cut, and
+//! the gateways are started anew. What must live, lives; what no transport repeats is not lost either.
+//!
+//! One scene for all of it. Machines that move more than once are `journeys`' affair.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test's own preparation may end it; clippy exempts only the test functions"
+)]
+
+#[path = "support/probes.rs"]
+mod probes;
+#[path = "support/scenes.rs"]
+mod scenes;
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use gateway::api::types::Progressing;
+use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT};
+use netns_tests::scenario::options::SceneOptions;
+use netns_tests::scenario::scene::Scene;
+use netns_tests::scenario::traffic::Client;
+use netns_tests::traffic::{DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
+
+use probes::{Datagrams, Pings, Requests};
+use scenes::{build, close, state, turn, wait};
+
+const SECOND: Duration = Duration::from_secs(1);
+const MOVE_LIMIT: Duration = Duration::from_secs(120);
+/// The path that is narrowed behind the core: below the guest's 1500 bytes.
+const NARROW_MTU: u32 = 1300;
+const DOWNLOAD_BYTES: u64 = 12 << 20;
+const DOWNLOAD_RATE: u64 = 256 << 10;
+
+fn options() -> SceneOptions {
+    SceneOptions {
+        name: "continuity".into(),
+        // A faster copy would starve the guest, which has no hardware help.
+        rate_mbit: 100.0,
+        rtt: Duration::from_millis(20),
+        loss: 0.0,
+        memory_mib: 128,
+        disk_bytes: 512 << 20,
+        ttl_s: 5,
+        quiet_s: 60,
+        ..SceneOptions::default()
+    }
+}
+
+/// Connections that were opened at `to`: records both ways, a download that lasts, one that is silent until the end.
+async fn connect(scene: &Scene, to: IpAddr) -> Client {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let mut plan = TrafficPlan::new(now.as_millis() as u64);
+    plan.record =
+        Some(RecordPlan { address: SocketAddr::new(to, RECORD_PORT), interval_ms: 10, gap_ms: 200 });
+    plan.idle = Some(IdlePlan { address: SocketAddr::new(to, IDLE_PORT) });
+    plan.download = Some(DownloadPlan {
+        address: SocketAddr::new(to, DOWNLOAD_PORT),
+        bytes: DOWNLOAD_BYTES,
+        rate_bytes_per_s: DOWNLOAD_RATE,
+        seed: 7,
+    });
+    Client::start(&scene.world.client, plan).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_restarts() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options()).await;
+    scene.start_guest().await.unwrap();
+    let home = scene.home().unwrap();
+    let client = &scene.world.client;
+    let old = connect(&scene, home).await;
+    let udp = SocketAddr::new(home, UDP_PORT);
+    let small = Datagrams::start(client, udp, 200, Duration::from_millis(20));
+    // Three fragments each way, at 1500 bytes.
+    let large = Datagrams::start(client, udp, 4000, Duration::from_millis(100));
+    let pings = Pings::start(client, home);
+    let requests = Requests::start(client, SocketAddr::new(home, IDLE_PORT), Duration::from_millis(5));
+
+    let id = scene.begin_move().await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Moved, "{:?}\n{}", view.reason, scene.a.log_tail());
+    tokio::time::sleep(2 * SECOND).await;
+    let requests = requests.end();
+    println!("short connections by the old address: {requests:?}");
+    assert!(requests.answered > 100, "{requests:?}");
+    assert_eq!(requests.failed, [] as [String; 0]);
+    for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
+        wait(&format!("the last of the {what}"), 10 * SECOND, || datagrams.all_answered()).await;
+        println!("{what} during the move: {:?}", datagrams.tally());
+    }
+
+    // From here on the path from the core to the client takes less than the guest sends: it must hear of that.
+    scene.world.net.ip(&[format!("link set client0 mtu {NARROW_MTU}")]).unwrap();
+    let narrow = connect(&scene, home).await;
+    tokio::time::sleep(2 * SECOND).await;
+
+    scene.world.wan.cut().unwrap();
+    tokio::time::sleep(5 * SECOND).await;
+    scene.world.wan.heal().unwrap();
+    scene.wait_for_link().await.unwrap();
+    scene.b.kill().unwrap();
+    scene.b.launch().await.unwrap();
+    scene.a.kill().unwrap();
+    scene.a.launch().await.unwrap();
+    scene.wait_for_link().await.unwrap();
+    assert_eq!(state(&scene.b).as_deref(), Some("running"));
+
+    // All of it goes on.
+    for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
+        let before = datagrams.tally();
+        let goes_on = || (datagrams.tally().answered > before.answered + 20).then_some(());
+        wait(&format!("{what} after the restarts"), 20 * SECOND, goes_on).await;
+        let tally = datagrams.end();
+        assert_eq!((tally.corrupt, tally.doubled), (0, 0), "{what}: {tally:?}");
+    }
+    let answered = pings.answered();
+    wait("pings after the restarts", 20 * SECOND, || (pings.answered() > answered + 10).then_some(())).await;
+    pings.end();
+    for (what, client) in [("opened before the move", old), ("opened after it", narrow)] {
+        let report = client.finish().await.unwrap();
+        let (record, idle, download) =
+            (report.record.unwrap(), report.idle.unwrap(), report.download.unwrap());
+        println!("{what}: {} records, silences {:?}", record.received, record.gaps);
+        assert!(record.content_ok, "{what}: {:?}", record.error);
+        assert!(idle.content_ok, "{what}: {idle:?}");
+        assert!(download.content_ok, "{what}: {download:?}");
+    }
+    scene.keep_logs();
+    close(scene);
+}
