@@ -7,11 +7,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use bytes::Bytes;
+use longhaul_core::tunnel::coalesce::Coalescer;
 use longhaul_core::tunnel::datapath::{Datapath, DatapathConfig, VisitRoute, Way};
 use longhaul_core::tunnel::fragment::{Reassembly, ReassemblyConfig, Splitter};
+use longhaul_core::tunnel::offload::{self, VNET_HEADER_BYTES};
 use longhaul_core::tunnel::packet::{Packet, Side};
 use longhaul_core::tunnel::policy::{PeerSlot, PortKey};
 use longhaul_core::tunnel::repair::{FlowBucket, Incarnation, Repair, RepairConfig};
+use longhaul_core::tunnel::segment;
 
 use crate::input::Input;
 use crate::sample;
@@ -32,6 +35,7 @@ pub fn run(data: &[u8]) {
         let _ = reassembly.handle_datagram(world.now, bytes.clone());
         assert!(reassembly.len() <= ReassemblyConfig::default().max_entries);
         repair_takes(&mut repair, world.now, bytes.clone());
+        device_gives(&bytes);
         match kind & 7 {
             0..=2 => world.peer_sends(world.b, bytes),
             3 => world.peer_sends(world.c, bytes),
@@ -56,8 +60,19 @@ fn repair_takes(repair: &mut Repair, now: Duration, datagram: Bytes) {
     assert!(packets <= config.max_waiting && bytes <= config.max_waiting_bytes);
 }
 
+/// A frame with a virtio-net header is cut into packets that carry all of its data, or refused.
+fn device_gives(frame: &[u8]) {
+    let mut frame = frame.to_vec();
+    let Ok((left, len)) = offload::read(&mut frame) else { return };
+    let mut packets = Vec::new();
+    segment::finish(left, &frame[VNET_HEADER_BYTES..][..len], 1200, &mut packets);
+    assert!(!packets.is_empty() && packets.iter().map(Bytes::len).sum::<usize>() >= len);
+}
+
 struct World {
     datapath: Datapath,
+    /// Packets for the device.
+    joining: Coalescer,
     b: PeerSlot,
     c: PeerSlot,
     now: Duration,
@@ -75,13 +90,21 @@ impl World {
         let route = VisitRoute { address: VISITS, peer: sample::site("b"), also: None };
         datapath.visit(&key("web2"), &[route]).expect("a free address");
         let there = Repair::new(RepairConfig::default(), Incarnation::default());
-        Self { datapath, b, c, now: Duration::ZERO, there }
+        Self { datapath, joining: Coalescer::new(true), b, c, now: Duration::ZERO, there }
     }
 
     fn peer_sends(&mut self, peer: PeerSlot, datagram: Bytes) {
         self.datapath.handle_datagram(self.now, peer, datagram);
         while let Some((way, packet)) = self.datapath.poll_packet(self.now, peer) {
             self.came(peer, way, &packet);
+            self.joining.push(packet);
+        }
+        self.joining.flush();
+        while let Some(train) = self.joining.poll() {
+            let written = train.write(|head, data, rest| {
+                head.len() + data.len() + rest.iter().map(Bytes::len).sum::<usize>()
+            });
+            assert!(written <= offload::MAX_FRAME_BYTES);
         }
         while self.datapath.poll_repair(self.now, peer).is_some() {}
     }
@@ -112,7 +135,7 @@ impl World {
     }
 
     fn release(&mut self) {
-        while let Some((_, way, packet)) = self.datapath.poll_kept(self.now) {
+        while let Some((_, way, packet)) = self.datapath.poll_kept(self.now, &[]) {
             let view = Packet::parse(&packet).expect("it was parsed");
             match way {
                 Way::Peer(peer) => assert!(peer == self.b && view.destination() == AWAY),
@@ -129,8 +152,9 @@ fn key(machine: &str) -> PortKey {
 /// Packets that travel and such that do not, whole and in parts, IPv4 and IPv6.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let client = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
-    let whole =
-        |packet: Vec<u8>| Splitter::default().split(&packet, 65535).expect("fits").next().expect("one");
+    let whole = |packet: Vec<u8>| {
+        Splitter::default().split(&packet, 65535).expect("fits").next().expect("one").to_bytes()
+    };
     let mut passes = event(0, &whole(ipv4(AWAY, client, 100)));
     passes.extend(event(1, &whole(ipv4(client, VISITS, 100))));
     passes.extend(event(6, b""));
@@ -142,7 +166,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     refused.extend(event(4, &ipv6()));
     let mut parts = Vec::new();
     for part in Splitter::default().split(&ipv4(AWAY, client, 900), 400).expect("fits") {
-        parts.extend(event(0x78, &part));
+        parts.extend(event(0x78, &part.to_bytes()));
     }
     vec![("passes", passes), ("refused", refused), ("parts", parts)]
 }

@@ -174,8 +174,17 @@ pub struct TunnelSection {
     pub quiet_s: u64,
     /// Packets held during the pause, in KiB per machine (default 4096); beyond it the oldest are dropped.
     pub hold_kib: u64,
-    /// A flow without packets counts as ended after this long (default 7440 s, RFC 5382).
+    /// A TCP connection without packets counts as ended after this long (default 7440 s, RFC 5382).
     pub idle_s: u64,
+    /// The same for a TCP connection that one end has closed (default 240 s, RFC 5382).
+    pub closing_s: u64,
+    /// The same for UDP (default 300 s, RFC 4787).
+    pub udp_idle_s: u64,
+    /// The same for other protocols (default 1800 s).
+    pub other_idle_s: u64,
+    /// Flows that are told apart per NIC (default 65536: 9 MiB when all are there; at most 16777216). Those beyond it hold
+    /// the tunnel for `idle_s`.
+    pub max_flows: u32,
     /// How long the tunnel stays at most, whatever is open: `until-drained` (default), or a time such as `24h`.
     pub hold: HoldLimit,
     /// The WAN's loss is hidden from TCP connections in the tunnel (default true): lost packets are repeated, and only
@@ -183,6 +192,9 @@ pub struct TunnelSection {
     pub repair_tcp: bool,
     /// The same for UDP (default false: most of what cannot wait is UDP).
     pub repair_udp: bool,
+    /// What is kept of the packets to each peer until it has them, and of its packets that wait for lost ones, in KiB
+    /// each (default 24576: 400 ms at 500 Mbit/s; at most 1048576). Less repairs less of a fast connection.
+    pub repair_kib: u64,
     /// UDP ports, at either end, for which it is hidden all the same, such as 443 for QUIC (default none).
     pub repair_udp_ports: Vec<u16>,
     /// The same for all other protocols (default true).
@@ -199,9 +211,14 @@ impl Default for TunnelSection {
             quiet_s: 24 * 3600,
             hold_kib: 4096,
             idle_s: 7440,
+            closing_s: 240,
+            udp_idle_s: 300,
+            other_idle_s: 1800,
+            max_flows: 65_536,
             hold: HoldLimit::UntilDrained,
             repair_tcp: true,
             repair_udp: false,
+            repair_kib: 24 << 10,
             repair_udp_ports: Vec::new(),
             repair_other: true,
             home_prefixes: None,

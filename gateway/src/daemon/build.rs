@@ -103,11 +103,20 @@ fn tunnel(config: &Config) -> TunnelConfig {
     let mut tunnel = TunnelConfig { device: section.device.clone(), ..TunnelConfig::default() };
     tunnel.switches_file = Some(config.site.run_dir.join("tunnel-switches"));
     tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
+    tunnel.udp_flow_timeout = Duration::from_secs(section.udp_idle_s);
     tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
-    tunnel.datapath.flows.tcp_idle = Duration::from_secs(section.idle_s);
-    tunnel.datapath.flows.quiet = Duration::from_secs(section.quiet_s);
-    tunnel.datapath.flows.limit = section.hold.limit();
-    tunnel.datapath.flows.hash_key = HashKey(rand::random());
+    let flows = &mut tunnel.datapath.flows;
+    flows.tcp_idle = Duration::from_secs(section.idle_s);
+    flows.tcp_closing = Duration::from_secs(section.closing_s);
+    flows.udp_idle = Duration::from_secs(section.udp_idle_s);
+    flows.other_idle = Duration::from_secs(section.other_idle_s);
+    flows.max_flows = section.max_flows as usize;
+    flows.quiet = Duration::from_secs(section.quiet_s);
+    flows.limit = section.hold.limit();
+    flows.hash_key = HashKey(rand::random());
+    let repair_bytes = (section.repair_kib << 10) as usize;
+    (tunnel.datapath.repair.max_sent_bytes, tunnel.datapath.repair.max_waiting_bytes) =
+        (repair_bytes, repair_bytes);
     tunnel.datapath.incarnation = Incarnation(rand::random());
     let repair = |repaired: bool| if repaired { Treatment::Repair } else { Treatment::AtOnce };
     let policy = &mut tunnel.datapath.repair_policy;

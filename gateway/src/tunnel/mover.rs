@@ -294,7 +294,7 @@ impl Mover {
                 let _ = done.send(self.datapath.retarget(&key, &peer));
             }
             Command::ExpectReturn { key, returning, done } => {
-                self.datapath.expect_return(&key, returning);
+                self.datapath.expect_return(now, &key, returning);
                 let _ = done.send(());
             }
             Command::ForgetAddress { key, address, done } => {
@@ -442,16 +442,18 @@ impl Mover {
         }
     }
 
-    /// Lets kept packets go until none is left or one cannot leave.
+    /// Lets kept packets go until none is left or none can leave.
     fn release_kept(&mut self) {
         let now = self.now();
-        while let Some((port, way, packet)) = self.datapath.poll_kept(now) {
+        let mut busy = Vec::new();
+        while let Some((port, way, packet)) = self.datapath.poll_kept(now, &busy) {
             match way {
                 Way::Peer(peer) => {
                     let outcome = self.send(peer, &packet);
                     if outcome == Err(DropReason::LinkBusy) {
                         self.datapath.return_kept(port, packet);
-                        break;
+                        busy.push(port);
+                        continue;
                     }
                     self.datapath.handle_outcome(way, Traffic::of(&packet), outcome);
                 }

@@ -23,6 +23,9 @@ use crate::topology::{BRIDGE, SiteSpec};
 /// The gateways' UDP port.
 pub const PORT: u16 = 4789;
 
+/// How long a connection that one end has closed counts: four minutes by default, which are proved in virtual time.
+const CLOSING_S: u64 = 20;
+
 /// The number of the first care-of address on a site's LAN.
 pub const CARE_OF: u8 = 200;
 
@@ -83,7 +86,7 @@ impl SiteFiles {
              [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
              [hypervisor]\nuid_base = 200000\n\
              [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
-             [tunnel]\nquiet_s = {quiet_s}\n",
+             [tunnel]\nquiet_s = {quiet_s}\nclosing_s = {CLOSING_S}\n",
             name = self.spec.name,
             host = self.spec.host_address(),
             kernel = image.kernel.display(),

@@ -139,8 +139,8 @@ impl Iterator for Datagrams<'_> {
     fn next(&mut self) -> Option<Bytes> {
         let part = self.parts.next()?;
         Some(match self.flow {
-            Some(flow) => self.repair.wrap(self.now, flow, &[&part]),
-            None => part,
+            Some(flow) => self.repair.wrap(self.now, flow, &part.pieces()),
+            None => part.to_bytes(),
         })
     }
 }
@@ -266,10 +266,13 @@ impl Datapath {
         Ok(())
     }
 
-    /// A machine that is away is on its way back: what its present place held for it is kept here until it is.
-    pub fn expect_return(&mut self, key: &PortKey, returning: bool) {
-        if let Ok(port) = self.port_mut(key, Role::Away) {
-            port.returning = returning;
+    /// A machine that is away is on its way back: what its present place held for it is kept here until it is. If it
+    /// does not come, what was kept goes where it stayed.
+    pub fn expect_return(&mut self, now: Duration, key: &PortKey, returning: bool) {
+        let Ok(port) = self.port_mut(key, Role::Away) else { return };
+        port.returning = returning;
+        if !returning && port.phase == Phase::Passing && port.hold.len() > 0 {
+            (port.phase, port.released_at) = (Phase::Releasing, now);
         }
     }
 
@@ -429,10 +432,10 @@ impl Datapath {
     }
 
     /// The next kept packet that may leave, and where to. Give it back with [`Datapath::return_kept`]
-    /// if it cannot.
-    pub fn poll_kept(&mut self, now: Duration) -> Option<(PortSlot, Way, Bytes)> {
+    /// if it cannot, and name its port among the `busy` ones: the others need not wait for that link.
+    pub fn poll_kept(&mut self, now: Duration, busy: &[PortSlot]) -> Option<(PortSlot, Way, Bytes)> {
         for (slot, port) in &mut self.ports {
-            if port.phase != Phase::Releasing {
+            if port.phase != Phase::Releasing || busy.contains(slot) {
                 continue;
             }
             if now >= port.released_at + self.config.release_limit {

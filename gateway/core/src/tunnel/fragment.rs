@@ -59,31 +59,47 @@ impl Splitter {
     }
 }
 
-impl Iterator for Parts<'_> {
-    type Item = Bytes;
+/// What one datagram carries of a packet, behind a header of ours.
+#[derive(Debug)]
+pub struct Share<'a> {
+    header: [u8; PART_HEADER],
+    header_len: usize,
+    data: &'a [u8],
+}
 
-    fn next(&mut self) -> Option<Bytes> {
+impl Share<'_> {
+    /// Its bytes, one piece after the other.
+    pub fn pieces(&self) -> [&[u8]; 2] {
+        [&self.header[..self.header_len], self.data]
+    }
+
+    /// The same in one piece.
+    pub fn to_bytes(&self) -> Bytes {
+        let mut datagram = BytesMut::with_capacity(self.header_len + self.data.len());
+        self.pieces().into_iter().for_each(|piece| datagram.put_slice(piece));
+        datagram.freeze()
+    }
+}
+
+impl<'a> Iterator for Parts<'a> {
+    type Item = Share<'a>;
+
+    fn next(&mut self) -> Option<Share<'a>> {
         if self.index == self.count {
             return None;
         }
         let index = self.index;
         self.index += 1;
+        let mut header = [WHOLE; PART_HEADER];
         if self.count == 1 {
-            let mut datagram = BytesMut::with_capacity(1 + self.packet.len());
-            datagram.put_u8(WHOLE);
-            datagram.put_slice(self.packet);
-            return Some(datagram.freeze());
+            return Some(Share { header, header_len: 1, data: self.packet });
         }
         let size = self.packet.len().div_ceil(self.count);
-        let part = &self.packet[(index * size).min(self.packet.len())..];
-        let part = &part[..size.min(part.len())];
-        let mut datagram = BytesMut::with_capacity(PART_HEADER + part.len());
-        datagram.put_u8(PART);
-        datagram.put_u8(index as u8);
-        datagram.put_u8(self.count as u8);
-        datagram.put_u32(self.id);
-        datagram.put_slice(part);
-        Some(datagram.freeze())
+        let data = &self.packet[(index * size).min(self.packet.len())..];
+        let data = &data[..size.min(data.len())];
+        header[..3].copy_from_slice(&[PART, index as u8, self.count as u8]);
+        header[3..].copy_from_slice(&self.id.to_be_bytes());
+        Some(Share { header, header_len: PART_HEADER, data })
     }
 }
 
@@ -285,7 +301,7 @@ mod tests {
     }
 
     fn parts(splitter: &mut Splitter, packet: &[u8], max_len: usize) -> Vec<Bytes> {
-        splitter.split(packet, max_len).unwrap().collect()
+        splitter.split(packet, max_len).unwrap().map(|share| share.to_bytes()).collect()
     }
 
     #[test]

@@ -59,7 +59,6 @@ pub(super) struct Place {
     pub path: Path,
     pub a: Namespace,
     pub b: Namespace,
-    pub guest: Namespace,
     servers: Vec<Child>,
     lab: Lab,
 }
@@ -88,9 +87,11 @@ impl Place {
             ])?;
         }
         a.ip(&[format!("addr add {HOME_HOST}/24 dev {BRIDGE}")])?;
+        // As every host has one: a source without any route to it is refused.
+        b.ip(&[format!("route add default via {A}")])?;
         connect_guest(&b, &guest)?;
         let servers = vec![serve(&b)?, serve(&guest)?];
-        Ok(Self { wan, path, a, b, guest, servers, lab })
+        Ok(Self { wan, path, a, b, servers, lab })
     }
 
     /// Removes everything; fails if something is left.

@@ -28,7 +28,7 @@ fn datagrams(datapath: &mut Datapath, peer: PeerSlot, packet: &Bytes) -> Vec<Byt
 }
 
 fn kept(datapath: &mut Datapath) -> Vec<Bytes> {
-    std::iter::from_fn(|| datapath.poll_kept(NOW)).map(|(_, _, packet)| packet).collect()
+    std::iter::from_fn(|| datapath.poll_kept(NOW, &[])).map(|(_, _, packet)| packet).collect()
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn a_packet_the_link_does_not_take_stays_first() {
     home.handle_packet(NOW, to_guest(1));
     home.handle_packet(NOW, to_guest(2));
     home.attract(NOW, &key("web1"), &[]).unwrap();
-    let (slot, _, packet) = home.poll_kept(NOW).unwrap();
+    let (slot, _, packet) = home.poll_kept(NOW, &[]).unwrap();
     home.return_kept(slot, packet);
     assert!(home.is_releasing());
     assert_eq!(kept(&mut home), [to_guest(1), to_guest(2)]);
@@ -63,7 +63,7 @@ fn kept_packets_that_no_link_takes_are_dropped_at_the_limit() {
     home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
     home.handle_packet(NOW, to_guest(1));
     home.attract(NOW, &key("web1"), &[]).unwrap();
-    assert!(home.poll_kept(NOW + Duration::from_secs(5)).is_none());
+    assert!(home.poll_kept(NOW + Duration::from_secs(5), &[]).is_none());
     assert_eq!(home.counters().dropped[&DropReason::LinkBusy], 1);
 }
 
@@ -98,7 +98,7 @@ fn a_visitor_gets_what_arrived_before_it_ran() {
     let datagram = datagrams(&mut visited, peer, &to_guest(1)).remove(0);
     assert_eq!(arrive(&mut visited, peer, datagram), None);
     visited.resumed(NOW, &key("web1")).unwrap();
-    assert_eq!(visited.poll_kept(NOW).unwrap().1, Way::Device);
+    assert_eq!(visited.poll_kept(NOW, &[]).unwrap().1, Way::Device);
     assert_eq!(visited.handle_packet(NOW, from_guest(1)), Some(peer));
 }
 
@@ -134,18 +134,18 @@ fn a_machine_that_moves_on_is_reached_through_the_site_it_left_until_its_home_kn
     a.attract(NOW, &key("web1"), &[]).unwrap();
     b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
     b.resumed(NOW, &key("web1")).unwrap();
-    assert!(a.poll_kept(NOW).is_none() && b.poll_kept(NOW).is_none());
+    assert!(a.poll_kept(NOW, &[]).is_none() && b.poll_kept(NOW, &[]).is_none());
     c.visit(&key("web1"), &[VisitRoute { also: Some(site("a")), ..route(HOME, "b") }]).unwrap();
     b.pause(&key("web1")).unwrap();
     assert_eq!(carry(&mut a, &mut b, ("a", "b"), &to_guest(1)), None, "held");
     b.relay(NOW, &key("web1"), &site("c")).unwrap();
     b.relay(NOW, &key("web1"), &site("c")).unwrap();
-    let (_, way, kept) = b.poll_kept(NOW).unwrap();
+    let (_, way, kept) = b.poll_kept(NOW, &[]).unwrap();
     assert_eq!((way, kept.clone()), (Way::Peer(b.peer_slot(&site("c"))), to_guest(1)));
     assert_eq!(carry(&mut b, &mut c, ("b", "c"), &kept), None, "it does not run yet");
     c.resumed(NOW, &key("web1")).unwrap();
-    assert_eq!(c.poll_kept(NOW).unwrap().1, Way::Device);
-    assert!(c.poll_kept(NOW).is_none());
+    assert_eq!(c.poll_kept(NOW, &[]).unwrap().1, Way::Device);
+    assert!(c.poll_kept(NOW, &[]).is_none());
     let by_b = c.peer_slot(&site("b"));
     assert_eq!(c.handle_packet(NOW, from_guest(1)), Some(by_b), "the home does not know yet");
     let to_a = Some((Way::Peer(b.peer_slot(&site("a"))), from_guest(1)));
@@ -170,24 +170,24 @@ fn a_machine_that_returns_finds_what_was_held_for_it_and_keeps_the_address_it_wa
     a.attract(NOW, &key("web1"), &[]).unwrap();
     b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
     b.resumed(NOW, &key("web1")).unwrap();
-    assert!(a.poll_kept(NOW).is_none() && b.poll_kept(NOW).is_none());
+    assert!(a.poll_kept(NOW, &[]).is_none() && b.poll_kept(NOW, &[]).is_none());
     b.pause(&key("web1")).unwrap();
     b.begin_hold(&key("web1"), &site("a"), &[CARE_OF.into()]).unwrap();
     assert_eq!(carry(&mut a, &mut b, ("a", "b"), &to_guest(1)), None);
     b.relay(NOW, &key("web1"), &site("a")).unwrap();
-    let (_, _, kept) = b.poll_kept(NOW).unwrap();
+    let (_, _, kept) = b.poll_kept(NOW, &[]).unwrap();
     assert_eq!(carry(&mut b, &mut a, ("b", "a"), &kept), None);
     assert_eq!(a.take_kept(&key("web1"), Role::Away), Vec::<Bytes>::new(), "nobody is expected");
-    a.expect_return(&key("web1"), true);
+    a.expect_return(NOW, &key("web1"), true);
     assert_eq!(carry(&mut b, &mut a, ("b", "a"), &kept), None);
     assert_eq!(a.end(&key("web1"), Role::Away), [to_guest(1)]);
     a.visit(&key("web1"), &[route(CARE_OF, "b"), route(HOME, "b")]).unwrap();
     a.resumed(NOW, &key("web1")).unwrap();
     b.attract(NOW, &key("web1"), &[]).unwrap();
-    assert!(b.poll_kept(NOW).is_none());
+    assert!(b.poll_kept(NOW, &[]).is_none());
     let dialled: Bytes = ipv4(CLIENT, CARE_OF, 6, &tcp(1, 80, 0x02)).into();
     assert_eq!(b.handle_packet(NOW, dialled.clone()), Some(b.peer_slot(&site("a"))));
-    assert!(a.poll_kept(NOW).is_none());
+    assert!(a.poll_kept(NOW, &[]).is_none());
     assert_eq!(carry(&mut b, &mut a, ("b", "a"), &dialled), Some((Way::Device, dialled)));
     let reply: Bytes = ipv4(CARE_OF, CLIENT, 6, &tcp(80, 1, 0x12)).into();
     assert_eq!(a.handle_packet(NOW, reply.clone()), Some(a.peer_slot(&site("b"))));
@@ -198,6 +198,42 @@ fn a_machine_that_returns_finds_what_was_held_for_it_and_keeps_the_address_it_wa
     assert_eq!(a.end(&key("web1"), Role::Away), [to_guest(9)]);
     a.forget_address(&key("web1"), CARE_OF.into());
     assert_eq!(a.handle_packet(NOW, ipv4(CARE_OF, CLIENT, 6, &tcp(80, 1, 0x10)).into()), None);
+}
+
+#[test]
+fn a_machine_that_does_not_return_after_all_gets_what_was_kept_where_it_stayed() {
+    let [mut a, mut b] = [(); 2].map(|()| Datapath::new(DatapathConfig::default()));
+    a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+    a.attract(NOW, &key("web1"), &[]).unwrap();
+    b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
+    b.resumed(NOW, &key("web1")).unwrap();
+    assert!(a.poll_kept(NOW, &[]).is_none() && b.poll_kept(NOW, &[]).is_none());
+    a.expect_return(NOW, &key("web1"), true);
+    assert_eq!(carry(&mut b, &mut a, ("b", "a"), &to_guest(1)), None);
+    a.expect_return(NOW, &key("web1"), false);
+    assert_eq!(a.handle_packet(NOW, to_guest(2)), None, "behind the one that is kept");
+    let to_b = Way::Peer(a.peer_slot(&site("b")));
+    let kept = std::iter::from_fn(|| a.poll_kept(NOW, &[])).map(|(_, way, packet)| (way, packet));
+    assert_eq!(kept.collect::<Vec<_>>(), [(to_b, to_guest(1)), (to_b, to_guest(2))]);
+    assert_eq!(a.handle_packet(NOW, to_guest(3)), Some(a.peer_slot(&site("b"))));
+}
+
+#[test]
+fn a_link_that_takes_nothing_holds_up_no_other_machine() {
+    const OTHER: [u8; 4] = [198, 51, 100, 11];
+    let mut home = Datapath::new(DatapathConfig::default());
+    for (vm, address, peer) in [("web1", HOME, "b"), ("web2", OTHER, "c")] {
+        home.begin_hold(&key(vm), &site(peer), &[address.into()]).unwrap();
+        let packet: Bytes = ipv4(CLIENT, address, 6, &tcp(1, 80, 0x10)).into();
+        assert_eq!(home.handle_packet(NOW, packet), None);
+        home.attract(NOW, &key(vm), &[]).unwrap();
+    }
+    let (busy, _, packet) = home.poll_kept(NOW, &[]).unwrap();
+    home.return_kept(busy, packet.clone());
+    let (other, ..) = home.poll_kept(NOW, &[busy]).unwrap();
+    assert_ne!(busy, other);
+    assert!(home.poll_kept(NOW, &[busy]).is_none() && home.is_releasing());
+    assert_eq!(home.poll_kept(NOW, &[]).unwrap().2, packet);
 }
 
 #[test]

@@ -173,14 +173,14 @@ impl Home {
     }
 
     fn leaves(&mut self) {
-        if let Some((_, way, packet)) = self.datapath.poll_kept(NOW) {
+        if let Some((_, way, packet)) = self.datapath.poll_kept(NOW, &[]) {
             assert!(matches!(way, Way::Peer(_)));
             self.delivered.push(nth(&packet));
         }
     }
 
     fn waits(&mut self, sent: &mut u16, meanwhile: Option<usize>) {
-        let Some((slot, _, packet)) = self.datapath.poll_kept(NOW) else { return };
+        let Some((slot, _, packet)) = self.datapath.poll_kept(NOW, &[]) else { return };
         if let Some(data) = meanwhile {
             self.arrives(sent, data);
         }
@@ -197,7 +197,7 @@ fn what_arrives_while_the_link_is_down_after_the_hand_over_is_counted_once() {
     home.waits(&mut sent, Some(0));
     let dropped = home.datapath.counters().dropped.clone();
     assert_eq!(dropped.into_iter().collect::<Vec<_>>(), [(DropReason::HoldFull, 2)]);
-    assert!(home.datapath.poll_kept(NOW + DatapathConfig::default().release_limit).is_none());
+    assert!(home.datapath.poll_kept(NOW + DatapathConfig::default().release_limit, &[]).is_none());
     let dropped = home.datapath.counters().dropped.clone();
     let expected = [(DropReason::HoldFull, 2), (DropReason::LinkBusy, 2)];
     assert_eq!(dropped.into_iter().collect::<Vec<_>>(), expected);
