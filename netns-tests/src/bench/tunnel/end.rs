@@ -73,7 +73,6 @@ pub fn end_main(arguments: &EndArguments) -> Result<()> {
         .with_context(|| format!("Cannot read {}", arguments.plan.display()))?;
     let plan: Plan = serde_json::from_slice(&text).context("The plan is not valid")?;
     // As the daemon's.
-    if std::env::var_os("ONE").is_some() { return tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(run(plan)); }
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(plan))
 }
 
