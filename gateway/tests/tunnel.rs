@@ -340,9 +340,8 @@ async fn a_link_that_is_down_delays_connections_and_resets_none() {
 
     sites.link_is_up.store(false, Ordering::Relaxed);
     let mut status = sites.a.tunnel.status();
-    let refused = |counters: &longhaul_core::tunnel::datapath::Counters| {
-        counters.dropped.get(&DropReason::LinkBusy).is_some_and(|refused| *refused > 1)
-    };
+    let refused =
+        |counters: &Counters| counters.dropped.get(&DropReason::LinkBusy).is_some_and(|refused| *refused > 1);
     status.wait_for(|status| refused(&status.counters)).await.unwrap();
     sites.link_is_up.store(true, Ordering::Relaxed);
 

@@ -13,7 +13,7 @@ use super::gateway::{CARE_OF, Gateway, PORT, SiteFiles};
 use super::names::{Names, ZONE};
 use super::options::SceneOptions;
 use super::programs::Programs;
-use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
+use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT};
 use crate::cleanup::Lab;
 use crate::guest::boot::{BootOptions, Nic, READY, failure};
 use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
@@ -65,6 +65,7 @@ impl Scene {
         let emulator = Emulator::detect()?;
         let mut spec = WorldSpec::two_sites(options.wan(), emulator, PORT);
         spec.open_tcp_ports = vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT];
+        spec.open_udp_ports = vec![UDP_PORT];
         if options.third_site {
             spec.sites.push(SiteSpec::c());
         }

@@ -124,15 +124,18 @@ pub(super) fn ingress(net: &Namespace, sites: &[SiteSpec]) -> Result<()> {
 /// A strict stateful firewall: connections that it did not see begin do not pass.
 pub(super) fn firewall(router: &Namespace, spec: &WorldSpec) -> Result<()> {
     router.sysctl("net.netfilter.nf_conntrack_tcp_loose", "0")?;
-    let ports: Vec<String> = spec.open_tcp_ports.iter().map(u16::to_string).collect();
-    let open = match ports.is_empty() {
-        true => String::new(),
-        false => format!(
-            "    iifname \"{UPLINK_DEVICE}\" tcp dport {{ {} }} ct state new accept\n",
-            ports.join(", ")
-        ),
+    let admit = |protocol: &str, ports: &[u16]| {
+        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+        match ports.is_empty() {
+            true => String::new(),
+            false => format!(
+                "    iifname \"{UPLINK_DEVICE}\" {protocol} dport {{ {} }} ct state new accept\n",
+                ports.join(", ")
+            ),
+        }
     };
-    let gateways = spec.gateway_port;
+    let gateways = [&spec.open_udp_ports[..], &[spec.gateway_port]].concat();
+    let open = admit("tcp", &spec.open_tcp_ports) + &admit("udp", &gateways);
     router.nft(&format!(
         "table inet lab_firewall {{
   counter invalid {{}}
@@ -142,8 +145,7 @@ pub(super) fn firewall(router: &Namespace, spec: &WorldSpec) -> Result<()> {
     ct state established,related accept
     ct state invalid counter name invalid drop
     iifname \"{LAN_DEVICE}\" accept
-{open}    iifname \"{UPLINK_DEVICE}\" udp dport {gateways} ct state new accept
-    icmp type echo-request accept
+{open}    icmp type echo-request accept
     icmpv6 type echo-request accept
     counter name denied drop
   }}

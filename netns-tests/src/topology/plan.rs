@@ -120,6 +120,8 @@ pub struct WorldSpec {
     pub gateway_port: u16,
     /// TCP ports that the firewalls admit from the internet.
     pub open_tcp_ports: Vec<u16>,
+    /// UDP ports that the firewalls admit from the internet, beside the gateways'.
+    pub open_udp_ports: Vec<u16>,
 }
 
 impl WorldSpec {
@@ -133,6 +135,7 @@ impl WorldSpec {
             classes: vec![PacketClass::new("gateways", PacketMatch::udp_port(gateway_port))],
             gateway_port,
             open_tcp_ports: vec![22, 80, 7000, 7001, 7002],
+            open_udp_ports: Vec::new(),
         }
     }
 

@@ -1,14 +1,14 @@
 //! What a client does that no transport repairs: datagrams, echoes, connections that are over at once. Each is a thread
 //! or process inside the client's namespace until it is ended.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use netns_tests::netns::Namespace;
 
@@ -26,7 +26,7 @@ pub struct Datagrams {
 
 #[derive(Debug, Default)]
 struct Exchange {
-    sent: u64,
+    sent_at: BTreeMap<u64, SystemTime>,
     answered: BTreeSet<u64>,
     corrupt: u64,
     doubled: u64,
@@ -57,17 +57,20 @@ impl Datagrams {
         Self { state, quit, threads: vec![sending, receiving] }
     }
 
-    /// Something once every datagram but those of the last half second has been answered.
-    pub fn all_answered(&self) -> Option<()> {
+    /// Those without an answer, of all that were sent more than a second ago: number and when it was sent.
+    pub fn missing(&self) -> Vec<(u64, SystemTime)> {
         let state = self.state.lock().unwrap();
-        let settled = state.sent.saturating_sub(25);
-        (1..=settled).all(|number| state.answered.contains(&number)).then_some(())
+        let settled = SystemTime::now() - Duration::from_secs(1);
+        let old = state.sent_at.iter().filter(|(_, at)| **at < settled);
+        old.filter(|(number, _)| !state.answered.contains(number))
+            .map(|(number, at)| (*number, *at))
+            .collect()
     }
 
     pub fn tally(&self) -> Tally {
         let state = self.state.lock().unwrap();
         let answered = state.answered.len() as u64;
-        Tally { sent: state.sent, answered, corrupt: state.corrupt, doubled: state.doubled }
+        Tally { sent: state.sent_at.len() as u64, answered, corrupt: state.corrupt, doubled: state.doubled }
     }
 
     pub fn end(&self) -> Tally {
@@ -104,10 +107,9 @@ fn send_numbered(
         }
         // Counted only if the client's own kernel took it.
         let mut state = state.lock().unwrap();
-        if socket.send(&datagram(number, bytes)).is_err() {
-            state.answered.insert(number);
+        if socket.send(&datagram(number, bytes)).is_ok() {
+            state.sent_at.insert(number, SystemTime::now());
         }
-        state.sent = number;
         drop(state);
         std::thread::sleep(interval);
     }
@@ -144,7 +146,9 @@ impl Pings {
         let counter = answered.clone();
         std::thread::spawn(move || {
             let answers = lines.map_while(Result::ok).filter(|line| line.contains("time="));
-            answers.for_each(|_| drop(counter.fetch_add(1, Ordering::Relaxed)));
+            for _answer in answers {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
         });
         Self { child, answered }
     }

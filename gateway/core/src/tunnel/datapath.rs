@@ -271,7 +271,7 @@ impl Datapath {
     pub fn expect_return(&mut self, now: Duration, key: &PortKey, returning: bool) {
         let Ok(port) = self.port_mut(key, Role::Away) else { return };
         port.returning = returning;
-        if !returning && port.phase == Phase::Passing && port.hold.len() > 0 {
+        if !returning && port.phase == Phase::Passing && !port.hold.is_empty() {
             (port.phase, port.released_at) = (Phase::Releasing, now);
         }
     }
