@@ -20,6 +20,7 @@ use longhaul_core::tunnel::datapath::Counters;
 use longhaul_core::tunnel::handover::{FlowTuple, Neighbour};
 use longhaul_core::tunnel::policy::{DropReason, PortKey};
 use longhaul_core::tunnel::repair::Treatment;
+use nix::sys::socket::{setsockopt, sockopt};
 use traffic::*;
 
 macro_rules! lab_or_skip {
@@ -91,6 +92,9 @@ async fn full_size_segments_pass_a_link_of_smaller_datagrams() {
     let counters = counted(&sites.a, |counters| counters.to_peers.bytes > 1_000_000).await;
     println!("{counters:?}");
     assert!(counters.split < 100, "{counters:?}");
+    // The same over IPv6, joined for the kernel at either side.
+    let mut open_v6 = lab.within("c", || connect(server(HOME_V6)).unwrap()).join().unwrap();
+    exchange(&mut open_v6, 1_000_000);
     // A datagram stays whole for the guest.
     let udp = lab.within("c", || udp_to(server(HOME))).join().unwrap();
     for number in 0..100 {
@@ -100,6 +104,16 @@ async fn full_size_segments_pass_a_link_of_smaller_datagrams() {
         assert_eq!(answer[..1472], [number; 1472]);
     }
     counted(&sites.a, |now| now.split >= counters.split + 100).await;
+    // Forty in one super-packet.
+    setsockopt(&udp, sockopt::UdpGsoSegment, &500).unwrap();
+    for number in 0..10 {
+        udp.send(&[number; 40 * 500]).unwrap();
+        for _ in 0..40 {
+            let mut answer = [0; 2048];
+            assert_eq!(udp.recv(&mut answer).unwrap(), 500);
+            assert_eq!(answer[..500], [number; 500]);
+        }
+    }
 }
 
 /// Waits until a site's counters are so; they are published now and then.

@@ -53,7 +53,7 @@ impl Config {
         within(tunnel.udp_idle_s, 1, MAX_S, "tunnel.udp_idle_s")?;
         within(tunnel.other_idle_s, 1, MAX_S, "tunnel.other_idle_s")?;
         within(tunnel.max_flows.into(), 1, 1 << 24, "tunnel.max_flows")?;
-        within(tunnel.repair_kib, 64, 1 << 20, "tunnel.repair_kib")?;
+        within(tunnel.repair_kib, 64, 64 << 10, "tunnel.repair_kib")?;
         let hold_s = tunnel.hold.limit().map_or(1, |limit| limit.as_secs());
         within(hold_s, 1, 366 * 24 * 3600, "tunnel.hold")?;
         for prefix in tunnel.home_prefixes.iter().flatten() {
@@ -198,7 +198,7 @@ mod tests {
             ("tunnel", "max_flows = 0", "tunnel.max_flows"),
             ("tunnel", "max_flows = 16777217", "tunnel.max_flows"),
             ("tunnel", "repair_kib = 63", "tunnel.repair_kib"),
-            ("tunnel", "repair_kib = 1048577", "tunnel.repair_kib"),
+            ("tunnel", "repair_kib = 65537", "tunnel.repair_kib"),
             ("tunnel", "quiet_s = 604801", "tunnel.quiet_s"),
             ("tunnel", "home_prefixes = [\"banana\"]", "tunnel.home_prefixes"),
             ("tunnel", "home_prefixes = [\"192.0.2.0/33\"]", "tunnel.home_prefixes"),

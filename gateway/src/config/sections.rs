@@ -183,7 +183,7 @@ pub struct TunnelSection {
     /// The same for other protocols (default 1800 s).
     pub other_idle_s: u64,
     /// Flows that are told apart per NIC (default 65536: 9 MiB when all are there; at most 16777216). Those beyond it hold
-    /// the tunnel for `idle_s`.
+    /// the tunnel for `idle_s`. Of those that are open when a machine leaves, 65535 at most are handed over.
     pub max_flows: u32,
     /// How long the tunnel stays at most, whatever is open: `until-drained` (default), or a time such as `24h`.
     pub hold: HoldLimit,
@@ -193,7 +193,7 @@ pub struct TunnelSection {
     /// The same for UDP (default false: most of what cannot wait is UDP).
     pub repair_udp: bool,
     /// What is kept of the packets to each peer until it has them, and of its packets that wait for lost ones, in KiB
-    /// each (default 24576: 400 ms at 500 Mbit/s; at most 1048576). Less repairs less of a fast connection.
+    /// each (default 24576: 400 ms at 500 Mbit/s; at most 65536). Less repairs less of a fast connection.
     pub repair_kib: u64,
     /// UDP ports, at either end, for which it is hidden all the same, such as 443 for QUIC (default none).
     pub repair_udp_ports: Vec<u16>,

@@ -19,7 +19,8 @@ pub struct TunnelConfig {
     pub device_address: Ipv4Addr,
     /// Its MTU in bytes: that of the LANs the machines live on. Default 1500. A larger one splits more.
     pub mtu: u16,
-    /// Packets the device queues while the gateway is busy. Default 4096, at most 6 MiB.
+    /// Packets the device queues while the gateway is busy. Default 4096: at most 6 MiB, or 256 MiB if all of them are
+    /// super-packets, which takes TCP windows as large.
     pub device_queue: u32,
     /// The device outlives the gateway, so that packets are dropped silently while it restarts instead
     /// of being answered with "unreachable", which would reset connections. Default true.

@@ -32,12 +32,11 @@ use tracing::{trace, warn};
 use super::config::TunnelConfig;
 use super::device::TunDevice;
 
-/// Packets taken from one source before the others get their turn.
+/// Packets taken from one source before the others get their turn, give or take a super-packet's: the link must send what
+/// it was given before it is given more.
 const BATCH: usize = 64;
 /// Packets the device is emptied of before a hold is given up: more than it can queue.
 const DRAIN: usize = 8192;
-/// And bytes: two super-packets. The link must send what it was given before it is given more.
-const BATCH_BYTES: usize = 128 << 10;
 /// How exactly repair is called in time; well below a round trip that is worth repairing.
 const REPAIR_GRANULARITY: Duration = Duration::from_micros(500);
 /// How soon a link that took no datagram is tried again with packets that were kept.
@@ -231,6 +230,10 @@ impl Mover {
                 }
                 Event::Command(None) => return,
                 Event::Device(Ok(len)) => self.handle_packets(len),
+                // One packet that the kernel could not describe (`tun_put_user`), and no failure of the device.
+                Event::Device(Err(error)) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.datapath.handle_strange_frame();
+                }
                 Event::Device(Err(error)) => {
                     warn!(%error, "tunnel device failed; restart the gateway");
                     return;
@@ -336,36 +339,37 @@ impl Mover {
     }
 
     fn handle_packets(&mut self, first: usize) {
-        self.handle_frame(first);
-        self.drain_device(BATCH - 1, BATCH_BYTES);
+        let packets = self.handle_frame(first);
+        self.drain_device(BATCH, BATCH.saturating_sub(packets));
     }
 
-    /// Handles what the device has at once, at most `max` packets, and no more once they were `max_bytes`.
-    fn drain_device(&mut self, max: usize, max_bytes: usize) {
-        let mut bytes = 0;
+    /// Handles what the device has at once, at most `max` reads, and no more once they were `max_packets`.
+    fn drain_device(&mut self, max: usize, max_packets: usize) {
+        let mut packets = 0;
         for _ in 0..max {
-            if bytes >= max_bytes {
+            if packets >= max_packets {
                 return;
             }
             let Some(len) = self.device.try_recv(&mut self.buffer) else { return };
-            bytes += len;
-            self.handle_frame(len);
+            packets += self.handle_frame(len);
         }
     }
 
-    /// Takes what the device gave apart into packets.
-    fn handle_frame(&mut self, len: usize) {
+    /// Takes what the device gave apart into packets; says how many.
+    fn handle_frame(&mut self, len: usize) -> usize {
         let frame = &mut self.buffer[..len];
         let Ok((left, packet_len)) = offload::read(frame) else {
             self.datapath.handle_strange_frame();
-            return;
+            return 1;
         };
-        let max_len = self.shortest_path();
         let packet = &self.buffer[VNET_HEADER_BYTES..][..packet_len];
+        let max_len = self.datapath.link_of(packet).map_or(0, |peer| self.room_for(peer));
         segment::finish(left, packet, max_len, &mut self.segments);
         let mut segments = std::mem::take(&mut self.segments);
+        let count = segments.len();
         segments.drain(..).for_each(|packet| self.handle_packet(&packet));
         self.segments = segments;
+        count
     }
 
     fn handle_packet(&mut self, packet: &Bytes) {
@@ -376,10 +380,10 @@ impl Mover {
         }
     }
 
-    /// How long a packet may be that no link has to split.
-    fn shortest_path(&self) -> usize {
-        let lens = self.peers.values().map(|peer| peer.path.max_len()).filter(|len| *len > 0);
-        lens.min().unwrap_or(0).saturating_sub(repair::ROOM + 1)
+    /// How long a packet may be that a peer's link need not split.
+    fn room_for(&self, peer: PeerSlot) -> usize {
+        let len = self.peers.get(&peer).map_or(0, |peer| peer.path.max_len());
+        len.saturating_sub(repair::ROOM + 1)
     }
 
     fn handle_datagrams(&mut self, peer: PeerSlot, batch: &mut Vec<Bytes>) {

@@ -156,12 +156,14 @@ impl Train {
 impl Train {
     fn is_same_flow(&self, next: &Self, layout: Layout) -> bool {
         let (one, other) = (&self.first, &next.first);
-        let ports = layout.transport_at..layout.transport_at + 4;
         let addresses = if other[0] >> 4 == 4 { 12..20 } else { 8..40 };
-        self.layout.is_some_and(|own| own.protocol == layout.protocol)
+        // Each has its ports where its own headers end.
+        let ports =
+            |packet: &Bytes, layout: Layout| packet.slice(layout.transport_at..layout.transport_at + 4);
+        self.layout
+            .is_some_and(|own| own.protocol == layout.protocol && ports(one, own) == ports(other, layout))
             && one[0] >> 4 == other[0] >> 4
             && one[addresses.clone()] == other[addresses]
-            && one.get(ports.clone()) == Some(&other[ports])
     }
 
     /// Others may follow this packet.
@@ -189,8 +191,8 @@ impl Train {
         if !fits || ended || !self.is_followed_by(&next.first, layout) {
             return false;
         }
-        self.is_verified = self.is_verified || layout.has_valid_checksum(&self.first);
-        if !self.is_verified || !layout.has_valid_checksum(&next.first) {
+        self.is_verified = self.is_verified || layout.is_valid(&self.first);
+        if !self.is_verified || !layout.is_valid(&next.first) {
             return false;
         }
         let transport = &next.first[layout.transport_at..];
@@ -346,6 +348,38 @@ mod tests {
         push(&mut coalescer, [segments[0].clone(), segments[1].clone(), fragment.into()]);
         assert_eq!(coalescer.poll().unwrap().traffic().packets, 2);
         assert_eq!(coalescer.poll().unwrap().first()[6], 0x20);
+    }
+
+    #[test]
+    fn a_packet_with_options_does_not_overtake_its_flow() {
+        let segments = finished(&super_packet(false, true, 2000, 1000, 0x10), usize::MAX);
+        let mut options = segments[1].to_vec();
+        options.splice(20..20, [1, 1, 1, 0]);
+        options[0] = 0x46;
+        let len = options.len() as u16;
+        options[2..4].copy_from_slice(&len.to_be_bytes());
+        let mut coalescer = Coalescer::new(true);
+        push(&mut coalescer, [segments[0].clone(), options.into()]);
+        coalescer.flush();
+        assert_eq!(coalescer.poll().unwrap().first()[0], 0x45);
+        assert_eq!(coalescer.poll().unwrap().first()[0], 0x46);
+    }
+
+    #[test]
+    fn headers_that_a_receiver_would_refuse_are_not_made_right() {
+        let damage = |tcp, at: usize| {
+            let mut segments = finished(&super_packet(false, tcp, 2000, 1000, 0x10), usize::MAX);
+            for segment in &mut segments {
+                let mut bytes = segment.to_vec();
+                bytes[at] ^= 1;
+                *segment = bytes.into();
+            }
+            let mut coalescer = Coalescer::new(true);
+            push(&mut coalescer, segments);
+            drain(&mut coalescer).len()
+        };
+        assert_eq!(damage(true, 11), 2, "the checksum of the IPv4 header");
+        assert_eq!(damage(false, 25), 2, "the length of the datagram");
     }
 
     #[test]

@@ -344,6 +344,12 @@ impl Datapath {
         }
     }
 
+    /// The link that a packet from the device would take.
+    pub fn link_of(&self, packet: &[u8]) -> Option<PeerSlot> {
+        let view = Packet::parse(packet).ok()?;
+        self.policy.outbound(&view).ok().map(|grant| grant.peer)
+    }
+
     /// Counts what came from the device and is no packet.
     pub fn handle_strange_frame(&mut self) {
         self.counters.drop(DropReason::NotAPacket, 1);
@@ -578,7 +584,7 @@ impl Datapath {
             }
             Inbound::ForReturning(_) => {
                 self.counters.held += 1;
-                self.counters.drop(DropReason::HoldFull, port.hold.push(packet.clone()));
+                self.counters.drop(DropReason::HoldFull, port.hold.push(Bytes::copy_from_slice(packet)));
                 Ok(None)
             }
         }
@@ -613,13 +619,13 @@ impl Port {
         }
     }
 
-    /// Keeps a packet to the guest unless packets pass.
+    /// Keeps a packet to the guest unless packets pass. It is copied: it came in a buffer that holds many.
     fn keep(&mut self, packet: &Bytes, counters: &mut Counters) -> bool {
         match self.phase {
             Phase::Passing => false,
             Phase::Holding | Phase::Releasing => {
                 counters.held += 1;
-                counters.drop(DropReason::HoldFull, self.hold.push(packet.clone()));
+                counters.drop(DropReason::HoldFull, self.hold.push(Bytes::copy_from_slice(packet)));
                 true
             }
         }

@@ -224,7 +224,8 @@ impl Reassembly {
         entry.bytes += part.body.len();
         entry.missing -= 1;
         self.bytes += part.body.len();
-        *slot = Some(part.body);
+        // A copy: it came in a buffer that holds many, and may wait.
+        *slot = Some(Bytes::copy_from_slice(&part.body));
         if entry.missing == 0 {
             return Ok(self.forget(id).map(|entry| join(&entry)));
         }

@@ -15,6 +15,9 @@ use super::packet::{Packet, TCP, UDP};
 
 /// Length of the header before each packet, in bytes.
 pub const VNET_HEADER_BYTES: usize = 10;
+/// Segments that one super-packet may stand for: 64 KiB of the least that Linux's TCP sends (48 bytes of data, `net/tcp.h`,
+/// TCP_MIN_SND_MSS). A guest could ask for one byte each otherwise, and keep everybody waiting.
+pub const MAX_SEGMENTS: usize = 1366;
 /// The longest packet with its header, in bytes.
 pub const MAX_FRAME_BYTES: usize = VNET_HEADER_BYTES + 65_535;
 
@@ -86,7 +89,10 @@ pub fn read(frame: &mut [u8]) -> Result<(Offload, usize), FrameError> {
         _ => return Err(FrameError::Contradiction),
     };
     if let Some((protocol, offload)) = left {
-        let fits = layout.is_some_and(|layout| layout.protocol == protocol && layout.data_at < len);
+        let fits = layout.is_some_and(|layout| {
+            let segments = len.saturating_sub(layout.data_at).div_ceil(usize::from(size).max(1));
+            layout.protocol == protocol && (1..=MAX_SEGMENTS).contains(&segments)
+        });
         return if fits && size > 0 { Ok((offload, len)) } else { Err(FrameError::Contradiction) };
     }
     if header[0] & NEEDS_CHECKSUM == 0 {
@@ -152,11 +158,16 @@ impl Layout {
         if self.protocol == TCP { TCP_CHECKSUM_AT } else { UDP_CHECKSUM_AT }
     }
 
-    /// Whether a whole packet's checksum is right. UDP without one cannot be told, and is not.
-    pub fn has_valid_checksum(self, packet: &[u8]) -> bool {
-        let transport = &packet[self.transport_at..];
+    /// Whether a receiver would find nothing wrong with a whole packet's headers and checksums. UDP without a checksum
+    /// cannot be told, and is not.
+    pub fn is_valid(self, packet: &[u8]) -> bool {
+        let (network, transport) = packet.split_at(self.transport_at);
+        if network[0] >> 4 == 4 && checksum::fold(checksum::sum(network)) != 0xffff {
+            return false;
+        }
         let at = self.checksum_offset();
-        if self.protocol == UDP && transport[at..at + 2] == [0, 0] {
+        let udp_len = || usize::from(u16::from_be_bytes([transport[4], transport[5]]));
+        if self.protocol == UDP && (transport[at..at + 2] == [0, 0] || udp_len() != transport.len()) {
             return false;
         }
         let pseudo = checksum::pseudo_header(packet, self.protocol) + transport.len() as u64;

@@ -206,6 +206,21 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_super_packet_of_crumbs_is_refused_at_the_limit() {
+        use super::super::offload::{self, FrameError, MAX_SEGMENTS, VNET_HEADER_BYTES};
+
+        let read = |data: usize| {
+            let (left, packet) = super_packet(false, true, data, 8, 0x10);
+            let mut frame = [&offload::header(left, &packet)[..], &packet].concat();
+            offload::read(&mut frame).map(|(read, len)| {
+                assert_eq!((read, len), (left, frame.len() - VNET_HEADER_BYTES));
+            })
+        };
+        assert_eq!(read(8 * MAX_SEGMENTS), Ok(()));
+        assert_eq!(read(8 * MAX_SEGMENTS + 1), Err(FrameError::Contradiction));
+    }
+
+    #[test]
     fn only_tcp_is_cut_smaller_than_the_kernel_asked_and_not_to_crumbs() {
         let lens = |tcp, max_len| {
             let frame = super_packet(false, tcp, 3000, 1400, 0x10);
