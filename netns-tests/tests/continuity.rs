@@ -15,9 +15,10 @@ mod probes;
 mod scenes;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use gateway::api::types::Progressing;
+use gateway::api::types::{MigrationView, Progressing};
+use longhaul_core::migration::Stage;
 use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT};
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::scene::Scene;
@@ -52,7 +53,7 @@ fn options() -> SceneOptions {
 
 /// Connections that were opened at `to`: records both ways, a download that lasts, one that is silent until the end.
 async fn connect(scene: &Scene, to: IpAddr) -> Client {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut plan = TrafficPlan::new(now.as_millis() as u64);
     plan.record =
         Some(RecordPlan { address: SocketAddr::new(to, RECORD_PORT), interval_ms: 10, gap_ms: 200 });
@@ -64,6 +65,18 @@ async fn connect(scene: &Scene, to: IpAddr) -> Client {
         seed: 7,
     });
     Client::start(&scene.world.client, plan).await.unwrap()
+}
+
+/// What came to the guest's tap before packets were held, and was not read when the guest was stopped, stays in the old
+/// QEMU: on a busy machine a datagram or two of the last moment. All others are answered.
+fn assert_only_what_the_guest_held_is_missing(missing: &[(u64, SystemTime)], view: &MigrationView) {
+    let stopping = view.stages.iter().find(|stage| stage.stage == Stage::StopAndCopy).unwrap();
+    let since_stopping = |at: &SystemTime| {
+        at.duration_since(UNIX_EPOCH).unwrap().as_millis() as i64 - stopping.start_ms as i64
+    };
+    let at_another_time = |(_, at): &&(u64, SystemTime)| !(-100..200).contains(&since_stopping(at));
+    assert_eq!(missing.iter().filter(at_another_time).collect::<Vec<_>>(), [] as [&(u64, SystemTime); 0]);
+    assert!(missing.len() <= 3, "{missing:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -90,9 +103,9 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     assert!(requests.answered > 100, "{requests:?}");
     assert_eq!(requests.failed, [] as [String; 0]);
     for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
-        println!("{what} during the move: {:?}", datagrams.tally());
+        println!("{what} during the move: {:?}, missing {:?}", datagrams.tally(), datagrams.missing());
         scene.keep_logs();
-        assert_eq!(datagrams.missing(), [], "{what}: {view:?}");
+        assert_only_what_the_guest_held_is_missing(&datagrams.missing(), &view);
     }
 
     // From here on the path from the core to the client takes less than the guest sends: it must hear of that.
