@@ -54,7 +54,7 @@ impl Outcome {
 
     /// Says why there is nothing.
     pub(super) fn skip(&mut self, path: Path, kind: Kind, version: &str, reason: &str) {
-        println!("skipped: {} on the {} path: {reason}", kind.name(), path.name());
+        println!("left out: {} on the {} path: {reason}", kind.name(), path.name());
         self.peer(path, kind, version).skipped = Some(reason.to_owned());
     }
 
