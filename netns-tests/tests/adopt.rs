@@ -127,16 +127,7 @@ async fn a_machine_with_a_foreign_tap_is_adopted_and_moves_with_its_connection()
         println!("skipped: network namespaces need root");
         return;
     }
-    let options = SceneOptions {
-        name: "adopt".to_owned(),
-        rate_mbit: 200.0,
-        rtt: Duration::from_millis(20),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
-        ttl_s: 5,
-        ..SceneOptions::default()
-    };
+    let options = SceneOptions { rate_mbit: 200.0, ttl_s: 5, ..SceneOptions::small("adopt") };
     let scene = Scene::build(options, &Programs::build().unwrap()).await.unwrap();
     let (socket, console) = (scene.a.folder.join("hand.sock"), scene.a.folder.join("hand.log"));
     let mut qemu = start_by_hand(&scene, &socket, &console);

@@ -27,17 +27,12 @@ const LOOK: Duration = Duration::from_millis(2);
 
 fn options(arbiter: ArbiterChoice) -> SceneOptions {
     SceneOptions {
-        name: format!("arbiter-{arbiter:?}").to_lowercase(),
-        rate_mbit: 100.0,
         // Long enough that what was just said is still under way when the link is cut.
         rtt: Duration::from_millis(400),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
         dns: DnsServer::Bind9,
         ttl_s: 5,
         arbiter,
-        ..SceneOptions::default()
+        ..SceneOptions::small(format!("arbiter-{arbiter:?}").to_lowercase())
     }
 }
 

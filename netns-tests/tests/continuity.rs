@@ -36,21 +36,6 @@ const NARROW_MTU: u32 = 1300;
 const DOWNLOAD_BYTES: u64 = 12 << 20;
 const DOWNLOAD_RATE: u64 = 256 << 10;
 
-fn options() -> SceneOptions {
-    SceneOptions {
-        name: "continuity".into(),
-        // A faster copy would starve the guest, which has no hardware help.
-        rate_mbit: 100.0,
-        rtt: Duration::from_millis(20),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
-        ttl_s: 5,
-        quiet_s: 60,
-        ..SceneOptions::default()
-    }
-}
-
 /// Connections that were opened at `to`: records both ways, a download that lasts, one that is silent until the end.
 async fn connect(scene: &Scene, to: IpAddr) -> Client {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -79,10 +64,26 @@ fn assert_only_what_the_guest_held_is_missing(missing: &[(u64, SystemTime)], vie
     assert!(missing.len() <= 3, "{missing:?}");
 }
 
+/// Waits for two seconds' worth of answers: all that was sent before has had its time.
+async fn later(datagrams: &Datagrams) {
+    let before = datagrams.tally().answered;
+    let goes_on = || (datagrams.tally().answered > before + 100).then_some(());
+    wait("datagrams go on", 20 * SECOND, goes_on).await;
+}
+
+/// Packets that the core had to refuse because they must not be split, and said so (`FragFails`, RFC 4293).
+fn refused_as_too_large(scene: &Scene) -> u64 {
+    let text = scene.world.net.output("cat", &["/proc/net/snmp"]).unwrap();
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip: "));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let mut fields = names.split(' ').zip(values.split(' '));
+    fields.find(|(name, _)| *name == "FragFails").unwrap().1.parse().unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_restarts() {
     let Some(_turn) = turn().await else { return };
-    let mut scene = build(options()).await;
+    let mut scene = build(SceneOptions { ttl_s: 5, quiet_s: 60, ..SceneOptions::small("continuity") }).await;
     scene.start_guest().await.unwrap();
     let home = scene.home().unwrap();
     let client = &scene.world.client;
@@ -97,23 +98,28 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     let id = scene.begin_move().await.unwrap();
     let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
     assert_eq!(view.progressing, Progressing::Moved, "{:?}\n{}", view.reason, scene.a.log_tail());
-    tokio::time::sleep(2 * SECOND).await;
+    later(&small).await;
     let requests = requests.end();
     println!("short connections by the old address: {requests:?}");
     assert!(requests.answered > 100, "{requests:?}");
     assert_eq!(requests.failed, [] as [String; 0]);
     for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
-        println!("{what} during the move: {:?}, missing {:?}", datagrams.tally(), datagrams.missing());
+        let (tally, missing) = (datagrams.tally(), datagrams.missing());
+        println!("{what} during the move: {tally:?}, missing {missing:?}");
         scene.keep_logs();
-        assert_only_what_the_guest_held_is_missing(&datagrams.missing(), &view);
+        assert!(tally.answered > 100, "{what}: {tally:?}");
+        assert_only_what_the_guest_held_is_missing(&missing, &view);
     }
 
     // From here on the path from the core to the client takes less than the guest sends: it must hear of that.
     scene.world.net.ip(&[format!("route add {CLIENT}/32 dev client0 mtu lock {NARROW_MTU}")]).unwrap();
     let narrow = connect(&scene, home).await;
-    tokio::time::sleep(2 * SECOND).await;
+    let refused = || (refused_as_too_large(&scene) > 0).then_some(());
+    wait("a packet that the narrow path refused", 20 * SECOND, refused).await;
+    later(&small).await;
 
     scene.world.wan.cut().unwrap();
+    // The length of the cut, not a wait for anything.
     tokio::time::sleep(5 * SECOND).await;
     scene.world.wan.heal().unwrap();
     scene.wait_for_link().await.unwrap();
@@ -126,8 +132,8 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
 
     // All of it goes on.
     for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
-        let before = datagrams.tally();
-        let goes_on = || (datagrams.tally().answered > before.answered + 20).then_some(());
+        let before = datagrams.tally().answered;
+        let goes_on = || (datagrams.tally().answered > before + 20).then_some(());
         wait(&format!("{what} after the restarts"), 20 * SECOND, goes_on).await;
         let tally = datagrams.end();
         assert_eq!((tally.corrupt, tally.doubled), (0, 0), "{what}: {tally:?}");

@@ -48,18 +48,6 @@ const BOUNDED: [u64; 6] = [4, 14, 8, 10, 12, 6];
 
 static TURN: Mutex<()> = Mutex::const_new(());
 
-fn small(name: &str) -> SceneOptions {
-    SceneOptions {
-        name: name.to_owned(),
-        rate_mbit: 100.0,
-        rtt: Duration::from_millis(20),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
-        ..SceneOptions::default()
-    }
-}
-
 /// Builds a scene with its guest at site a, plays, and takes it down.
 async fn play(options: SceneOptions, act: impl AsyncFnOnce(&mut Scene, &Before) -> Result<()>) {
     if !nix::unistd::geteuid().is_root() {
@@ -289,7 +277,7 @@ fn lateness(ended: &AtomicBool) -> Duration {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_abort_in_pre_copy_leaves_the_guest_at_home_and_nothing_elsewhere() {
-    play(small("fault-abort"), async |scene, before| {
+    play(SceneOptions::small("fault-abort"), async |scene, before| {
         let client = record_client(scene).await?;
         let id = scene.begin_move().await?;
         memory_flows(scene, &id).await?;
@@ -307,7 +295,7 @@ async fn an_abort_in_pre_copy_leaves_the_guest_at_home_and_nothing_elsewhere() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
     let migration = vec!["pause_budget_s = 1".into(), "retries = 0".into()];
-    let options = SceneOptions { migration, ..small("fault-pause") };
+    let options = SceneOptions { migration, ..SceneOptions::small("fault-pause") };
     play(options, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
@@ -334,7 +322,7 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running() {
     // So slow that something is left to send when the guest has stopped.
-    play(SceneOptions { rate_mbit: 60.0, ..small("fault-journal") }, async |scene, before| {
+    play(SceneOptions { rate_mbit: 60.0, ..SceneOptions::small("fault-journal") }, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         scene.begin_move().await?;
@@ -392,7 +380,7 @@ impl Drop for Hung {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_qemu_that_hangs_in_the_pause_resumes_its_guest_when_it_goes_on() {
     let migration = vec!["pause_budget_s = 1".into(), "retries = 0".into()];
-    play(SceneOptions { migration, ..small("fault-hang") }, async |scene, before| {
+    play(SceneOptions { migration, ..SceneOptions::small("fault-hang") }, async |scene, before| {
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
         stopped(&monitor).await?;
@@ -440,7 +428,7 @@ impl Drop for SmallDisk {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_destination_whose_disk_fills_up_says_so_and_the_guest_stays() {
     let migration = vec!["retries = 0".into()];
-    let options = SceneOptions { rate_mbit: 20.0, migration, ..small("fault-full") };
+    let options = SceneOptions { rate_mbit: 20.0, migration, ..SceneOptions::small("fault-full") };
     play(options, async |scene, before| {
         let disk = SmallDisk::mount(scene.b.folder.join("disks"), 700)?;
         let client = record_client(scene).await?;
@@ -463,7 +451,7 @@ async fn a_destination_whose_disk_fills_up_says_so_and_the_guest_stays() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_pause_that_was_cut_off_is_tried_again_and_sends_only_what_differs() {
     let migration = vec!["pause_budget_s = 1".into()];
-    let options = SceneOptions { migration, dirty_disk_kib_per_s: 16, ..small("fault-again") };
+    let options = SceneOptions { migration, dirty_disk_kib_per_s: 16, ..SceneOptions::small("fault-again") };
     play(options, async |scene, _| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
@@ -525,7 +513,7 @@ async fn next_attempt(scene: &Scene, id: &str) -> Result<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_abort_between_two_attempts_is_the_end() {
     let migration = vec!["pause_budget_s = 1".into(), "retry_delay_s = 600".into()];
-    play(SceneOptions { migration, ..small("fault-no-more") }, async |scene, before| {
+    play(SceneOptions { migration, ..SceneOptions::small("fault-no-more") }, async |scene, before| {
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
         let deadline = Instant::now() + MOVE;
@@ -556,8 +544,10 @@ async fn an_abort_between_two_attempts_is_the_end() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_source_gateway_killed_in_the_pause_leaves_its_host_as_it_was() {
-    let options =
-        SceneOptions { migration: vec!["pause_budget_s = 20".into()], ..small("fault-pause-kill-a") };
+    let options = SceneOptions {
+        migration: vec!["pause_budget_s = 20".into()],
+        ..SceneOptions::small("fault-pause-kill-a")
+    };
     play(options, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
@@ -584,7 +574,7 @@ async fn the_source_gateway_killed_in_the_pause_leaves_its_host_as_it_was() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_minute_without_wan_and_a_reboot_in_pre_copy_delay_the_move_only() {
-    let options = SceneOptions { dirty_disk_kib_per_s: 1024, ..small("fault-minute") };
+    let options = SceneOptions { dirty_disk_kib_per_s: 1024, ..SceneOptions::small("fault-minute") };
     play(options, async |scene, _| {
         let questions = Questioner::start(Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?);
         let id = scene.begin_move().await?;
@@ -617,7 +607,7 @@ async fn a_minute_without_wan_and_a_reboot_in_pre_copy_delay_the_move_only() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_waiting_qemu_killed_in_pre_copy_is_refused_by_name() {
-    play(small("fault-kill-qemu"), async |scene, before| {
+    play(SceneOptions::small("fault-kill-qemu"), async |scene, before| {
         let client = record_client(scene).await?;
         let id = scene.begin_move().await?;
         memory_flows(scene, &id).await?;

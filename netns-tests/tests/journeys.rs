@@ -37,17 +37,10 @@ const MOVE_LIMIT: Duration = Duration::from_secs(120);
 
 fn options(name: &str) -> SceneOptions {
     SceneOptions {
-        name: format!("journeys-{name}"),
-        // Two hosts, two machines and the client share few cores: a faster copy would starve the guest.
-        rate_mbit: 100.0,
-        rtt: Duration::from_millis(20),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
         ttl_s: 5,
         // Old connections decide; nobody is to be cut because the test was slow.
         quiet_s: 20,
-        ..SceneOptions::default()
+        ..SceneOptions::small(format!("journeys-{name}"))
     }
 }
 

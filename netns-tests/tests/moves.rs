@@ -36,16 +36,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const MOVE_LIMIT: Duration = Duration::from_secs(90);
 
 fn options(name: &str) -> SceneOptions {
-    SceneOptions {
-        name: format!("moves-{name}"),
-        rate_mbit: 200.0,
-        rtt: Duration::from_millis(20),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
-        ttl_s: 5,
-        ..SceneOptions::default()
-    }
+    SceneOptions { rate_mbit: 200.0, ttl_s: 5, ..SceneOptions::small(format!("moves-{name}")) }
 }
 
 async fn moved(scene: &Scene) -> MigrationView {

@@ -47,15 +47,9 @@ static TURN: Mutex<()> = Mutex::const_new(());
 
 fn small(name: &str) -> SceneOptions {
     SceneOptions {
-        name: format!("recovery-{name}"),
-        rate_mbit: 100.0,
-        rtt: Duration::from_millis(20),
-        loss: 0.0,
-        memory_mib: 128,
-        disk_bytes: 512 << 20,
         // An attempt that failed is the end of it here.
         migration: vec!["retries = 0".into()],
-        ..SceneOptions::default()
+        ..SceneOptions::small(format!("recovery-{name}"))
     }
 }
 

@@ -83,6 +83,20 @@ impl Default for SceneOptions {
 }
 
 impl SceneOptions {
+    /// A small machine on a WAN that loses nothing, for tests: two hosts, two machines and a client share few cores, and a
+    /// faster copy would starve a guest that has no hardware help.
+    pub fn small(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            rate_mbit: 100.0,
+            rtt: Duration::from_millis(20),
+            loss: 0.0,
+            memory_mib: 128,
+            disk_bytes: 512 << 20,
+            ..Self::default()
+        }
+    }
+
     /// The WAN as the emulator wants it.
     pub fn wan(&self) -> WanProfile {
         WanProfile::symmetric(self.rate_mbit, self.rtt, self.loss).with_jitter(self.jitter)

@@ -34,9 +34,7 @@ struct Exchange {
 
 /// What became of them.
 #[derive(Debug, Clone, Copy)]
-#[allow(dead_code, reason = "shown")]
 pub struct Tally {
-    pub sent: u64,
     pub answered: u64,
     pub corrupt: u64,
     pub doubled: u64,
@@ -69,8 +67,7 @@ impl Datagrams {
 
     pub fn tally(&self) -> Tally {
         let state = self.state.lock().unwrap();
-        let answered = state.answered.len() as u64;
-        Tally { sent: state.sent_at.len() as u64, answered, corrupt: state.corrupt, doubled: state.doubled }
+        Tally { answered: state.answered.len() as u64, corrupt: state.corrupt, doubled: state.doubled }
     }
 
     pub fn end(&self) -> Tally {

@@ -205,7 +205,7 @@ fn wireguard(place: &Place, running: &mut Running, program: &Path, arguments: &[
         running.processes.push(spawn(place, namespace, &mut command, &format!("{device}.log"))?);
         let socket = Path::new(WIREGUARD_SOCKETS).join(format!("{device}.sock"));
         running.sockets.push(socket.clone());
-        wait_for(&socket)?;
+        wait_until(&format!("{} does not appear", socket.display()), || Ok(socket.exists()))?;
         let (own, other) = (&keys[index], &keys[1 - index]);
         let endpoint = format!("{}:{port}", ends[1 - index].1);
         let (port, key) = (port.to_string(), own.file.to_string_lossy());
@@ -268,17 +268,18 @@ fn quincy(place: &Place, running: &mut Running, programs: &[PathBuf], index: u8)
             place.device("qc"),
         ),
     )?;
-    for (namespace, program, config) in
-        [(&place.b, &programs[0], server_config), (&place.a, &programs[1], client_config)]
-    {
+    let mut begin = |namespace: &Namespace, program: &Path, config: &Path| -> Result<()> {
         let mut command = Command::new(program);
         command.arg("--config-path").arg(config);
         let log = format!("{}.log", program.file_name().unwrap_or_default().to_string_lossy());
         running.processes.push(spawn(place, namespace, &mut command, &log)?);
-        // The client tries once.
-        std::thread::sleep(Duration::from_millis(500));
-    }
-    Ok(())
+        Ok(())
+    };
+    begin(&place.b, &programs[0], &server_config)?;
+    // The client tries once.
+    let bound = || Ok(!place.b.output("ss", &["-Hun", "-a", "sport", "=", ":55555"])?.is_empty());
+    wait_until("quincy's server does not listen", bound)?;
+    begin(&place.a, &programs[1], &client_config)
 }
 
 /// An X25519 key pair, in base64 as WireGuard has it.
@@ -298,11 +299,11 @@ impl Key {
     }
 }
 
-fn wait_for(file: &Path) -> Result<()> {
+fn wait_until(otherwise: &str, ready: impl Fn() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + START_TIME;
-    while !file.exists() {
+    while !ready()? {
         if Instant::now() > deadline {
-            bail!("{} does not appear", file.display());
+            bail!("{otherwise}");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
