@@ -4,7 +4,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use longhaul_core::tunnel::coalesce::Train;
+use longhaul_core::tunnel::coalesce::{MAX_JOINED, Train};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::debug;
@@ -16,8 +16,6 @@ use super::error::TunnelError;
 const TCP_OFFLOADS: libc::c_uint = 0x01 | 0x02 | 0x04 | 0x08;
 /// And, from Linux 6.2, UDP datagrams of one length.
 const UDP_OFFLOADS: libc::c_uint = 0x20 | 0x40;
-/// The most pieces one packet is written in: headers, and the data of 64 KiB in the shortest usual segments.
-const MAX_PIECES: usize = 256;
 
 nix::ioctl_write_int_bad!(
     /// Says which unfinished packets the program behind the device takes.
@@ -91,14 +89,9 @@ impl TunDevice {
     /// Writes packets that were joined, without copying them together.
     pub fn send(&self, train: &Train) -> io::Result<()> {
         train.write(|head, data, rest| {
-            let mut pieces = [IoSlice::new(&[]); MAX_PIECES];
+            let mut pieces = [IoSlice::new(&[]); MAX_JOINED + 1];
             pieces[0] = IoSlice::new(head);
             pieces[1] = IoSlice::new(data);
-            if rest.len() + 2 > MAX_PIECES {
-                let together =
-                    [&[head, data], &rest.iter().map(AsRef::as_ref).collect::<Vec<_>>()[..]].concat();
-                return self.write(&[IoSlice::new(&together.concat())]);
-            }
             for (piece, bytes) in pieces[2..].iter_mut().zip(rest) {
                 *piece = IoSlice::new(bytes);
             }

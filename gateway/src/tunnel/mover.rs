@@ -21,7 +21,7 @@ use longhaul_core::tunnel::datapath::{
 };
 use longhaul_core::tunnel::flows::{FlowEntry, FlowTable, HeldBy};
 use longhaul_core::tunnel::handover::FlowTuple;
-use longhaul_core::tunnel::offload::{self, MAX_FRAME_BYTES, VNET_HEADER_BYTES};
+use longhaul_core::tunnel::offload::{self, MAX_FRAME_BYTES, Offload, VNET_HEADER_BYTES};
 use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey, Role};
 use longhaul_core::tunnel::repair::{self, RepairCounters};
 use longhaul_core::tunnel::segment;
@@ -363,7 +363,10 @@ impl Mover {
             return 1;
         };
         let packet = &self.buffer[VNET_HEADER_BYTES..][..packet_len];
-        let max_len = self.datapath.link_of(packet).map_or(0, |peer| self.room_for(peer));
+        let max_len = match left {
+            Offload::Tcp { .. } => self.datapath.link_of(packet).map_or(0, |peer| self.room_for(peer)),
+            Offload::Finished | Offload::Checksum | Offload::Udp { .. } => packet_len,
+        };
         segment::finish(left, packet, max_len, &mut self.segments);
         let mut segments = std::mem::take(&mut self.segments);
         let count = segments.len();

@@ -20,6 +20,8 @@ use super::segment;
 const MAX_TRAINS: usize = 16;
 /// Datagrams the kernel takes as one UDP super-packet (`linux/udp.h`, UDP_MAX_SEGMENTS before Linux 6.9).
 const MAX_UDP_SEGMENTS: usize = 64;
+/// The most packets that are joined: 64 KiB of the shortest usual segments. A device writes them in one piece more.
+pub const MAX_JOINED: usize = 128;
 const MAX_PACKET: usize = 65_535;
 /// The longest header of a packet that is joined: IPv6 and TCP with options.
 const MAX_HEADER: usize = 40 + 60;
@@ -106,11 +108,6 @@ impl Train {
         Self { first, layout, is_verified: false, rest, rest_len, end_flags, is_short: false }
     }
 
-    /// The first packet, whose headers say where all of them go.
-    pub fn first(&self) -> &Bytes {
-        &self.first
-    }
-
     /// Hands the pieces of what the device takes, in order, to `write`: virtio-net header and corrected
     /// headers, then data.
     pub fn write<T>(&self, write: impl FnOnce(&[u8], &[u8], &[Bytes]) -> T) -> T {
@@ -157,9 +154,6 @@ impl Train {
     fn is_same_flow(&self, next: &Self, layout: Layout) -> bool {
         let (one, other) = (&self.first, &next.first);
         let addresses = if other[0] >> 4 == 4 { 12..20 } else { 8..40 };
-        // Each has its ports where its own headers end.
-        let ports =
-            |packet: &Bytes, layout: Layout| packet.slice(layout.transport_at..layout.transport_at + 4);
         self.layout
             .is_some_and(|own| own.protocol == layout.protocol && ports(one, own) == ports(other, layout))
             && one[0] >> 4 == other[0] >> 4
@@ -185,6 +179,7 @@ impl Train {
         let size = self.first.len() - own.data_at;
         let data_len = next.first.len() - layout.data_at;
         let fits = own == layout
+            && self.rest.len() + 1 < MAX_JOINED
             && (1..=size).contains(&data_len)
             && self.first.len() + self.rest_len + data_len <= MAX_PACKET;
         let ended = self.is_short || self.end_flags != 0;
@@ -234,6 +229,11 @@ impl Train {
             && first[14..16] == next[14..16]
             && first[18..header_len] == next[18..header_len]
     }
+}
+
+/// Each packet has its ports where its own network headers end.
+fn ports(packet: &[u8], layout: Layout) -> &[u8] {
+    &packet[layout.transport_at..layout.transport_at + 4]
 }
 
 #[cfg(test)]
@@ -329,6 +329,16 @@ mod tests {
     }
 
     #[test]
+    fn no_more_are_joined_than_a_device_writes_at_once() {
+        let segments = finished(&super_packet(false, true, (MAX_JOINED + 1) * 10, 10, 0x10), usize::MAX);
+        let mut coalescer = Coalescer::new(true);
+        push(&mut coalescer, segments);
+        coalescer.flush();
+        let counts = std::iter::from_fn(|| coalescer.poll()).map(|train| train.traffic().packets);
+        assert_eq!(counts.collect::<Vec<_>>(), [MAX_JOINED as u64, 1]);
+    }
+
+    #[test]
     fn bytes_behind_a_packet_are_not_taken_for_data() {
         let segments = finished(&super_packet(false, true, 2000, 1000, 0x10), usize::MAX);
         let longer = Bytes::from([&segments[0][..], &[0; 4]].concat());
@@ -336,7 +346,7 @@ mod tests {
         push(&mut coalescer, [longer.clone(), segments[1].clone()]);
         coalescer.flush();
         let first = coalescer.poll().unwrap();
-        assert_eq!((first.traffic().packets, first.first()), (1, &longer));
+        assert_eq!((first.traffic().packets, &first.first), (1, &longer));
     }
 
     #[test]
@@ -347,7 +357,7 @@ mod tests {
         let mut coalescer = Coalescer::new(true);
         push(&mut coalescer, [segments[0].clone(), segments[1].clone(), fragment.into()]);
         assert_eq!(coalescer.poll().unwrap().traffic().packets, 2);
-        assert_eq!(coalescer.poll().unwrap().first()[6], 0x20);
+        assert_eq!(coalescer.poll().unwrap().first[6], 0x20);
     }
 
     #[test]
@@ -361,8 +371,8 @@ mod tests {
         let mut coalescer = Coalescer::new(true);
         push(&mut coalescer, [segments[0].clone(), options.into()]);
         coalescer.flush();
-        assert_eq!(coalescer.poll().unwrap().first()[0], 0x45);
-        assert_eq!(coalescer.poll().unwrap().first()[0], 0x46);
+        assert_eq!(coalescer.poll().unwrap().first[0], 0x45);
+        assert_eq!(coalescer.poll().unwrap().first[0], 0x46);
     }
 
     #[test]
@@ -390,7 +400,7 @@ mod tests {
             segment[21] = port;
             coalescer.push(segment.into());
         }
-        assert_eq!(coalescer.poll().unwrap().first()[21], 0);
+        assert_eq!(coalescer.poll().unwrap().first[21], 0);
         assert!(coalescer.poll().is_none());
     }
 

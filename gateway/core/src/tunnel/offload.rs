@@ -107,15 +107,7 @@ pub fn read(frame: &mut [u8]) -> Result<(Offload, usize), FrameError> {
     }
 }
 
-/// The header to write before a whole packet.
-pub fn header(offload: Offload, packet: &[u8]) -> [u8; VNET_HEADER_BYTES] {
-    match Packet::parse(packet).ok().and_then(|view| Layout::of(&view)) {
-        Some(layout) => header_of(offload, layout, packet),
-        None => [0; VNET_HEADER_BYTES],
-    }
-}
-
-/// The same for a packet of which only the headers are at hand.
+/// The header to write before a packet, of which only the headers need be at hand.
 pub(super) fn header_of(offload: Offload, layout: Layout, packet: &[u8]) -> [u8; VNET_HEADER_BYTES] {
     let mut header = [0; VNET_HEADER_BYTES];
     let (gso_type, size) = match offload {

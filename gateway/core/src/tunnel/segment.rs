@@ -211,7 +211,8 @@ pub(super) mod tests {
 
         let read = |data: usize| {
             let (left, packet) = super_packet(false, true, data, 8, 0x10);
-            let mut frame = [&offload::header(left, &packet)[..], &packet].concat();
+            let layout = Layout::of(&Packet::parse(&packet).unwrap()).unwrap();
+            let mut frame = [&offload::header_of(left, layout, &packet)[..], &packet].concat();
             offload::read(&mut frame).map(|(read, len)| {
                 assert_eq!((read, len), (left, frame.len() - VNET_HEADER_BYTES));
             })

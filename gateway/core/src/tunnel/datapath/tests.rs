@@ -31,6 +31,17 @@ fn kept(datapath: &mut Datapath) -> Vec<Bytes> {
     std::iter::from_fn(|| datapath.poll_kept(NOW, &[])).map(|(_, _, packet)| packet).collect()
 }
 
+/// web1's home, a, and b, where it runs.
+fn visiting() -> [Datapath; 2] {
+    let [mut a, mut b] = [(); 2].map(|()| Datapath::new(DatapathConfig::default()));
+    a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+    a.attract(NOW, &key("web1"), &[]).unwrap();
+    b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
+    b.resumed(NOW, &key("web1")).unwrap();
+    assert!(a.poll_kept(NOW, &[]).is_none() && b.poll_kept(NOW, &[]).is_none());
+    [a, b]
+}
+
 #[test]
 fn packets_of_the_pause_reach_the_guest_in_order_and_before_later_ones() {
     let mut home = Datapath::new(DatapathConfig::default());
@@ -165,12 +176,7 @@ fn a_machine_that_moves_on_is_reached_through_the_site_it_left_until_its_home_kn
 #[test]
 fn a_machine_that_returns_finds_what_was_held_for_it_and_keeps_the_address_it_was_visited_at() {
     const CARE_OF: [u8; 4] = [203, 0, 113, 200];
-    let [mut a, mut b] = [(); 2].map(|()| Datapath::new(DatapathConfig::default()));
-    a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
-    a.attract(NOW, &key("web1"), &[]).unwrap();
-    b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
-    b.resumed(NOW, &key("web1")).unwrap();
-    assert!(a.poll_kept(NOW, &[]).is_none() && b.poll_kept(NOW, &[]).is_none());
+    let [mut a, mut b] = visiting();
     b.pause(&key("web1")).unwrap();
     b.begin_hold(&key("web1"), &site("a"), &[CARE_OF.into()]).unwrap();
     assert_eq!(carry(&mut a, &mut b, ("a", "b"), &to_guest(1)), None);
@@ -202,12 +208,7 @@ fn a_machine_that_returns_finds_what_was_held_for_it_and_keeps_the_address_it_wa
 
 #[test]
 fn a_machine_that_does_not_return_after_all_gets_what_was_kept_where_it_stayed() {
-    let [mut a, mut b] = [(); 2].map(|()| Datapath::new(DatapathConfig::default()));
-    a.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
-    a.attract(NOW, &key("web1"), &[]).unwrap();
-    b.visit(&key("web1"), &[route(HOME, "a")]).unwrap();
-    b.resumed(NOW, &key("web1")).unwrap();
-    assert!(a.poll_kept(NOW, &[]).is_none() && b.poll_kept(NOW, &[]).is_none());
+    let [mut a, mut b] = visiting();
     a.expect_return(NOW, &key("web1"), true);
     assert_eq!(carry(&mut b, &mut a, ("b", "a"), &to_guest(1)), None);
     a.expect_return(NOW, &key("web1"), false);
