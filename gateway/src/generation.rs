@@ -39,6 +39,13 @@ pub fn read_note(image: &Path) -> Result<Option<Generation>, NoteError> {
     note.map(Some)
 }
 
+/// Every disk in `folder` that has a note, and what it says. One that cannot be read is left out.
+pub fn notes_in(folder: &Path) -> Vec<(PathBuf, Generation)> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let images = entries.map(|entry| entry.path()).filter(|path| path.is_file());
+    images.filter_map(|image| read_note(&image).ok().flatten().map(|note| (image, note))).collect()
+}
+
 /// Writes the note beside each of `images`; durable when it returns. Blocks for the disks' flushes.
 pub fn write_notes(images: &[PathBuf], note: &Generation) -> Result<(), NoteError> {
     images.iter().try_for_each(|image| write_note(image, note))
@@ -73,6 +80,17 @@ mod tests {
     use longhaul_core::ids::Epoch;
 
     use super::*;
+
+    #[test]
+    fn only_disks_with_a_note_are_found_in_a_folder() {
+        let pool = tempfile::tempdir().unwrap();
+        let image = pool.path().join("web1-root.raw");
+        fs::write(&image, "").unwrap();
+        assert!(notes_in(pool.path()).is_empty());
+        let note = Generation { vm: "web1".parse().unwrap(), epoch: Epoch(2), owner: "b".parse().unwrap() };
+        write_notes(std::slice::from_ref(&image), &note).unwrap();
+        assert_eq!(notes_in(pool.path()), [(image, note)]);
+    }
 
     #[test]
     fn a_note_says_after_a_rewrite_what_was_written_last_and_a_damaged_one_is_no_note() {

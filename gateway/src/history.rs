@@ -14,7 +14,7 @@ use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 use longhaul_core::migration::recovery::{Facts, NextStep, Qemu, next_step};
 
 use crate::api::types::{JournalView, RecordView};
-use crate::generation::read_notes;
+use crate::generation::{notes_in, read_notes};
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::MachineRow;
 use crate::migration::anchor::arriving_images;
@@ -76,6 +76,7 @@ pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<Ne
         owner: known.owner,
         arbitrated: history.attempt.commit != CommitMode::Confirmed,
         wanted: wanted(history),
+        settled: known.row.is_some_and(|row| row.settled_in == Some(history.attempt.epoch)),
         qemu: known.qemu,
         owes_names: known.row.is_some_and(|row| row.ttl_before_s.is_some()),
         overtaken: is_overtaken(history, all),
@@ -122,12 +123,20 @@ fn came_again(history: &History, all: &[History]) -> bool {
 
 /// Whether the ledger is older than a disk of the machine; a note that cannot be read may say that it is.
 fn is_stale(history: &History, known: &Known<'_>) -> bool {
-    if has_come_unknown(history, known.site) {
+    if has_come_unknown(history, known.site) || has_come_since(history, known) {
         return true;
     }
     let (Some(owner), Some(row)) = (known.owner, known.row) else { return false };
     let Ok(notes) = read_notes(&row.images) else { return true };
     behind(owner, &history.attempt.vm, &notes).is_err()
+}
+
+/// Whether the machine has come here in an epoch of which the ledger does not know.
+fn has_come_since(history: &History, known: &Known<'_>) -> bool {
+    let (Some(Site { name, pool }), Some(owner)) = (known.site, known.owner) else { return false };
+    let vm = &history.attempt.vm;
+    let notes = notes_in(pool).into_iter().map(|(_, note)| note);
+    notes.into_iter().any(|note| note.vm == *vm && note.owner == *name && note.epoch > owner.epoch())
 }
 
 /// Whether a machine came by this attempt and ran, and the records end before that.
@@ -278,6 +287,23 @@ mod tests {
         assert_eq!((view.role.as_str(), view.next), ("destination", NextStep::Nothing));
         assert_eq!(view.records[0].why.as_deref(), Some("Aborted by the operator"));
         assert!(view.owner.contains("this site"), "{}", view.owner);
+    }
+
+    #[test]
+    fn a_journal_of_between_two_moves_ends_nothing_that_has_come_back_since() {
+        let pool = tempfile::tempdir().unwrap();
+        let released = history(1, 1, Record::Source(SourceRecord::Released));
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
+        let a: SiteName = "a".parse().unwrap();
+        let site = Some(Site { name: &a, pool: pool.path() });
+        let known = Known { owner: Some(&away), row: None, qemu: Qemu::Runs, site };
+        let next = || judge(&released, std::slice::from_ref(&released), &known).unwrap();
+        assert_eq!(next(), NextStep::Release, "what is left of it");
+        let image = pool.path().join("web1-root-e2.raw");
+        std::fs::write(&image, "").unwrap();
+        let note = Generation { vm: "web1".parse().unwrap(), epoch: Epoch(2), owner: a.clone() };
+        write_notes(&[image], &note).unwrap();
+        assert_eq!(next(), NextStep::Hold, "it is home again, and this journal does not know");
     }
 
     #[tokio::test]

@@ -108,7 +108,11 @@ impl Journal {
     /// Opens or creates the journal at `path`, which nobody but its owner may read then.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
         keep_private(path).map_err(|source| JournalError::Private { path: path.to_owned(), source })?;
-        let database = Database::create(path).map_err(|source| not_opened(path, source))?;
+        // Every page is looked at: a bit that has turned since must not become another owner.
+        let database = Database::builder()
+            .set_check_integrity_on_open(true)
+            .create(path)
+            .map_err(|source| not_opened(path, source))?;
         keep_entry(path).map_err(|source| JournalError::Private { path: path.to_owned(), source })?;
         Self::with_tables(database)
     }
@@ -427,7 +431,12 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, JournalError> {
 }
 
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JournalError> {
-    postcard::from_bytes(bytes).map_err(JournalError::Decode)
+    let (value, rest) = postcard::take_from_bytes(bytes).map_err(JournalError::Decode)?;
+    if !rest.is_empty() {
+        // What a later version appended may change what the beginning means.
+        return Err(JournalError::Decode(postcard::Error::SerdeDeCustom));
+    }
+    Ok(value)
 }
 
 #[cfg(test)]

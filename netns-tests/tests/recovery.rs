@@ -23,6 +23,7 @@ use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::record::{DestinationRecord, SourceRecord};
 use longhaul_core::migration::resolve::Keep;
 use netns_tests::agent::RECORD_PORT;
+use netns_tests::agent::client::ask;
 use netns_tests::guest::boot::READY;
 use netns_tests::scenario::demo::unix_ms;
 use netns_tests::scenario::gateway::Gateway;
@@ -433,6 +434,108 @@ async fn a_machine_that_becomes_ours_after_a_restart_keeps_its_connections() {
         let record = client.finish().await?.record.context("There is no record connection")?;
         ensure!(record.content_ok && record.error.is_none(), "{record:?}");
         Ok(())
+    })
+    .await;
+}
+
+/// Waits until the machine's state at a is this one, as its gateway says it.
+async fn is_at_a(scene: &Scene, wanted: &str) -> Result<()> {
+    wait(wanted, async || Ok(machine(&scene.a).await?.is_some_and(|machine| machine.state == wanted))).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_guest_that_powers_itself_off_stays_down_and_one_that_crashes_boots_again() {
+    let options = SceneOptions { restart_on_crash: true, ..small("policy") };
+    play(options, async |scene| {
+        scene.start_guest().await?;
+        let id = scene.begin_move().await?;
+        reaches(&scene.a, &id, Stage::PreCopy).await?;
+        let home = scene.home()?;
+        scene.world.client.run(move || ask::<String>(home, "/poweroff", LIMIT))??;
+        println!("stayed: {}", stays(scene, &id).await?);
+        wait("site b to be empty", async || Ok(disks(&scene.b).is_empty() && qemu(&scene.b).is_none()))
+            .await?;
+        is_at_a(scene, "stopped").await?;
+        tokio::time::sleep(QUIET).await;
+        ensure!(qemu(&scene.a).is_none(), "a guest that had powered itself off was started");
+
+        let vm = VM.parse()?;
+        scene.a.client().start(&vm).await?;
+        let first = qemu(&scene.a).context("It was not started")?;
+        kill(first, Signal::SIGKILL)?;
+        wait("a second boot", async || Ok(qemu(&scene.a).is_some_and(|pid| pid != first))).await?;
+        is_at_a(scene, "running").await?;
+        signal_qemu(&scene.a, Signal::SIGKILL)?;
+        is_at_a(scene, "restarting").await?;
+        scene.a.client().stop(&vm).await?;
+        tokio::time::sleep(QUIET).await;
+        ensure!(qemu(&scene.a).is_none(), "a machine that its operator had stopped was started");
+        is_at_a(scene, "stopped").await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_guest_whose_qemu_hangs_when_its_gateway_comes_back_is_resumed_once_it_answers() {
+    play(slow("hangs"), async |scene| {
+        scene.start_guest().await?;
+        let id = scene.begin_move().await?;
+        reaches(&scene.a, &id, Stage::StopAndCopy).await?;
+        signal_qemu(&scene.a, Signal::SIGSTOP)?;
+        scene.a.kill()?;
+        let launched = scene.a.launch().await;
+        signal_qemu(&scene.a, Signal::SIGCONT)?;
+        launched?;
+        wait("the guest to run on", async || Ok(run_state(&scene.a).as_deref() == Some("running"))).await?;
+        scene.wait_for_link().await?;
+        only_at_a(scene).await?;
+        is_at_a(scene, "running").await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_journal_from_between_two_moves_ends_nothing_of_the_machine_that_has_come_home() {
+    play(small("between"), async |scene| {
+        scene.start_guest().await?;
+        let id = scene.begin_move().await?;
+        let view = scene.wait_move(&id, LIMIT).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        // A visitor that its operator stops for a moment is not resumed behind their back.
+        scene.b.client().status().await?;
+        Monitor::connect(&scene.b.observer(VM), LIMIT)?.ask("stop", json!({}))?;
+        scene.b.kill()?;
+        scene.b.launch().await?;
+        tokio::time::sleep(QUIET).await;
+        let mut monitor = Monitor::connect(&scene.b.observer(VM), LIMIT)?;
+        ensure!(monitor.state()? == "paused", "the gateway resumed what its operator had stopped");
+        monitor.ask("cont", json!({}))?;
+        drop(monitor);
+
+        let (journal, copy) = (scene.a.journal(), scene.folder.join("between.redb"));
+        scene.a.stop()?;
+        std::fs::copy(&journal, &copy)?;
+        scene.a.launch().await?;
+        scene.wait_for_link().await?;
+        let id = scene.begin_move_between("b", "a").await?;
+        let view = scene.wait_move_from("b", &id, LIMIT).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        let newest = scene.folder.join("newest.redb");
+        let running = qemu(&scene.a).context("It does not run at home")?;
+        scene.a.stop()?;
+        std::fs::copy(&journal, &newest)?;
+        std::fs::copy(&copy, &journal)?;
+        scene.a.launch().await?;
+        tokio::time::sleep(QUIET).await;
+        ensure!(qemu(&scene.a) == Some(running), "the only copy was ended");
+        ensure!(run_state(&scene.a).as_deref() == Some("running"), "the only copy was stopped");
+        let findings = scene.a.client().doctor(Some(&VM.parse()?)).await?;
+        let held = findings.iter().any(|finding| !finding.ok && finding.detail.contains("older"));
+        ensure!(held, "{findings:?}");
+        scene.a.stop()?;
+        std::fs::copy(&newest, &journal)?;
+        scene.a.launch().await?;
+        is_at_a(scene, "running").await
     })
     .await;
 }

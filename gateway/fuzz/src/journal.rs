@@ -66,6 +66,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         care_of: sample::reservation().care_of,
         handover: Some(sample::handover()),
         wanted: true,
+        settled_in: None,
         ttl_before_s: Some(60),
     };
     let (reservation, without_names) = (sample::reservation(), true);

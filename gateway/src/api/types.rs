@@ -72,7 +72,8 @@ pub struct MachineView {
     pub at: Option<SiteName>,
     /// How often it was handed over.
     pub epoch: u64,
-    /// QEMU's run state, `stopped`, or `crashed`: its QEMU is gone although nobody stopped it.
+    /// QEMU's run state; `stopped`; `crashed`: its QEMU is gone although nobody stopped it; `restarting`: the
+    /// same, and it is started again in a moment.
     pub state: String,
     /// Why nothing starts it here, if the journal is older than its disks.
     #[serde(default)]

@@ -35,6 +35,9 @@ impl Config {
         within(site.journal_free_mib, 0, MAX_MIB, "site.journal_free_mib")?;
         within(self.storage.keep_free_gib, 0, MAX_GIB, "storage.keep_free_gib")?;
         within(self.hypervisor.keep_free_mib, 0, MAX_MIB, "hypervisor.keep_free_mib")?;
+        within(self.hypervisor.restart_starts.into(), 0, 1000, "hypervisor.restart_starts")?;
+        within(self.hypervisor.restart_delay_ms, 1, 300_000, "hypervisor.restart_delay_ms")?;
+        within(self.hypervisor.restart_steady_s, 1, MAX_S, "hypervisor.restart_steady_s")?;
         let first = self.hypervisor.uid_base;
         let last = u32::MAX - 1 - UIDS;
         let text = format!("0, or 1000 to {last}: {UIDS} user ids that nobody else has");
@@ -186,6 +189,10 @@ mod tests {
             ("hypervisor", "uid_base = 999", "hypervisor.uid_base"),
             ("hypervisor", "uid_base = 4294967295", "hypervisor.uid_base"),
             ("hypervisor", "keep_free_mib = 16777217", "hypervisor.keep_free_mib"),
+            ("hypervisor", "restart_starts = 1001", "hypervisor.restart_starts"),
+            ("hypervisor", "restart_delay_ms = 0", "hypervisor.restart_delay_ms"),
+            ("hypervisor", "restart_delay_ms = 300001", "hypervisor.restart_delay_ms"),
+            ("hypervisor", "restart_steady_s = 0", "hypervisor.restart_steady_s"),
             ("hypervisor", "accel = \"xen\"", "hypervisor.accel"),
             ("tunnel", "device = \"a/b\"", "tunnel.device"),
             ("tunnel", "device = \"sixteen-letters-\"", "tunnel.device"),

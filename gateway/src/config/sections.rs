@@ -137,6 +137,13 @@ pub struct HypervisorSection {
     pub allow_host_cpu: bool,
     /// UEFI firmware code image (default none: machines with `uefi` are refused).
     pub uefi_code: Option<PathBuf>,
+    /// How often in a row a machine with `restart = "on-crash"` is booted again (default 5; 0: never).
+    pub restart_starts: u32,
+    /// The wait before the first of these starts, in ms (default 1000); each later one waits twice as long, at most
+    /// five minutes.
+    pub restart_delay_ms: u64,
+    /// A machine that has run for this long since its last start begins a new row (default 600 s).
+    pub restart_steady_s: u64,
 }
 
 impl Default for HypervisorSection {
@@ -148,6 +155,9 @@ impl Default for HypervisorSection {
             keep_free_mib: 256,
             allow_host_cpu: false,
             uefi_code: None,
+            restart_starts: 5,
+            restart_delay_ms: 1000,
+            restart_steady_s: 600,
         }
     }
 }

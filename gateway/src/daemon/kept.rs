@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::record::{Record, SourceRecord};
 
 use super::Daemon;
@@ -24,11 +24,12 @@ impl Daemon {
     pub(super) fn kept_disks(&self) -> Vec<KeptView> {
         let histories = self.edges.journal.histories().unwrap_or_default();
         let rows = self.edges.journal.machines::<MachineRow>().unwrap_or_default();
-        let images = rows.iter().flat_map(|(_, row)| row.images.iter());
+        let used: BTreeSet<PathBuf> = rows.into_iter().flat_map(|(_, row)| row.images).collect();
         let mut folders: BTreeSet<PathBuf> =
-            images.filter_map(|image| image.parent().map(Path::to_path_buf)).collect();
+            used.iter().filter_map(|image| image.parent().map(Path::to_path_buf)).collect();
         folders.insert(self.edges.config.storage.pool.clone());
-        kept(&histories, &folders, self.edges.config.storage.keep_moved_disks_d)
+        let keep_d = self.edges.config.storage.keep_moved_disks_d;
+        kept(&histories, &folders, &used, self.edges.site(), keep_d)
     }
 
     /// Deletes those whose time is over.
@@ -53,7 +54,13 @@ fn is_due(disk: &KeptView, now_ms: u64) -> bool {
     disk.until_ms.is_some_and(|until_ms| until_ms <= now_ms)
 }
 
-fn kept(histories: &[History], folders: &BTreeSet<PathBuf>, keep_d: u64) -> Vec<KeptView> {
+fn kept(
+    histories: &[History],
+    folders: &BTreeSet<PathBuf>,
+    used: &BTreeSet<PathBuf>,
+    site: &SiteName,
+    keep_d: u64,
+) -> Vec<KeptView> {
     let released: BTreeMap<(VmName, u64), u64> = histories
         .iter()
         .filter_map(|history| {
@@ -66,6 +73,10 @@ fn kept(histories: &[History], folders: &BTreeSet<PathBuf>, keep_d: u64) -> Vec<
     for path in folders.iter().flat_map(|folder| files(folder)) {
         let Some(epoch) = moved_epoch(&path) else { continue };
         let Ok(Some(note)) = read_note(&path) else { continue };
+        // Somebody made it a machine's disk again, or it is of another stay.
+        if note.epoch.0 != epoch || note.owner == *site || used.contains(&path) {
+            continue;
+        }
         let Some(&since_ms) = released.get(&(note.vm.clone(), epoch)) else { continue };
         let until_ms = (keep_d > 0).then(|| since_ms + keep_d * DAILY.as_millis() as u64);
         let bytes = std::fs::metadata(&path).map_or(0, |about| about.len());
@@ -121,6 +132,10 @@ mod tests {
         path
     }
 
+    fn look(histories: &[History], folder: &Path, used: &BTreeSet<PathBuf>, keep_d: u64) -> Vec<KeptView> {
+        kept(histories, &[folder.to_owned()].into(), used, &"a".parse().unwrap(), keep_d)
+    }
+
     #[test]
     fn only_disks_of_machines_that_were_released_are_kept_disks() {
         let folder = tempfile::tempdir().unwrap();
@@ -130,9 +145,22 @@ mod tests {
         std::fs::write(folder.path().join("web1.raw"), "in use").unwrap();
         let aborted = SourceRecord::Aborted { why: Refusal::Operator };
         let histories = [history(1, SourceRecord::Released), history(2, aborted)];
-        let found = kept(&histories, &[folder.path().to_owned()].into(), 30);
+        let found = look(&histories, folder.path(), &BTreeSet::new(), 30);
         let paths: Vec<_> = found.iter().map(|disk| &disk.path).collect();
         assert_eq!(paths, [&left]);
+        assert!(
+            look(&histories, folder.path(), &[left.clone()].into(), 30).is_empty(),
+            "a machine's disk again"
+        );
+        let ours = |epoch, owner: &str| Generation {
+            vm: "web1".parse().unwrap(),
+            epoch: Epoch(epoch),
+            owner: owner.parse().unwrap(),
+        };
+        for note in [ours(2, "b"), ours(1, "a")] {
+            write_notes(std::slice::from_ref(&left), &note).unwrap();
+            assert!(look(&histories, folder.path(), &BTreeSet::new(), 30).is_empty(), "{note:?}");
+        }
     }
 
     #[test]
@@ -140,7 +168,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         disk(folder.path(), 1, true);
         let histories = [history(1, SourceRecord::Released)];
-        let found = |days| kept(&histories, &[folder.path().to_owned()].into(), days).remove(0);
+        let found = |days| look(&histories, folder.path(), &BTreeSet::new(), days).remove(0);
         assert!(!is_due(&found(30), 1000 + 30 * DAY_MS - 1));
         assert!(is_due(&found(30), 1000 + 30 * DAY_MS));
         assert!(!is_due(&found(0), u64::MAX));

@@ -12,8 +12,8 @@ use tokio::sync::oneshot;
 
 use super::{Daemon, Machine};
 use crate::api::{Request, RequestError};
-use crate::generation::{read_note, read_notes};
-use crate::hypervisor::{DiskFormat, Guest, parse_definition};
+use crate::generation::{NoteError, notes_in, read_note, read_notes};
+use crate::hypervisor::{DiskFormat, Guest, HypervisorError, parse_definition};
 use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::{Adopted, Edges, MachineRow};
 
@@ -31,7 +31,10 @@ impl Daemon {
             Request::Status(reply) => self.status(reply),
             Request::Define(body, reply) => self.define(*body, reply),
             Request::Adopt(body, reply) => self.adopt(*body, reply),
-            Request::Start(vm, reply) => self.start(&vm, reply),
+            Request::Start(vm, reply) => {
+                self.forget_restart(&vm);
+                self.start(&vm, reply);
+            }
             Request::Stop(vm, reply) => self.stop(&vm, reply),
             Request::Undefine(vm, forget, reply) => drop(reply.send(self.undefine(&vm, forget).await)),
             Request::Flows(vm, reply) => self.flows(&vm, reply),
@@ -107,6 +110,7 @@ impl Daemon {
             images,
             home_site: self.edges.site().clone(),
             wanted: guest.is_some(),
+            settled_in: None,
             adopted,
             came_from: None,
             care_of: Vec::new(),
@@ -120,7 +124,8 @@ impl Daemon {
         let epoch = self.edges.journal.first_epoch(&vm).map_err(failed)?;
         self.edges.journal.define(&vm, &Ownership::Here { epoch }).map_err(failed)?;
         tracing::info!(%vm, "machine defined");
-        self.machines.insert(vm, Machine { row, guest });
+        self.machines.insert(vm.clone(), Machine { row, guest });
+        self.watch(&vm);
         Ok(())
     }
 
@@ -132,6 +137,7 @@ impl Daemon {
         if running && matches!(ownership, Ownership::Here { .. }) {
             return Err(RequestError::Conflict(format!("Machine {vm} runs; stop it first")));
         }
+        self.forget_restart(vm);
         self.end_anchor(vm).await;
         if let Some(row) = self.row(vm) {
             leave_network(&self.edges, &row).await;
@@ -180,7 +186,7 @@ impl Daemon {
     fn may_run(&self, vm: &VmName) -> Result<(), RequestError> {
         self.expect_idle(vm)?;
         // The permit is not given away: whoever asks starts the machine by other means.
-        let notes = self.machines.get(vm).map(|machine| notes(&machine.row)).transpose()?;
+        let notes = self.machines.get(vm).map(|machine| notes(&self.edges, &machine.row)).transpose()?;
         self.ownership(vm)?.permit(vm, None, &notes.unwrap_or_default()).map(drop)?;
         Ok(())
     }
@@ -200,21 +206,31 @@ impl Daemon {
             None => self.find(&row).await,
         };
         self.machines.insert(vm.clone(), Machine { row, guest });
+        self.watch(vm);
     }
 
-    /// The QEMU of a machine, if it runs.
+    /// The QEMU of a machine, if it runs and answers.
     pub(super) async fn find(&self, row: &MachineRow) -> Option<Guest> {
+        self.look_for(row).await.unwrap_or_else(|error| {
+            tracing::warn!(vm = %row.definition.name, error = crate::migration::chain(&error), "the machine's QEMU cannot be asked");
+            None
+        })
+    }
+
+    /// The QEMU of a machine, if it runs. An error: there is one that does not answer. Of an adopted one nobody can
+    /// say whether it is there.
+    pub(super) async fn look_for(&self, row: &MachineRow) -> Result<Option<Guest>, HypervisorError> {
+        let vm = &row.definition.name;
         let found = match &row.adopted {
             Some(adopted) => self.edges.hypervisor.adopt(&adopted.monitor, &row.definition).await.ok(),
-            None => self.edges.hypervisor.find(&row.definition.name).await.ok().flatten(),
+            None => self.edges.hypervisor.find(vm).await?,
         };
-        let vm = &row.definition.name;
         // One that is still coming, or has left, is not meant to run here.
         let ours = matches!(self.edges.journal.ownership(vm), Ok(Some(Ownership::Here { .. })));
         if found.is_none() && row.wanted && ours {
             tracing::warn!(%vm, "machine should run, but its QEMU is not there");
         }
-        found
+        Ok(found)
     }
 }
 
@@ -235,7 +251,7 @@ pub(super) fn expect_current(edges: &Edges, vm: &VmName, images: &[PathBuf]) -> 
 pub(super) fn held(edges: &Edges, row: &MachineRow) -> Option<Held> {
     let vm = &row.definition.name;
     let ownership = edges.journal.ownership(vm).unwrap_or_default()?;
-    let notes = match read_notes(&row.images) {
+    let notes = match all_notes(edges, row) {
         Ok(notes) => notes,
         Err(error) => {
             let remedy = "repair that file, or remove it if this is the newest copy there is".to_owned();
@@ -247,8 +263,16 @@ pub(super) fn held(edges: &Edges, row: &MachineRow) -> Option<Held> {
 }
 
 /// What stands beside a machine's disks.
-pub(super) fn notes(row: &MachineRow) -> Result<Vec<Generation>, RequestError> {
-    read_notes(&row.images).map_err(|error| failed(&error))
+pub(super) fn notes(edges: &Edges, row: &MachineRow) -> Result<Vec<Generation>, RequestError> {
+    all_notes(edges, row).map_err(|error| failed(&error))
+}
+
+/// Also beside disks in the pool with which it came and of which the row does not know.
+fn all_notes(edges: &Edges, row: &MachineRow) -> Result<Vec<Generation>, NoteError> {
+    let mut notes = read_notes(&row.images)?;
+    let came = notes_in(&edges.config.storage.pool).into_iter().map(|(_, note)| note);
+    notes.extend(came.filter(|note| note.vm == row.definition.name && note.owner == *edges.site()));
+    Ok(notes)
 }
 
 /// Takes down what this gateway has made on the host for a machine that does not run.

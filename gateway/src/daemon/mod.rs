@@ -24,6 +24,7 @@ mod power;
 mod proposals;
 mod recovery;
 mod resolve;
+mod restarts;
 mod retries;
 mod status;
 mod unknown;
@@ -54,6 +55,7 @@ use crate::migration::anchors;
 use crate::migration::view::Viewer;
 use crate::migration::{Edges, Inbound, MachineRow, partial};
 use proposals::Proposals;
+use restarts::Watches;
 use retries::PlannedRetry;
 
 /// Partial disks that are too old are looked for this often.
@@ -94,6 +96,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (ended_tx, mut ended) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
     let (worked_tx, mut worked) = mpsc::channel(64);
+    let (gone_tx, mut gone) = mpsc::channel(64);
     let mut daemon = Daemon {
         edges,
         machines: BTreeMap::new(),
@@ -106,6 +109,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         admitted: admitted_tx,
         working: BTreeSet::new(),
         worked: worked_tx,
+        watches: Watches::new(gone_tx),
     };
     daemon.recover().await.context("Recovery failed; nothing was changed")?;
     let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
@@ -118,16 +122,21 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
         let retry_at = daemon.next_retry_at();
+        let restart_at = daemon.watches.next_at();
         tokio::select! {
             _ = sweep.tick() => partial::sweep(&daemon.edges.config.storage),
             () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
                 daemon.begin_retries().await;
+            }
+            () = tokio::time::sleep_until(restart_at.unwrap_or_else(Instant::now)), if restart_at.is_some() => {
+                daemon.begin_restarts();
             }
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
             Some(answer) = admitted.recv() => daemon.on_admitted(answer),
             Some(work) = worked.recv() => daemon.on_worked(work),
+            Some(end) = gone.recv() => daemon.on_gone(end),
             ended = &mut api => return Err(api_ended(ended)),
             _ = daily.tick() => daemon.delete_due_disks(),
             _ = terminate.recv() => break,
@@ -164,6 +173,7 @@ struct Daemon {
     /// Machines that a task is just starting, stopping or adopting.
     working: BTreeSet<VmName>,
     worked: mpsc::Sender<power::Worked>,
+    watches: Watches,
 }
 
 /// A machine that this site knows.
@@ -246,6 +256,7 @@ impl Daemon {
         let vm = running.attempt.vm.clone();
         let guest = running.guest.borrow().clone();
         self.refresh(&vm, guest).await;
+        self.after_migration(&vm, end.id);
         self.plan_retry(end.id);
         let shown: BTreeSet<MigrationId> = self
             .migrations

@@ -102,6 +102,7 @@ impl Daemon {
     }
 
     pub(super) fn stop(&mut self, vm: &VmName, reply: Reply<()>) {
+        self.forget_restart(vm);
         match self.may_stop(vm) {
             Ok((row, guest)) => {
                 let power = self.power();
@@ -117,17 +118,18 @@ impl Daemon {
         let Some(machine) = self.machines.get(vm) else {
             return Err(ownership.permit(vm, None, &[]).err().map_or_else(|| no_machine(vm), Into::into));
         };
-        let permit = ownership.permit(vm, None, &notes(&machine.row)?)?;
+        let permit = ownership.permit(vm, None, &notes(&self.edges, &machine.row)?)?;
         Ok((permit, machine.row.clone(), machine.guest.clone()))
     }
 
-    fn may_stop(&self, vm: &VmName) -> Result<(MachineRow, Guest), RequestError> {
+    fn may_stop(&self, vm: &VmName) -> Result<(MachineRow, Option<Guest>), RequestError> {
         self.expect_idle(vm)?;
         let Some(machine) = self.machines.get(vm) else { return Err(no_machine(vm)) };
-        match machine.guest.clone() {
-            Some(guest) => Ok((machine.row.clone(), guest)),
-            None => Err(RequestError::Conflict(format!("Machine {vm} is not running"))),
+        // One that crashed is stopped by not being wanted any more.
+        if machine.guest.is_none() && !machine.row.wanted {
+            return Err(RequestError::Conflict(format!("Machine {vm} is not running")));
         }
+        Ok((machine.row.clone(), machine.guest.clone()))
     }
 
     fn power(&self) -> Power {
@@ -164,14 +166,16 @@ impl Daemon {
                 self.know(definition, images, Some(adopted), Some(guest))
             }
             Change::Started(row, guest) => {
-                self.machines.insert(vm, Machine { row: *row, guest: Some(guest) });
+                self.machines.insert(vm.clone(), Machine { row: *row, guest: Some(guest) });
+                self.watch(&vm);
                 Ok(())
             }
             Change::Stopped(row) => {
-                self.machines.insert(vm, Machine { row: *row, guest: None });
+                self.machines.insert(vm.clone(), Machine { row: *row, guest: None });
                 Ok(())
             }
         });
+        self.decide_restart(&vm);
         // An asker that went away needs no answer.
         drop(reply.send(answer));
     }
@@ -331,11 +335,13 @@ impl Power {
             .map_err(|error| failed(&error))
     }
 
-    async fn stop(&self, row: MachineRow, guest: Guest) -> Result<Change, RequestError> {
+    async fn stop(&self, row: MachineRow, guest: Option<Guest>) -> Result<Change, RequestError> {
         let vm = &row.definition.name;
         let stopped = MachineRow { wanted: false, ..row.clone() };
         self.edges.journal.put_machine(vm, &stopped).map_err(|error| failed(&error))?;
-        if let Err(error) = guest.quit(QEMU_LIMIT).await {
+        if let Some(guest) = guest
+            && let Err(error) = guest.quit(QEMU_LIMIT).await
+        {
             if let Err(error) = self.edges.journal.put_machine(vm, &row) {
                 tracing::warn!(%vm, error = crate::migration::chain(&error), "the machine is written down as stopped, but was not");
             }

@@ -34,6 +34,14 @@ type Found = BTreeMap<VmName, Taken>;
 struct Taken {
     row: MachineRow,
     guest: Option<Guest>,
+    /// There is a QEMU, and it does not answer.
+    hangs: bool,
+}
+
+impl Taken {
+    async fn qemu(&self) -> Qemu {
+        if self.hangs { Qemu::Unknown } else { qemu(self.guest.as_ref()).await }
+    }
 }
 
 impl Daemon {
@@ -41,7 +49,13 @@ impl Daemon {
     pub(super) async fn recover(&mut self) -> anyhow::Result<()> {
         let mut found = Found::new();
         for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
-            let guest = self.find(&row).await;
+            let (guest, hangs) = match self.look_for(&row).await {
+                Ok(guest) => (guest, false),
+                Err(error) => {
+                    tracing::error!(%vm, error = chain(&error), "the machine's QEMU cannot be asked");
+                    (None, true)
+                }
+            };
             let held = held(&self.edges, &row);
             if let Some(held) = &held {
                 tracing::error!(%vm, why = held.why, remedy = held.remedy, "machine is held");
@@ -51,7 +65,7 @@ impl Daemon {
             if ours && held.is_none() {
                 self.restore_network(&row).await;
             }
-            found.insert(vm, Taken { row, guest });
+            found.insert(vm, Taken { row, guest, hangs });
         }
         for lost in unknown(&self.edges)? {
             let (vm, held) = (&lost.note.vm, lost.held());
@@ -70,7 +84,8 @@ impl Daemon {
         for (vm, Taken { row, guest, .. }) in found {
             if matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. })) {
                 tracing::info!(%vm, runs = guest.is_some(), "machine taken up");
-                self.machines.insert(vm, Machine { row, guest });
+                self.machines.insert(vm.clone(), Machine { row, guest });
+                self.watch(&vm);
             }
         }
         Ok(())
@@ -85,11 +100,15 @@ impl Daemon {
     ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
-        let Some(Taken { row, guest }) = found.get(&attempt.vm).cloned() else { return };
+        let Some(taken) = found.get(&attempt.vm).cloned() else { return };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let known =
-            Known { owner: owner.as_ref(), row: Some(&row), qemu: qemu(guest.as_ref()).await, site: None };
+        let qemu = taken.qemu().await;
+        let Taken { row, guest, .. } = taken;
+        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu, site: Some(self.site()) };
         let Some(step) = judge(history, all, &known) else { return };
+        if step == NextStep::Hold {
+            return;
+        }
         let left = matches!(&owner, Some(Ownership::Away { epoch, .. }) if *epoch == attempt.epoch);
         if matches!(last, SourceRecord::Released) && left {
             // The name is owed whether or not a guest is left to end: the anchor may have been told, and
@@ -107,6 +126,7 @@ impl Daemon {
         let driver =
             SourceDriver::new(self.edges.clone(), attempt.clone(), guest, row, options, outbox, anchors);
         let (viewer, guest) = (driver.viewer(), driver.guest());
+        self.watches.inherit(attempt.id);
         self.spawn(
             attempt,
             inbox,
@@ -139,7 +159,7 @@ impl Daemon {
             },
         };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let site = Some(Site { name: self.edges.site(), pool: &self.edges.config.storage.pool });
+        let site = Some(self.site());
         let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
@@ -165,7 +185,12 @@ impl Daemon {
         let (viewer, shown) = (driver.viewer(), driver.guest());
         let qemu_found = qemu != Qemu::Gone;
         let drive = async move { driver.resume(guest, qemu_found, last).await.err() };
+        self.watches.inherit(attempt.id);
         self.spawn(attempt, inbox, viewer, shown, drive);
+    }
+
+    fn site(&self) -> Site<'_> {
+        Site { name: self.edges.site(), pool: &self.edges.config.storage.pool }
     }
 
     /// Rules and samplers of a machine that runs here, before anybody can ask for anything new: its open

@@ -42,6 +42,7 @@ impl Daemon {
 
     fn look(&self, vm: &VmName) -> Look {
         match self.machines.get(vm) {
+            Some(machine) if is_crashed(&self.edges, machine) && self.watches.waits(vm) => Look::Restarting,
             Some(machine) if is_crashed(&self.edges, machine) => Look::Crashed,
             Some(Machine { guest: Some(guest), .. }) => Look::Ask(guest.clone()),
             Some(Machine { guest: None, .. }) | None => Look::Stopped,
@@ -227,6 +228,7 @@ pub(super) fn is_crashed(edges: &Edges, machine: &Machine) -> bool {
 enum Look {
     Stopped,
     Crashed,
+    Restarting,
     Ask(Guest),
 }
 
@@ -235,6 +237,7 @@ async fn run_state(look: &Look) -> String {
     let guest = match look {
         Look::Stopped => return "stopped".to_owned(),
         Look::Crashed => return "crashed".to_owned(),
+        Look::Restarting => return "restarting".to_owned(),
         Look::Ask(guest) => guest,
     };
     match guest.status_within(LOOK_LIMIT).await {

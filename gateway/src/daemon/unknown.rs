@@ -4,13 +4,13 @@
 //! Nothing is done about them: whether one runs here, ran here or was moved on since, only the newer journal says.
 //! Nothing is ended or started either.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::ledger::Ownership;
 
 use super::machines::Held;
-use crate::generation::read_note;
+use crate::generation::notes_in;
 use crate::journal::{Journal, JournalError};
 use crate::migration::Edges;
 
@@ -24,7 +24,7 @@ pub(super) struct Unknown {
 /// Those there are now.
 pub(super) fn unknown(edges: &Edges) -> Result<Vec<Unknown>, JournalError> {
     let mut unknown = Vec::new();
-    for (image, note) in noted(&edges.config.storage.pool) {
+    for (image, note) in notes_in(&edges.config.storage.pool) {
         if note.owner == *edges.site() && is_unknown(&edges.journal, &note)? {
             unknown.push(Unknown { image, note });
         }
@@ -50,20 +50,16 @@ impl Unknown {
     }
 }
 
-/// One that was forgotten on purpose left its epoch.
+/// One that was forgotten on purpose left its epoch. One that is known from an earlier stay is not known.
 fn is_unknown(journal: &Journal, note: &Generation) -> Result<bool, JournalError> {
     let owner = journal.ownership(&note.vm)?;
-    let known = match owner {
-        Some(Ownership::Here { .. } | Ownership::Away { .. } | Ownership::Offered { .. }) => true,
+    let known = match &owner {
+        Some(owner @ (Ownership::Here { .. } | Ownership::Away { .. } | Ownership::Offered { .. })) => {
+            owner.epoch() >= note.epoch
+        }
         Some(Ownership::Arriving { .. }) | None => false,
     };
     Ok(!known && journal.forgotten_epoch(&note.vm)? < note.epoch)
-}
-
-fn noted(pool: &Path) -> Vec<(PathBuf, Generation)> {
-    let entries = std::fs::read_dir(pool).into_iter().flatten().flatten();
-    let images = entries.map(|entry| entry.path()).filter(|path| path.is_file());
-    images.filter_map(|image| read_note(&image).ok().flatten().map(|note| (image, note))).collect()
 }
 
 #[cfg(test)]
@@ -82,18 +78,10 @@ mod tests {
         assert!(is_unknown(&journal, &note).unwrap(), "the records end before it had come");
         journal.define(&note.vm, &Ownership::Here { epoch: Epoch(2) }).unwrap();
         assert!(!is_unknown(&journal, &note).unwrap());
+        journal.define(&note.vm, &Ownership::Away { site: "a".parse().unwrap(), epoch: Epoch(1) }).unwrap();
+        assert!(is_unknown(&journal, &note).unwrap(), "it has come back since this journal was copied");
+        journal.define(&note.vm, &Ownership::Here { epoch: Epoch(2) }).unwrap();
         journal.remove_machine(&note.vm).unwrap();
         assert!(!is_unknown(&journal, &note).unwrap(), "forgotten on purpose");
-    }
-
-    #[test]
-    fn only_disks_with_a_note_are_looked_at() {
-        let pool = tempfile::tempdir().unwrap();
-        let image = pool.path().join("web1-root.raw");
-        std::fs::write(&image, "").unwrap();
-        assert!(noted(pool.path()).is_empty());
-        let note = Generation { vm: "web1".parse().unwrap(), epoch: Epoch(2), owner: "b".parse().unwrap() };
-        crate::generation::write_notes(std::slice::from_ref(&image), &note).unwrap();
-        assert_eq!(noted(pool.path()), [(image, note)]);
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use longhaul_core::ids::{Epoch, MigrationId};
+use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::record::{DestinationRecord, Record};
 use longhaul_core::migration::{Attempt, CommitMode};
@@ -141,4 +142,40 @@ proptest! {
             prop_assert!(found.iter().all(|history| history.entries.len() == 1), "half a transaction");
         }
     }
+}
+
+/// A bit in each of this many places, spread over the file.
+const PLACES: usize = 600;
+
+#[test]
+fn a_bit_that_has_turned_in_the_file_is_refused_or_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.redb");
+    let fold = |journal: &Journal| {
+        let owner = journal.ownership(&attempt(0).vm).map_err(|error| error.to_string())?;
+        let histories = journal.histories().map_err(|error| error.to_string())?;
+        Ok::<_, String>((owner, histories.into_iter().map(|history| history.entries).collect::<Vec<_>>()))
+    };
+    let whole = {
+        let journal = Journal::open(&path).unwrap();
+        (0..20).for_each(|id| journal.remember(&attempt(id)).unwrap());
+        let owner = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
+        journal.define(&attempt(0).vm, &owner).unwrap();
+        fold(&journal).unwrap()
+    };
+    let content = std::fs::read(&path).unwrap();
+    let written: Vec<usize> = (0..content.len()).filter(|&at| content[at] != 0).collect();
+    let mut refused = 0;
+    for place in 0..PLACES {
+        let at = written[place * written.len() / PLACES];
+        let mut damaged = content.clone();
+        damaged[at] ^= 1 << (place % 8);
+        std::fs::write(&path, damaged).unwrap();
+        match Journal::open(&path).map_err(|error| error.to_string()).and_then(|journal| fold(&journal)) {
+            Ok(found) => assert_eq!(found, whole, "byte {at}, bit {}", place % 8),
+            Err(_) => refused += 1,
+        }
+    }
+    // Most pages hold what earlier commits wrote, and nobody reads them again.
+    assert!(refused > 0, "a record was damaged among {PLACES} places");
 }

@@ -18,7 +18,7 @@ use super::destination::DestinationLeaf;
 use super::partial;
 use super::prepare::Held;
 use super::stay::{Stay, brought};
-use super::{MachineRow, chain};
+use super::{MachineRow, chain, standing};
 use crate::hypervisor::{Guest, QmpError};
 
 /// Between two tries.
@@ -41,7 +41,7 @@ pub(super) async fn run(
         stay.take_over(&leaf.edges, &handover).await;
     };
     tokio::join!(here, note_arrival(&leaf, &proposal));
-    held.guest = find(&leaf, &vm, held.guest.take()).await;
+    held.guest = standing::certain(&leaf.edges, &vm, held.guest.take()).await;
     if let Some(guest) = &held.guest {
         mark_disks(&leaf, guest, &proposal).await;
         if proposal.running {
@@ -85,20 +85,6 @@ async fn note_arrival(leaf: &DestinationLeaf, proposal: &Proposal) {
     super::note(&leaf.attempt, images, leaf.edges.site()).await;
 }
 
-/// The QEMU that waits; `None` once it is certain that there is none.
-async fn find(leaf: &DestinationLeaf, vm: &VmName, known: Option<Guest>) -> Option<Guest> {
-    if let Some(guest) = known.filter(|guest| !guest.qmp().is_closed()) {
-        return Some(guest);
-    }
-    loop {
-        match leaf.edges.hypervisor.find(vm).await {
-            Ok(found) => return found,
-            Err(error) => tracing::warn!(%vm, error = chain(&error), "QEMU cannot be asked, trying again"),
-        }
-        tokio::time::sleep(AGAIN).await;
-    }
-}
-
 /// Bitmaps that tell, from the first instruction on, which blocks have changed here.
 async fn mark_disks(leaf: &DestinationLeaf, guest: &Guest, proposal: &Proposal) {
     let name = format!("longhaul-e{}", leaf.attempt.epoch);
@@ -140,6 +126,7 @@ pub(super) fn remember(
         over: Vec::new(),
         handover: Some(merge(&proposal.nics, handover)),
         wanted: proposal.running,
+        settled_in: handover.map(|_| leaf.attempt.epoch),
         ttl_before_s: None,
     };
     if let Err(error) = leaf.edges.journal.put_machine(vm, &row) {

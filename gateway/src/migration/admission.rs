@@ -367,6 +367,7 @@ mod tests {
             over: Vec::new(),
             handover: None,
             wanted: true,
+            settled_in: None,
             ttl_before_s: None,
         }
     }

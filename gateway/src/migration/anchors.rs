@@ -25,6 +25,7 @@ use super::anchor::{Anchor, AnchorCommand, NameState, Released};
 use super::{Edges, chain};
 use crate::api::types::AnchorView;
 use crate::dns::NameMove;
+use crate::generation::notes_in;
 use crate::journal::unix_ms;
 use crate::tunnel::{Leaving, TunnelError};
 
@@ -43,9 +44,20 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
         anchor.name.is_some() && !matches!(anchor.names, NameState::None | NameState::Settled { .. })
     };
     for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| !anchor.ended || owes_name(anchor)) {
+        if has_come_since(edges, &vm) {
+            tracing::error!(%vm, "the journal is older than the machine's last arrival here: nothing of its earlier leave is taken up");
+            continue;
+        }
         running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
     }
     running
+}
+
+/// A disk in the pool says that the machine has been here in an epoch of which the ledger does not know.
+fn has_come_since(edges: &Edges, vm: &VmName) -> bool {
+    let known = edges.journal.ownership(vm).unwrap_or_default().map_or(Epoch(0), |owner| owner.epoch());
+    let notes = notes_in(&edges.config.storage.pool).into_iter().map(|(_, note)| note);
+    notes.into_iter().any(|note| note.vm == *vm && note.owner == *edges.site() && note.epoch > known)
 }
 
 /// Runs every anchor of this site, beginning with those that were restored; `views` shows them.

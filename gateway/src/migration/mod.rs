@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use longhaul_core::ids::{DeviceName, MigrationId, SiteName, VmName};
+use longhaul_core::ids::{DeviceName, Epoch, MigrationId, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::generation::Generation;
@@ -112,6 +112,8 @@ pub struct MachineRow {
     pub handover: Option<Handover>,
     /// It is meant to run.
     pub wanted: bool,
+    /// The epoch of the arrival that is over: it ran here, or was not to.
+    pub settled_in: Option<Epoch>,
     /// Its name's TTL before a move lowered it, until that is undone.
     #[serde(default)]
     pub ttl_before_s: Option<u32>,

@@ -13,7 +13,7 @@ use longhaul_core::tunnel::policy::PortKey;
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::stay::Stay;
-use super::{MachineRow, chain};
+use super::{MachineRow, chain, standing};
 use crate::hypervisor::Guest;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -28,6 +28,10 @@ pub(super) async fn run(
     let vm = &leaf.attempt.vm;
     drop(transfer);
     leaf.guest.send_replace(None);
+    let guest = match row.adopted {
+        None => standing::certain(&leaf.edges, vm, guest).await,
+        Some(_) => guest,
+    };
     let images = images(guest.as_ref(), &row).await;
     if let Some(guest) = guest
         && let Err(error) = guest.quit(QEMU_LIMIT).await

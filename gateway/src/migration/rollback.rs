@@ -13,7 +13,7 @@ use longhaul_core::migration::source::Event;
 
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
-use super::{MachineRow, chain};
+use super::{MachineRow, chain, standing};
 use crate::generation::read_notes;
 use crate::hypervisor::{Guest, QmpError, RunState};
 use crate::migration::stay::holds;
@@ -33,6 +33,11 @@ pub(super) async fn run(
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
     note_return(&leaf, &row).await;
+    let guest = match row.adopted {
+        None => standing::certain(&leaf.edges, vm, guest).await,
+        Some(_) => guest,
+    };
+    leaf.guest.send_replace(guest.clone());
     match &guest {
         Some(guest) => {
             end_memory_surely(&leaf, guest, &mut transfer).await;

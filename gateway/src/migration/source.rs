@@ -256,6 +256,7 @@ impl SourceDriver {
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
                 self.work.hand_on(move |transfer, _stop| release::run(leaf, guest, row, transfer));
             }
+            Action::ReportSecondOwner => self.report_second_owner(),
             Action::Rollback(permit) => {
                 let (vm, epoch) = (self.leaf.attempt.vm.clone(), self.leaf.attempt.epoch);
                 anchor::tell(&self.anchors, AnchorCommand::Forget(vm, epoch)).await;
@@ -265,6 +266,15 @@ impl SourceDriver {
                     .hand_on(move |transfer, _stop| rollback::run(leaf, guest, row, ttl, transfer, permit));
             }
         }
+    }
+
+    fn report_second_owner(&self) {
+        let (vm, peer) = (&self.leaf.attempt.vm, &self.leaf.attempt.peer);
+        tracing::error!(%vm, %peer, "the other site runs the machine by its operator's word, and it is this site's too: do not let two copies run; forget it at one of the sites");
+        self.leaf.viewer.notice_once(format!(
+            "Site {peer} runs {vm} by its operator's word, and it was never given away here: see that only one copy runs, \
+             and forget it at the other site (`longhaul vm undefine {vm}`)"
+        ));
     }
 
     fn ask(&mut self, request: Request) {

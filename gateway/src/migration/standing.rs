@@ -1,14 +1,15 @@
-//! Whether what was loaded is still there, looked at once it is ours and before that is final.
+//! Whether a QEMU is still there. One that does not answer is asked until it does: nothing is decided on a silence.
 
 use std::time::Duration;
 
+use longhaul_core::ids::VmName;
 use longhaul_core::migration::destination::Event;
 use longhaul_core::migration::message::Refusal;
 
-use super::chain;
 use super::destination::DestinationLeaf;
 use super::prepare::Held;
-use crate::hypervisor::HypervisorError;
+use super::{Edges, chain};
+use crate::hypervisor::{Guest, HypervisorError};
 
 /// Between two tries.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -28,6 +29,20 @@ pub(super) async fn run(leaf: DestinationLeaf, mut held: Held) -> Held {
     };
     leaf.report(event).await;
     held
+}
+
+/// The machine's QEMU: the one that is known, else the one that is found; `None` once it is certain that there is none.
+pub(super) async fn certain(edges: &Edges, vm: &VmName, known: Option<Guest>) -> Option<Guest> {
+    if let Some(guest) = known.filter(|guest| !guest.qmp().is_closed()) {
+        return Some(guest);
+    }
+    loop {
+        match edges.hypervisor.find(vm).await {
+            Ok(found) => return found,
+            Err(error) => tracing::warn!(%vm, error = chain(&error), "QEMU cannot be asked, trying again"),
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
 }
 
 async fn stands(leaf: &DestinationLeaf, held: &mut Held) -> Result<bool, HypervisorError> {

@@ -54,17 +54,33 @@ pub async fn old_connection(mut client: Client) -> Result<(), Flaw> {
 pub async fn start(arena: &Arena, place: Place) -> Result<(), Flaw> {
     let started = async {
         arena.gateway(place).client().start(&VM.parse()?).await?;
-        let deadline = Instant::now() + BOOT;
-        let address = arena.address(place).await?;
-        while let Err(error) = arena.ask::<AgentStatus>(address, "/status").await {
-            if Instant::now() > deadline {
-                bail!("It was started at site {} and does not answer: {error:#}", place.name());
-            }
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-        Ok(())
+        answers(arena, place).await
     };
     started.await.map_err(|error: anyhow::Error| Flaw::LostMachine(format!("{error:#}")))
+}
+
+/// Waits until the machine answers where it is.
+pub async fn answers(arena: &Arena, place: Place) -> Result<()> {
+    let deadline = Instant::now() + BOOT;
+    let address = arena.address(place).await?;
+    while let Err(error) = arena.ask::<AgentStatus>(address, "/status").await {
+        if Instant::now() > deadline {
+            bail!("It runs at site {} and does not answer: {error:#}", place.name());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    Ok(())
+}
+
+/// A machine whose guest has powered itself off is no crashed one: its owner says that it is stopped.
+pub async fn not_switched_off(arena: &Arena, owner: Place) -> Option<Flaw> {
+    match arena.machine(owner).await {
+        Ok(Some(machine)) if machine.state == "stopped" => None,
+        Ok(found) => {
+            Some(Flaw::Unsettled(format!("its guest is off, and site {} says {found:?}", owner.name())))
+        }
+        Err(error) => Some(Flaw::NotJudged(format!("{error:#}"))),
+    }
 }
 
 /// Asks the running guest for its log, its blocks and its pages. `booted` if it was started anew.

@@ -43,6 +43,14 @@ pub enum Fault {
     Names,
     /// A gateway is killed and restarted with the journal it had before the move.
     OldJournal(Place),
+    /// The machine's QEMU at a site stands still for a while, and answers nothing.
+    Hang(Place),
+    /// A gateway stands still for a while; its sockets stay open.
+    Stall(Place),
+    /// The guest is reset.
+    Reboot,
+    /// The guest powers itself off.
+    PowerOff,
 }
 
 /// When it strikes, seen at the source gateway's API.
@@ -94,6 +102,10 @@ impl Fault {
             Self::Loss => "loss".to_owned(),
             Self::Names => "names".to_owned(),
             Self::OldJournal(place) => format!("old-journal-{}", place.name()),
+            Self::Hang(place) => format!("hang-{}", place.name()),
+            Self::Stall(place) => format!("stall-{}", place.name()),
+            Self::Reboot => "reboot".to_owned(),
+            Self::PowerOff => "power-off".to_owned(),
         }
     }
 
@@ -101,23 +113,33 @@ impl Fault {
     pub fn only_delays(self) -> bool {
         match self {
             Self::Cut(_, seconds) => seconds <= 10,
-            Self::Loss => true,
-            Self::Gateway(_) | Self::Qemu(_) | Self::Names | Self::OldJournal(_) => false,
+            Self::Loss | Self::Reboot => true,
+            Self::Gateway(_)
+            | Self::Qemu(_)
+            | Self::Names
+            | Self::OldJournal(_)
+            | Self::Hang(_)
+            | Self::Stall(_)
+            | Self::PowerOff => false,
         }
     }
 
     /// It can strike then: what it needs is there.
     fn fits(self, moment: Point) -> bool {
         match (self, moment) {
-            (Self::Qemu(Place::B), Point::Stage(Stage::PreMigration))
-            | (Self::Qemu(Place::A), Point::After) => false,
+            (Self::Qemu(Place::B) | Self::Hang(Place::B), Point::Stage(Stage::PreMigration))
+            | (Self::Qemu(Place::A) | Self::Hang(Place::A), Point::After) => false,
             (
                 Self::Gateway(_)
                 | Self::Qemu(_)
                 | Self::Cut(..)
                 | Self::Loss
                 | Self::Names
-                | Self::OldJournal(_),
+                | Self::OldJournal(_)
+                | Self::Hang(_)
+                | Self::Stall(_)
+                | Self::Reboot
+                | Self::PowerOff,
                 Point::Stage(_) | Point::After | Point::Random,
             ) => true,
         }
@@ -163,22 +185,36 @@ const FAULTS: [Fault; 14] = [
 /// Each of these strikes at one point of a round only: a minute is long.
 const LONG: [Fault; 3] = [Fault::Cut(Way::Both, 60), Fault::Cut(Way::ToA, 60), Fault::Cut(Way::ToB, 60)];
 
+/// What stands still or ends without being killed. These come after the others of a round.
+const STANDSTILLS: [Fault; 6] = [
+    Fault::Hang(Place::A),
+    Fault::Hang(Place::B),
+    Fault::Stall(Place::A),
+    Fault::Stall(Place::B),
+    Fault::Reboot,
+    Fault::PowerOff,
+];
+
+/// One round: every cell of the matrix once, in an order of its own.
+fn cells(seed: u64, round: u64) -> Vec<(Fault, Point)> {
+    let of = |faults: &[Fault]| {
+        let all = faults.iter().flat_map(|fault| POINTS.iter().map(move |point| (*fault, *point)));
+        all.filter(|(fault, point)| fault.fits(*point)).collect::<Vec<_>>()
+    };
+    let mut random = StdRng::seed_from_u64(seed.rotate_left(32) ^ round);
+    let mut cells = of(&FAULTS);
+    cells.extend(LONG.iter().map(|fault| (*fault, POINTS[random.random_range(0..POINTS.len())])));
+    cells.shuffle(&mut random);
+    let mut standstills = of(&STANDSTILLS);
+    standstills.shuffle(&mut random);
+    cells.extend(standstills);
+    cells
+}
+
 /// The case of this number.
 pub fn case(seed: u64, number: u64) -> Case {
-    // One round holds every cell of the matrix once, in an order of its own.
-    let cells_of = |round: u64| {
-        let mut random = StdRng::seed_from_u64(seed.rotate_left(32) ^ round);
-        let mut cells: Vec<(Fault, Point)> = FAULTS
-            .iter()
-            .flat_map(|fault| POINTS.iter().map(move |point| (*fault, *point)))
-            .filter(|(fault, point)| fault.fits(*point))
-            .collect();
-        cells.extend(LONG.iter().map(|fault| (*fault, POINTS[random.random_range(0..POINTS.len())])));
-        cells.shuffle(&mut random);
-        cells
-    };
-    let in_round = cells_of(0).len() as u64;
-    let (fault, point) = cells_of(number / in_round)[(number % in_round) as usize];
+    let in_round = cells(seed, 0).len() as u64;
+    let (fault, point) = cells(seed, number / in_round)[(number % in_round) as usize];
     let mut random = StdRng::seed_from_u64(seed.rotate_left(16) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut between = |least: u64, most: u64| Duration::from_millis(random.random_range(least..=most));
     let moment = match point {
@@ -192,6 +228,9 @@ pub fn case(seed: u64, number: u64) -> Case {
         Fault::Cut(_, seconds) => Duration::from_secs(seconds),
         Fault::Loss | Fault::Names => between(3000, 8000),
         Fault::Gateway(_) | Fault::Qemu(_) | Fault::OldJournal(_) => between(100, 2500),
+        // Longer than a gateway waits for QEMU's answer or a link for a sign of life, or not.
+        Fault::Hang(_) | Fault::Stall(_) => between(500, 15_000),
+        Fault::Reboot | Fault::PowerOff => Duration::ZERO,
     };
     Case { number, fault, moment, lasts }
 }
@@ -211,9 +250,9 @@ mod tests {
 
     #[test]
     fn one_round_holds_every_fault_and_few_of_the_long_ones() {
-        let round: Vec<Case> = (0..113).map(|number| case(1, number)).collect();
+        let round: Vec<Case> = (0..159).map(|number| case(1, number)).collect();
         let names: BTreeSet<String> = round.iter().map(|case| case.fault.name()).collect();
-        assert_eq!(names.len(), FAULTS.len() + LONG.len());
+        assert_eq!(names.len(), FAULTS.len() + LONG.len() + STANDSTILLS.len());
         let long = round.iter().filter(|case| case.lasts >= Duration::from_secs(60)).count();
         assert_eq!(long, LONG.len());
     }

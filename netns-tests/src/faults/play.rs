@@ -33,6 +33,8 @@ pub enum Ending {
     Moved,
     /// The QEMU that owned it was killed; it was booted again at this site.
     Crashed(Place),
+    /// Its guest had powered itself off; it was started again at this site.
+    WasOff(Place),
     /// Nobody runs it and nobody may: an operator decides.
     Held,
     /// Unknown.
@@ -69,18 +71,19 @@ pub async fn play(arena: &mut Arena, case: &Case) -> Result<Played> {
     let confirmed = confirmer.finish().await?;
     let mut played =
         Played { spot, struck, ending: Ending::Unclear, flaws: Vec::new(), took: Duration::ZERO };
-    let booted = rested(arena, case, rest, &mut played).await?;
+    let started_again = rested(arena, case, rest, &mut played).await?;
+    let booted = started_again || case.fault == Fault::Reboot && struck;
     let [a, b] = watchers;
     let doubled = overlaps(&a.finish().await?, &b.finish().await?);
     if doubled > 0 {
         played.flaws.push(Flaw::DoubleRun(doubled));
     }
-    let crashed = booted && matches!(played.ending, Ending::Crashed(_));
     // Where old connections go is in the journal of the site that the machine left, and nowhere else.
     let forgotten = case.fault == Fault::OldJournal(Place::A) && played.ending == Ending::Moved;
     if serves(played.ending) && !forgotten {
         let connection = judge::old_connection(client).await;
-        played.flaws.extend(connection.err().filter(|_| !crashed));
+        // A connection ends with its guest.
+        played.flaws.extend(connection.err().filter(|_| !booted));
     }
     served(arena, case, &id, &confirmed, booted, &mut played).await;
     played.took = started.elapsed();
@@ -89,7 +92,7 @@ pub async fn play(arena: &mut Arena, case: &Case) -> Result<Played> {
 
 fn serves(ending: Ending) -> bool {
     match ending {
-        Ending::Stayed | Ending::Moved | Ending::Crashed(_) => true,
+        Ending::Stayed | Ending::Moved | Ending::Crashed(_) | Ending::WasOff(_) => true,
         Ending::Held | Ending::Unclear => false,
     }
 }
@@ -107,6 +110,10 @@ async fn rested(arena: &Arena, case: &Case, rest: Result<Rest, String>, played: 
                 // Its journal does not know it any more, and its gateway leaves it alone.
                 played.ending = Ending::Held;
                 return Ok(false);
+            }
+            if case.fault == Fault::PowerOff && played.struck {
+                let text = format!("its guest was told to power off, and it runs at site {}", place.name());
+                played.flaws.push(Flaw::Unsettled(text));
             }
             if !owners.contains(&place) {
                 let text = format!("it runs at site {}, where it may not run", place.name());
@@ -141,7 +148,12 @@ async fn stands_still(arena: &Arena, case: &Case, owners: &[Place], played: &mut
         }
         [..] => return Ok(false),
     };
-    if !old_journal && case.fault != Fault::Qemu(owner) {
+    let switched_off = case.fault == Fault::PowerOff;
+    if switched_off && let Some(flaw) = judge::not_switched_off(arena, owner).await {
+        played.flaws.push(flaw);
+        return Ok(false);
+    }
+    if !old_journal && !switched_off && case.fault != Fault::Qemu(owner) {
         let text = format!("it stands still at its owner, site {}", owner.name());
         played.flaws.push(Flaw::Unsettled(text));
         return Ok(false);
@@ -152,6 +164,7 @@ async fn stands_still(arena: &Arena, case: &Case, owners: &[Place], played: &mut
         return Ok(booted);
     }
     played.ending = match (booted, owner) {
+        (true, owner) if switched_off => Ending::WasOff(owner),
         (true, owner) => Ending::Crashed(owner),
         (false, Place::A) => Ending::Stayed,
         (false, Place::B) => Ending::Moved,
@@ -169,10 +182,14 @@ async fn served(
     played: &mut Played,
 ) {
     let place = match played.ending {
-        Ending::Stayed | Ending::Crashed(Place::A) => Place::A,
-        Ending::Moved | Ending::Crashed(Place::B) => Place::B,
+        Ending::Stayed | Ending::Crashed(Place::A) | Ending::WasOff(Place::A) => Place::A,
+        Ending::Moved | Ending::Crashed(Place::B) | Ending::WasOff(Place::B) => Place::B,
         Ending::Held | Ending::Unclear => return,
     };
+    if let Err(error) = judge::answers(arena, place).await {
+        played.flaws.push(Flaw::LostMachine(format!("{error:#}")));
+        return;
+    }
     played.flaws.extend(judge::content(arena, place, confirmed, booted).await);
     // An old journal ends in the right copy or none; what it leaves of the move is the operator's to decide.
     if !played.flaws.is_empty() || matches!(case.fault, Fault::OldJournal(_)) {

@@ -63,6 +63,8 @@ pub struct FaultReport {
     pub double_runs: u64,
     /// Cases in which the QEMU that owned the machine was killed, and the machine was booted again.
     pub guest_crashed: u64,
+    /// Cases in which the guest powered itself off, and was started again.
+    pub was_off: u64,
     /// Cases that ended with the machine at site b.
     pub moved: u64,
     /// Cases that ended with the machine at site a.
@@ -109,6 +111,7 @@ impl FaultReport {
             Ending::Stayed => self.stayed += 1,
             Ending::Moved => self.moved += 1,
             Ending::Crashed(_) => self.guest_crashed += 1,
+            Ending::WasOff(_) => self.was_off += 1,
             Ending::Held => self.on_hold += 1,
             Ending::Unclear => {}
         }

@@ -16,6 +16,8 @@ const LIMIT: Duration = Duration::from_secs(150);
 const STILL: Duration = Duration::from_secs(5);
 /// What an old journal leaves behind may wait for ever; this long it is given.
 const HELD: Duration = Duration::from_secs(20);
+/// A guest that was told to power off has done so.
+const GOES_OFF: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Where the machine is.
@@ -41,6 +43,8 @@ pub async fn settle(arena: &Arena, watchers: &[Watcher; 2], fault: Fault) -> Res
         }
         let quiet = now.as_ref().is_ok_and(|seen| !seen.moving);
         let (enough, anyway) = match rest {
+            // It says that it will go off, and takes its time.
+            Some(Rest::Runs(_)) if fault == Fault::PowerOff => (GOES_OFF, false),
             Some(Rest::Runs(_)) => (Duration::ZERO, false),
             Some(Rest::RunsBeside(_)) => (HELD, old_journal),
             Some(Rest::Still) => (STILL, true),

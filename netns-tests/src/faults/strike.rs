@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::migration::Stage;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::arena::Arena;
 use super::plan::{Case, Fault, Moment, Place, Way};
+use crate::agent::control::AgentStatus;
 use crate::scenario::Scene;
 use crate::scenario::traces::{kill_qemu, qemus};
 use crate::wan::Direction;
@@ -16,6 +19,7 @@ use crate::wan::Direction;
 const MOVE: Duration = Duration::from_secs(180);
 /// The shortest stage lasts tens of milliseconds.
 const LOOK: Duration = Duration::from_millis(3);
+const BOOTING: Duration = Duration::from_millis(300);
 /// A share of packets.
 const LOSS: f64 = 0.05;
 
@@ -60,7 +64,7 @@ pub async fn moment(arena: &Arena, case: &Case, id: &str) -> Result<Spot> {
         Moment::Random(delay) => delay,
     };
     tokio::time::sleep(delay).await;
-    if case.fault == Fault::Qemu(Place::B) {
+    if matches!(case.fault, Fault::Qemu(Place::B) | Fault::Hang(Place::B)) {
         reach(arena, id, |spot| !qemus(&arena.scene.b).is_empty() || spot == Spot::After).await?;
     }
     Spot::of(&arena.scene.a.client().migration(id).await?)
@@ -124,8 +128,49 @@ pub async fn strike(arena: &mut Arena, case: &Case) -> Result<bool> {
             std::fs::copy(old, gateway.journal()).context("The old journal")?;
             gateway.launch().await?;
         }
+        Fault::Hang(place) => return hang(arena, place, case.lasts).await,
+        Fault::Stall(place) => {
+            arena.gateway(place).signal(Signal::SIGSTOP)?;
+            tokio::time::sleep(case.lasts).await;
+            arena.gateway(place).signal(Signal::SIGCONT)?;
+        }
+        Fault::Reboot => return reboot(arena).await,
+        // Who is asked in the pause answers after it.
+        Fault::PowerOff => return Ok(arena.ask::<String>(arena.scene.home()?, "/poweroff").await.is_ok()),
     }
     Ok(true)
+}
+
+async fn hang(arena: &Arena, place: Place, lasts: Duration) -> Result<bool> {
+    let [pid] = qemus(arena.gateway(place))[..] else { return Ok(false) };
+    // One that ends at this moment cannot be struck.
+    if kill(Pid::from_raw(pid), Signal::SIGSTOP).is_err() {
+        return Ok(false);
+    }
+    tokio::time::sleep(lasts).await;
+    // One that was killed meanwhile needs nothing.
+    let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+    Ok(true)
+}
+
+/// Lets the guest boot again where it is, and waits until it has. The watchers have the monitors; the guest's own
+/// kernel is asked.
+async fn reboot(arena: &Arena) -> Result<bool> {
+    let asked = Instant::now();
+    if arena.ask::<String>(arena.scene.home()?, "/reboot").await.is_err() {
+        return Ok(false);
+    }
+    while asked.elapsed() < MOVE {
+        for place in Place::BOTH {
+            let Ok(address) = arena.address(place).await else { continue };
+            let status = arena.ask::<AgentStatus>(address, "/status").await;
+            if status.is_ok_and(|status| Duration::from_millis(status.uptime_ms) < asked.elapsed()) {
+                return Ok(true);
+            }
+        }
+        tokio::time::sleep(BOOTING).await;
+    }
+    bail!("The guest does not boot again")
 }
 
 /// The round trip of a case: long where it is what a stage lasts.

@@ -234,6 +234,12 @@ impl Gateway {
         Ok(())
     }
 
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let child = self.child.as_ref().context("The gateway does not run")?;
+        kill(Pid::from_raw(child.id().cast_signed()), signal).context("The gateway is gone")
+    }
+
     /// Asks the daemon to end, and waits until it has.
     pub fn stop(&mut self) -> Result<()> {
         if let Some(mut child) = self.child.take() {

@@ -44,6 +44,8 @@ pub struct SceneOptions {
     pub third_site: bool,
     /// Home and care-of addresses of both IP versions.
     pub dual_stack: bool,
+    /// The guest boots again when its QEMU has crashed.
+    pub restart_on_crash: bool,
     /// What arbitrates. Both sites have the name server's key where it is the name server.
     pub arbiter: ArbiterChoice,
 }
@@ -77,6 +79,7 @@ impl Default for SceneOptions {
             dirt_bytes: 64 << 20,
             third_site: false,
             dual_stack: false,
+            restart_on_crash: false,
             arbiter: ArbiterChoice::None,
         }
     }

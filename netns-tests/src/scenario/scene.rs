@@ -211,12 +211,13 @@ impl Scene {
         let cmdline = BootOptions { nics, agent, ..BootOptions::default() }.cmdline();
         Ok(format!(
             "name = \"{VM}\"\nmachine = \"pc-q35-7.2\"\ncpu = \"qemu64\"\nvcpus = 1\nmemory_mib = {}\n\
-             dns_name = \"{}\"\ndns_ttl_s = {}\n{devices}\
+             dns_name = \"{}\"\ndns_ttl_s = {}\nrestart = \"{}\"\n{devices}\
              [firmware.kernel]\nname = \"lab\"\ncmdline = \"{cmdline}\"\nkernel_sha256 = \"{}\"\n\
              initrd_sha256 = \"{}\"\n",
             self.options.memory_mib,
             Self::name(),
             self.options.ttl_s,
+            if self.options.restart_on_crash { "on-crash" } else { "never" },
             self.image.kernel_sha256,
             self.image.initrd_sha256,
         ))

@@ -100,6 +100,7 @@ impl Written {
             care_of: if at_a { Vec::new() } else { self.reservation().care_of },
             handover: (!at_a).then(|| self.handover()),
             wanted: true,
+            settled_in: None,
             ttl_before_s: None,
         };
         journal.put_machine(&VM.parse()?, &row)?;

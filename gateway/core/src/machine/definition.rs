@@ -55,12 +55,26 @@ pub struct MachineDefinition {
     /// The TTL in seconds of that name's records when no migration is near.
     #[serde(default)]
     pub dns_ttl_s: Option<u32>,
+    /// What the site that has it does when its QEMU is gone and nobody stopped it.
+    #[serde(default)]
+    pub restart: Restart,
     /// Its disks.
     #[serde(default)]
     pub disks: Vec<Disk>,
     /// Its network interfaces.
     #[serde(default)]
     pub nics: Vec<Nic>,
+}
+
+/// What follows the end of a QEMU that nobody asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// The machine stays down until an operator starts it.
+    #[default]
+    Never,
+    /// It boots again from its disks, where it is, unless the guest had powered itself off.
+    OnCrash,
 }
 
 /// One virtio disk.
@@ -261,9 +275,19 @@ pub(super) mod tests {
         let web1 = web1();
         assert_eq!(web1.cpu, default_cpu());
         assert_eq!(web1.firmware, Firmware::Bios);
+        assert_eq!(web1.restart, Restart::Never);
         assert_eq!(web1.memory(), Bytes((256 << 20) - (8 << 10)));
         assert_eq!(web1.uuid(), MachineUuid::of_name("web1"));
         assert_eq!(web1.volumes().map(|volume| volume.size_bytes).collect::<Vec<_>>(), [1 << 30, 64 << 20]);
+    }
+
+    #[test]
+    fn a_restart_policy_is_read_by_its_name() {
+        let read =
+            |policy: &str| toml::from_str::<MachineDefinition>(&format!("restart = \"{policy}\"{WEB1}"));
+        assert_eq!(read("on-crash").unwrap().restart, Restart::OnCrash);
+        assert_eq!(read("never").unwrap().restart, Restart::Never);
+        assert!(read("always").unwrap_err().to_string().contains("on-crash"));
     }
 
     #[test]

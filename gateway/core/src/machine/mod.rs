@@ -7,6 +7,7 @@
 
 mod capabilities;
 mod definition;
+pub mod restart;
 #[cfg(test)]
 mod round_trip;
 mod text;
@@ -17,7 +18,7 @@ pub use capabilities::{
     CpuSupport, HostCapabilities, Incompatible, KernelFiles, MachineSupport, Mismatch, QemuVersion,
 };
 pub use definition::{
-    DefinitionDraft, Disk, Firmware, KernelBoot, MachineDefinition, Nic, UefiFirmware, Volume,
+    DefinitionDraft, Disk, Firmware, KernelBoot, MachineDefinition, Nic, Restart, UefiFirmware, Volume,
 };
 pub use validate::{InvalidDefinition, limits};
 pub use values::{

@@ -58,8 +58,9 @@ fn definition() -> impl Strategy<Value = MachineDefinition> {
     let nics = (0..=limits::MAX_NICS as u8).prop_flat_map(|count| (0..count).map(nic).collect::<Vec<_>>());
     let sizes = (1..=limits::MAX_VCPUS, limits::MIN_MEMORY_MIB..=limits::MAX_MEMORY_MIB);
     let dns = (proptest::option::of("[a-z0-9]{1,20}\\.example"), proptest::option::of(1_u32..100_000));
-    ("[a-z][a-z0-9-]{0,31}", proptest::option::of(any::<[u8; 16]>()), sizes, firmware(), dns, disks, nics)
-        .prop_map(|(name, uuid, (vcpus, memory_mib), firmware, (dns_name, dns_ttl_s), disks, nics)| {
+    let boot = (firmware(), prop_oneof![Just(Restart::Never), Just(Restart::OnCrash)]);
+    ("[a-z][a-z0-9-]{0,31}", proptest::option::of(any::<[u8; 16]>()), sizes, boot, dns, disks, nics).prop_map(
+        |(name, uuid, (vcpus, memory_mib), (firmware, restart), (dns_name, dns_ttl_s), disks, nics)| {
             MachineDefinition {
                 name: name.parse().unwrap(),
                 uuid: uuid.map(MachineUuid),
@@ -72,10 +73,12 @@ fn definition() -> impl Strategy<Value = MachineDefinition> {
                 rng: PciAddress::new(30, 0),
                 dns_name,
                 dns_ttl_s,
+                restart,
                 disks,
                 nics,
             }
-        })
+        },
+    )
 }
 
 proptest! {

@@ -36,6 +36,8 @@ pub struct Facts<'a> {
     pub arbitrated: bool,
     /// The guest ran when it was proposed: its user had not paused it.
     pub wanted: bool,
+    /// Its arrival was written down as over: who stops it after that is its operator.
+    pub settled: bool,
     /// Its QEMU here.
     pub qemu: Qemu,
     /// Something besides the guest is to be put back, such as its name's TTL.
@@ -154,7 +156,8 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
         | SourceRecord::TakenBack { .. } => {
             let begun =
                 if matches!(last, SourceRecord::TakenBack { .. }) { facts.epoch.next() } else { facts.epoch };
-            let stands = facts.wanted && facts.qemu == Qemu::StandsStill;
+            // One that does not answer may stand still for us.
+            let stands = facts.wanted && matches!(facts.qemu, Qemu::StandsStill | Qemu::Unknown);
             let may = facts.owner.is_some_and(|owner| owner.may_undo(begun));
             // The register may still name the other site.
             let owes_register = facts.arbitrated && matches!(last, SourceRecord::Returned { .. });
@@ -182,7 +185,11 @@ fn of_destination(last: &DestinationRecord, facts: &Facts<'_>) -> NextStep {
         DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. } => {
             // One that is gone crashed here: its disk is started when its operator says so.
             let waits = matches!(facts.qemu, Qemu::StandsStill | Qemu::Unknown);
-            if is_latest && facts.wanted && waits { NextStep::Activate } else { NextStep::Nothing }
+            if is_latest && facts.wanted && waits && !facts.settled {
+                NextStep::Activate
+            } else {
+                NextStep::Nothing
+            }
         }
         // A QEMU of this name belongs to whatever came later.
         DestinationRecord::Refused { .. } => {
@@ -213,9 +220,21 @@ mod tests {
     fn facts<'a>(last: &'a Record, owner: &'a Ownership, qemu: Qemu) -> Facts<'a> {
         let epoch = Epoch(5);
         let (arbitrated, wanted, owes_names) = (false, true, false);
-        let (overtaken, came_again, stale) = (false, false, false);
+        let (overtaken, came_again, stale, settled) = (false, false, false, false);
         let owner = Some(owner);
-        Facts { last, epoch, owner, arbitrated, wanted, qemu, owes_names, overtaken, came_again, stale }
+        Facts {
+            last,
+            epoch,
+            owner,
+            arbitrated,
+            wanted,
+            settled,
+            qemu,
+            owes_names,
+            overtaken,
+            came_again,
+            stale,
+        }
     }
 
     #[test]
@@ -226,6 +245,15 @@ mod tests {
         assert_eq!(next_step(&facts(&aborted, &here, Qemu::StandsStill)), NextStep::RollBack);
         assert_eq!(next_step(&facts(&aborted, &away, Qemu::StandsStill)), NextStep::Nothing);
         assert_eq!(next_step(&facts(&aborted, &here, Qemu::Runs)), NextStep::Nothing);
+        assert_eq!(next_step(&facts(&aborted, &here, Qemu::Unknown)), NextStep::RollBack, "it hangs");
+    }
+
+    #[test]
+    fn a_visitor_that_its_operator_has_stopped_is_not_resumed() {
+        let activated = destination(DestinationRecord::Activated { handover: handover() });
+        let here = Ownership::Here { epoch: Epoch(5) };
+        let settled = Facts { settled: true, ..facts(&activated, &here, Qemu::StandsStill) };
+        assert_eq!(next_step(&settled), NextStep::Nothing);
     }
 
     #[test]

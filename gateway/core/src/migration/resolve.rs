@@ -112,7 +112,7 @@ pub fn resolution(
             return Ok(Resolution(Decided::Theirs));
         }
         Record::Destination(DestinationRecord::Loaded) => {
-            "If the other site had resumed it in the meantime, what it did there is lost"
+            "If the other site had resumed it in the meantime, or had moved it to a third one, what it did there is lost"
         }
         Record::Source(
             SourceRecord::Offered { .. } | SourceRecord::Reclaiming { .. } | SourceRecord::Promised { .. },

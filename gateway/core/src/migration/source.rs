@@ -113,6 +113,8 @@ pub enum Action {
     Arbitrate(Request),
     /// Send held and coming packets to the destination. The machine is its own now.
     Attract(Box<Handover>),
+    /// Tell the operator that the destination says it runs the machine, which was never given to it.
+    ReportSecondOwner,
     /// Move the names, keep the disk aside, forget the guest: reports `TidiedUp`.
     Release,
     /// Undo everything: reports `RolledBack`. The permit resumes the guest.
@@ -495,6 +497,9 @@ impl Source {
         if matches!(self.state, State::Committed { .. }) {
             self.state = State::Released;
             return Step::record(Record::Source(SourceRecord::Released), vec![Action::Release]);
+        }
+        if matches!(self.state, State::Aborting { .. }) && !self.is_arbitrated() {
+            return self.on_second_owner();
         }
         // It was in doubt: attracting comes first, with a record of its own. The commitment is answered again.
         self.gone(now)

@@ -40,7 +40,7 @@ impl fmt::Display for VersionRange {
 }
 
 /// What this build understands.
-pub const SUPPORTED: VersionRange = VersionRange { oldest: Version(2), newest: Version(2) };
+pub const SUPPORTED: VersionRange = VersionRange { oldest: Version(3), newest: Version(3) };
 
 /// No version is understood by both sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -174,9 +174,12 @@ mod tests {
     }
 
     #[test]
-    fn a_gateway_of_before_carried_addresses_is_told_which_side_is_older() {
-        let error = negotiate(SUPPORTED, range(1, 1)).unwrap_err().to_string();
-        assert!(error.contains("this side speaks 2, the peer speaks 1; update the older gateway"), "{error}");
+    fn gateways_of_before_carried_addresses_and_restart_policies_are_told_which_side_is_older() {
+        for older in 1..=2 {
+            let error = negotiate(SUPPORTED, range(older, older)).unwrap_err().to_string();
+            let wanted = format!("this side speaks 3, the peer speaks {older}; update the older gateway");
+            assert!(error.contains(&wanted), "{error}");
+        }
     }
 
     #[test]

@@ -101,6 +101,7 @@ impl World {
                 | source::Action::StartPreCopy(_)
                 | source::Action::Park
                 | source::Action::Attract(_)
+                | source::Action::ReportSecondOwner
                 | source::Action::Release => {}
             }
         }

@@ -139,6 +139,7 @@ impl World {
                     site.sources.get_mut(&id).expect("this driver acts").work.clear();
                     Work::Rollback(permit)
                 }
+                source::Action::ReportSecondOwner => continue,
                 source::Action::Release => {
                     self.sites[A].runs_there = true;
                     Work::Release

@@ -18,6 +18,7 @@ mod connection;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -181,9 +182,13 @@ impl Events {
     }
 }
 
+/// How many connections this process has made.
+static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+
 /// A connection to one monitor. Clones share it; it closes when the last one is dropped.
 #[derive(Debug, Clone)]
 pub struct QmpClient {
+    id: u64,
     peer: String,
     config: QmpConfig,
     commands: mpsc::Sender<Command>,
@@ -225,11 +230,17 @@ impl QmpClient {
         let weak = events.downgrade();
         let connection = Connection::new(peer.clone(), lines, writer, queue, events, config.max_pending);
         tokio::spawn(connection.run());
-        let client = Self { peer, config, commands, events: weak, version: hello.version };
+        let id = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+        let client = Self { id, peer, config, commands, events: weak, version: hello.version };
         let enable: &[&str] =
             if hello.capabilities.iter().any(|name| name == "oob") { &["oob"] } else { &[] };
         client.execute("qmp_capabilities", json!({ "enable": enable })).await?;
         Ok(client)
+    }
+
+    /// A number that no other connection of this process has; clones share it.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// The monitor's name in messages: its socket's path.

@@ -21,6 +21,17 @@ impl Source {
         }
     }
 
+    /// The destination runs it although it was never handed over: an operator there said that this site is gone. It
+    /// is said once; whose it is, only people can decide.
+    pub(super) fn on_second_owner(&mut self) -> Step<Action> {
+        let State::Aborting { told, .. } = &mut self.state else { return Step::nothing() };
+        if std::mem::replace(told, true) {
+            return Step::nothing();
+        }
+        self.end_if_settled();
+        Step::act(vec![Action::ReportSecondOwner])
+    }
+
     /// What follows from `TakenBack`, once it is durable.
     pub(super) fn taken_back(&mut self) -> Step<Action> {
         self.state = State::Aborting { why: Refusal::Operator, rolled_back: false, told: true, owes: false };
