@@ -1,10 +1,11 @@
 //! What is asked of an arbiter, and what its register says: the third party of a hand-over.
 //!
 //! ```text
-//!               source: for itself        +--> Source
-//!   Open -------------------------------->|      ^
-//!   (an older    destination: claims      |      | durably refused, or handed back
-//!    epoch)      source: as it promised   +--> Destination
+//!               source: for itself        +--> Source -------+
+//!   Open -------------------------------->|      ^           | the machine moves again
+//!   (an older    destination: claims      |      | durably   |----------------------> Later
+//!    epoch)      source: as it promised   |      | refused   |
+//!                                         +--> Destination --+
 //! ```
 //!
 //! The register holds one epoch and one owner and changes by compare-and-swap only. A request may be applied
@@ -47,6 +48,9 @@ pub enum Verdict {
     Source,
     /// The epoch is the destination's.
     Destination,
+    /// A later epoch stands there: this one was won, and by whoever moved the machine on. A side that has not done that
+    /// knows that it was the other.
+    Later,
     /// No answer that can be trusted; a request may or may not have been applied.
     Unknown,
     /// It says something it cannot say unless it was put back to an older state, or somebody else wrote it.
@@ -102,11 +106,11 @@ pub fn judge(
     destination: &SiteName,
 ) -> Verdict {
     let (at, owner) = held.unwrap_or((Epoch(0), ""));
-    if at < seen || at > epoch {
+    if at < seen {
         return Verdict::Behind;
     }
-    if at < epoch {
-        return Verdict::Open;
+    if at != epoch {
+        return if at < epoch { Verdict::Open } else { Verdict::Later };
     }
     if owner == source.as_str() {
         Verdict::Source
@@ -155,10 +159,22 @@ mod tests {
     }
 
     #[test]
-    fn a_register_behind_what_was_seen_or_ahead_of_the_attempt_decides_nothing() {
+    fn a_register_behind_what_was_seen_or_of_a_third_site_decides_nothing() {
         assert_eq!(said(Some((4, "a")), 5), Verdict::Behind, "put back from a backup");
         assert_eq!(said(None, 1), Verdict::Behind, "emptied");
-        assert_eq!(said(Some((6, "b")), 5), Verdict::Behind, "another attempt's");
+        assert_eq!(said(Some((6, "b")), 7), Verdict::Behind, "later, and put back all the same");
         assert_eq!(said(Some((5, "c")), 5), Verdict::Behind, "a third site's");
+    }
+
+    #[test]
+    fn a_later_epoch_says_that_this_one_was_decided_and_is_never_changed() {
+        for owner in ["a", "b", "c"] {
+            assert_eq!(said(Some((6, owner)), 5), Verdict::Later);
+        }
+        let (source, destination) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let contest = Contest { epoch: Epoch(5), source, destination };
+        for request in [Request::Read, Request::ForDestination, Request::ForSource, Request::BackToSource] {
+            assert_eq!(contest.winner(request, Verdict::Later), None, "{request:?}");
+        }
     }
 }

@@ -70,7 +70,8 @@ impl Destination {
     pub(super) fn on_verdict(&mut self, verdict: Verdict) -> Step<Action> {
         match verdict {
             Verdict::Destination => self.on_won(),
-            Verdict::Source => self.on_lost(),
+            // What was not moved on from here is the source's.
+            Verdict::Source | Verdict::Later => self.on_lost(),
             Verdict::Open | Verdict::Unknown | Verdict::Behind => Step::nothing(),
         }
     }

@@ -80,7 +80,8 @@ impl Source {
         match verdict {
             Verdict::Open => self.on_open(now),
             Verdict::Source => self.on_won(),
-            Verdict::Destination => self.gone(now),
+            // What was not moved on from here is the destination's.
+            Verdict::Destination | Verdict::Later => self.gone(now),
             Verdict::Unknown => self.on_silence(now),
             Verdict::Behind => Step::nothing(),
         }
