@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::ids::{Epoch, SiteName, VmName};
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::generation::{behind, has_come};
 use longhaul_core::migration::ledger::Ownership;
@@ -17,7 +17,7 @@ use crate::api::types::{JournalView, RecordView};
 use crate::generation::{notes_in, read_notes};
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::MachineRow;
-use crate::migration::anchor::arriving_images;
+use crate::migration::anchor::{Anchor, arriving_images};
 
 /// The migrations of `vm`, or of every machine, oldest first. `qemu` is what is known of QEMUs here; one that
 /// is not in it was not asked. Without `site` what stands beside disks that came is not looked at.
@@ -37,6 +37,7 @@ pub fn views(
             owner: owner.as_ref(),
             row: rows.get(&attempt.vm),
             qemu: qemu.get(&attempt.vm).copied().unwrap_or(Qemu::Unknown),
+            anchor: anchored(journal, &attempt.vm)?,
             site,
         };
         let Some(next) = judge(history, &histories, &known) else { continue };
@@ -63,6 +64,8 @@ pub struct Known<'a> {
     pub row: Option<&'a MachineRow>,
     /// Its QEMU here.
     pub qemu: Qemu,
+    /// The epoch of its anchor here.
+    pub anchor: Option<Epoch>,
     /// This site, if its disks can be looked at.
     pub site: Option<Site<'a>>,
 }
@@ -82,7 +85,13 @@ pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<Ne
         overtaken: is_overtaken(history, all),
         came_again: came_again(history, all),
         stale: is_stale(history, known),
+        anchor: known.anchor,
     }))
+}
+
+/// The epoch of the anchor that stands here for `vm`.
+pub fn anchored(journal: &Journal, vm: &VmName) -> Result<Option<Epoch>, JournalError> {
+    Ok(journal.anchor::<Anchor>(vm)?.map(|anchor| anchor.epoch))
 }
 
 /// The guest ran when it was proposed.
@@ -235,7 +244,7 @@ fn why(record: &Record) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use longhaul_core::ids::{Epoch, MigrationId};
+    use longhaul_core::ids::MigrationId;
     use longhaul_core::migration::Attempt;
     use longhaul_core::migration::generation::Generation;
     use longhaul_core::migration::message::{Handover, Refusal, Reservation};
@@ -281,7 +290,7 @@ mod tests {
     fn a_view_says_what_was_decided_why_and_what_comes_next() {
         let here = Ownership::Here { epoch: Epoch(3) };
         let history = history(1, 3, refused());
-        let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs, site: None };
+        let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs, anchor: None, site: None };
         let next = judge(&history, std::slice::from_ref(&history), &known).unwrap();
         let view = view(&history, Some(&here), next);
         assert_eq!((view.role.as_str(), view.next), ("destination", NextStep::Nothing));

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::ids::{Epoch, SiteName, VmName};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Proposal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::machines::held;
 use super::unknown::unknown;
 use super::{Daemon, Machine};
-use crate::history::{Known, Site, judge};
+use crate::history::{Known, Site, anchored, judge};
 use crate::hypervisor::Guest;
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, tell};
@@ -102,9 +102,10 @@ impl Daemon {
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
         let Some(taken) = found.get(&attempt.vm).cloned() else { return };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let qemu = taken.qemu().await;
+        let (qemu, anchor) = (taken.qemu().await, self.anchored(&attempt.vm));
         let Taken { row, guest, .. } = taken;
-        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu, site: Some(self.site()) };
+        let site = Some(self.site());
+        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu, anchor, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
             return;
@@ -159,8 +160,8 @@ impl Daemon {
             },
         };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let site = Some(self.site());
-        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu, site };
+        let (anchor, site) = (self.anchored(&attempt.vm), Some(self.site()));
+        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu, anchor, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
             tracing::error!(vm = %attempt.vm, id = %attempt.id, text = step.text(&attempt.vm, &attempt.peer), "machine is held");
@@ -191,6 +192,13 @@ impl Daemon {
 
     fn site(&self) -> Site<'_> {
         Site { name: self.edges.site(), pool: &self.edges.config.storage.pool }
+    }
+
+    fn anchored(&self, vm: &VmName) -> Option<Epoch> {
+        anchored(&self.edges.journal, vm).unwrap_or_else(|error| {
+            tracing::error!(%vm, error = chain(&error), "anchor could not be read");
+            None
+        })
     }
 
     /// Rules and samplers of a machine that runs here, before anybody can ask for anything new: its open
@@ -297,7 +305,6 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
 
 #[cfg(test)]
 mod tests {
-    use longhaul_core::ids::Epoch;
     use longhaul_core::migration::CommitMode;
 
     use super::*;

@@ -48,6 +48,8 @@ pub struct Facts<'a> {
     pub came_again: bool,
     /// The ledger is older than a disk of the machine.
     pub stale: bool,
+    /// The epoch of the anchor that stands here for the machine, if there is one.
+    pub anchor: Option<Epoch>,
 }
 
 /// What is done next.
@@ -161,7 +163,9 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
             let may = facts.owner.is_some_and(|owner| owner.may_undo(begun));
             // The register may still name the other site.
             let owes_register = facts.arbitrated && matches!(last, SourceRecord::Returned { .. });
-            if may && (stands || facts.owes_names || owes_register) {
+            // Its addresses would be attracted for the other site while it is started here.
+            let attracts = facts.anchor == Some(facts.epoch);
+            if may && (stands || facts.owes_names || owes_register || attracts) {
                 NextStep::RollBack
             } else {
                 NextStep::Nothing
@@ -172,6 +176,7 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
 
 fn of_destination(last: &DestinationRecord, facts: &Facts<'_>) -> NextStep {
     let is_latest = facts.owner.is_none_or(|owner| owner.epoch() <= facts.epoch);
+    let ours = matches!(facts.owner, Some(Ownership::Here { .. }));
     match last {
         DestinationRecord::Reserved { .. } => NextStep::Refuse,
         DestinationRecord::Loaded if facts.qemu == Qemu::Gone => NextStep::Refuse,
@@ -184,16 +189,15 @@ fn of_destination(last: &DestinationRecord, facts: &Facts<'_>) -> NextStep {
         DestinationRecord::HandedBack { .. } | DestinationRecord::Overruled => NextStep::Nothing,
         DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. } => {
             // One that is gone crashed here: its disk is started when its operator says so.
-            let waits = matches!(facts.qemu, Qemu::StandsStill | Qemu::Unknown);
-            if is_latest && facts.wanted && waits && !facts.settled {
-                NextStep::Activate
-            } else {
-                NextStep::Nothing
-            }
+            // Who stops it once its arrival is over is its operator.
+            let stopped = matches!(facts.qemu, Qemu::StandsStill | Qemu::Unknown);
+            let waits = facts.wanted && stopped && !facts.settled;
+            // It came back, and what stayed here when it had left was not ended: its addresses and its name.
+            let anchored = ours && facts.anchor.is_some_and(|epoch| epoch < facts.epoch);
+            if is_latest && (waits || anchored) { NextStep::Activate } else { NextStep::Nothing }
         }
         // A QEMU of this name belongs to whatever came later.
         DestinationRecord::Refused { .. } => {
-            let ours = matches!(facts.owner, Some(Ownership::Here { .. }));
             let left = facts.qemu != Qemu::Gone;
             if is_latest && !ours && !facts.overtaken && left { NextStep::Discard } else { NextStep::Nothing }
         }
@@ -221,7 +225,7 @@ mod tests {
         let epoch = Epoch(5);
         let (arbitrated, wanted, owes_names) = (false, true, false);
         let (overtaken, came_again, stale, settled) = (false, false, false, false);
-        let owner = Some(owner);
+        let (owner, anchor) = (Some(owner), None);
         Facts {
             last,
             epoch,
@@ -234,6 +238,7 @@ mod tests {
             overtaken,
             came_again,
             stale,
+            anchor,
         }
     }
 
@@ -317,6 +322,23 @@ mod tests {
         assert_eq!(next_step(&facts(&activated, &here, Qemu::StandsStill)), NextStep::Activate);
         assert_eq!(next_step(&facts(&activated, &here, Qemu::Unknown)), NextStep::Activate);
         assert_eq!(next_step(&facts(&activated, &here, Qemu::Gone)), NextStep::Nothing);
+    }
+
+    #[test]
+    fn an_anchor_that_stands_where_the_machine_is_again_is_ended_whether_or_not_it_crashed_there() {
+        let here = Ownership::Here { epoch: Epoch(5) };
+        let moved_on = Ownership::Away { site: "c".parse().unwrap(), epoch: Epoch(6) };
+        let judged = |last: &Record, owner: &Ownership, anchor: u64| {
+            next_step(&Facts { anchor: Some(Epoch(anchor)), ..facts(last, owner, Qemu::Gone) })
+        };
+        let activated = destination(DestinationRecord::Activated { handover: handover() });
+        assert_eq!(judged(&activated, &here, 3), NextStep::Activate, "left in epoch 3, came back in 5");
+        assert_eq!(judged(&activated, &here, 5), NextStep::Nothing, "its name on the way home");
+        assert_eq!(judged(&activated, &moved_on, 3), NextStep::Nothing);
+        let returned = source(SourceRecord::Returned { why: Refusal::Operator });
+        assert_eq!(judged(&returned, &here, 5), NextStep::RollBack, "refused after it was attracted");
+        assert_eq!(judged(&returned, &here, 3), NextStep::Nothing);
+        assert_eq!(judged(&returned, &moved_on, 5), NextStep::Nothing);
     }
 
     #[test]
