@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
+use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::tunnel::datapath::PortStatus;
 use longhaul_core::tunnel::policy::{PortKey, Role};
 use longhaul_core::wire::{AnchorMessage, Message};
@@ -85,11 +86,14 @@ pub async fn run(
             }
             AnchorCommand::CameBack { vm, names, done } => {
                 anchors.end(&vm).await;
-                forget(&edges, &vm);
                 views.send_modify(|views| drop(views.remove(&vm)));
-                if let Some(anchor) = names {
-                    put(&edges, &anchor);
-                    anchors.insert(vm, start(&edges, *anchor, Begin::Held, &views).await);
+                match names {
+                    // In the other's place at once: a crash in between would leave nobody who owes the name.
+                    Some(anchor) => {
+                        put(&edges, &anchor);
+                        anchors.insert(vm, start(&edges, *anchor, Begin::Held, &views).await);
+                    }
+                    None => forget(&edges, &vm),
                 }
                 // Who asked may have gone.
                 let _ = done.send(());
@@ -170,6 +174,10 @@ async fn heard(
         AnchorMessage::Ended { .. } => {}
         AnchorMessage::Moved { vm, epoch, to, care_of } => {
             let Some(anchor) = row(edges, &vm).filter(|anchor| anchor.epoch < epoch) else {
+                if let Ok(Some(Ownership::Offered { .. })) = edges.journal.ownership(&vm) {
+                    // Not noted: it is said again once this site knows that the machine left, and has an anchor.
+                    return tracing::debug!(%vm, %from, "word of a machine that may not have left ignored");
+                }
                 // It is known, or none of ours.
                 return say(edges, from, AnchorMessage::Noted { vm, epoch });
             };
