@@ -7,14 +7,13 @@ use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::record::SourceRecord;
 use longhaul_core::migration::source::{Event, Source, SourceLimits};
 
-use crate::ARBITRATED;
-use crate::parts::{attempt, handover, name};
-use crate::world::B;
+use crate::parts::{Move, handover, name};
+use crate::scene::{A, B, TWO, TWO_ARBITRATED};
 
 fn wakings_of_a_long_cut(commit: CommitMode, last: SourceRecord) -> u32 {
     let limits = SourceLimits::default();
-    let attempt = attempt(1, Epoch(5), B, commit);
-    let (mut source, _) = Source::recover(attempt, last, limits, &name(0), Duration::ZERO);
+    let attempt = Move { source: A, destination: B, epoch: Epoch(5), commit }.at(A, 1);
+    let (mut source, _) = Source::recover(attempt, last, limits, name(A), Duration::ZERO);
     let (mut now, mut wakings) = (limits.cut_limit * 2, 0);
     while let Some(at) = source.deadline().filter(|at| *at < limits.cut_limit * 3) {
         now = now.max(at);
@@ -30,7 +29,8 @@ fn wakings_of_a_long_cut(commit: CommitMode, last: SourceRecord) -> u32 {
 fn a_source_that_waits_for_the_other_side_through_a_long_cut_sleeps_between_its_questions() {
     let committed = SourceRecord::Committed { handover: handover() };
     let offered = SourceRecord::Offered { handover: handover() };
-    for (commit, last) in [(CommitMode::Confirmed, committed), (ARBITRATED, offered)] {
+    for (scene, last) in [(&TWO, committed), (&TWO_ARBITRATED, offered)] {
+        let commit = scene.routes[0].commit;
         // Once in each `repeat`, and no oftener.
         assert!(wakings_of_a_long_cut(commit, last) <= 601);
     }

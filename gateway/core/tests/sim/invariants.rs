@@ -2,11 +2,12 @@
 
 use longhaul_core::ids::Epoch;
 use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::MigrationMessage;
 use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 
-use crate::parts::{Guest, Id, Packet};
-use crate::world::{A, B, World};
+use crate::parts::{Guest, Id, Site};
+use crate::world::World;
 
 /// A broken promise.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,50 +33,69 @@ impl World {
         if holds || self.only.is_some_and(|only| only != invariant) {
             return Ok(());
         }
-        Err(Violation::new(invariant, detail()))
+        Err(Violation::new(invariant, if self.terse { String::new() } else { detail() }))
     }
 
     /// After every event.
     pub fn check(&self) -> Result<(), Violation> {
-        let [a, b] = &self.sites;
-        let both = a.guest == Guest::Running && b.guest == Guest::Running;
-        self.must("never_two_running", !both, String::new)?;
-        let both = a.journal.is_here() && b.journal.is_here();
-        self.must("never_two_owners", !both, String::new)?;
-        for (id, records) in &a.journal.records {
-            if let Some(Record::Source(SourceRecord::Returned { .. })) = records.last() {
-                let won = self.has_won(A, self.epochs[id]);
-                self.must("unknown_is_not_refused", won || self.refused(*id), || format!("attempt {id}"))?;
+        self.must("never_two_running", self.running().count() <= 1, || self.guests())?;
+        let owners = self.sites.iter().filter(|site| site.journal.is_here()).count();
+        self.must("never_two_owners", owners <= 1, || self.owners())?;
+        for (site, id, last) in self.last_records() {
+            if let Record::Source(SourceRecord::Returned { .. }) = last {
+                let won = self.has_won(site, id);
+                self.must("unknown_is_not_refused", won || self.refused(id), || format!("attempt {id}"))?;
             }
         }
         Ok(())
     }
 
+    fn running(&self) -> impl Iterator<Item = usize> {
+        (0..self.sites.len()).filter(|site| self.sites[*site].guest == Guest::Running)
+    }
+
+    fn guests(&self) -> String {
+        format!("{:?}", self.sites.iter().map(|site| site.guest).collect::<Vec<_>>())
+    }
+
+    fn owners(&self) -> String {
+        format!("{:?}", self.sites.iter().map(|site| site.journal.owner.as_ref()).collect::<Vec<_>>())
+    }
+
+    /// How every attempt stands at both its sites.
+    fn last_records(&self) -> impl Iterator<Item = (usize, Id, &Record)> {
+        let sites = self.sites.iter().enumerate();
+        sites.flat_map(|(at, site)| {
+            let records = site.journal.records.iter();
+            records.filter_map(move |(id, records)| Some((at, *id, records.last()?)))
+        })
+    }
+
     fn refused(&self, id: Id) -> bool {
         matches!(
-            self.sites[B].journal.last(id),
+            self.sites[self.moves[&id].destination].journal.last(id),
             Some(Record::Destination(
                 DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }
             ))
         )
     }
 
-    /// With an arbiter: its register gave the epoch to `site`, whatever came after.
-    fn has_won(&self, site: usize, epoch: Epoch) -> bool {
-        let register = &self.name_server;
-        self.commit != CommitMode::Confirmed
-            && (register.epoch > epoch || (register.epoch == epoch && register.site == site))
+    /// With an arbiter: its register gave the attempt's epoch to `site`, whatever came after.
+    fn has_won(&self, site: usize, id: Id) -> bool {
+        let attempt = &self.moves[&id];
+        self.arbiter(attempt.commit).is_some_and(|register| register.gave(site, attempt.epoch))
     }
 
     /// An offered machine runs where the register says, or where the other side has given it up.
     fn won_before_it_runs(&self, site: usize, epoch: Epoch) -> Result<(), Violation> {
+        let records = |id: &Id| self.sites[self.moves[id].source].journal.records.get(id);
+        let newest = self.moves.iter().rfind(|(id, each)| each.epoch == epoch && records(id).is_some());
         let offered = |record: &Record| matches!(record, Record::Source(SourceRecord::Offered { .. }));
-        let newest =
-            |at: usize| self.sites[at].journal.records.iter().rfind(|(id, _)| self.epochs[id] == epoch);
-        let Some((id, records)) = newest(A).filter(|(_, records)| records.iter().any(offered)) else {
+        let Some((id, attempt)) = newest else { return Ok(()) };
+        let Some(records) = records(id).filter(|records| records.iter().any(offered)) else {
             return Ok(());
         };
-        let given_up = if site == A {
+        let given_up = if site == attempt.source {
             self.refused(*id)
         } else {
             let promised = |record: &Record| {
@@ -84,31 +104,37 @@ impl World {
                     Record::Source(SourceRecord::Promised { .. } | SourceRecord::Committed { .. })
                 )
             };
-            records.iter().any(promised)
+            site == attempt.destination && records.iter().any(promised)
         };
-        let won = self.has_won(site, epoch);
+        let won = self.has_won(site, *id);
         self.must("nobody_runs_before_it_won", given_up || won, || {
-            format!("site {site}, epoch {epoch}: {:?}", self.name_server)
+            format!("site {site}, epoch {epoch}: {:?}", self.arbiter(attempt.commit))
         })
     }
 
-    /// The WAN has been cut for some time, and both reach the arbiter.
+    /// The WAN has been cut for some time, and all reach the arbiter.
     pub fn check_partitioned(&self) -> Result<(), Violation> {
-        let [a, b] = &self.sites;
-        let running = [a, b].iter().filter(|site| site.guest == Guest::Running).count();
-        let lost = [a, b].iter().any(|site| site.guest == Guest::Dead);
-        // Refused by a word that was lost in the cut, after a promise: only the other site knows.
-        let promised = |records: &Vec<Record>| {
-            matches!(
-                records.last(),
-                Some(Record::Source(SourceRecord::Promised { .. } | SourceRecord::Committed { .. }))
-            )
-        };
-        let mut given = a.journal.records.iter().filter(|(_, records)| promised(records));
-        let unheard = given.any(|(id, _)| self.refused(*id));
-        self.must("somebody_runs_in_a_partition", running == 1 || lost || unheard, || {
-            format!("{:?} {:?}; {:#?} {:#?}", a.guest, b.guest, a.sources, b.destinations)
+        let away = |site: &Site| matches!(site.journal.owner, Some(Ownership::Away { .. }));
+        let lost = self.sites.iter().any(|site| site.guest == Guest::Dead && !away(site));
+        let holds = self.running().count() == 1 || lost || self.waits_in_a_cut();
+        self.must("somebody_runs_in_a_partition", holds, || self.everything())
+    }
+
+    /// Refused by a word that was lost in the cut, after a promise: only the other site knows. Or without an arbiter:
+    /// given away, and nobody has heard it.
+    fn waits_in_a_cut(&self) -> bool {
+        self.last_records().any(|(_, id, last)| {
+            let given = matches!(
+                last,
+                Record::Source(SourceRecord::Promised { .. } | SourceRecord::Committed { .. })
+            );
+            given && (self.refused(id) || self.moves[&id].commit == CommitMode::Confirmed)
         })
+    }
+
+    fn everything(&self) -> String {
+        let drivers: Vec<_> = self.sites.iter().map(|site| (&site.sources, &site.destinations)).collect();
+        format!("{} {} {:?} {drivers:#?}", self.guests(), self.owners(), self.moves)
     }
 
     /// A guest is resumed with a permit of `epoch`.
@@ -131,15 +157,16 @@ impl World {
     }
 
     pub fn rolled_back(&self, id: Id) -> Result<(), Violation> {
-        let newest = self.sites[A].journal.records.keys().max().is_none_or(|newest| *newest <= id);
-        let runs = matches!(self.sites[A].guest, Guest::Running | Guest::Dead);
+        let site = &self.sites[self.moves[&id].source];
+        let newest = site.journal.records.keys().max().is_none_or(|newest| *newest <= id);
+        let runs = matches!(site.guest, Guest::Running | Guest::Dead);
         self.must("rollback_leaves_source_running", runs || !newest, || format!("attempt {id}"))
     }
 
     /// Something is said: the record it follows from is on disk.
-    pub fn said(&self, from: usize, packet: &Packet) -> Result<(), Violation> {
-        let last = self.sites[from].journal.last(packet.id);
-        let on_disk = match &packet.message {
+    pub fn said(&self, from: usize, id: Id, message: &MigrationMessage) -> Result<(), Violation> {
+        let last = self.sites[from].journal.last(id);
+        let on_disk = match message {
             MigrationMessage::Commit { .. } => {
                 matches!(
                     last,
@@ -179,23 +206,31 @@ impl World {
             | MigrationMessage::Decline(_)
             | MigrationMessage::Unknown => true,
         };
-        self.must("journal_precedes_message", on_disk, || format!("{:?} after {last:?}", packet.message))
+        self.must("journal_precedes_message", on_disk, || format!("{message:?} after {last:?}"))
     }
 
     /// Everything was mended some time ago.
     pub fn check_settled(&self) -> Result<(), Violation> {
-        let [a, b] = &self.sites;
-        let running = [a, b].iter().filter(|site| site.guest == Guest::Running).count();
-        self.must("exactly_one_runs_once_healed", running == 1, || {
-            format!("{:?} {:?}; {:#?} {:#?}", a.guest, b.guest, a.sources, b.destinations)
-        })?;
-        let held = b.held.is_empty() && b.destinations.is_empty();
-        self.must("nothing_reserved_once_settled", held, || format!("{:?} {:#?}", b.held, b.destinations))?;
-        let told = a.sources.is_empty();
-        self.must("everybody_knows_once_settled", told, || format!("{:#?}", a.sources))?;
-        let owner = if b.guest == Guest::Running { B } else { A };
-        self.must("dns_points_at_the_owner_once_settled", self.name_server.site == owner, || {
-            format!("{:?}, {:?}", self.name_server, a.journal.anchor)
+        let running = self.running().count();
+        self.must("exactly_one_runs_once_healed", running == 1, || self.everything())?;
+        let quiet = self.sites.iter().all(|site| site.held.is_empty() && site.destinations.is_empty());
+        self.must("nothing_reserved_once_settled", quiet, || self.everything())?;
+        let told = self.sites.iter().all(|site| site.sources.is_empty());
+        self.must("everybody_knows_once_settled", told, || self.everything())?;
+        let left = self.sites.iter().any(|site| site.guest == Guest::Still);
+        self.must("no_copy_is_left_once_settled", !left, || self.everything())?;
+        let elsewhere =
+            |site: usize| self.sites[site].journal.anchor.as_ref().is_some_and(|anchor| anchor.peer != site);
+        let attracted = self.running().any(elsewhere);
+        self.must("its_addresses_are_its_own_once_settled", !attracted, || self.anchors())?;
+        let follows = self.running().any(|owner| owner == self.name_server.site);
+        self.must("dns_points_at_the_owner_once_settled", follows, || {
+            format!("{:?}, {}", self.name_server, self.anchors())
         })
+    }
+
+    fn anchors(&self) -> String {
+        let anchors: Vec<_> = self.sites.iter().map(|site| &site.journal.anchor).collect();
+        format!("{}, {anchors:?}", self.guests())
     }
 }

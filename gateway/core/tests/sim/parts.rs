@@ -1,9 +1,10 @@
-//! What a site is made of in the simulation: journal, guest, drivers, the name server between them.
+//! What a site is made of in the simulation: journal, guest, drivers, and the words between them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::LazyLock;
 
-use longhaul_core::ids::{Epoch, MigrationId, SiteName};
-use longhaul_core::migration::arbiter::{Contest, Request, Verdict};
+use longhaul_core::ids::{Epoch, MigrationId, SiteName, VmName};
+use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::destination::{self, Destination};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Proposal, Reservation};
@@ -12,11 +13,35 @@ use longhaul_core::migration::record::{Record, SourceRecord};
 use longhaul_core::migration::source::{self, Source};
 use longhaul_core::migration::step::Step;
 use longhaul_core::migration::{Attempt, CommitMode};
+use longhaul_core::wire::AnchorMessage;
 
+use crate::scene::{A, SITES};
 use crate::support;
 
 /// Which attempt.
 pub type Id = u64;
+
+/// What an attempt is, as both its sites know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Move {
+    pub source: usize,
+    pub destination: usize,
+    /// The epoch that it would begin.
+    pub epoch: Epoch,
+    pub commit: CommitMode,
+}
+
+impl Move {
+    pub fn peer_of(&self, site: usize) -> usize {
+        if site == self.source { self.destination } else { self.source }
+    }
+
+    /// The attempt as `site` keeps it.
+    pub fn at(&self, site: usize, id: Id) -> Attempt {
+        let peer = name(self.peer_of(site)).clone();
+        Attempt { id: MigrationId(id.into()), vm: VM.clone(), peer, epoch: self.epoch, commit: self.commit }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guest {
@@ -79,6 +104,10 @@ impl<M, A, E> Driver<M, A, E> {
     pub fn new(machine: M) -> Self {
         Self { machine, unsynced: None, inbox: VecDeque::new(), work: VecDeque::new() }
     }
+
+    fn is_busy(&self) -> bool {
+        self.unsynced.is_none() && !self.work.is_empty()
+    }
 }
 
 /// What is on a site's disk.
@@ -109,18 +138,23 @@ impl Journal {
     }
 }
 
-/// A name that is to follow.
-#[derive(Clone, Copy, Debug)]
+/// What stays at a site that the machine left. The name is the home's to move.
+#[derive(Clone, Debug)]
 pub struct Anchor {
-    pub id: Id,
+    /// The epoch that began at its new place.
     pub epoch: Epoch,
+    /// Its new place.
+    pub peer: usize,
+    /// It is known to run there: nothing is said or changed before.
+    pub runs_there: bool,
     pub names: Names,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Names {
-    Waiting,
-    Pending,
+    /// Not this site's.
+    None,
+    Owed,
     Moved,
 }
 
@@ -135,8 +169,10 @@ pub struct Site {
     pub sources: BTreeMap<Id, SourceDriver>,
     pub destinations: BTreeMap<Id, DestinationDriver>,
     pub accepted: BTreeSet<Id>,
-    /// The anchor was told that the machine runs over there.
+    /// The anchor was told that the machine runs over there, and did not write it down yet.
     pub runs_there: bool,
+    /// Sites that have heard from the anchor where the machine is.
+    pub noted: BTreeSet<usize>,
     /// The gateway was started when the guest was dead already.
     pub found_dead: bool,
     /// The machine's disk here.
@@ -163,6 +199,7 @@ impl Site {
             destinations: BTreeMap::new(),
             accepted: BTreeSet::new(),
             runs_there: false,
+            noted: BTreeSet::new(),
             found_dead: false,
             disk: Disk::default(),
         }
@@ -174,118 +211,71 @@ impl Site {
         self.destinations.clear();
         self.accepted.clear();
         self.runs_there = false;
+        self.noted.clear();
+    }
+
+    /// Every migration is over here, or its machine is free again.
+    pub fn is_idle(&self) -> bool {
+        self.destinations.is_empty() && self.sources.values().all(|driver| driver.machine.is_settled_here())
+    }
+
+    /// The records of those who wait for the disk.
+    pub fn unsynced(&self) -> impl Iterator<Item = (Id, Option<&Record>)> {
+        let sources = self.sources.iter();
+        let sources =
+            sources.filter_map(|(id, driver)| Some((*id, driver.unsynced.as_ref()?.pending_record())));
+        let destinations = self.destinations.iter();
+        let destinations =
+            destinations.filter_map(|(id, driver)| Some((*id, driver.unsynced.as_ref()?.pending_record())));
+        sources.chain(destinations)
+    }
+
+    /// Who has something to do and is not waiting for the disk.
+    pub fn busy(&self) -> impl Iterator<Item = Id> {
+        let sources = self.sources.iter();
+        let sources = sources.filter(|(_, driver)| driver.is_busy()).map(|(id, _)| *id);
+        let destinations = self.destinations.iter();
+        let destinations = destinations.filter(|(_, driver)| driver.is_busy()).map(|(id, _)| *id);
+        sources.chain(destinations)
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NameServerMood {
-    Answers,
-    Stalls,
-    Refuses,
-    AppliesAndLosesTheAnswer,
-}
-
-/// One name, changed by compare-and-swap.
-#[derive(Clone, Copy, Debug)]
-pub struct NameServer {
-    pub mood: NameServerMood,
-    pub site: usize,
-    pub epoch: Epoch,
-}
-
-/// A compare-and-swap that has not been answered: it may still be applied, as long as the register says what it
-/// said when it was sent.
-#[derive(Clone, Copy, Debug)]
-pub struct UnderWay {
-    before: (usize, Epoch),
-    after: (usize, Epoch),
-}
-
-impl NameServer {
-    /// What the register says of the attempt that would begin `epoch`.
-    fn says(&self, epoch: Epoch) -> Verdict {
-        let owner = name(self.site);
-        contest(epoch).said(Some((self.epoch, owner.as_str())), Epoch(0)).verdict
-    }
-
-    /// Arbitrates, as the mood allows.
-    pub fn ask(&mut self, request: Request, epoch: Epoch) -> (Verdict, Option<UnderWay>) {
-        let contest = contest(epoch);
-        let winner = contest.winner(request, self.says(epoch)).map(|winner| usize::from(*winner == name(1)));
-        let change =
-            winner.map(|winner| UnderWay { before: (self.site, self.epoch), after: (winner, epoch) });
-        match self.mood {
-            NameServerMood::Stalls => (Verdict::Unknown, change),
-            NameServerMood::Refuses => (Verdict::Unknown, None),
-            NameServerMood::Answers => {
-                change.into_iter().for_each(|change| self.apply(change));
-                (self.says(epoch), None)
-            }
-            NameServerMood::AppliesAndLosesTheAnswer => {
-                change.into_iter().for_each(|change| self.apply(change));
-                (Verdict::Unknown, None)
-            }
-        }
-    }
-
-    /// Epoch and owner stand for the transaction's number: none of them comes back.
-    pub fn apply(&mut self, change: UnderWay) {
-        if (self.site, self.epoch) == change.before {
-            (self.site, self.epoch) = change.after;
-        }
-    }
-
-    /// Moves the name; whether the asker knows that it moved.
-    pub fn swap(&mut self, site: usize, epoch: Epoch) -> bool {
-        let done = self.site == site && self.epoch == epoch;
-        let applies = done || self.epoch < epoch;
-        match self.mood {
-            NameServerMood::Stalls | NameServerMood::Refuses => false,
-            NameServerMood::Answers => {
-                if applies {
-                    (self.site, self.epoch) = (site, epoch);
-                }
-                applies
-            }
-            NameServerMood::AppliesAndLosesTheAnswer => {
-                if applies {
-                    (self.site, self.epoch) = (site, epoch);
-                }
-                false
-            }
-        }
-    }
-}
-
-/// A message under way.
+/// Words under way.
 #[derive(Clone, Debug)]
 pub struct Packet {
+    pub from: usize,
     pub to: usize,
-    pub id: Id,
-    pub message: MigrationMessage,
+    pub word: Word,
 }
 
-fn contest(epoch: Epoch) -> Contest {
-    Contest { epoch, source: name(0), destination: name(1) }
+#[derive(Clone, Debug)]
+pub enum Word {
+    Migration(Id, MigrationMessage),
+    Anchor(AnchorMessage),
 }
 
-pub fn name(site: usize) -> SiteName {
-    ["a", "b"][site].parse().expect("a literal name")
+static NAMES: LazyLock<[SiteName; SITES]> =
+    LazyLock::new(|| ["a", "b", "c"].map(|name| name.parse().expect("a literal name")));
+
+pub static VM: LazyLock<VmName> = LazyLock::new(|| "web1".parse().expect("a literal name"));
+
+pub fn name(site: usize) -> &'static SiteName {
+    &NAMES[site]
 }
 
-pub fn attempt(id: Id, epoch: Epoch, peer: usize, commit: CommitMode) -> Attempt {
-    let vm = "web1".parse().expect("a literal name");
-    Attempt { id: MigrationId(id.into()), vm, peer: name(peer), epoch, commit }
+/// The site of a name.
+pub fn site_of(name: &SiteName) -> usize {
+    NAMES.iter().position(|known| known == name).expect("a site of the simulation")
 }
 
-pub fn proposal(epoch: Epoch) -> Box<Proposal> {
+pub fn proposal(epoch: Epoch, commit: CommitMode) -> Box<Proposal> {
     Box::new(Proposal {
         definition: support::definition(),
-        home_site: name(0),
+        home_site: name(A).clone(),
         hypervisor: "7.2".into(),
         epoch,
         running: true,
-        commit: CommitMode::Confirmed,
+        commit,
         nics: Vec::new(),
         carried: Vec::new(),
     })

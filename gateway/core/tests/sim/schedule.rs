@@ -6,6 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::scene::{A, B, C};
+
 /// What happens, by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -16,25 +18,25 @@ pub enum Kind {
     WorkFails,
     Sync,
     Wait,
-    CutToB,
-    CutToA,
+    /// The WAN from one site to another.
+    Cut(usize, usize),
     Mend,
     NoticeLink,
-    CrashA,
-    CrashB,
+    Crash(usize),
     Restart,
-    PowerLossA,
-    PowerLossB,
-    KillGuestA,
-    KillGuestB,
+    PowerLoss(usize),
+    KillGuest(usize),
     Boot,
     Migrate,
     Abort,
     NameServer,
+    /// Everybody gets on with what he can do.
+    Calm,
 }
 
-/// Each kind and how often it comes, out of the sum.
-const WEIGHTS: [(Kind, u64); 22] = [
+/// Each kind and how often it comes, out of the sum. What only a third site can have happen stands last, so that a seed
+/// means the same to two sites as ever.
+const WEIGHTS: [(Kind, u64); 30] = [
     (Kind::Deliver, 160),
     (Kind::Double, 20),
     (Kind::Lose, 20),
@@ -42,22 +44,61 @@ const WEIGHTS: [(Kind, u64); 22] = [
     (Kind::WorkFails, 6),
     (Kind::Sync, 160),
     (Kind::Wait, 50),
-    (Kind::CutToB, 5),
-    (Kind::CutToA, 5),
+    (Kind::Cut(A, B), 5),
+    (Kind::Cut(B, A), 5),
     (Kind::Mend, 12),
     (Kind::NoticeLink, 14),
-    (Kind::CrashA, 8),
-    (Kind::CrashB, 8),
+    (Kind::Crash(A), 8),
+    (Kind::Crash(B), 8),
     (Kind::Restart, 30),
-    (Kind::PowerLossA, 1),
-    (Kind::PowerLossB, 2),
-    (Kind::KillGuestA, 1),
-    (Kind::KillGuestB, 2),
+    (Kind::PowerLoss(A), 1),
+    (Kind::PowerLoss(B), 2),
+    (Kind::KillGuest(A), 1),
+    (Kind::KillGuest(B), 2),
     (Kind::Boot, 4),
     (Kind::Migrate, 24),
     (Kind::Abort, 4),
     (Kind::NameServer, 10),
+    (Kind::Cut(A, C), 5),
+    (Kind::Cut(C, A), 5),
+    (Kind::Cut(B, C), 5),
+    (Kind::Cut(C, B), 5),
+    (Kind::Crash(C), 8),
+    (Kind::PowerLoss(C), 2),
+    (Kind::KillGuest(C), 2),
+    // A machine that has moved moves on: without it hardly one would come so far.
+    (Kind::Calm, 60),
 ];
+
+/// How many of them there are for two sites.
+const OF_TWO: usize = 22;
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letter = |site: &usize| ["A", "B", "C"][*site];
+        match self {
+            Self::Cut(from, to) => write!(f, "Cut{}{}", letter(from), letter(to)),
+            Self::Crash(site) => write!(f, "Crash{}", letter(site)),
+            Self::PowerLoss(site) => write!(f, "PowerLoss{}", letter(site)),
+            Self::KillGuest(site) => write!(f, "KillGuest{}", letter(site)),
+            Self::Deliver
+            | Self::Double
+            | Self::Lose
+            | Self::Work
+            | Self::WorkFails
+            | Self::Sync
+            | Self::Wait
+            | Self::Mend
+            | Self::NoticeLink
+            | Self::Restart
+            | Self::Boot
+            | Self::Migrate
+            | Self::Abort
+            | Self::NameServer
+            | Self::Calm => write!(f, "{self:?}"),
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -67,7 +108,7 @@ pub struct Event {
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {}", self.kind, self.number)
+        write!(f, "{} {}", self.kind, self.number)
     }
 }
 
@@ -76,7 +117,7 @@ impl FromStr for Event {
 
     fn from_str(line: &str) -> Result<Self, String> {
         let (kind, number) = line.split_once(' ').ok_or_else(|| format!("no number in {line:?}"))?;
-        let known = WEIGHTS.iter().find(|(known, _)| format!("{known:?}") == kind);
+        let known = WEIGHTS.iter().find(|(known, _)| known.to_string() == kind);
         let (kind, _) = known.ok_or_else(|| format!("no event is called {kind:?}"))?;
         let number = number.parse().map_err(|error| format!("{line:?}: {error}"))?;
         Ok(Self { kind: *kind, number })
@@ -97,25 +138,31 @@ impl Random {
 }
 
 /// The schedule of a seed. Each seed leaves some kinds of faults out, so that rare ones meet.
-pub fn of_seed(seed: u64) -> Vec<Event> {
+pub fn of_seed(seed: u64, sites: usize) -> Vec<Event> {
     let mut random = Random(seed);
     let swarm = random.next();
-    let weights: Vec<(Kind, u64)> = WEIGHTS
+    let kinds = if sites == 2 { OF_TWO } else { WEIGHTS.len() };
+    let weights: Vec<(Kind, u64)> = WEIGHTS[..kinds]
         .iter()
         .enumerate()
         .map(|(at, (kind, weight))| {
-            let steady =
-                matches!(kind, Kind::Deliver | Kind::Work | Kind::Sync | Kind::Restart | Kind::Migrate);
+            let steady = matches!(
+                kind,
+                Kind::Deliver | Kind::Work | Kind::Sync | Kind::Restart | Kind::Migrate | Kind::Calm
+            );
             (*kind, if steady || swarm >> at & 1 == 1 { *weight } else { 0 })
         })
         .collect();
     let sum: u64 = weights.iter().map(|(_, weight)| weight).sum();
     let draw = random.next();
     // One in eight is long: a second attempt after a first one needs that.
-    let length = if draw.is_multiple_of(8) { 500 } else { 20 + (draw >> 8) % 160 };
-    (0..length)
-        .map(|_| Event { kind: pick(&weights, random.next() % sum), number: random.next() as u16 })
-        .collect()
+    let short = 20 + (draw >> 8) % 160;
+    let length = if draw.is_multiple_of(8) { 500 } else { short * (sites as u64 - 1) };
+    // In every other one of three sites the first move ends well.
+    let calm = if sites > 2 && swarm >> 63 == 1 { 8 } else { 0 };
+    let drawn = (calm..length)
+        .map(|_| Event { kind: pick(&weights, random.next() % sum), number: random.next() as u16 });
+    std::iter::repeat_n(Event { kind: Kind::Calm, number: 3 }, calm as usize).chain(drawn).collect()
 }
 
 fn pick(weights: &[(Kind, u64)], mut at: u64) -> Kind {

@@ -1,70 +1,50 @@
-//! Two sites, a WAN, a name server and a clock of its own; one event at a time, and the way back to health.
+//! The sites, the WAN between them, a name server, an arbiter and a clock of its own; one event at a time, and the way
+//! back to health.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use longhaul_core::ids::Epoch;
+use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{MigrationMessage, Refusal};
+use longhaul_core::migration::record::Record;
 use longhaul_core::migration::{CommitMode, destination, source};
 
+use crate::broken::Broken;
 use crate::invariants::Violation;
-use crate::parts::{Disk, Guest, Id, NameServer, NameServerMood, Packet, Site, UnderWay, Work};
+use crate::parts::{Disk, Guest, Id, Journal, Move, Packet, Site, VM, Word, Work};
+use crate::register::{Mood, Register, UnderWay};
+use crate::scene::{A, B, SITES, Scene};
 use crate::schedule::{Event, Kind};
-
-/// Where the machine is at home.
-pub const A: usize = 0;
-/// Where it is moved to.
-pub const B: usize = 1;
 
 /// Virtual time within which everything has ended once all is well.
 const WELL_WITHIN: Duration = Duration::from_secs(180);
 
-/// A gateway that breaks one promise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Broken {
-    SourceTimesOut,
-    ActsBeforeSync,
-    UnknownIsRefused,
-    RefusesAfterActivated,
-    RollsBackWithoutResuming,
-    OldAbortResumes,
-    SilentOnceDone,
-    ForgetsCommitted,
-    ForgetsNames,
-    AsksOnce,
-    WritesTwice,
-    DeafToTheLink,
-    TakesWhatIsGone,
-    ClaimsWithoutAnAnswer,
-    TakesBackWithoutAnAnswer,
-    NeverPays,
-    TwoPrimaries,
-    AsksNobodyInACut,
-    LoadsBeforeItFlushes,
-}
-
 pub struct World {
+    pub scene: &'static Scene,
     pub now: Duration,
-    pub sites: [Site; 2],
+    pub sites: Vec<Site>,
     pub packets: Vec<Packet>,
-    /// The WAN towards each site.
-    pub cut: [bool; 2],
-    /// What each gateway has been told of the link.
-    pub noticed_down: [bool; 2],
-    pub name_server: NameServer,
+    /// The WAN from each site to each other.
+    pub cut: [[bool; SITES]; SITES],
+    /// What each gateway has been told of its link to each other.
+    pub noticed_down: [[bool; SITES]; SITES],
+    pub name_server: Register,
+    pub etcd: Register,
     /// What a second primary says, to a gateway that asks the wrong one.
-    pub second_primary: NameServer,
-    pub under_way: Vec<UnderWay>,
-    pub commit: CommitMode,
+    pub second_primary: Register,
+    pub under_way: Vec<(Arbiter, UnderWay)>,
     pub next_id: Id,
-    pub epochs: BTreeMap<Id, Epoch>,
+    pub moves: BTreeMap<Id, Move>,
     /// What each attempt has sent of the disk, all of it.
     pub all_sent: BTreeMap<Id, u64>,
     /// The newest write that the guest was told is durable.
     pub flushed: u64,
     pub broken: Option<Broken>,
     pub only: Option<&'static str>,
+    /// Details of what is violated are not wanted: it may hold in a while.
+    pub terse: bool,
     wrong: Option<Violation>,
 }
 
@@ -72,57 +52,74 @@ pub struct World {
 const UNDER_WAY: usize = 40;
 
 impl World {
-    pub fn new(commit: CommitMode, broken: Option<Broken>, only: Option<&'static str>) -> Self {
-        let mut a = Site::new(Guest::Running);
-        a.journal.owner = Some(Ownership::Here { epoch: Epoch(4) });
-        let name_server = NameServer { mood: NameServerMood::Answers, site: A, epoch: Epoch(4) };
+    pub fn new(scene: &'static Scene, broken: Option<Broken>, only: Option<&'static str>) -> Self {
+        let mut sites: Vec<Site> = (0..scene.sites).map(|_| Site::new(Guest::Gone)).collect();
+        sites[A].guest = Guest::Running;
+        sites[A].journal.owner = Some(Ownership::Here { epoch: Epoch(4) });
         let mut world = Self {
+            scene,
             now: Duration::from_secs(1),
-            sites: [a, Site::new(Guest::Gone)],
+            sites,
             packets: Vec::new(),
-            cut: [false; 2],
-            noticed_down: [false; 2],
-            name_server,
-            second_primary: name_server,
+            cut: Default::default(),
+            noticed_down: Default::default(),
+            name_server: Register::new(A, Epoch(4)),
+            etcd: Register::new(A, Epoch(4)),
+            second_primary: Register::new(A, Epoch(4)),
             under_way: Vec::new(),
-            commit,
             next_id: 1,
-            epochs: BTreeMap::new(),
+            moves: BTreeMap::new(),
             all_sent: BTreeMap::new(),
             flushed: 0,
             broken,
             only,
+            terse: false,
             wrong: None,
         };
-        world.begin();
+        world.migrate(0);
         world
     }
 
-    fn begin(&mut self) {
-        if let Some(Ownership::Here { epoch }) = self.sites[A].journal.owner {
-            self.epochs.insert(self.next_id, epoch.next());
-        }
-        self.migrate();
-    }
-
-    /// Says something to the other site; a WAN that is cut swallows it.
+    /// Says something to the other site of an attempt.
     pub fn send(&mut self, from: usize, id: Id, message: MigrationMessage) {
+        let attempt = self.moves[&id];
         let lies = self.broken == Some(Broken::RefusesAfterActivated)
             && matches!(message, MigrationMessage::Activated { .. });
         let message = if lies {
-            MigrationMessage::Refused { epoch: self.epochs[&id], why: Refusal::Operator }
+            MigrationMessage::Refused { epoch: attempt.epoch, why: Refusal::Operator }
         } else {
             message
         };
-        let packet = Packet { to: 1 - from, id, message };
-        if let Err(violation) = self.said(from, &packet) {
+        if let Err(violation) = self.said(from, id, &message) {
             self.wrong.get_or_insert(violation);
         }
-        if !self.cut[1 - from] {
-            if self.packets.len() >= UNDER_WAY {
-                self.packets.remove(0);
-            }
-            self.packets.push(packet);
+        self.transmit(Packet { from, to: attempt.peer_of(from), word: Word::Migration(id, message) });
+    }
+
+    /// A WAN that is cut swallows it.
+    pub fn transmit(&mut self, packet: Packet) {
+        if self.cut[packet.from][packet.to] {
+            return;
+        }
+        if self.packets.len() >= UNDER_WAY {
+            self.packets.remove(0);
+        }
+        self.packets.push(packet);
+    }
+
+    /// The register that decides about a hand-over.
+    pub fn arbiter(&self, commit: CommitMode) -> Option<&Register> {
+        match commit {
+            CommitMode::Confirmed => None,
+            CommitMode::Arbitrated(Arbiter::Dns) => Some(&self.name_server),
+            CommitMode::Arbitrated(Arbiter::Etcd) => Some(&self.etcd),
+        }
+    }
+
+    pub fn register(&mut self, of: Arbiter) -> &mut Register {
+        match of {
+            Arbiter::Dns => &mut self.name_server,
+            Arbiter::Etcd => &mut self.etcd,
         }
     }
 
@@ -150,27 +147,26 @@ impl World {
             Kind::WorkFails => self.work_fails(number),
             Kind::Sync => return self.sync_any(number),
             Kind::Wait => self.wait(Duration::from_millis(number as u64 * 20 + 1)),
-            Kind::CutToB => self.cut[B] = true,
-            Kind::CutToA => self.cut[A] = true,
-            Kind::Mend => self.cut = [false; 2],
-            Kind::NoticeLink => self.notice(number % 2),
-            Kind::CrashA => return self.crash(A, number),
-            Kind::CrashB => return self.crash(B, number),
-            Kind::Restart => self.restart(number % 2),
-            Kind::PowerLossA => return self.power_loss(A, number),
-            Kind::PowerLossB => return self.power_loss(B, number),
-            Kind::KillGuestA => self.kill_guest(A),
-            Kind::KillGuestB => self.kill_guest(B),
-            Kind::Boot => return self.boot(number % 2),
-            Kind::Migrate => self.begin(),
+            Kind::Cut(from, to) => self.cut[from][to] = true,
+            Kind::Mend => self.cut = Default::default(),
+            Kind::NoticeLink => self.notice(number),
+            Kind::Crash(site) => return self.crash(site, number),
+            Kind::Restart => self.restart(number % self.scene.sites),
+            Kind::PowerLoss(site) => return self.power_loss(site, number),
+            Kind::KillGuest(site) => self.kill_guest(site),
+            Kind::Boot => return self.boot(number % self.scene.sites),
+            Kind::Migrate => self.migrate(number),
             Kind::Abort => self.abort(),
             Kind::NameServer => {
-                self.name_server.mood = mood(number);
-                if !self.under_way.is_empty() {
-                    let late = self.under_way.remove(number % self.under_way.len());
-                    self.name_server.apply(late);
+                (self.name_server.mood, self.etcd.mood) = (Mood::of(number), Mood::of(number / 4));
+                // Two sites' seeds are older than that it may stay under way.
+                let arrives = self.scene.sites == 2 || number & 16 == 0;
+                if arrives && !self.under_way.is_empty() {
+                    let (of, late) = self.under_way.remove(number % self.under_way.len());
+                    self.register(of).apply(late);
                 }
             }
+            Kind::Calm => return (0..number % 4).try_for_each(|_| self.goes_on()),
             Kind::Lose => {}
         }
         Ok(())
@@ -182,54 +178,54 @@ impl World {
         }
         let at = number % self.packets.len();
         let packet = if again { self.packets[at].clone() } else { self.packets.remove(at) };
-        if self.sites[packet.to].up {
-            self.hear(packet);
+        self.hear(packet);
+    }
+
+    /// A gateway that is down hears nothing.
+    fn hear(&mut self, packet: Packet) {
+        if !self.sites[packet.to].up {
+            return;
+        }
+        match packet.word {
+            Word::Migration(id, message) => self.hear_of_migration(packet.to, id, message),
+            Word::Anchor(message) => self.hear_of_anchor(packet.from, packet.to, &message),
         }
     }
 
-    /// Whoever has something to do and is not waiting for the disk.
     fn busy(&self) -> Vec<(usize, Id)> {
-        let sources = self.sites[A].sources.iter();
-        let sources = sources.filter(|(_, driver)| driver.unsynced.is_none() && !driver.work.is_empty());
-        let destinations = self.sites[B].destinations.iter();
-        let destinations =
-            destinations.filter(|(_, driver)| driver.unsynced.is_none() && !driver.work.is_empty());
-        sources.map(|(id, _)| (A, *id)).chain(destinations.map(|(id, _)| (B, *id))).collect()
+        let sites = self.sites.iter().enumerate();
+        sites.flat_map(|(at, site)| site.busy().map(move |id| (at, id))).collect()
     }
 
     fn unsynced(&self) -> Vec<(usize, Id)> {
-        let sources = self.sites[A].sources.iter().filter(|(_, driver)| driver.unsynced.is_some());
-        let destinations = self.sites[B].destinations.iter().filter(|(_, driver)| driver.unsynced.is_some());
-        sources.map(|(id, _)| (A, *id)).chain(destinations.map(|(id, _)| (B, *id))).collect()
+        let sites = self.sites.iter().enumerate();
+        sites.flat_map(|(at, site)| site.unsynced().map(move |(id, _)| (at, id))).collect()
     }
 
     fn work(&mut self, number: usize) -> Result<(), Violation> {
         let busy = self.busy();
-        // One more than there are drivers: the anchor works too.
-        let at = number % (busy.len() + 1);
-        match busy.get(at) {
-            Some((A, id)) => self.source_works(*id),
-            Some((_, id)) => self.destination_works(*id),
-            None => {
-                self.moves_name();
-                Ok(())
-            }
+        // More than there are drivers: anchors work too.
+        let at = number % (busy.len() + self.scene.leavers.len());
+        if let Some((site, id)) = busy.get(at) {
+            return self.works(*site, *id);
         }
+        self.anchor_works(self.scene.leavers[at - busy.len()]);
+        Ok(())
     }
 
     fn work_fails(&mut self, number: usize) {
         let busy = self.busy();
         let Some((site, id)) = busy.get(number % busy.len().max(1)).copied() else { return };
         let why = Refusal::Hypervisor("failed".into());
-        if site == A {
-            let driver = self.sites[A].sources.get_mut(&id).expect("it is busy");
+        if site == self.moves[&id].source {
+            let driver = self.sites[site].sources.get_mut(&id).expect("it is busy");
             if driver.work.front().is_some_and(Work::may_fail) {
                 driver.work.pop_front();
                 self.source(id, source::Event::Failed(why));
             }
             return;
         }
-        let driver = self.sites[B].destinations.get_mut(&id).expect("it is busy");
+        let driver = self.sites[site].destinations.get_mut(&id).expect("it is busy");
         if driver.work.front().is_some_and(Work::may_fail) {
             driver.work.pop_front();
             self.destination(id, destination::Event::Failed(why));
@@ -242,9 +238,10 @@ impl World {
         self.sync(site, id)
     }
 
-    fn ids(&self) -> (Vec<Id>, Vec<Id>) {
-        let sources = self.sites[A].sources.keys().copied().collect();
-        (sources, self.sites[B].destinations.keys().copied().collect())
+    /// The drivers of both kinds at a site.
+    fn drivers(&self, site: usize) -> (Vec<Id>, Vec<Id>) {
+        let site = &self.sites[site];
+        (site.sources.keys().copied().collect(), site.destinations.keys().copied().collect())
     }
 
     /// Time passes; whoever has a deadline by then is told.
@@ -254,12 +251,10 @@ impl World {
             self.flushed += 1;
             site.disk = Disk { written: self.flushed, stable: self.flushed };
         }
-        let (sources, destinations) = self.ids();
-        for id in sources {
-            self.source(id, source::Event::Tick);
-        }
-        for id in destinations {
-            self.destination(id, destination::Event::Tick);
+        for site in 0..self.scene.sites {
+            let (sources, destinations) = self.drivers(site);
+            sources.into_iter().for_each(|id| self.source(id, source::Event::Tick));
+            destinations.into_iter().for_each(|id| self.destination(id, destination::Event::Tick));
         }
         if self.broken == Some(Broken::SourceTimesOut) && time > Duration::from_secs(1) {
             // As libvirt does it: what has not answered has failed.
@@ -267,23 +262,23 @@ impl World {
         }
     }
 
-    /// A gateway sees what has become of the link.
-    fn notice(&mut self, site: usize) {
-        let down = self.cut[A] || self.cut[B] || !self.sites[1 - site].up;
-        if !self.sites[site].up || down == self.noticed_down[site] {
+    /// A gateway sees what has become of a link.
+    fn notice(&mut self, number: usize) {
+        let (site, peer) = self.scene.pair(number);
+        let down = self.cut[site][peer] || self.cut[peer][site] || !self.sites[peer].up;
+        if !self.sites[site].up || down == self.noticed_down[site][peer] {
             return;
         }
-        self.noticed_down[site] = down;
-        let (sources, destinations) = self.ids();
-        if site == A && self.broken == Some(Broken::DeafToTheLink) && !down {
-            return;
+        self.noticed_down[site][peer] = down;
+        let (mut sources, mut destinations) = self.drivers(site);
+        if self.broken == Some(Broken::DeafToTheLink) && !down {
+            sources.clear();
         }
-        if site == A {
-            for id in sources {
-                self.source(id, if down { source::Event::LinkDown } else { source::Event::LinkUp });
-            }
-            return;
+        sources.retain(|id| self.moves[id].destination == peer);
+        for id in sources {
+            self.source(id, if down { source::Event::LinkDown } else { source::Event::LinkUp });
         }
+        destinations.retain(|id| self.moves[id].source == peer);
         for id in destinations {
             let event = if down { destination::Event::LinkDown } else { destination::Event::LinkUp };
             self.destination(id, event);
@@ -295,25 +290,17 @@ impl World {
         if !self.sites[site].up {
             return Ok(());
         }
-        let unsynced = self.unsynced().into_iter().filter(|(at, _)| *at == site);
-        for (at, (_, id)) in unsynced.enumerate() {
+        let unsynced = self.sites[site].unsynced().map(|(id, record)| (id, record.cloned()));
+        let unsynced: Vec<(Id, Option<Record>)> = unsynced.collect();
+        for (at, (id, record)) in unsynced.into_iter().enumerate() {
             if number >> at & 1 == 1 {
-                let site_state = &self.sites[site];
-                let record = if site == A {
-                    site_state.sources[&id].unsynced.as_ref().and_then(|step| step.pending_record().cloned())
-                } else {
-                    site_state.destinations[&id]
-                        .unsynced
-                        .as_ref()
-                        .and_then(|step| step.pending_record().cloned())
-                };
                 self.write(site, id, record)?;
             }
         }
         self.sites[site].forget();
         if site == B && self.broken == Some(Broken::UnknownIsRefused) {
             // Its disk was restored from a backup besides.
-            self.sites[B].journal = crate::parts::Journal::default();
+            self.sites[B].journal = Journal::default();
         }
         Ok(())
     }
@@ -333,77 +320,85 @@ impl World {
 
     /// Somebody starts the machine from its disk: through the start gate.
     fn boot(&mut self, site: usize) -> Result<(), Violation> {
-        let (state, vm) = (&self.sites[site], "web1".parse().expect("a literal name"));
+        let state = &self.sites[site];
         let Some(owner) = &state.journal.owner else { return Ok(()) };
         if !state.up || state.guest != Guest::Dead {
             return Ok(());
         }
-        match owner.permit(&vm, state.journal.unfinished(), &[]) {
+        match owner.permit(&VM, state.journal.unfinished(), &[]) {
             Ok(permit) => self.resumes(site, permit.epoch()),
             Err(_) => Ok(()),
         }
     }
 
     fn abort(&mut self) {
-        for id in self.ids().0 {
-            self.source(id, source::Event::AbortRequested);
+        for site in 0..self.scene.sites {
+            let (sources, _) = self.drivers(site);
+            sources.into_iter().for_each(|id| self.source(id, source::Event::AbortRequested));
         }
     }
 
-    /// The WAN is cut for good, but both reach an arbiter: somebody must run all the same.
+    /// The WAN is cut for good, but all reach an arbiter: somebody must run all the same.
     fn partition(&mut self) -> Result<(), Violation> {
-        if self.commit == CommitMode::Confirmed {
+        if !self.scene.has_arbiter() {
             return Ok(());
         }
-        self.cut = [true; 2];
+        self.cut = [[true; SITES]; SITES];
         self.packets.clear();
         self.gateways_and_names_are_well();
-        let until = self.now + WELL_WITHIN;
-        while self.now < until && self.check_partitioned().is_err() {
-            self.goes_on()?;
-        }
-        self.check_partitioned()
+        self.goes_on_until(Self::check_partitioned)
     }
 
     /// Links, gateways and the name server are well from now on; everything must end in time.
     fn heal(&mut self) -> Result<(), Violation> {
-        self.cut = [false; 2];
+        self.cut = Default::default();
         self.gateways_and_names_are_well();
+        self.goes_on_until(Self::check_settled)
+    }
+
+    fn goes_on_until(&mut self, holds: fn(&Self) -> Result<(), Violation>) -> Result<(), Violation> {
         let until = self.now + WELL_WITHIN;
-        while self.now < until && self.check_settled().is_err() {
+        while self.now < until {
+            self.terse = true;
+            let held = holds(self);
+            self.terse = false;
+            if held.is_ok() {
+                return Ok(());
+            }
             self.goes_on()?;
         }
-        self.check_settled()
+        holds(self)
     }
 
     fn gateways_and_names_are_well(&mut self) {
-        self.name_server.mood = NameServerMood::Answers;
-        self.restart(A);
-        self.restart(B);
+        (self.name_server.mood, self.etcd.mood) = (Mood::Answers, Mood::Answers);
+        for site in 0..self.scene.sites {
+            self.restart(site);
+        }
     }
 
     fn goes_on(&mut self) -> Result<(), Violation> {
-        self.notice(A);
-        self.notice(B);
+        for pair in 0..self.scene.pairs() {
+            self.notice(pair);
+        }
         for packet in std::mem::take(&mut self.packets) {
             self.hear(packet);
             self.settle_disks()?;
         }
         for _ in 0..4 {
             for (site, id) in self.busy() {
-                if site == A {
-                    self.source_works(id)?
-                } else {
-                    self.destination_works(id)?
-                }
+                self.works(site, id)?;
                 self.settle_disks()?;
             }
         }
-        self.moves_name();
+        for site in self.scene.leavers {
+            self.anchor_works(*site);
+        }
         self.wait(Duration::from_millis(500));
         self.settle_disks()?;
-        self.boot(A)?;
-        self.boot(B)?;
+        for site in 0..self.scene.sites {
+            self.boot(site)?;
+        }
         self.checked()
     }
 
@@ -413,14 +408,5 @@ impl World {
             self.checked()?;
         }
         Ok(())
-    }
-}
-
-fn mood(number: usize) -> NameServerMood {
-    match number % 4 {
-        0 => NameServerMood::Answers,
-        1 => NameServerMood::Stalls,
-        2 => NameServerMood::Refuses,
-        _ => NameServerMood::AppliesAndLosesTheAnswer,
     }
 }
