@@ -11,6 +11,7 @@ use longhaul_core::migration::message::{Proposal, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::{NicHandover, Prefix};
 
+use super::anchor::{Anchor, NameState};
 use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
 use super::stay::takes_along;
@@ -78,6 +79,12 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
             format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
         return Err(Refusal::Names(text));
     };
+    if let Ok(Some(anchor)) = leaf.edges.journal.anchor::<Anchor>(&leaf.attempt.vm)
+        && anchor.names == NameState::Pending
+    {
+        // The next anchor takes its place: were that one forgotten, nobody would owe the name.
+        return Err(Refusal::Names(format!("{name} is still on its way home; try again when it is there")));
+    }
     let here: Vec<_> = if row.care_of.is_empty() {
         row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect()
     } else {

@@ -7,7 +7,7 @@ use longhaul_core::migration::{CommitMode, destination, source};
 
 use crate::broken::Broken;
 use crate::invariants::Violation;
-use crate::parts::{Disk, Guest, Id, Work, handover, proposal};
+use crate::parts::{Disk, Guest, Id, Names, Work, handover, proposal};
 use crate::scene::A;
 use crate::support;
 use crate::world::World;
@@ -66,7 +66,10 @@ impl World {
     fn checks(&self, id: Id) -> source::Event {
         let attempt = &self.moves[&id];
         let name_is_here = self.name_server.site == A && self.name_server.epoch < attempt.epoch;
-        if attempt.source == A && !name_is_here {
+        let anchor = self.sites[attempt.source].journal.anchor.as_ref();
+        // An anchor that is replaced owes nothing any more.
+        let is_owed = anchor.is_some_and(|anchor| anchor.names == Names::Owed);
+        if attempt.source == A && (!name_is_here || is_owed) {
             return source::Event::Failed(Refusal::Names("it does not point at the machine".into()));
         }
         if self.arbiter(attempt.commit).is_some_and(|register| register.epoch >= attempt.epoch) {
