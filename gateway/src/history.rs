@@ -305,7 +305,7 @@ mod tests {
         let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
         let a: SiteName = "a".parse().unwrap();
         let site = Some(Site { name: &a, pool: pool.path() });
-        let known = Known { owner: Some(&away), row: None, qemu: Qemu::Runs, site };
+        let known = Known { owner: Some(&away), row: None, qemu: Qemu::Runs, anchor: None, site };
         let next = || judge(&released, std::slice::from_ref(&released), &known).unwrap();
         assert_eq!(next(), NextStep::Release, "what is left of it");
         let image = pool.path().join("web1-root-e2.raw");

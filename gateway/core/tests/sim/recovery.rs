@@ -71,6 +71,7 @@ impl World {
             owner: journal.owner.as_ref(),
             arbitrated: attempt.commit != CommitMode::Confirmed,
             wanted: true,
+            settled: false,
             qemu: self.qemu(site, id),
             owes_names: false,
             overtaken,
