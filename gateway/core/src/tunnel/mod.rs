@@ -3,6 +3,7 @@
 //! [`datapath`] puts the pieces together; nothing here reads a device or changes a route. Those are
 //! the gateway's work.
 
+pub mod advertisement;
 mod checksum;
 pub mod coalesce;
 pub mod datapath;
@@ -15,4 +16,5 @@ pub mod offload;
 pub mod packet;
 pub mod policy;
 pub mod repair;
+pub mod routers;
 pub mod segment;
