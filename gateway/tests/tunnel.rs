@@ -35,6 +35,9 @@ macro_rules! lab_or_skip {
     };
 }
 
+#[path = "tunnel/advertised.rs"]
+mod advertised;
+
 fn server(text: &str) -> SocketAddr {
     SocketAddr::new(address(text), PORT)
 }
@@ -44,7 +47,7 @@ async fn begin(lab: &Lab) -> (Sites, Vec<Neighbour>) {
     let sites = lab.start_sites(TunnelConfig::default()).await;
     sites.a.tunnel.sample_begin(key(), "tapa".to_owned()).await.unwrap();
     let neighbours = sites.a.tunnel.home_neighbours("br0".to_owned()).await.unwrap();
-    assert!(neighbours.iter().any(|n| n.router && n.addr == address("198.51.100.1")), "{neighbours:?}");
+    assert!(neighbours.iter().any(|n| n.is_router() && n.addr == address("198.51.100.1")), "{neighbours:?}");
     (sites, neighbours)
 }
 

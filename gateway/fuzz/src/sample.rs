@@ -1,10 +1,13 @@
 //! Values that real gateways send and keep, for the seeds of several targets.
 
+use std::net::Ipv6Addr;
+
 use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::machine::MachineDefinition;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::message::{CareOf, Carried, Handover, Proposal, Reservation};
-use longhaul_core::tunnel::handover::{FlowTuple, Neighbour, NicHandover};
+use longhaul_core::tunnel::advertisement::Advertisement;
+use longhaul_core::tunnel::handover::{FlowTuple, Neighbour, NeighbourKind, NicHandover};
 
 /// A definition with a disk, a NIC and a name.
 pub const DEFINITION: &str = r#"name = "web1"
@@ -28,6 +31,17 @@ lan = "lan"
 pci = "05.0"
 "#;
 
+/// A router advertisement with the router's link-layer address, a prefix, an MTU, a name server, a search list, a route
+/// and an option that nobody knows.
+pub const ADVERTISEMENT: &[u8] = b"\x86\0\0\0\x40\xc0\x07\x08\0\0\0\0\0\0\0\0\
+    \x01\x01\x52\x54\0\xaa\0\x01\
+    \x03\x04\x40\xc0\0\x01\x51\x80\0\0\x38\x40\0\0\0\0\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\0\
+    \x05\x01\0\0\0\0\x05\xdc\
+    \x19\x03\0\0\0\0\x04\xb0\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x53\
+    \x1f\x03\0\0\0\0\x0e\x10\x07example\x03net\0\0\0\0\
+    \x18\x02\x20\x08\0\0\x0e\x10\x20\x01\x0d\xb8\0\0\0\0\
+    \xc8\x01\0\0\0\0\0\0";
+
 /// A site's name.
 pub fn site(name: &str) -> SiteName {
     name.parse().expect("a name")
@@ -42,7 +56,14 @@ pub fn definition() -> MachineDefinition {
 pub fn nics() -> Vec<NicHandover> {
     let nic = definition().nics.remove(0);
     let home = nic.home[0].addr;
-    let router = Neighbour { addr: [198, 51, 100, 1].into(), mac: nic.mac, router: true };
+    let router = Neighbour { addr: [198, 51, 100, 1].into(), mac: nic.mac, kind: NeighbourKind::Router };
+    let host = Neighbour { addr: [198, 51, 100, 2].into(), mac: nic.mac, kind: NeighbourKind::Host };
+    let said = Advertisement::parse(ADVERTISEMENT).expect("the sample is an advertisement");
+    let advertiser = Neighbour {
+        addr: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1).into(),
+        mac: nic.mac,
+        kind: NeighbourKind::Advertiser(Box::new(said)),
+    };
     let flow = FlowTuple {
         protocol: 6,
         local: home,
@@ -54,7 +75,7 @@ pub fn nics() -> Vec<NicHandover> {
         nic: nic.name.clone(),
         mac: nic.mac,
         home: nic.home.clone(),
-        neighbours: vec![router],
+        neighbours: vec![advertiser, router, host],
         home_prefixes: nic.home,
         flows: vec![flow],
     }]

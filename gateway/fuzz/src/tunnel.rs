@@ -3,13 +3,15 @@
 //! Whatever comes, a packet is given to the kernel only if it is to the machine that visits from that very
 //! peer, or from the machine that is away at it, and nothing leaves for another peer; what is held is bounded.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use bytes::Bytes;
+use longhaul_core::tunnel::advertisement::{Advertisement, Received, is_solicitation};
 use longhaul_core::tunnel::coalesce::Coalescer;
 use longhaul_core::tunnel::datapath::{Datapath, DatapathConfig, VisitRoute, Way};
 use longhaul_core::tunnel::fragment::{Reassembly, ReassemblyConfig, Splitter};
+use longhaul_core::tunnel::handover::Mac;
 use longhaul_core::tunnel::offload::{self, VNET_HEADER_BYTES};
 use longhaul_core::tunnel::packet::{Packet, Side};
 use longhaul_core::tunnel::policy::{PeerSlot, PortKey};
@@ -36,6 +38,7 @@ pub fn run(data: &[u8]) {
         assert!(reassembly.len() <= ReassemblyConfig::default().max_entries);
         repair_takes(&mut repair, world.now, bytes.clone());
         device_gives(&bytes);
+        router_says(&bytes);
         match kind & 7 {
             0..=2 => world.peer_sends(world.b, bytes),
             3 => world.peer_sends(world.c, bytes),
@@ -67,6 +70,19 @@ fn device_gives(frame: &[u8]) {
     let mut packets = Vec::new();
     segment::finish(left, &frame[VNET_HEADER_BYTES..][..len], 1200, &mut packets);
     assert!(!packets.is_empty() && packets.iter().map(Bytes::len).sum::<usize>() >= len);
+}
+
+/// What is taken over of an advertisement is bounded, and is taken over again unchanged.
+fn router_says(message: &[u8]) {
+    let source = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+    let received = Received { device: 1, source, hop_limit: 255, message };
+    let _ = is_solicitation(&received);
+    let Ok((said, mac)) = Advertisement::received(&received) else { return };
+    let _ = said.shortest_lifetime();
+    let packet = said.packet(source, mac.unwrap_or(Mac([2, 0, 0, 0, 0, 1])));
+    assert!(packet.len() <= 1280);
+    let bytes = Vec::from(said.clone());
+    assert_eq!(Advertisement::try_from(bytes).expect("it was taken over"), said);
 }
 
 struct World {
@@ -168,7 +184,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     for part in Splitter::default().split(&ipv4(AWAY, client, 900), 400).expect("fits") {
         parts.extend(event(0x78, &part.to_bytes()));
     }
-    vec![("passes", passes), ("refused", refused), ("parts", parts)]
+    let routers = event(0, sample::ADVERTISEMENT);
+    vec![("passes", passes), ("refused", refused), ("parts", parts), ("routers", routers)]
 }
 
 fn event(kind: u8, bytes: &[u8]) -> Vec<u8> {

@@ -57,6 +57,7 @@ impl Config {
         within(tunnel.other_idle_s, 1, MAX_S, "tunnel.other_idle_s")?;
         within(tunnel.max_flows.into(), 1, 1 << 24, "tunnel.max_flows")?;
         within(tunnel.repair_kib, 64, 64 << 10, "tunnel.repair_kib")?;
+        within(tunnel.router_advertisements_s, 4, 1800, "tunnel.router_advertisements_s")?;
         let hold_s = tunnel.hold.limit().map_or(1, |limit| limit.as_secs());
         within(hold_s, 1, 366 * 24 * 3600, "tunnel.hold")?;
         for prefix in tunnel.home_prefixes.iter().flatten() {
@@ -207,6 +208,8 @@ mod tests {
             ("tunnel", "repair_kib = 63", "tunnel.repair_kib"),
             ("tunnel", "repair_kib = 65537", "tunnel.repair_kib"),
             ("tunnel", "quiet_s = 604801", "tunnel.quiet_s"),
+            ("tunnel", "router_advertisements_s = 3", "tunnel.router_advertisements_s"),
+            ("tunnel", "router_advertisements_s = 1801", "tunnel.router_advertisements_s"),
             ("tunnel", "home_prefixes = [\"banana\"]", "tunnel.home_prefixes"),
             ("tunnel", "home_prefixes = [\"192.0.2.0/33\"]", "tunnel.home_prefixes"),
             ("migration", "disk_buffer_mib = 0", "migration.disk_buffer_mib"),

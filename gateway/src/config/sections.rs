@@ -212,6 +212,9 @@ pub struct TunnelSection {
     /// Destinations that visiting machines of this home always reach through the tunnel, as `PREFIX/LEN`
     /// (default: the LANs of the machine's own home addresses).
     pub home_prefixes: Option<Vec<String>>,
+    /// How often a visiting machine hears the router advertisements of its home, imitated (default 200 s; 4 to 1800, as
+    /// RFC 4861 has it), and more often where something they say would run out within three times that.
+    pub router_advertisements_s: u64,
 }
 
 impl Default for TunnelSection {
@@ -232,6 +235,7 @@ impl Default for TunnelSection {
             repair_udp_ports: Vec::new(),
             repair_other: true,
             home_prefixes: None,
+            router_advertisements_s: 200,
         }
     }
 }

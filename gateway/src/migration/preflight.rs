@@ -166,11 +166,11 @@ async fn neighbours(
     let Some(lan) = leaf.edges.config.lan.get(nic.lan.as_str()) else {
         return Err(Refusal::Incompatible(format!("this site has no [lan.{}]", nic.lan)));
     };
-    leaf.edges
-        .tunnel
-        .home_neighbours(lan.bridge.clone())
-        .await
-        .map_err(|error| Refusal::Other(Refusal::text(chain(&error))))
+    let failed = |error| Refusal::Other(Refusal::text(chain(&error)));
+    if nic.has_ipv6() {
+        leaf.edges.tunnel.solicit_routers(lan.bridge.clone()).await.map_err(failed)?;
+    }
+    leaf.edges.tunnel.home_neighbours(lan.bridge.clone()).await.map_err(failed)
 }
 
 /// What the machine always reaches through the tunnel: what the operator of its home says, or its own LANs.

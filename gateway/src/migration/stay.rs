@@ -78,6 +78,10 @@ impl Stay {
         for nic in &self.definition.nics {
             let (key, lan) = (self.key(nic), self.lan(edges, nic)?);
             let bridge = self.is_home(edges).then(|| lan.bridge.clone());
+            if let Some(bridge) = bridge.clone().filter(|_| nic.has_ipv6()) {
+                // In the pause there would be no time for it, and the guest will be told which neighbours are routers.
+                edges.tunnel.solicit_routers(bridge).await.map_err(tunnel_failed)?;
+            }
             let tap = edges.tunnel.create_tap(key.clone(), TAP_OWNER, bridge).await.map_err(tunnel_failed)?;
             if self.is_home(edges) {
                 edges.tunnel.sample_begin(key, tap.clone()).await.map_err(tunnel_failed)?;

@@ -19,7 +19,8 @@ use super::config::AnnounceConfig;
 use super::error::TunnelError;
 
 const BROADCAST: Mac = Mac([0xff; 6]);
-const ALL_NODES: Mac = Mac([0x33, 0x33, 0, 0, 0, 1]);
+/// The link-layer address of all IPv6 hosts of a link.
+pub(super) const ALL_NODES: Mac = Mac([0x33, 0x33, 0, 0, 0, 1]);
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -31,6 +32,9 @@ pub(super) struct Announcement {
     pub device: u32,
     pub address: IpAddr,
     pub mac: Mac,
+    /// Whose address it is routes: a host that is told of its router that it does not takes its route away (RFC 4861,
+    /// 7.2.5).
+    pub router: bool,
 }
 
 /// The socket that sends frames on any device.
@@ -54,24 +58,24 @@ impl FrameSocket {
 
     /// Sends what makes neighbours on the LAN update their caches.
     pub(super) fn announce(&self, announcement: &Announcement) -> io::Result<()> {
-        let Announcement { device, address, mac } = *announcement;
+        let Announcement { device, address, mac, router } = *announcement;
         match address {
             IpAddr::V4(v4) => {
                 self.send(device, &arp(ArpOperation::Request, BROADCAST, mac, v4, Mac([0; 6]), v4))?;
                 self.send(device, &arp(ArpOperation::Reply, BROADCAST, mac, v4, BROADCAST, v4))
             }
-            IpAddr::V6(v6) => self.send(device, &advertisement(ALL_NODES, mac, v6)),
+            IpAddr::V6(v6) => self.send(device, &advertisement(ALL_NODES, mac, v6, router)),
         }
     }
 
     /// Tells the one at `to` alone that `announcement` holds.
     pub(super) fn tell(&self, to: Mac, to_address: IpAddr, announcement: &Announcement) -> io::Result<()> {
-        let Announcement { device, address, mac } = *announcement;
+        let Announcement { device, address, mac, router } = *announcement;
         match (address, to_address) {
             (IpAddr::V4(v4), IpAddr::V4(target)) => {
                 self.send(device, &arp(ArpOperation::Reply, to, mac, v4, to, target))
             }
-            (IpAddr::V6(v6), IpAddr::V6(_)) => self.send(device, &advertisement(to, mac, v6)),
+            (IpAddr::V6(v6), IpAddr::V6(_)) => self.send(device, &advertisement(to, mac, v6, router)),
             (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => Ok(()),
         }
     }
@@ -168,11 +172,12 @@ fn arp(
     frame(to, sender, ETHERTYPE_ARP, &body)
 }
 
-fn advertisement(to: Mac, mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+fn advertisement(to: Mac, mac: Mac, address: Ipv6Addr, router: bool) -> Vec<u8> {
+    const ROUTER: u8 = 0x80;
     const OVERRIDE: u8 = 0x20;
     const TARGET_LINK_LAYER: u8 = 2;
     let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-    let mut message = vec![136, 0, 0, 0, OVERRIDE, 0, 0, 0];
+    let mut message = vec![136, 0, 0, 0, if router { ROUTER | OVERRIDE } else { OVERRIDE }, 0, 0, 0];
     message.extend_from_slice(&address.octets());
     message.extend_from_slice(&[TARGET_LINK_LAYER, 1]);
     message.extend_from_slice(&mac.0);
@@ -249,9 +254,10 @@ mod tests {
     #[test]
     fn an_advertisement_has_a_valid_checksum_and_overrides() {
         let address: Ipv6Addr = "2001:db8:a::10".parse().unwrap();
-        let bytes = advertisement(ALL_NODES, MAC, address);
+        let bytes = advertisement(ALL_NODES, MAC, address, false);
         let message = &bytes[54..];
         assert_eq!(icmpv6_checksum(address, "ff02::1".parse().unwrap(), message), 0);
         assert_eq!((message[0], message[4], message.len()), (136, 0x20, 32));
+        assert_eq!(advertisement(ALL_NODES, MAC, address, true)[58], 0xa0, "of a router");
     }
 }

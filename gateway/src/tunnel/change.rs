@@ -29,8 +29,8 @@ pub(super) enum Change {
     Route { to: Prefix, device: String, table: u32 },
     /// A policy rule.
     Rule(PolicyRule),
-    /// Proxy ARP or NDP for an address.
-    Proxy { address: IpAddr, device: String },
+    /// Proxy ARP or NDP for an address; of a router it is said that it is one.
+    Proxy { address: IpAddr, device: String, router: bool },
     /// A neighbour that need not be asked for.
     Fixed { address: IpAddr, mac: Mac, device: String },
     /// Frames to a link-layer address go up to the host.
@@ -197,8 +197,8 @@ impl Changes {
                 netlink.add_route(*to, netlink.link(device).await?.index, *table).await
             }
             Change::Rule(rule) => netlink.add_rule(rule).await,
-            Change::Proxy { address, device } => {
-                netlink.add_proxy(*address, netlink.link(device).await?.index).await
+            Change::Proxy { address, device, router } => {
+                netlink.add_proxy(*address, *router, netlink.link(device).await?.index).await
             }
             Change::Fixed { address, mac, device } => {
                 netlink.add_fixed(*address, *mac, netlink.link(device).await?.index).await
@@ -226,7 +226,7 @@ impl Changes {
             Change::Table(table) => nft::run(&table.remove()).await,
             Change::Route { to, table, .. } => netlink.delete_route(*to, *table).await,
             Change::Rule(rule) => netlink.delete_rule(rule).await,
-            Change::Proxy { address, device } => match netlink.find_link(device).await? {
+            Change::Proxy { address, device, .. } => match netlink.find_link(device).await? {
                 Some(link) => netlink.delete_proxy(*address, link.index).await,
                 None => Ok(()),
             },

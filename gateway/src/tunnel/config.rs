@@ -54,6 +54,8 @@ pub struct TunnelConfig {
     pub switches_file: Option<PathBuf>,
     /// When addresses are announced.
     pub announce: AnnounceConfig,
+    /// How often a visitor hears the routers of its home, if nothing they say runs out sooner. Default 200 s.
+    pub router_advertisements: Duration,
     /// How often the status is published while nothing happens. Default 200 ms.
     pub status_interval: Duration,
     /// Bounds of what is held, joined and tracked.
@@ -92,6 +94,7 @@ impl Default for TunnelConfig {
             max_flows: 65_535,
             switches_file: None,
             announce: AnnounceConfig::default(),
+            router_advertisements: Duration::from_secs(200),
             status_interval: Duration::from_millis(200),
             datapath: DatapathConfig::default(),
         }

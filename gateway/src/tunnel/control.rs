@@ -4,7 +4,7 @@
 //! one tells it when a NIC's packets are to be kept, to pass or to come back.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -24,6 +24,7 @@ use super::error::TunnelError;
 use super::mover::{Command as Move, FlowListing, PeerPath};
 use super::nft;
 use super::plan::{self, CareOf, CarryRequest, HoldRequest, Kernel, Leaving, VisitRequest};
+use super::routers;
 use super::routes::{self, Netlink};
 use super::sysctl::Switches;
 use super::tap;
@@ -53,6 +54,7 @@ pub(super) enum Command {
     Sample { key: PortKey, reply: Reply<Vec<FlowTuple>> },
     SampleEnd { key: PortKey, reply: Reply<()> },
     HomeNeighbours { lan: String, reply: Reply<Vec<Neighbour>> },
+    SolicitRouters { lan: String, asked: oneshot::Sender<()>, reply: Reply<()> },
     HostAddresses { lans: Vec<String>, reply: Reply<HostAddresses> },
     HoldBegin { request: HoldRequest, reply: Reply<()> },
     HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
@@ -94,6 +96,7 @@ pub(super) struct Control {
     frames: Arc<FrameSocket>,
     changes: Changes,
     moves: mpsc::Sender<Move>,
+    routers: mpsc::Sender<routers::Command>,
     away: BTreeMap<PortKey, Away>,
     visits: BTreeMap<PortKey, Visit>,
     /// Machines at home that have brought addresses of their visits.
@@ -104,16 +107,18 @@ impl Control {
     pub(super) fn new(
         config: TunnelConfig,
         netlink: Netlink,
-        frames: FrameSocket,
+        frames: Arc<FrameSocket>,
         moves: mpsc::Sender<Move>,
+        routers: mpsc::Sender<routers::Command>,
     ) -> Self {
         let switches = Switches::open(config.switches_file.clone());
         Self {
             config,
             changes: Changes::new(netlink.clone(), switches),
             netlink,
-            frames: Arc::new(frames),
+            frames,
             moves,
+            routers,
             away: BTreeMap::new(),
             visits: BTreeMap::new(),
             carries: BTreeMap::new(),
@@ -159,6 +164,9 @@ impl Control {
             Command::Sample { key, reply } => drop(reply.send(self.sample(&key).await)),
             Command::SampleEnd { key, reply } => drop(reply.send(self.sample_end(key).await)),
             Command::HomeNeighbours { lan, reply } => drop(reply.send(self.home_neighbours(&lan).await)),
+            Command::SolicitRouters { lan, asked, reply } => {
+                drop(reply.send(self.solicit_routers(&lan, asked).await));
+            }
             Command::HostAddresses { lans, reply } => drop(reply.send(self.host_addresses(&lans).await)),
             Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
             Command::HoldEndAttract { key, flows, reply } => {
@@ -247,21 +255,33 @@ impl Control {
         nft::run(&nft::remove("netdev", &table)).await
     }
 
-    /// The LAN's neighbours, default routers first and asked for if they are not known.
+    /// The LAN's neighbours, routers first and asked for if their link-layer address is not known.
     async fn home_neighbours(&self, lan: &str) -> Result<Vec<Neighbour>, TunnelError> {
         let device = self.netlink.link(lan).await?.index;
         let routers = self.netlink.default_routers(device).await?;
+        let (reply, heard) = oneshot::channel();
+        self.tell_routers(routers::Command::Heard { device, reply }).await?;
+        let heard = heard.await.map_err(|_| TunnelError::Stopped)?;
+        let unnamed = heard.iter().filter(|router| router.link_layer.is_none());
+        let wanted: Vec<IpAddr> =
+            routers.iter().copied().chain(unnamed.map(|router| router.source.into())).collect();
         let started = Instant::now();
         loop {
             let known = self.netlink.neighbours(device).await?;
-            let missing: Vec<&IpAddr> =
-                routers.iter().filter(|router| !known.iter().any(|(addr, _)| addr == *router)).collect();
+            let is_missing = |router: &&IpAddr| !known.iter().any(|neighbour| neighbour.addr == **router);
+            let missing: Vec<&IpAddr> = wanted.iter().filter(is_missing).collect();
             if missing.is_empty() || started.elapsed() > ROUTER_WAIT {
-                return Ok(routes::as_handover(&routers, &known, MAX_NEIGHBOURS));
+                return Ok(routes::as_handover(&routers, &known, heard, MAX_NEIGHBOURS));
             }
-            missing.into_iter().for_each(|router| make_kernel_ask(*router));
+            missing.into_iter().for_each(|router| make_kernel_ask(*router, device));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Only passes the question on: nothing waits here for the answer.
+    async fn solicit_routers(&self, lan: &str, reply: oneshot::Sender<()>) -> Result<(), TunnelError> {
+        let device = self.netlink.link(lan).await?.index;
+        self.tell_routers(routers::Command::Solicit { device, reply }).await
     }
 
     async fn host_addresses(&self, lans: &[String]) -> Result<HostAddresses, TunnelError> {
@@ -420,7 +440,12 @@ impl Control {
         }
         let port = self.netlink.link(&request.port).await?.index;
         for neighbour in neighbours {
-            let truth = Announcement { device: port, address: neighbour.addr, mac: neighbour.mac };
+            let truth = Announcement {
+                device: port,
+                address: neighbour.addr,
+                mac: neighbour.mac,
+                router: neighbour.is_router(),
+            };
             let same_version =
                 request.addresses.iter().find(|home| home.is_ipv6() == neighbour.addr.is_ipv6());
             if let Some(home) = same_version {
@@ -511,14 +536,26 @@ impl Control {
             visit.announcing = Some(announcing);
         }
         info!(port = %key, "visitor runs");
-        Ok(())
+        self.imitate_routers(key).await
+    }
+
+    /// The visitor hears the routers of its home, if it has an address there that they concern.
+    async fn imitate_routers(&self, key: &PortKey) -> Result<(), TunnelError> {
+        let Some(Visit { request, .. }) = self.visits.get(key) else { return Ok(()) };
+        if !request.nic.home.iter().any(|home| home.addr.is_ipv6()) {
+            return Ok(());
+        }
+        let (key, device) = (key.clone(), self.netlink.link(&request.port).await?.index);
+        let neighbours = request.nic.neighbours.clone();
+        self.tell_routers(routers::Command::Imitate { key, device, neighbours }).await
     }
 
     async fn visit_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
         drop(self.visits.remove(key));
+        let silent = self.tell_routers(routers::Command::End { key: key.clone() }).await;
         let undone = self.changes.undo(&Owner::Visit(key.clone())).await;
         self.end(key, Role::Visiting).await?;
-        undone
+        undone.and(silent)
     }
 
     async fn undo_all(&mut self) -> Result<(), TunnelError> {
@@ -586,7 +623,8 @@ impl Control {
         let own = self.netlink.find_link(&request.port).await?.map(|port| port.index);
         let ports = self.netlink.ports(lan).await?;
         let devices = if ports.is_empty() { vec![lan] } else { ports };
-        let announcement = |device, address| Announcement { device, address, mac: request.mac };
+        let announcement =
+            |device, address| Announcement { device, address, mac: request.mac, router: false };
         let announcements = devices
             .into_iter()
             .filter(|device| Some(*device) != own)
@@ -600,7 +638,8 @@ impl Control {
     async fn announcements(&self, lan: &str, addresses: &[IpAddr]) -> Result<Vec<Announcement>, TunnelError> {
         let link = self.netlink.link(lan).await?;
         let mac: Mac = link.mac.ok_or_else(|| TunnelError::NoSuchDevice(lan.to_owned()))?;
-        let announcement = |address: &IpAddr| Announcement { device: link.index, address: *address, mac };
+        let announcement =
+            |address: &IpAddr| Announcement { device: link.index, address: *address, mac, router: false };
         Ok(addresses.iter().map(announcement).collect())
     }
 
@@ -608,6 +647,10 @@ impl Control {
         let (done, answer) = oneshot::channel();
         self.moves.send(command(done)).await.map_err(|_| TunnelError::Stopped)?;
         answer.await.map_err(|_| TunnelError::Stopped)
+    }
+
+    async fn tell_routers(&self, command: routers::Command) -> Result<(), TunnelError> {
+        self.routers.send(command).await.map_err(|_| TunnelError::Stopped)
     }
 }
 
@@ -622,11 +665,15 @@ fn known_elsewhere(flows: &mut [FlowTuple], turned: &[FlowTuple]) {
 }
 
 /// A datagram to the discard port (RFC 863) makes the kernel look for the router's address.
-fn make_kernel_ask(router: IpAddr) {
+fn make_kernel_ask(router: IpAddr, device: u32) {
     const DISCARD: u16 = 9;
-    let any: SocketAddr = if router.is_ipv6() { ([0u16; 8], 0).into() } else { ([0u8; 4], 0).into() };
+    let (any, to): (SocketAddr, SocketAddr) = match router {
+        IpAddr::V4(v4) => (([0u8; 4], 0).into(), (v4, DISCARD).into()),
+        // The kernel heeds the device of a link-local address only.
+        IpAddr::V6(v6) => (([0u16; 8], 0).into(), SocketAddrV6::new(v6, DISCARD, 0, device).into()),
+    };
     // Without a route there is no router to be found either.
     if let Ok(socket) = UdpSocket::bind(any) {
-        let _ = socket.send_to(&[0], SocketAddr::new(router, DISCARD));
+        let _ = socket.send_to(&[0], to);
     }
 }

@@ -8,8 +8,8 @@
 //!       |   bridge entry, announcements    hold            hold      care-of address (nft)
 //! ```
 //!
-//! [`Tunnel`] is a handle on one task that owns all changes to this host's network and on one that
-//! moves packets. The order at a source: [`hold_begin`](Tunnel::hold_begin), stop the guest, commit,
+//! [`Tunnel`] is a handle on one task that owns all changes to this host's network, on one that moves packets, and on one
+//! that hears routers and imitates them. The order at a source: [`hold_begin`](Tunnel::hold_begin), stop the guest, commit,
 //! [`hold_end_attract`](Tunnel::hold_end_attract), and when the status says so,
 //! [`attract_end`](Tunnel::attract_end); a rollback is [`hold_undo`](Tunnel::hold_undo). At a
 //! destination: [`visit_prepare`](Tunnel::visit_prepare) at reservation,
@@ -33,6 +33,7 @@ mod error;
 mod mover;
 mod nft;
 mod plan;
+mod routers;
 mod routes;
 mod sysctl;
 mod tap;
@@ -59,6 +60,7 @@ use announce::FrameSocket;
 use control::{Command, Control};
 use device::TunDevice;
 use mover::{Mover, PeerPath};
+use routers::RouterTask;
 use routes::Netlink;
 
 /// Commands that wait for the owner task; a caller beyond that waits to be let in.
@@ -73,20 +75,23 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Opens the packet socket (CAP_NET_RAW, now and never again) and the TUN device (CAP_NET_ADMIN,
-    /// always), and starts the two tasks on the current runtime. What an earlier gateway has left stays
+    /// Opens the packet socket and the one that hears routers (CAP_NET_RAW, now and never again) and the TUN device
+    /// (CAP_NET_ADMIN, always), and starts the three tasks on the current runtime. What an earlier gateway has left stays
     /// until [`Tunnel::undo_all`].
     pub async fn start(config: TunnelConfig) -> Result<Self, TunnelError> {
         config.check()?;
-        let frames = FrameSocket::open()?;
+        let frames = Arc::new(FrameSocket::open()?);
+        let routers = RouterTask::open(frames.clone(), config.router_advertisements)?;
         let netlink = Netlink::open(config.route_protocol)?;
         let device = TunDevice::open(&config)?;
         let (publish, status) = watch::channel(TunnelStatus::default());
         let (moves, move_commands) = mpsc::channel(COMMANDS);
         let mover = Mover::new(device, &config, publish);
         let interval = config.status_interval;
-        let mut control = Control::new(config, netlink, frames, moves);
+        let (router_commands, commands_of_routers) = mpsc::channel(COMMANDS);
+        let mut control = Control::new(config, netlink, frames, moves, router_commands);
         control.begin().await?;
+        tokio::spawn(routers.run(commands_of_routers));
         tokio::spawn(mover.run(move_commands, interval));
         let (commands, control_commands) = mpsc::channel(COMMANDS);
         tokio::spawn(control.run(control_commands));
@@ -136,8 +141,15 @@ impl Tunnel {
         self.ask(|reply| Command::SampleEnd { key, reply }).await
     }
 
-    /// The neighbours on `lan` that this host knows, its default routers first. A router that is not
-    /// known is asked for, up to a second.
+    /// Asks the routers on `lan` to advertise themselves if none is known to, and waits up to a second for the first.
+    pub async fn solicit_routers(&self, lan: String) -> Result<(), TunnelError> {
+        let (asked, answer) = oneshot::channel();
+        self.ask(|reply| Command::SolicitRouters { lan, asked, reply }).await?;
+        answer.await.map_err(|_| TunnelError::Stopped)
+    }
+
+    /// The neighbours on `lan` that this host knows, its default routers and those that advertise themselves first. A
+    /// router whose link-layer address is not known is asked for, up to a second.
     pub async fn home_neighbours(&self, lan: String) -> Result<Vec<Neighbour>, TunnelError> {
         self.ask(|reply| Command::HomeNeighbours { lan, reply }).await
     }

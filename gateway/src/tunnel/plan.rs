@@ -16,6 +16,7 @@
 //! | `neigh/DEVICE/proxy_delay` | 0 | the kernel waits up to 0.8 s before it answers for another |
 //! | `netfilter/nf_conntrack_tcp_loose` | 1 | connections of before the move are tracked from their middle |
 //! | IPv6 `conf/LAN/accept_ra` | 2 | the host keeps its own default route while it forwards |
+//! | IPv6 `conf/all/proxy_ndp` | 1 | who asks a proxied address itself whether it is still there is answered, and not forwarded |
 //! | IPv6 `proxy_ndp`, `accept_dad`, `force_forwarding` or `all/forwarding` | | the same for IPv6 |
 
 use std::net::IpAddr;
@@ -171,7 +172,7 @@ pub(super) fn hold_plan(config: &TunnelConfig, kernel: Kernel, request: &HoldReq
         plan.push(Change::Table(nft::attract_table(config, &port_id(key), *mac, lan)));
     }
     for address in addresses {
-        plan.push(Change::Proxy { address: *address, device: lan.clone() });
+        plan.push(Change::Proxy { address: *address, device: lan.clone(), router: false });
         plan.push(Change::Route { to: host(*address), device: config.device.clone(), table: MAIN_TABLE });
     }
     plan.push(match from {
@@ -242,7 +243,7 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
     plan.extend(tunnel_routes(config, port, has_v6));
     plan.extend(nic.neighbours.iter().filter(|neighbour| neighbour.addr.is_ipv6()).map(|neighbour| {
         // IPv4 is answered for whatever is asked; IPv6 has no such switch.
-        Change::Proxy { address: neighbour.addr, device: port.clone() }
+        Change::Proxy { address: neighbour.addr, device: port.clone(), router: neighbour.is_router() }
     }));
     for address in &home {
         plan.push(Change::Fixed { address: *address, mac: nic.mac, device: port.clone() });
@@ -251,7 +252,7 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
     for CareOf { care_of, .. } in &request.care_of {
         // Translation comes before routing; untranslated it is for a machine that has left.
         plan.push(Change::Route { to: host(*care_of), device: config.device.clone(), table: MAIN_TABLE });
-        plan.push(Change::Proxy { address: *care_of, device: lan.clone() });
+        plan.push(Change::Proxy { address: *care_of, device: lan.clone(), router: false });
     }
     plan
 }
@@ -338,7 +339,7 @@ fn keep_ra(kernel: Kernel, lan: &str) -> Option<Change> {
 }
 
 fn ipv6_switches<'a>(kernel: Kernel, devices: impl IntoIterator<Item = &'a String>) -> Vec<Change> {
-    let mut plan = Vec::new();
+    let mut plan = vec![switch("net/ipv6/conf/all/proxy_ndp".to_owned(), "1")];
     if !kernel.force_forwarding {
         plan.push(switch("net/ipv6/conf/all/forwarding".to_owned(), "1"));
     }
@@ -355,7 +356,7 @@ fn ipv6_switches<'a>(kernel: Kernel, devices: impl IntoIterator<Item = &'a Strin
 
 /// The address the guest sends to: its router's, IPv4's before IPv6's.
 fn router_mac(neighbours: &[Neighbour]) -> Option<Mac> {
-    let mut routers: Vec<&Neighbour> = neighbours.iter().filter(|neighbour| neighbour.router).collect();
+    let mut routers: Vec<&Neighbour> = neighbours.iter().filter(|neighbour| neighbour.is_router()).collect();
     routers.sort_by_key(|router| router.addr.is_ipv6());
     routers.first().map(|router| router.mac)
 }
@@ -370,6 +371,8 @@ fn switch(key: String, value: &'static str) -> Change {
 
 #[cfg(test)]
 mod tests {
+    use longhaul_core::tunnel::handover::NeighbourKind;
+
     use super::*;
 
     fn kernel(force_forwarding: bool) -> Kernel {
@@ -409,15 +412,15 @@ mod tests {
 
     #[test]
     fn the_taps_address_is_the_ipv4_routers() {
-        let neighbour = |addr: &str, last, router| Neighbour {
+        let neighbour = |addr: &str, last, kind| Neighbour {
             addr: addr.parse().unwrap(),
             mac: Mac([0, 0, 0, 0, 0, last]),
-            router,
+            kind,
         };
         let neighbours = [
-            neighbour("2001:db8::1", 1, true),
-            neighbour("198.51.100.1", 2, true),
-            neighbour("198.51.100.9", 3, false),
+            neighbour("2001:db8::1", 1, NeighbourKind::Router),
+            neighbour("198.51.100.1", 2, NeighbourKind::Router),
+            neighbour("198.51.100.9", 3, NeighbourKind::Host),
         ];
         assert_eq!(router_mac(&neighbours), Some(Mac([0, 0, 0, 0, 0, 2])));
         assert_eq!(router_mac(&neighbours[2..]), None);

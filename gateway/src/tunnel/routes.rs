@@ -4,11 +4,12 @@
 //! carries our routing protocol number, so that it can be found again after a crash. It decides
 //! nothing; `plan` does.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::TryStreamExt;
-use longhaul_core::tunnel::handover::{Mac, Neighbour, Prefix};
+use longhaul_core::tunnel::handover::{Mac, Neighbour, NeighbourKind, Prefix};
+use longhaul_core::tunnel::routers::Advertiser;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
@@ -30,6 +31,15 @@ pub(super) struct Link {
     pub mac: Option<Mac>,
     /// The index of the bridge it is a port of.
     pub bridge: Option<u32>,
+}
+
+/// A neighbour in the kernel's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KnownNeighbour {
+    pub addr: IpAddr,
+    pub mac: Mac,
+    /// It says of itself that it is a router; IPv6 only.
+    pub router: bool,
 }
 
 /// A policy rule of ours: packets from `input` that carry `mark` look up `table`.
@@ -180,10 +190,17 @@ impl Netlink {
             .map_err(TunnelError::netlink(format!("delete the policy rule for {}", rule.input)))
     }
 
-    /// Answers for `address` on `device` (proxy ARP or NDP).
-    pub(super) async fn add_proxy(&self, address: IpAddr, device: u32) -> Result<(), TunnelError> {
+    /// Answers for `address` on `device` (proxy ARP or NDP), as a router or as a host.
+    pub(super) async fn add_proxy(
+        &self,
+        address: IpAddr,
+        router: bool,
+        device: u32,
+    ) -> Result<(), TunnelError> {
         let what = format!("answer for {address} on device {device}");
-        self.add_neighbour(self.neighbour(address, device, NeighbourFlags::Proxy), what).await
+        let mut flags = NeighbourFlags::Proxy;
+        flags.set(NeighbourFlags::Router, router);
+        self.add_neighbour(self.neighbour(address, device, flags), what).await
     }
 
     /// Stops answering for `address` on `device`.
@@ -256,7 +273,7 @@ impl Netlink {
     }
 
     /// The neighbours on `device` whose link-layer address is known. Bounded by the caller.
-    pub(super) async fn neighbours(&self, device: u32) -> Result<Vec<(IpAddr, Mac)>, TunnelError> {
+    pub(super) async fn neighbours(&self, device: u32) -> Result<Vec<KnownNeighbour>, TunnelError> {
         let mut known = Vec::new();
         let mut entries = self.handle.neighbours().get().execute();
         while let Some(entry) =
@@ -424,13 +441,33 @@ impl Netlink {
     }
 }
 
-/// The neighbours as the hand-over carries them, routers first, at most `max`.
-pub(super) fn as_handover(routers: &[IpAddr], known: &[(IpAddr, Mac)], max: usize) -> Vec<Neighbour> {
-    let mut neighbours: Vec<Neighbour> = known
-        .iter()
-        .map(|(addr, mac)| Neighbour { addr: *addr, mac: *mac, router: routers.contains(addr) })
-        .collect();
-    neighbours.sort_by_key(|neighbour| (!neighbour.router, neighbour.addr));
+/// The neighbours as the hand-over carries them, at most `max`: default routers and those that advertise themselves
+/// first, then other routers. An advertiser whose link-layer address nobody knows is left out.
+pub(super) fn as_handover(
+    routers: &[IpAddr],
+    known: &[KnownNeighbour],
+    heard: Vec<Advertiser>,
+    max: usize,
+) -> Vec<Neighbour> {
+    let mut neighbours: BTreeMap<IpAddr, Neighbour> = BTreeMap::new();
+    for KnownNeighbour { addr, mac, router } in known.iter().copied() {
+        let is_router = router || routers.contains(&addr);
+        let kind = if is_router { NeighbourKind::Router } else { NeighbourKind::Host };
+        neighbours.insert(addr, Neighbour { addr, mac, kind });
+    }
+    for Advertiser { source, link_layer, advertisement } in heard {
+        let addr = IpAddr::V6(source);
+        let Some(mac) = link_layer.or(neighbours.get(&addr).map(|known| known.mac)) else { continue };
+        let kind = NeighbourKind::Advertiser(Box::new(advertisement));
+        neighbours.insert(addr, Neighbour { addr, mac, kind });
+    }
+    let mut neighbours: Vec<Neighbour> = neighbours.into_values().collect();
+    neighbours.sort_by_key(|neighbour| match neighbour.kind {
+        NeighbourKind::Advertiser(_) => 0,
+        NeighbourKind::Router if routers.contains(&neighbour.addr) => 0,
+        NeighbourKind::Router => 1,
+        NeighbourKind::Host => 2,
+    });
     neighbours.truncate(max);
     neighbours
 }
@@ -458,7 +495,7 @@ fn read_link(message: &LinkMessage) -> Link {
     link
 }
 
-fn read_neighbour(entry: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
+fn read_neighbour(entry: &NeighbourMessage) -> Option<KnownNeighbour> {
     let mut address = None;
     let mut mac = None;
     for attribute in &entry.attributes {
@@ -476,7 +513,8 @@ fn read_neighbour(entry: &NeighbourMessage) -> Option<(IpAddr, Mac)> {
     if unresolved.contains(&entry.header.state) {
         return None;
     }
-    Some((address?, mac?))
+    let router = entry.header.flags.contains(NeighbourFlags::Router);
+    Some(KnownNeighbour { addr: address?, mac: mac?, router })
 }
 
 fn read_address(message: &AddressMessage) -> Option<(u32, Prefix)> {
@@ -539,5 +577,51 @@ fn errno(error: &Error) -> Option<i32> {
         | Error::InvalidIp(_)
         | Error::InvalidAddress(_, _)
         | Error::InvalidNla(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::tunnel::advertisement::Advertisement;
+
+    use super::*;
+
+    #[test]
+    fn routers_come_first_and_an_advertiser_has_the_address_it_names() {
+        let mac = |last| Mac([2, 0, 0, 0, 0, last]);
+        let known =
+            |addr: &str, last, router| KnownNeighbour { addr: addr.parse().unwrap(), mac: mac(last), router };
+        let header = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+        let heard = |source: &str, link_layer| Advertiser {
+            source: source.parse().unwrap(),
+            link_layer,
+            advertisement: Advertisement::parse(&header).unwrap(),
+        };
+        let known = [
+            known("2001:db8::9", 9, false),
+            known("2001:db8::2", 2, true),
+            known("198.51.100.1", 1, false),
+            known("fe80::3", 3, false),
+            known("fe80::4", 4, true),
+        ];
+        let heard = vec![
+            heard("fe80::3", None),
+            heard("fe80::4", Some(mac(44))),
+            heard("fe80::5", Some(mac(5))),
+            heard("fe80::6", None),
+        ];
+        let listed = as_handover(&["198.51.100.1".parse().unwrap()], &known, heard, 6);
+        let seen: Vec<_> =
+            listed.iter().map(|it| (it.addr.to_string(), it.mac.0[5], it.advertises().is_some())).collect();
+        let expected = [
+            ("198.51.100.1", 1, false),
+            ("fe80::3", 3, true),
+            ("fe80::4", 44, true),
+            ("fe80::5", 5, true),
+            ("2001:db8::2", 2, false),
+            ("2001:db8::9", 9, false),
+        ];
+        assert_eq!(seen, expected.map(|(addr, mac, advertises)| (addr.to_owned(), mac, advertises)));
+        assert!(listed[4].is_router() && !listed[5].is_router());
     }
 }

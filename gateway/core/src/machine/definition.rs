@@ -193,6 +193,11 @@ impl Nic {
     pub fn mac_text(&self) -> String {
         text::print_mac(self.mac)
     }
+
+    /// Whether one of its home addresses is of IPv6.
+    pub fn has_ipv6(&self) -> bool {
+        self.home.iter().any(|home| home.addr.is_ipv6())
+    }
 }
 
 impl<'de> Deserialize<'de> for MachineDefinition {

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{DeviceName, Epoch, SiteName};
 use crate::machine::MachineDefinition;
 use crate::migration::CommitMode;
-use crate::tunnel::handover::{NicHandover, Prefix};
+use crate::tunnel::handover::{NeighbourKind, NicHandover, Prefix};
+use crate::tunnel::routers::MAX_ADVERTISERS;
 
 /// The longest text a refusal carries, in bytes; longer ones are cut.
 pub const MAX_REASON: usize = 512;
@@ -222,6 +223,7 @@ impl Proposal {
                 let text = format!("NIC {} has other addresses than it is defined with", nic.name);
                 return Err(Refusal::PeerMisbehaved(text));
             }
+            check_advertisers(handed)?;
         }
         Ok(())
     }
@@ -249,6 +251,21 @@ impl Proposal {
     }
 }
 
+/// Routers of the home LAN that the destination would imitate: few, and with addresses that a guest takes one from.
+fn check_advertisers(nic: &NicHandover) -> Result<(), Refusal> {
+    let advertisers = || nic.neighbours.iter().filter(|it| matches!(it.kind, NeighbourKind::Advertiser(_)));
+    let refuse = |what: String| Err(Refusal::PeerMisbehaved(format!("NIC {}: {what}", nic.nic)));
+    if advertisers().count() > MAX_ADVERTISERS {
+        return refuse(format!("more than {MAX_ADVERTISERS} routers advertise"));
+    }
+    for advertiser in advertisers() {
+        if !advertiser.advertises().is_some_and(|(source, _)| source.is_unicast_link_local()) {
+            return refuse(format!("a router advertises from {}", advertiser.addr));
+        }
+    }
+    Ok(())
+}
+
 impl Refusal {
     /// Text cut to [`MAX_REASON`] bytes at a character boundary, so that a frame stays bounded.
     pub fn text(reason: impl Into<String>) -> String {
@@ -262,11 +279,13 @@ impl Refusal {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::tunnel::handover::Mac;
+    use crate::tunnel::advertisement::Advertisement;
+    use crate::tunnel::handover::{Mac, Neighbour};
 
-    fn proposal() -> Proposal {
+    /// Of a machine with one NIC, at home.
+    pub(crate) fn proposal() -> Proposal {
         let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
             [[nics]]\nname = \"lan\"\nmac = \"52:54:00:00:00:01\"\nhome = [\"198.51.100.10/24\"]\n\
             lan = \"lan\"\npci = \"05.0\"\n";
@@ -308,6 +327,26 @@ mod tests {
         let many = |n: u8| (0..n).map(|i| carried("198.51.100.10", &format!("203.0.113.{i}"))).collect();
         assert_eq!(check(many(MAX_CARRIED as u8)), Ok(()));
         assert!(check(many(MAX_CARRIED as u8 + 1)).is_err());
+    }
+
+    #[test]
+    fn routers_that_advertise_are_few_and_link_local() {
+        let header = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+        let kind = NeighbourKind::Advertiser(Box::new(Advertisement::parse(&header).unwrap()));
+        let check = |addrs: &[String]| {
+            let mut proposal = proposal();
+            let mac = Mac([2, 0, 0, 0, 0, 1]);
+            let neighbour =
+                |addr: &String| Neighbour { addr: addr.parse().unwrap(), mac, kind: kind.clone() };
+            proposal.nics[0].neighbours = addrs.iter().map(neighbour).collect();
+            proposal.check_nics()
+        };
+        let many = |n: usize| (1..=n).map(|i| format!("fe80::{i}")).collect::<Vec<_>>();
+        assert_eq!(check(&many(MAX_ADVERTISERS)), Ok(()));
+        assert!(check(&many(MAX_ADVERTISERS + 1)).is_err());
+        for other in ["2001:db8::1", "198.51.100.1", "ff02::1"] {
+            assert!(check(&[other.to_owned()]).is_err(), "{other}");
+        }
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! Sent with the proposal (addresses) and with the hand-over itself (neighbours and flows, sampled
 //! until the guest stopped). Purely data: applying it is the gateway's work.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
+use super::advertisement::Advertisement;
 use crate::ids::DeviceName;
 
 /// A link-layer address.
@@ -38,14 +39,46 @@ pub struct FlowTuple {
 }
 
 /// A neighbour that the guest may have in its ARP or NDP cache for ever.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Neighbour {
     /// The neighbour's address.
     pub addr: IpAddr,
     /// Its link-layer address at the home site.
     pub mac: Mac,
-    /// It is a default router of the home LAN.
-    pub router: bool,
+    /// What it is on the home LAN.
+    pub kind: NeighbourKind,
+}
+
+/// What a neighbour is on its LAN. In bytes the first two are what a `bool` was before version 3 of the wire protocol,
+/// so that journals of then can be read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum NeighbourKind {
+    /// A host.
+    Host,
+    /// A router.
+    Router,
+    /// A router that advertises itself, and what it says: a guest may have its default route from there. Its address is
+    /// link-local.
+    Advertiser(Box<Advertisement>),
+}
+
+impl Neighbour {
+    /// Whether it is a router.
+    pub fn is_router(&self) -> bool {
+        match self.kind {
+            NeighbourKind::Host => false,
+            NeighbourKind::Router | NeighbourKind::Advertiser(_) => true,
+        }
+    }
+
+    /// What it advertises, and from which address.
+    pub fn advertises(&self) -> Option<(Ipv6Addr, &Advertisement)> {
+        match (&self.kind, self.addr) {
+            (NeighbourKind::Advertiser(advertisement), IpAddr::V6(source)) => Some((source, advertisement)),
+            (NeighbourKind::Advertiser(_), IpAddr::V4(_)) => None,
+            (NeighbourKind::Host | NeighbourKind::Router, _) => None,
+        }
+    }
 }
 
 /// What one NIC needs at the visited site.

@@ -2,9 +2,15 @@
 //!
 //! Kept apart from the link's own messages so that a change of one does not change the other's bytes.
 
-use super::{Message, Opaque, WireError};
+use std::borrow::Cow;
+
+use super::{Message, Opaque, Version, WireError};
 use crate::ids::MigrationId;
-use crate::migration::message::MigrationMessage;
+use crate::migration::message::{MigrationMessage, Proposal};
+use crate::tunnel::handover::NeighbourKind;
+
+/// From this version on a neighbour may be an advertiser.
+pub const ADVERTISEMENTS: Version = Version(3);
 
 /// A body that no version this side speaks could have written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,6 +25,29 @@ impl MigrationMessage {
         Ok(Message::Migration { id, body: Opaque::try_from(bytes)? })
     }
 
+    /// The message as a peer that speaks `version` understands it: without advertisements, if it is an older one. The
+    /// machine then goes without them.
+    pub fn for_version(&self, version: Version) -> Cow<'_, Self> {
+        match self {
+            Self::Propose(proposal) if version < ADVERTISEMENTS => {
+                Cow::Owned(Self::Propose(Box::new(without_advertisements(proposal))))
+            }
+            Self::Propose(_)
+            | Self::Accept
+            | Self::Reserve { .. }
+            | Self::Reserved(_)
+            | Self::Decline(_)
+            | Self::Loaded { .. }
+            | Self::Commit { .. }
+            | Self::Activated { .. }
+            | Self::Refused { .. }
+            | Self::Abort { .. }
+            | Self::Unknown
+            | Self::TakenBack { .. }
+            | Self::Offer { .. } => Cow::Borrowed(self),
+        }
+    }
+
     /// Unwraps a body that arrived; trailing bytes are refused.
     pub fn from_wire(body: &Opaque) -> Result<Self, UnreadableMigrationMessage> {
         match postcard::take_from_bytes(body.as_slice()) {
@@ -26,6 +55,16 @@ impl MigrationMessage {
             Ok((_, _)) | Err(_) => Err(UnreadableMigrationMessage),
         }
     }
+}
+
+fn without_advertisements(proposal: &Proposal) -> Proposal {
+    let mut proposal = proposal.clone();
+    for neighbour in proposal.nics.iter_mut().flat_map(|nic| &mut nic.neighbours) {
+        if neighbour.is_router() {
+            neighbour.kind = NeighbourKind::Router;
+        }
+    }
+    proposal
 }
 
 #[cfg(test)]
@@ -36,6 +75,8 @@ mod tests {
     use crate::migration::arbiter::Arbiter;
     use crate::migration::message::{Handover, Refusal};
     use crate::migration::record::{DestinationRecord, Record, SourceRecord};
+    use crate::tunnel::advertisement::Advertisement;
+    use crate::tunnel::handover::{Mac, Neighbour};
 
     fn first_byte(value: &impl serde::Serialize) -> u8 {
         postcard::to_allocvec(value).unwrap()[0]
@@ -69,6 +110,46 @@ mod tests {
             DestinationRecord::HandedBack { why: Refusal::Operator },
         ];
         assert_eq!(destination.map(|record| second_byte(&Record::Destination(record))), [3, 4, 5, 6, 7, 8]);
+    }
+
+    fn neighbour(kind: NeighbourKind) -> Neighbour {
+        Neighbour { addr: "fe80::1".parse().unwrap(), mac: Mac([2, 0, 0, 0, 0, 1]), kind }
+    }
+
+    fn advertiser() -> NeighbourKind {
+        let header = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+        NeighbourKind::Advertiser(Box::new(Advertisement::parse(&header).unwrap()))
+    }
+
+    #[test]
+    fn a_neighbour_that_advertises_nothing_is_written_as_it_was_before() {
+        let before = |router: bool| {
+            let addr: std::net::IpAddr = "fe80::1".parse().unwrap();
+            postcard::to_allocvec(&(addr, Mac([2, 0, 0, 0, 0, 1]), router)).unwrap()
+        };
+        for (kind, router) in [(NeighbourKind::Host, false), (NeighbourKind::Router, true)] {
+            assert_eq!(postcard::to_allocvec(&neighbour(kind.clone())).unwrap(), before(router));
+            assert_eq!(postcard::from_bytes::<Neighbour>(&before(router)).unwrap(), neighbour(kind));
+        }
+        let bytes = postcard::to_allocvec(&neighbour(advertiser())).unwrap();
+        assert_eq!(postcard::from_bytes::<Neighbour>(&bytes).unwrap(), neighbour(advertiser()));
+        assert_eq!(bytes[bytes.len() - 18..bytes.len() - 15], [2, 16, 134], "kind, length, type");
+        let mut other = bytes;
+        let at = other.len() - 16;
+        other[at] = 135;
+        assert!(postcard::from_bytes::<Neighbour>(&other).is_err(), "no advertisement");
+    }
+
+    #[test]
+    fn a_peer_of_before_advertisements_is_told_that_the_router_is_one() {
+        let proposal = |kind| {
+            let mut proposal = crate::migration::message::tests::proposal();
+            proposal.nics[0].neighbours = vec![neighbour(NeighbourKind::Host), neighbour(kind)];
+            MigrationMessage::Propose(Box::new(proposal))
+        };
+        let message = proposal(advertiser());
+        assert_eq!(*message.for_version(Version(2)), proposal(NeighbourKind::Router));
+        assert_eq!(*message.for_version(ADVERTISEMENTS), message);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use gateway::daemon::LinkPath;
 use gateway::identity::Identity;
 use gateway::link::{Link, LinkConfig, PeerConfig};
 use gateway::tunnel::{HoldRequest, Leaving, Tunnel, TunnelConfig, VisitRequest};
-use longhaul_core::tunnel::handover::{Mac, Neighbour, NicHandover, Prefix};
+use longhaul_core::tunnel::handover::{Mac, Neighbour, NeighbourKind, NicHandover, Prefix};
 use longhaul_core::tunnel::policy::PortKey;
 use longhaul_core::units::Rate;
 use serde::{Deserialize, Serialize};
@@ -125,7 +125,8 @@ fn hold() -> Result<HoldRequest> {
 
 fn visit() -> Result<VisitRequest> {
     let lan = Prefix { addr: ip(GUEST), len: 24 };
-    let router = Neighbour { addr: ip(HOME_HOST), mac: Mac([0x52, 0x54, 0, 0x90, 0, 1]), router: true };
+    let router =
+        Neighbour { addr: ip(HOME_HOST), mac: Mac([0x52, 0x54, 0, 0x90, 0, 1]), kind: NeighbourKind::Router };
     Ok(VisitRequest {
         key: key()?,
         peer: "a".parse()?,
