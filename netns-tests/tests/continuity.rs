@@ -40,8 +40,8 @@ const DOWNLOAD_RATE: u64 = 256 << 10;
 async fn connect(scene: &Scene, to: IpAddr) -> Client {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut plan = TrafficPlan::new(now.as_millis() as u64);
-    plan.record =
-        Some(RecordPlan { address: SocketAddr::new(to, RECORD_PORT), interval_ms: 10, gap_ms: 200 });
+    let address = SocketAddr::new(to, RECORD_PORT);
+    plan.record = Some(RecordPlan { address, through: None, interval_ms: 10, gap_ms: 200 });
     plan.idle = Some(IdlePlan { address: SocketAddr::new(to, IDLE_PORT) });
     plan.download = Some(DownloadPlan {
         address: SocketAddr::new(to, DOWNLOAD_PORT),

@@ -182,8 +182,12 @@ async fn runs_at_b(scene: &Scene, view: &MigrationView) -> Result<()> {
 /// A client with a record connection to the guest.
 async fn record_client(scene: &Scene) -> Result<Client> {
     let mut plan = TrafficPlan::new(unix_ms());
-    plan.record =
-        Some(RecordPlan { address: (scene.home()?, RECORD_PORT).into(), interval_ms: 10, gap_ms: 50 });
+    plan.record = Some(RecordPlan {
+        address: (scene.home()?, RECORD_PORT).into(),
+        through: None,
+        interval_ms: 10,
+        gap_ms: 50,
+    });
     Client::start(&scene.world.client, plan).await
 }
 

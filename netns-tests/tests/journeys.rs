@@ -74,7 +74,8 @@ fn epoch_unix_ms() -> u64 {
 /// Records both ways and a silent connection, to one of the machine's addresses.
 async fn connect(scene: &Scene, to: IpAddr) -> Client {
     let mut plan = TrafficPlan::new(epoch_unix_ms());
-    plan.record = Some(RecordPlan { address: SocketAddr::new(to, RECORD_PORT), interval_ms: 10, gap_ms: 50 });
+    let address = SocketAddr::new(to, RECORD_PORT);
+    plan.record = Some(RecordPlan { address, through: None, interval_ms: 10, gap_ms: 50 });
     plan.idle = Some(IdlePlan { address: SocketAddr::new(to, IDLE_PORT) });
     Client::start(&scene.world.client, plan).await.unwrap()
 }

@@ -412,7 +412,7 @@ async fn a_machine_that_becomes_ours_after_a_restart_keeps_its_connections() {
         scene.start_guest().await?;
         let mut plan = TrafficPlan::new(unix_ms());
         let to = (scene.home()?, RECORD_PORT).into();
-        plan.record = Some(RecordPlan { address: to, interval_ms: 10, gap_ms: 50 });
+        plan.record = Some(RecordPlan { address: to, through: None, interval_ms: 10, gap_ms: 50 });
         let mut client = Client::start(&scene.world.client, plan).await?;
         let id = scene.begin_move().await?;
         reaches(&scene.b, &id, Stage::Commitment).await?;

@@ -8,7 +8,7 @@
 //!      ──▶ thread "disk"    owns Dirt     (rewrite blocks)    ◀─┤ commands, each with a channel for its answer
 //!      ──▶ thread "memory"  owns Region   (touch pages)       ◀─┤
 //!      ──▶ tokio: control (HTTP) ───────────────────────────────┘
-//!                 record exchange, idle echo, download, UDP echo
+//!                 record exchange, idle echo, download, relay, UDP echo, QUIC echo
 //! ```
 
 pub mod client;
@@ -22,6 +22,8 @@ pub mod http;
 pub mod log;
 pub mod memory;
 pub mod pattern;
+pub mod quic;
+pub mod relay;
 pub mod service;
 pub mod worker;
 
@@ -38,3 +40,7 @@ pub const IDLE_PORT: u16 = 7002;
 pub const DOWNLOAD_PORT: u16 = 7003;
 /// Port of the UDP echo.
 pub const UDP_PORT: u16 = 7004;
+/// Port of the relay, see [`relay`]: connections that the guest opens itself.
+pub const RELAY_PORT: u16 = 7005;
+/// UDP port of the QUIC echo.
+pub const QUIC_PORT: u16 = 7006;

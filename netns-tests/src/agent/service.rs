@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -17,7 +18,10 @@ use super::control::{Control, Counters};
 use super::dirt::Dirt;
 use super::memory::Region;
 use super::worker::{DiskTask, LogTask, MemoryTask, Worker};
-use super::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT, download, exchange};
+use super::{
+    CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, QUIC_PORT, RECORD_PORT, RELAY_PORT, UDP_PORT, download, exchange,
+    quic, relay,
+};
 
 /// Arguments of the service. In the guest they come from `lab.agent=A,B,C` on the kernel's command line.
 #[derive(Debug, Clone, Parser)]
@@ -52,6 +56,10 @@ pub struct AgentOptions {
 /// Connections per port at one time; more wait in the kernel's queue. Each costs about 20 KiB.
 const CONNECTIONS: usize = 256;
 
+/// What waits for the UDP echo. A guest that a busy host leaves without a processor for a second or two must not lose in its
+/// own socket what the network has brought.
+const UDP_BUFFER_BYTES: usize = 4 << 20;
+
 /// Runs the service until the process ends.
 ///
 /// # Errors
@@ -70,8 +78,13 @@ async fn serve(options: AgentOptions) -> Result<()> {
     let idle = listen(port(IDLE_PORT))?;
     let downloads = listen(port(DOWNLOAD_PORT))?;
     let controls = listen(port(CONTROL_PORT))?;
+    let relays = listen(port(RELAY_PORT))?;
     let udp =
         UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port(UDP_PORT))).await.context("Cannot bind the UDP port")?;
+    setsockopt(&udp, sockopt::RcvBufForce, &UDP_BUFFER_BYTES)
+        .context("Cannot enlarge the UDP echo's buffer")?;
+    let quic = std::net::UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port(QUIC_PORT)));
+    let quic = quic::listen(quic.context("Cannot bind the QUIC port")?)?;
     let idle_answer = move |stream| {
         let boot_id = Arc::clone(&boot_id);
         async move { exchange::serve_idle(stream, &boot_id).await }
@@ -79,9 +92,11 @@ async fn serve(options: AgentOptions) -> Result<()> {
     tokio::select! {
         result = accept(records, Some(Arc::clone(&counters)), exchange::serve_records) => result?,
         result = accept(idle, Some(Arc::clone(&counters)), idle_answer) => result?,
-        result = accept(downloads, Some(counters), download::serve) => result?,
+        result = accept(downloads, Some(Arc::clone(&counters)), download::serve) => result?,
+        result = accept(relays, Some(counters), relay::serve) => result?,
         result = accept(controls, None, move |stream| control.clone().serve(stream)) => result?,
         result = exchange::serve_udp(udp) => result?,
+        result = quic::serve(quic) => result?,
     }
     Ok(())
 }

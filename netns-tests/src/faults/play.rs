@@ -225,7 +225,7 @@ fn watcher(arena: &Arena, place: Place) -> Result<Watcher> {
 async fn record_client(arena: &Arena) -> Result<Client> {
     let mut plan = TrafficPlan::new(unix_ms());
     let address = (arena.scene.home()?, RECORD_PORT).into();
-    plan.record = Some(RecordPlan { address, interval_ms: 20, gap_ms: 500 });
+    plan.record = Some(RecordPlan { address, through: None, interval_ms: 20, gap_ms: 500 });
     plan.close_timeout_ms = CLOSE_MS;
     Client::start(&arena.scene.world.client, plan).await
 }

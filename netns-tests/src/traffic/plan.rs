@@ -30,6 +30,9 @@ pub struct TrafficPlan {
 pub struct RecordPlan {
     /// The guest's record port.
     pub address: SocketAddr,
+    /// The relay of a guest, which connects there in the client's place.
+    #[serde(default)]
+    pub through: Option<SocketAddr>,
     /// Time between two records, each way. Default 10 ms.
     #[serde(default = "default_record_ms")]
     pub interval_ms: u64,
@@ -138,6 +141,7 @@ impl TrafficPlan {
         let at = |port| SocketAddr::new(guest, port);
         self.record = Some(RecordPlan {
             address: at(RECORD_PORT),
+            through: None,
             interval_ms: default_record_ms(),
             gap_ms: default_gap_ms(),
         });

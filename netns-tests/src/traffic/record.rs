@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc::Sender;
@@ -76,7 +77,7 @@ async fn run(
     close: watch::Receiver<bool>,
     receiver: &mut Receiver,
 ) -> io::Result<(u64, Frame)> {
-    let stream = TcpStream::connect(plan.address).await?;
+    let stream = connect(plan).await?;
     stream.set_nodelay(true)?;
     let (mut from, to) = stream.into_split();
     let sender = tokio::spawn(send(to, plan.interval_ms, close.clone()));
@@ -92,13 +93,19 @@ async fn run(
     Ok((sent, end))
 }
 
+async fn connect(plan: &RecordPlan) -> io::Result<TcpStream> {
+    let Some(relay) = plan.through else { return TcpStream::connect(plan.address).await };
+    let mut stream = TcpStream::connect(relay).await?;
+    stream.write_all(format!("{}\n", plan.address).as_bytes()).await?;
+    Ok(stream)
+}
+
 async fn closing_took_too_long(mut close: watch::Receiver<bool>, limit: Duration) {
     switched_on(&mut close).await;
     tokio::time::sleep(limit).await;
 }
 
 async fn send(mut to: OwnedWriteHalf, interval_ms: u64, mut close: watch::Receiver<bool>) -> io::Result<u64> {
-    use tokio::io::AsyncWriteExt;
     to.write_all(&Frame::new(Kind::Hello, interval_ms, unix_ms()).encode()).await?;
     let mut clock = interval(Duration::from_millis(interval_ms));
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
