@@ -11,6 +11,7 @@
 //! Addresses, routes and filters only: guests, gateways and servers are put in by others.
 
 mod filters;
+mod nat;
 mod plan;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -106,7 +107,7 @@ impl World {
                 link(&net, &site.spec.uplink_device(), &site.router, UPLINK_DEVICE)?;
             }
             site.connect(&net)?;
-            filters::firewall(&site.router, spec)?;
+            filters::firewall(site, spec)?;
         }
         filters::ingress(&net, &spec.sites)?;
         Ok(Self { wan, client, net, dns, sites, lab })

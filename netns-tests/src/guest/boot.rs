@@ -65,6 +65,10 @@ pub struct BootOptions {
     pub nics: Vec<Nic>,
     /// Kernel settings, for example `("net.ipv4.tcp_retries2", "8")`.
     pub sysctls: Vec<(String, String)>,
+    /// The guest learns its router's link-layer address once and never again, whatever it is told.
+    pub pin_router: bool,
+    /// Runs a DHCP client on `eth0`. It configures nothing; it asks for a lease, and then again and again for its renewal.
+    pub dhcp: bool,
     /// Arguments for the service in the guest, see [`crate::agent::AgentOptions`].
     pub agent: Vec<String>,
     /// Runs a shell on the console, for `cargo lab shell`.
@@ -89,6 +93,9 @@ impl BootOptions {
         ];
         words.extend(self.nics.iter().map(Nic::word));
         words.extend(self.sysctls.iter().map(|(key, value)| format!("lab.sysctl={key}={value}")));
+        for (set, word) in [(self.pin_router, "lab.pin=1"), (self.dhcp, "lab.dhcp=1")] {
+            words.extend(set.then(|| word.to_owned()));
+        }
         if !self.agent.is_empty() {
             words.push(format!("lab.agent={}", self.agent.join(",")));
         }
@@ -126,14 +133,16 @@ mod tests {
             ],
             sysctls: vec![("net.ipv4.tcp_retries2".into(), "8".into())],
             agent: vec!["--log-per-s".into(), "20".into()],
+            pin_router: true,
             shell: true,
-            verbose: false,
+            ..BootOptions::default()
         };
         let line = options.cmdline();
         assert!(line.contains("lab.nic=eth0,192.0.2.10/24,gw=192.0.2.1"));
         assert!(line.contains("lab.nic=52:54:00:00:00:02,2001:db8::2/64"));
         assert!(line.contains("lab.sysctl=net.ipv4.tcp_retries2=8"));
         assert!(line.contains("lab.agent=--log-per-s,20"));
+        assert!(line.contains("lab.pin=1") && !line.contains("lab.dhcp"));
         assert!(line.contains("root=/dev/vda") && line.contains("panic=-1") && line.contains("lab.shell=1"));
     }
 }

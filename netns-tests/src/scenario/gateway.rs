@@ -81,7 +81,7 @@ impl SiteFiles {
         let mut text = format!(
             "[site]\nname = \"{name}\"\nkey_file = \"{folder}/key\"\nstate_dir = \"{folder}/state\"\n\
              run_dir = \"{folder}/run\"\n\
-             [link]\nlisten = \"{host}:{PORT}\"\nrate_mbit = {rate}\n\
+             [link]\nlisten = \"{host}:{PORT}\"\nrate_mbit = {rate}\n{link}\n\
              [lan.lan]\nbridge = \"{BRIDGE}\"\ncare_of = [{care_of}]\n\
              [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
              [hypervisor]\nuid_base = 200000\n\
@@ -92,6 +92,7 @@ impl SiteFiles {
             kernel = image.kernel.display(),
             initrd = image.initrd.display(),
             quiet_s = options.quiet_s,
+            link = options.link.join("\n"),
         );
         if !options.migration.is_empty() {
             writeln!(text, "[migration]\n{}", options.migration.join("\n"))?;
@@ -109,13 +110,13 @@ impl SiteFiles {
             writeln!(text, "[etcd]\nendpoints = [\"{}\"]", Etcd::endpoint())?;
         }
         for other in others {
-            let address = SocketAddr::new(other.spec.host_address().into(), PORT);
             writeln!(
                 text,
-                "[[peer]]\nname = \"{}\"\nkey = \"{}\"\naddress = \"{address}\"\nmay_send = [\"*\"]\n\
+                "[[peer]]\nname = \"{}\"\nkey = \"{}\"\n{}may_send = [\"*\"]\n\
                  may_receive = [\"*\"]\nmax_memory_mib = 16384\nmax_disk_gib = 100",
                 other.spec.name,
-                other.identity.public_key()
+                other.identity.public_key(),
+                self.address_of(other, options)
             )?;
             match options.arbiter {
                 ArbiterChoice::None => {}
@@ -125,6 +126,18 @@ impl SiteFiles {
         }
         std::fs::write(self.folder.join("site.toml"), text)?;
         Ok(())
+    }
+
+    /// The line that says where to dial another site. Behind a NAT it is dialled by those who are behind one themselves,
+    /// so that each opens its own NAT for the other; to others it comes.
+    fn address_of(&self, other: &SiteFiles, options: &SceneOptions) -> String {
+        let hidden = |site: &SiteFiles| options.behind_nat.contains(&site.spec.name);
+        let address = match (hidden(other), hidden(self)) {
+            (false, _) => other.spec.host_address(),
+            (true, true) => other.spec.uplink_address(),
+            (true, false) => return String::new(),
+        };
+        format!("address = \"{}\"\n", SocketAddr::new(address.into(), PORT))
     }
 }
 

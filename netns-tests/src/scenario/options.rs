@@ -46,6 +46,17 @@ pub struct SceneOptions {
     pub dual_stack: bool,
     /// The guest boots again when its QEMU has crashed.
     pub restart_on_crash: bool,
+    /// A guest whose kernel makes it hard: it takes packets only from where it would send to, answers ARP only within
+    /// its own subnet, and never forgets its router's link-layer address.
+    pub strict_guest: bool,
+    /// A DHCP client in the guest.
+    pub dhcp_client: bool,
+    /// The routers let no ICMP through and send none: nobody hears that a packet was too large.
+    pub mute_icmp: bool,
+    /// Sites whose router translates the gateway's address and lets nobody in who was not spoken to first.
+    pub behind_nat: Vec<String>,
+    /// Lines for `[link]` of all sites' configuration.
+    pub link: Vec<String>,
     /// What arbitrates. Both sites have the name server's key where it is the name server.
     pub arbiter: ArbiterChoice,
 }
@@ -80,6 +91,11 @@ impl Default for SceneOptions {
             third_site: false,
             dual_stack: false,
             restart_on_crash: false,
+            strict_guest: false,
+            dhcp_client: false,
+            mute_icmp: false,
+            behind_nat: Vec::new(),
+            link: Vec::new(),
             arbiter: ArbiterChoice::None,
         }
     }

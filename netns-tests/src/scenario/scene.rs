@@ -13,7 +13,7 @@ use super::gateway::{CARE_OF, Gateway, PORT, SiteFiles};
 use super::names::{Names, ZONE};
 use super::options::SceneOptions;
 use super::programs::Programs;
-use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT};
+use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, QUIC_PORT, RECORD_PORT, RELAY_PORT, UDP_PORT};
 use crate::cleanup::Lab;
 use crate::guest::boot::{BootOptions, Nic, READY, failure};
 use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
@@ -24,6 +24,17 @@ use crate::wan::{Emulator, Measured, measure};
 pub const VM: &str = "web1";
 /// The number of its home address on site a's LAN.
 pub const VM_NUMBER: u8 = 10;
+/// The machine beside it, where there is one. It has no name.
+pub const SECOND_VM: &str = "web2";
+/// The number of its home address on site a's LAN.
+pub const SECOND_VM_NUMBER: u8 = 20;
+
+/// A guest that makes it hard, see [`SceneOptions::strict_guest`].
+const STRICT: [(&str, &str); 3] = [
+    ("net.ipv4.conf.all.rp_filter", "1"),
+    ("net.ipv4.conf.all.arp_ignore", "2"),
+    ("net.ipv4.conf.all.arp_announce", "2"),
+];
 
 /// Two sites or three, their gateways, a guest at site a, a name server.
 pub struct Scene {
@@ -64,8 +75,10 @@ impl Scene {
         })?;
         let emulator = Emulator::detect()?;
         let mut spec = WorldSpec::two_sites(options.wan(), emulator, PORT);
-        spec.open_tcp_ports = vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT];
-        spec.open_udp_ports = vec![UDP_PORT];
+        spec.open_tcp_ports = vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT, RELAY_PORT];
+        spec.open_udp_ports = vec![UDP_PORT, QUIC_PORT];
+        spec.behind_nat = options.behind_nat.clone();
+        spec.mute_icmp = options.mute_icmp;
         if options.third_site {
             spec.sites.push(SiteSpec::c());
         }
@@ -135,6 +148,11 @@ impl Scene {
         Ok(self.world.site("a")?.spec.address6(VM_NUMBER).into())
     }
 
+    /// The second machine's home address.
+    pub fn second_home(&self) -> Result<IpAddr> {
+        Ok(self.world.site("a")?.spec.address(SECOND_VM_NUMBER).into())
+    }
+
     /// The first of a site's care-of addresses.
     pub fn care_of(&self, site: &str) -> Result<IpAddr> {
         Ok(self.world.site(site)?.spec.address(CARE_OF).into())
@@ -153,13 +171,26 @@ impl Scene {
 
     /// Defines the guest at site a, starts it and waits until it serves.
     pub async fn start_guest(&self) -> Result<Duration> {
-        let definition = self.definition()?;
-        std::fs::write(self.folder.join("web1.toml"), &definition)?;
+        self.start(VM, self.definition()?, self.disks.clone()).await
+    }
+
+    /// The same for a second one beside it.
+    pub async fn start_second_guest(&self) -> Result<Duration> {
+        let folder = self.a.folder.join("disks").join(SECOND_VM);
+        std::fs::create_dir(&folder)?;
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&folder, open)?;
+        let disks = self.image.copy_disks(&folder)?;
+        self.start(SECOND_VM, self.second_definition()?, vec![disks.root]).await
+    }
+
+    async fn start(&self, vm: &str, definition: String, disks: Vec<PathBuf>) -> Result<Duration> {
+        std::fs::write(self.folder.join(format!("{vm}.toml")), &definition)?;
         let client = self.a.client();
-        client.define(&DefineRequest { definition, disks: self.disks.clone() }).await?;
+        client.define(&DefineRequest { definition, disks }).await?;
         let started = Instant::now();
-        client.start(&VM.parse()?).await?;
-        let console = self.a.console(VM);
+        client.start(&vm.parse()?).await?;
+        let console = self.a.console(vm);
         let limit = Duration::from_secs(120);
         loop {
             let text = std::fs::read_to_string(&console).unwrap_or_default();
@@ -178,10 +209,6 @@ impl Scene {
     /// The guest's definition, as its operator writes it.
     pub fn definition(&self) -> Result<String> {
         let site = &self.world.site("a")?.spec;
-        let agent = vec![
-            format!("--memory-kib-per-s={}", self.options.dirty_memory_kib_per_s),
-            format!("--disk-kib-per-s={}", self.options.dirty_disk_kib_per_s),
-        ];
         let mut nics =
             vec![Nic::new("eth0", self.home()?, site.lan_prefix, Some(site.router_address().into()))];
         let mut home = format!("\"{}/{}\"", self.home()?, site.lan_prefix);
@@ -191,12 +218,7 @@ impl Scene {
             nics[0].gateways.push(router6.into());
             home += &format!(", \"{home6}/64\"");
         }
-        let mut devices = format!(
-            "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n\
-             [[nics]]\nname = \"lan\"\nmac = \"52:54:00:aa:00:10\"\nhome = [{home}]\nlan = \"lan\"\n\
-             pci = \"05.0\"\n",
-            self.options.disk_bytes,
-        );
+        let mut devices = self.devices("52:54:00:aa:00:10", &home);
         if self.options.two_of_each {
             let second = site.address(VM_NUMBER + 1);
             nics.push(Nic::new("eth1", second.into(), site.lan_prefix, None));
@@ -208,19 +230,52 @@ impl Scene {
                 site.lan_prefix
             );
         }
-        let cmdline = BootOptions { nics, agent, ..BootOptions::default() }.cmdline();
-        Ok(format!(
-            "name = \"{VM}\"\nmachine = \"pc-q35-7.2\"\ncpu = \"qemu64\"\nvcpus = 1\nmemory_mib = {}\n\
-             dns_name = \"{}\"\ndns_ttl_s = {}\nrestart = \"{}\"\n{devices}\
-             [firmware.kernel]\nname = \"lab\"\ncmdline = \"{cmdline}\"\nkernel_sha256 = \"{}\"\n\
+        let named = format!("dns_name = \"{}\"\ndns_ttl_s = {}\n", Self::name(), self.options.ttl_s);
+        Ok(self.machine(VM, &named, &devices, nics))
+    }
+
+    /// The second guest's.
+    pub fn second_definition(&self) -> Result<String> {
+        let site = &self.world.site("a")?.spec;
+        let address = self.second_home()?;
+        let nic = Nic::new("eth0", address, site.lan_prefix, Some(site.router_address().into()));
+        let devices = self.devices("52:54:00:aa:00:20", &format!("\"{address}/{}\"", site.lan_prefix));
+        Ok(self.machine(SECOND_VM, "", &devices, vec![nic]))
+    }
+
+    fn devices(&self, mac: &str, home: &str) -> String {
+        format!(
+            "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n\
+             [[nics]]\nname = \"lan\"\nmac = \"{mac}\"\nhome = [{home}]\nlan = \"lan\"\npci = \"05.0\"\n",
+            self.options.disk_bytes,
+        )
+    }
+
+    fn machine(&self, vm: &str, named: &str, devices: &str, nics: Vec<Nic>) -> String {
+        let options = &self.options;
+        let strict = STRICT.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let boot = BootOptions {
+            nics,
+            sysctls: if options.strict_guest { strict.to_vec() } else { Vec::new() },
+            pin_router: options.strict_guest,
+            dhcp: options.dhcp_client,
+            agent: vec![
+                format!("--memory-kib-per-s={}", options.dirty_memory_kib_per_s),
+                format!("--disk-kib-per-s={}", options.dirty_disk_kib_per_s),
+            ],
+            ..BootOptions::default()
+        };
+        format!(
+            "name = \"{vm}\"\nmachine = \"pc-q35-7.2\"\ncpu = \"qemu64\"\nvcpus = 1\nmemory_mib = {}\n\
+             {named}restart = \"{}\"\n{devices}\
+             [firmware.kernel]\nname = \"lab\"\ncmdline = \"{}\"\nkernel_sha256 = \"{}\"\n\
              initrd_sha256 = \"{}\"\n",
-            self.options.memory_mib,
-            Self::name(),
-            self.options.ttl_s,
-            if self.options.restart_on_crash { "on-crash" } else { "never" },
+            options.memory_mib,
+            if options.restart_on_crash { "on-crash" } else { "never" },
+            boot.cmdline(),
             self.image.kernel_sha256,
             self.image.initrd_sha256,
-        ))
+        )
     }
 
     /// Waits until both gateways see each other.
@@ -268,8 +323,17 @@ impl Scene {
 
     /// Begins to move the guest.
     pub async fn begin_move_between(&self, from: &str, to: &str) -> Result<String> {
-        let request =
-            MigrateRequest { vm: VM.parse()?, to: to.parse()?, without_dns: false, max_downtime_ms: None };
+        self.begin_move_of(VM, from, to).await
+    }
+
+    /// Begins to move either guest.
+    pub async fn begin_move_of(&self, vm: &str, from: &str, to: &str) -> Result<String> {
+        let request = MigrateRequest {
+            vm: vm.parse()?,
+            to: to.parse()?,
+            without_dns: vm == SECOND_VM,
+            max_downtime_ms: None,
+        };
         Ok(self.gateway(from)?.client().migrate(&request).await?.id)
     }
 

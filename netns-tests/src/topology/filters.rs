@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context, Result};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
-use super::{LAN_DEVICE, SiteSpec, UPLINK_DEVICE, World, WorldSpec};
+use super::{LAN_DEVICE, Site, SiteSpec, UPLINK_DEVICE, World, WorldSpec, nat};
 use crate::netns::Namespace;
 use crate::wan::netem::{named_counters, nft_conditions};
 use crate::wan::{PacketMatch, Tally};
@@ -97,7 +97,7 @@ impl World {
     /// Makes a router forget all connections, as after its restart: those that go on are then refused.
     pub fn forget_connections(&self, site: &str) -> Result<()> {
         let router = &self.site(site)?.router;
-        router.run(flush_conntrack)?.context("Cannot flush the connection table")
+        router.run(|| flush_conntrack(None))?.context("Cannot flush the connection table")
     }
 }
 
@@ -122,7 +122,18 @@ pub(super) fn ingress(net: &Namespace, sites: &[SiteSpec]) -> Result<()> {
 }
 
 /// A strict stateful firewall: connections that it did not see begin do not pass.
-pub(super) fn firewall(router: &Namespace, spec: &WorldSpec) -> Result<()> {
+pub(super) fn firewall(site: &Site, spec: &WorldSpec) -> Result<()> {
+    let router = &site.router;
+    if spec.mute_icmp {
+        mute_icmp(router)?;
+    }
+    let gateways = match spec.behind_nat.contains(&site.spec.name) {
+        true => {
+            nat::translate(site, spec.gateway_port)?;
+            Vec::new()
+        }
+        false => vec![spec.gateway_port],
+    };
     router.sysctl("net.netfilter.nf_conntrack_tcp_loose", "0")?;
     let admit = |protocol: &str, ports: &[u16]| {
         let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
@@ -134,8 +145,8 @@ pub(super) fn firewall(router: &Namespace, spec: &WorldSpec) -> Result<()> {
             ),
         }
     };
-    let gateways = [&spec.open_udp_ports[..], &[spec.gateway_port]].concat();
-    let open = admit("tcp", &spec.open_tcp_ports) + &admit("udp", &gateways);
+    let open =
+        admit("tcp", &spec.open_tcp_ports) + &admit("udp", &[&spec.open_udp_ports[..], &gateways].concat());
     router.nft(&format!(
         "table inet lab_firewall {{
   counter invalid {{}}
@@ -154,16 +165,46 @@ pub(super) fn firewall(router: &Namespace, spec: &WorldSpec) -> Result<()> {
     ))
 }
 
-/// `IPCTNL_MSG_CT_DELETE` without a tuple deletes all entries (`nfnetlink_conntrack.h`); nft itself cannot.
-fn flush_conntrack() -> nix::Result<()> {
+/// Neither passes ICMP on nor says anything by it, as some operators have it. Its LANs' own neighbour discovery goes on.
+fn mute_icmp(router: &Namespace) -> Result<()> {
+    router.nft(
+        "table inet lab_mute {
+  chain c_forward {
+    type filter hook forward priority -10; policy accept;
+    meta l4proto { icmp, icmpv6 } drop
+  }
+  chain c_output {
+    type filter hook output priority -10; policy accept;
+    icmp type { destination-unreachable, time-exceeded } drop
+    icmpv6 type { destination-unreachable, packet-too-big, time-exceeded } drop
+  }
+}
+",
+    )
+}
+
+/// `IPCTNL_MSG_CT_DELETE` without a tuple deletes all entries, or all with one mark
+/// (`nfnetlink_conntrack.h`); nft itself cannot.
+pub(super) fn flush_conntrack(mark: Option<u32>) -> nix::Result<()> {
     const DELETE: u16 = (1 << 8) | 2;
     const REQUEST_AND_ACK: u16 = 0x1 | 0x4;
-    let mut message = Vec::with_capacity(20);
-    message.extend_from_slice(&20u32.to_ne_bytes());
+    const MARK: u16 = 8;
+    const MARK_MASK: u16 = 21;
+    let marked = mark.map(|mark| [(MARK, mark), (MARK_MASK, u32::MAX)]);
+    let attributes: Vec<u8> = marked
+        .iter()
+        .flatten()
+        .flat_map(|(kind, value)| {
+            [&8u16.to_ne_bytes()[..], &kind.to_ne_bytes(), &value.to_be_bytes()].concat()
+        })
+        .collect();
+    let mut message = Vec::with_capacity(20 + attributes.len());
+    message.extend_from_slice(&(20 + attributes.len() as u32).to_ne_bytes());
     message.extend_from_slice(&DELETE.to_ne_bytes());
     message.extend_from_slice(&REQUEST_AND_ACK.to_ne_bytes());
     // Sequence number, sender, and `nfgenmsg`: any family, version 0, resource 0.
     message.extend_from_slice(&[0; 12]);
+    message.extend_from_slice(&attributes);
     let protocol = SockProtocol::NetlinkNetFilter;
     let netlink = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
     send(netlink.as_raw_fd(), &message, MsgFlags::empty())?;

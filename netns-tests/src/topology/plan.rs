@@ -122,6 +122,11 @@ pub struct WorldSpec {
     pub open_tcp_ports: Vec<u16>,
     /// UDP ports that the firewalls admit from the internet, beside the gateways'.
     pub open_udp_ports: Vec<u16>,
+    /// Sites behind a NAT: their router gives the gateway's packets its own address, keeps its port where that is free,
+    /// and admits none that begin outside.
+    pub behind_nat: Vec<String>,
+    /// The routers drop all ICMP, their own included.
+    pub mute_icmp: bool,
 }
 
 impl WorldSpec {
@@ -136,6 +141,8 @@ impl WorldSpec {
             gateway_port,
             open_tcp_ports: vec![22, 80, 7000, 7001, 7002],
             open_udp_ports: Vec::new(),
+            behind_nat: Vec::new(),
+            mute_icmp: false,
         }
     }
 
