@@ -1,7 +1,8 @@
 //! One machine moves while a client uses it in every way there is; then the path between the sites narrows, is cut, and
-//! the gateways are started anew. What must live, lives; what no transport repeats is not lost either.
+//! the gateways are started anew. Two machines that talk to each other move to different sites, from behind NATs whose
+//! tables are lost and whose addresses change. What must live, lives; what no transport repeats is not lost either.
 //!
-//! One scene for all of it. Machines that move more than once are `journeys`' affair.
+//! One scene for each. Machines that move more than once are `journeys`' affair.
 
 #![allow(
     clippy::unwrap_used,
@@ -9,25 +10,35 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+#[path = "support/beside.rs"]
+mod beside;
+#[path = "support/elsewhere.rs"]
+mod elsewhere;
+#[path = "support/lease.rs"]
+mod lease;
 #[path = "support/probes.rs"]
 mod probes;
+#[path = "support/quic.rs"]
+mod quic;
 #[path = "support/scenes.rs"]
 mod scenes;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::migration::Stage;
 use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT};
 use netns_tests::scenario::options::SceneOptions;
-use netns_tests::scenario::scene::Scene;
+use netns_tests::scenario::scene::{SECOND_VM, Scene, VM};
 use netns_tests::scenario::traffic::Client;
-use netns_tests::topology::CLIENT;
+use netns_tests::topology::{CLIENT, Watch};
 use netns_tests::traffic::{DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
+use netns_tests::wan::PacketMatch;
 
+use beside::{Beside, lived, through};
 use probes::{Datagrams, Pings, Requests};
-use scenes::{build, close, state, turn, wait};
+use scenes::{build, close, state, state_of, turn, wait};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
@@ -71,6 +82,21 @@ async fn later(datagrams: &Datagrams) {
     wait("datagrams go on", 20 * SECOND, goes_on).await;
 }
 
+/// The path between the sites is cut and heals; then both gateways end without warning and are started anew.
+async fn cut_and_restart(scene: &mut Scene) {
+    scene.world.wan.cut().unwrap();
+    // The length of the cut, not a wait for anything.
+    tokio::time::sleep(5 * SECOND).await;
+    scene.world.wan.heal().unwrap();
+    scene.wait_for_link().await.unwrap();
+    scene.b.kill().unwrap();
+    scene.b.launch().await.unwrap();
+    scene.a.kill().unwrap();
+    scene.a.launch().await.unwrap();
+    scene.wait_for_link().await.unwrap();
+    assert_eq!(state(&scene.b).as_deref(), Some("running"));
+}
+
 /// Packets that the core had to refuse because they must not be split, and said so (`FragFails`, RFC 4293).
 fn refused_as_too_large(scene: &Scene) -> u64 {
     let text = scene.world.net.output("cat", &["/proc/net/snmp"]).unwrap();
@@ -83,9 +109,17 @@ fn refused_as_too_large(scene: &Scene) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_restarts() {
     let Some(_turn) = turn().await else { return };
-    let mut scene = build(SceneOptions { ttl_s: 5, quiet_s: 60, ..SceneOptions::small("continuity") }).await;
+    let options = SceneOptions {
+        ttl_s: 5,
+        quiet_s: 60,
+        strict_guest: true,
+        dhcp_client: true,
+        ..SceneOptions::small("continuity")
+    };
+    let mut scene = build(options).await;
     scene.start_guest().await.unwrap();
-    let home = scene.home().unwrap();
+    let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
+    let mut beside = Beside::start(&scene).await;
     let client = &scene.world.client;
     let old = connect(&scene, home).await;
     let udp = SocketAddr::new(home, UDP_PORT);
@@ -111,24 +145,18 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         assert_only_what_the_guest_held_is_missing(&missing, &view);
     }
 
+    beside.goes_on(&scene, "b", home, care_of).await;
+    beside.goes_on(&scene, "b", care_of, care_of).await;
+
     // From here on the path from the core to the client takes less than the guest sends: it must hear of that.
     scene.world.net.ip(&[format!("route add {CLIENT}/32 dev client0 mtu lock {NARROW_MTU}")]).unwrap();
     let narrow = connect(&scene, home).await;
+    let at_b = connect(&scene, care_of).await;
     let refused = || (refused_as_too_large(&scene) > 0).then_some(());
     wait("a packet that the narrow path refused", 20 * SECOND, refused).await;
     later(&small).await;
 
-    scene.world.wan.cut().unwrap();
-    // The length of the cut, not a wait for anything.
-    tokio::time::sleep(5 * SECOND).await;
-    scene.world.wan.heal().unwrap();
-    scene.wait_for_link().await.unwrap();
-    scene.b.kill().unwrap();
-    scene.b.launch().await.unwrap();
-    scene.a.kill().unwrap();
-    scene.a.launch().await.unwrap();
-    scene.wait_for_link().await.unwrap();
-    assert_eq!(state(&scene.b).as_deref(), Some("running"));
+    cut_and_restart(&mut scene).await;
 
     // All of it goes on.
     for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
@@ -141,7 +169,8 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     let answered = pings.answered();
     wait("pings after the restarts", 20 * SECOND, || (pings.answered() > answered + 10).then_some(())).await;
     pings.end();
-    for (what, client) in [("opened before the move", old), ("opened after it", narrow)] {
+    beside.end(&scene).await;
+    for (what, client) in [("opened before the move", old), ("opened after it", narrow), ("at b", at_b)] {
         let report = client.finish().await.unwrap();
         let (record, idle, download) =
             (report.record.unwrap(), report.idle.unwrap(), report.download.unwrap());
@@ -151,5 +180,91 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         assert!(download.content_ok, "{what}: {download:?}");
     }
     scene.keep_logs();
+    close(scene);
+}
+
+/// Where site a's NAT puts its gateway after its provider has given it another address.
+const RENUMBERED: SocketAddrV4 = SocketAddrV4::new(std::net::Ipv4Addr::new(198, 51, 100, 250), 40_000);
+
+async fn moved(scene: &Scene, vm: &str, to: &str) {
+    let id = scene.begin_move_of(vm, "a", to).await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    scene.keep_logs();
+    assert_eq!(view.progressing, Progressing::Moved, "{vm}: {:?}\n{}", view.reason, scene.a.log_tail());
+    assert_eq!(state_of(scene.gateway(to).unwrap(), vm).as_deref(), Some("running"));
+}
+
+/// Connections that both machines open to each other.
+async fn each_other(scene: &Scene, when: &str) -> Vec<(String, Client)> {
+    let (first, second) = (scene.home().unwrap(), scene.second_home().unwrap());
+    let to = |address| SocketAddr::new(address, RECORD_PORT);
+    vec![
+        (format!("{VM} to {SECOND_VM}, {when}"), through(scene, first, to(second)).await),
+        (format!("{SECOND_VM} to {VM}, {when}"), through(scene, second, to(first)).await),
+    ]
+}
+
+/// `change` happens to the path of `datagrams`: at most for two seconds none is answered.
+async fn outlives(what: &str, datagrams: &Datagrams, change: impl FnOnce() -> anyhow::Result<()>) {
+    let before = datagrams.missing().len();
+    change().unwrap();
+    later(datagrams).await;
+    let lost = datagrams.missing().len() - before;
+    println!("{what}: {lost} datagrams of one every 20 ms are lost");
+    assert!(lost < 100, "{what}: {lost}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_that_talk_to_each_other_move_to_different_sites_from_behind_nats_that_change() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(SceneOptions {
+        ttl_s: 5,
+        quiet_s: 60,
+        third_site: true,
+        behind_nat: vec!["a".into(), "b".into()],
+        dirty_memory_kib_per_s: 256,
+        ..SceneOptions::small("nats")
+    })
+    .await;
+    tokio::try_join!(scene.start_guest(), scene.start_second_guest()).unwrap();
+    let (home, second) = (scene.home().unwrap(), scene.second_home().unwrap());
+    let client = &scene.world.client;
+    let mut clients = each_other(&scene, "opened while both were at home").await;
+    let to_first = Datagrams::start(client, SocketAddr::new(home, UDP_PORT), 200, Duration::from_millis(20));
+    let to_second =
+        Datagrams::start(client, SocketAddr::new(second, UDP_PORT), 200, Duration::from_millis(20));
+
+    moved(&scene, VM, "b").await;
+    clients.extend(each_other(&scene, "opened while one was away").await);
+    moved(&scene, SECOND_VM, "c").await;
+    clients.extend(each_other(&scene, "opened while both were away").await);
+    for (what, client) in &clients {
+        assert_eq!(client.lost(), None, "{what}");
+    }
+
+    let forget = |site| scene.world.forget_translations(site);
+    outlives("a NAT forgets, between two", &to_first, || forget("a").and_then(|()| forget("b"))).await;
+    let c = scene.world.site("c").unwrap().host_address();
+    let renumbered = scene.world.watch(&Watch {
+        name: "renumbered".into(),
+        place: scene.world.net.clone(),
+        from_device: Some("up-a".into()),
+        to_device: Some("up-c".into()),
+        packets: PacketMatch {
+            source: Some((*RENUMBERED.ip()).into()),
+            ..PacketMatch::udp_port(RENUMBERED.port())
+        },
+    });
+    let renumbered = renumbered.unwrap();
+    outlives("a NAT gets another address", &to_second, || scene.world.renumber("a", c.into(), RENUMBERED))
+        .await;
+    assert!(renumbered.tally().unwrap().packets > 100, "it has another address");
+    scene.keep_logs();
+    lived(clients).await;
+    for (what, datagrams) in [(VM, &to_first), (SECOND_VM, &to_second)] {
+        let tally = datagrams.end();
+        println!("{what}: {tally:?}");
+        assert_eq!((tally.corrupt, tally.doubled), (0, 0), "{what}: {tally:?}");
+    }
     close(scene);
 }

@@ -9,6 +9,14 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+#[path = "support/beside.rs"]
+mod beside;
+#[path = "support/elsewhere.rs"]
+mod elsewhere;
+#[path = "support/lease.rs"]
+mod lease;
+#[path = "support/quic.rs"]
+mod quic;
 #[path = "support/scenes.rs"]
 mod scenes;
 
@@ -19,21 +27,25 @@ use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
-use netns_tests::agent::{IDLE_PORT, RECORD_PORT};
+use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
 use netns_tests::scenario::names::Names;
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::outside::attracts;
 use netns_tests::scenario::scene::{Scene, VM};
 use netns_tests::scenario::traffic::Client;
 use netns_tests::topology::Watch;
-use netns_tests::traffic::{IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
+use netns_tests::traffic::{DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
 use netns_tests::wan::PacketMatch;
 
+use beside::Beside;
 use scenes::{build, close, state, turn, wait};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Generous: guests run without hardware help, and the machine may be busy.
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
+
+/// What the path between two sites takes where it is narrow.
+const NARROW_MTU: u32 = 1280;
 
 fn options(name: &str) -> SceneOptions {
     SceneOptions {
@@ -80,6 +92,23 @@ async fn connect(scene: &Scene, to: IpAddr) -> Client {
     Client::start(&scene.world.client, plan).await.unwrap()
 }
 
+/// Full segments from the guest, for about as long as two moves take.
+async fn download(scene: &Scene, from: IpAddr) -> Client {
+    let mut plan = TrafficPlan::new(epoch_unix_ms());
+    let address = SocketAddr::new(from, DOWNLOAD_PORT);
+    plan.download = Some(DownloadPlan { address, bytes: 6 << 20, rate_bytes_per_s: 96 << 10, seed: 3 });
+    Client::start(&scene.world.client, plan).await.unwrap()
+}
+
+/// From now on the core takes less between the gateways of these sites than guests send.
+fn narrow_between(scene: &Scene, sites: [&str; 2]) {
+    for name in sites {
+        let site = &scene.world.site(name).unwrap().spec;
+        let (host, router) = (site.host_address(), site.uplink_address());
+        scene.world.net.ip(&[format!("route add {host}/32 via {router} mtu lock {NARROW_MTU}")]).unwrap();
+    }
+}
+
 /// Ends a client's connections and looks whether they had lived; gives the longest silence.
 async fn lived(what: &str, client: Client, boot: &str) -> u64 {
     let report: TrafficReport = client.finish().await.unwrap();
@@ -113,7 +142,7 @@ fn boot(scene: &Scene, address: IpAddr) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_goes_home_again_keeps_the_connections_of_both_places() {
     let Some(_turn) = turn().await else { return };
-    let scene = build(options("home")).await;
+    let scene = build(SceneOptions { strict_guest: true, ..options("home") }).await;
     scene.start_guest().await.unwrap();
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let boot_id = boot(&scene, home);
@@ -236,13 +265,24 @@ async fn what_is_held_for_a_machine_that_left_is_listed_and_its_operator_can_end
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn both_ip_versions_move_together_and_come_home_together() {
+async fn both_ip_versions_and_what_the_guest_opens_come_home_over_a_narrow_path_without_icmp() {
     let Some(_turn) = turn().await else { return };
-    let scene = build(SceneOptions { dual_stack: true, ..options("dual") }).await;
+    let scene = build(SceneOptions {
+        dual_stack: true,
+        strict_guest: true,
+        dhcp_client: true,
+        mute_icmp: true,
+        link: vec![format!("mtu_bytes = {}", NARROW_MTU - 28)],
+        ..options("dual")
+    })
+    .await;
+    narrow_between(&scene, ["a", "b"]);
     scene.start_guest().await.unwrap();
     let (home, home6) = (scene.home().unwrap(), scene.home6().unwrap());
     let (care_of, care_of6) = (scene.care_of("b").unwrap(), scene.care_of6("b").unwrap());
     let boot_id = boot(&scene, home);
+    let mut beside = Beside::start(&scene).await;
+    let download = download(&scene, home).await;
     let mut clients = vec![("IPv4 home", connect(&scene, home).await)];
     clients.push(("IPv6 home", connect(&scene, home6).await));
     moved(&scene, "a", "b").await;
@@ -250,10 +290,17 @@ async fn both_ip_versions_move_together_and_come_home_together() {
     assert_eq!(boot(&scene, care_of6), boot_id);
     clients.push(("IPv4 at b", connect(&scene, care_of).await));
     clients.push(("IPv6 at b", connect(&scene, care_of6).await));
+    beside.goes_on(&scene, "b", home, care_of).await;
+    beside.goes_on(&scene, "b", care_of, care_of).await;
     moved(&scene, "b", "a").await;
     for address in [home, home6, care_of, care_of6] {
         assert_eq!(boot(&scene, address), boot_id, "{address}");
     }
+    beside.goes_on(&scene, "a", home, home).await;
+    beside.goes_on(&scene, "a", care_of, home).await;
+    beside.end(&scene).await;
+    let download = download.finish().await.unwrap().download.unwrap();
+    assert!(download.content_ok, "{download:?}");
     all_lived(&scene, clients, &boot_id, 5000).await;
     close(scene);
 }

@@ -35,7 +35,12 @@ pub fn close(scene: Scene) {
 
 /// The run state of the machine's QEMU, `None` where there is none.
 pub fn state(gateway: &Gateway) -> Option<String> {
-    Monitor::connect(&gateway.observer(VM), Duration::from_millis(300)).ok()?.state().ok()
+    state_of(gateway, VM)
+}
+
+/// The same of another machine's.
+pub fn state_of(gateway: &Gateway, vm: &str) -> Option<String> {
+    Monitor::connect(&gateway.observer(vm), Duration::from_millis(300)).ok()?.state().ok()
 }
 
 /// Asks until `seen` gives something, at most `limit`.
