@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::generation::Generation;
 
 /// Why a note could not be used. The machine of that disk is held.
@@ -44,6 +45,12 @@ pub fn notes_in(folder: &Path) -> Vec<(PathBuf, Generation)> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let images = entries.map(|entry| entry.path()).filter(|path| path.is_file());
     images.filter_map(|image| read_note(&image).ok().flatten().map(|note| (image, note))).collect()
+}
+
+/// What stands beside disks in `pool` with which `vm` has come to `site`, also beside those of which no row knows.
+pub fn arrivals(pool: &Path, vm: &VmName, site: &SiteName) -> Vec<Generation> {
+    let came = |note: &Generation| note.vm == *vm && note.owner == *site;
+    notes_in(pool).into_iter().map(|(_, note)| note).filter(came).collect()
 }
 
 /// Writes the note beside each of `images`; durable when it returns. Blocks for the disks' flushes.

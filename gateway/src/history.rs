@@ -14,7 +14,7 @@ use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 use longhaul_core::migration::recovery::{Facts, NextStep, Qemu, next_step};
 
 use crate::api::types::{JournalView, RecordView};
-use crate::generation::{notes_in, read_notes};
+use crate::generation::{arrivals, read_notes};
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::MachineRow;
 use crate::migration::anchor::{Anchor, arriving_images};
@@ -132,20 +132,17 @@ fn came_again(history: &History, all: &[History]) -> bool {
 
 /// Whether the ledger is older than a disk of the machine; a note that cannot be read may say that it is.
 fn is_stale(history: &History, known: &Known<'_>) -> bool {
-    if has_come_unknown(history, known.site) || has_come_since(history, known) {
+    if has_come_unknown(history, known.site) {
         return true;
     }
-    let (Some(owner), Some(row)) = (known.owner, known.row) else { return false };
-    let Ok(notes) = read_notes(&row.images) else { return true };
-    behind(owner, &history.attempt.vm, &notes).is_err()
-}
-
-/// Whether the machine has come here in an epoch of which the ledger does not know.
-fn has_come_since(history: &History, known: &Known<'_>) -> bool {
-    let (Some(Site { name, pool }), Some(owner)) = (known.site, known.owner) else { return false };
-    let vm = &history.attempt.vm;
-    let notes = notes_in(pool).into_iter().map(|(_, note)| note);
-    notes.into_iter().any(|note| note.vm == *vm && note.owner == *name && note.epoch > owner.epoch())
+    let (vm, Some(owner)) = (&history.attempt.vm, known.owner) else { return false };
+    let mut notes = known.site.map_or_else(Vec::new, |site| arrivals(site.pool, vm, site.name));
+    match known.row.map(|row| read_notes(&row.images)) {
+        Some(Ok(beside)) => notes.extend(beside),
+        Some(Err(_)) => return true,
+        None => {}
+    }
+    behind(owner, vm, &notes).is_err()
 }
 
 /// Whether a machine came by this attempt and ran, and the records end before that.

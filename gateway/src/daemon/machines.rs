@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::{Daemon, Machine};
 use crate::api::{Request, RequestError};
-use crate::generation::{NoteError, notes_in, read_note, read_notes};
+use crate::generation::{NoteError, arrivals, read_note, read_notes};
 use crate::hypervisor::{DiskFormat, Guest, HypervisorError, parse_definition};
 use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::{Adopted, Edges, MachineRow};
@@ -270,8 +270,7 @@ pub(super) fn notes(edges: &Edges, row: &MachineRow) -> Result<Vec<Generation>, 
 /// Also beside disks in the pool with which it came and of which the row does not know.
 fn all_notes(edges: &Edges, row: &MachineRow) -> Result<Vec<Generation>, NoteError> {
     let mut notes = read_notes(&row.images)?;
-    let came = notes_in(&edges.config.storage.pool).into_iter().map(|(_, note)| note);
-    notes.extend(came.filter(|note| note.vm == row.definition.name && note.owner == *edges.site()));
+    notes.extend(arrivals(&edges.config.storage.pool, &row.definition.name, edges.site()));
     Ok(notes)
 }
 

@@ -195,11 +195,10 @@ impl Daemon {
         tokio::spawn(report(vm, answer, self.watches.gone.clone()));
     }
 
-    /// An operator wants the machine down, or somebody else has it: nothing starts it any more. True if something
-    /// would have.
-    pub(super) fn forget_restart(&mut self, vm: &VmName) -> bool {
+    /// An operator wants the machine down, or somebody else has it: nothing starts it any more.
+    pub(super) fn forget_restart(&mut self, vm: &VmName) {
         self.watches.rows.remove(vm);
-        self.watches.due.remove(vm).is_some()
+        self.watches.due.remove(vm);
     }
 }
 

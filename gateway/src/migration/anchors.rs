@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
+use longhaul_core::migration::generation::behind;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::tunnel::datapath::PortStatus;
 use longhaul_core::tunnel::policy::{PortKey, Role};
@@ -26,7 +27,7 @@ use super::anchor::{Anchor, AnchorCommand, NameState, Released};
 use super::{Edges, chain};
 use crate::api::types::AnchorView;
 use crate::dns::NameMove;
-use crate::generation::notes_in;
+use crate::generation::arrivals;
 use crate::journal::unix_ms;
 use crate::tunnel::{Leaving, TunnelError};
 
@@ -56,9 +57,9 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
 
 /// A disk in the pool says that the machine has been here in an epoch of which the ledger does not know.
 fn has_come_since(edges: &Edges, vm: &VmName) -> bool {
-    let known = edges.journal.ownership(vm).unwrap_or_default().map_or(Epoch(0), |owner| owner.epoch());
-    let notes = notes_in(&edges.config.storage.pool).into_iter().map(|(_, note)| note);
-    notes.into_iter().any(|note| note.vm == *vm && note.owner == *edges.site() && note.epoch > known)
+    let came = arrivals(&edges.config.storage.pool, vm, edges.site());
+    let owner = edges.journal.ownership(vm).unwrap_or_default();
+    owner.is_some_and(|owner| behind(&owner, vm, &came).is_err())
 }
 
 /// Runs every anchor of this site, beginning with those that were restored; `views` shows them.

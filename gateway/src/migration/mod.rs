@@ -47,7 +47,6 @@ use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::message::{CareOf, Carried, Handover, MigrationMessage, Refusal};
 use longhaul_core::migration::resolve::Resolution;
 use longhaul_core::tunnel::policy::PortKey;
-use longhaul_core::wire::SUPPORTED;
 
 use crate::config::Config;
 use crate::dns::Names;
@@ -198,8 +197,7 @@ impl Edges {
     /// lost is repeated by the machines.
     pub fn send(&self, peer: &SiteName, id: MigrationId, message: &MigrationMessage) {
         let Some(handle) = self.link.peer(peer) else { return };
-        let version = handle.remote().map_or(SUPPORTED.newest, |(_, version)| version);
-        match message.for_version(version).to_wire(id) {
+        match message.to_wire(id) {
             Ok(wire) => {
                 if let Err(error) = handle.try_send(wire) {
                     tracing::debug!(%peer, %error, "message lost");

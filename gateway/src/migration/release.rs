@@ -28,10 +28,7 @@ pub(super) async fn run(
     let vm = &leaf.attempt.vm;
     drop(transfer);
     leaf.guest.send_replace(None);
-    let guest = match row.adopted {
-        None => standing::certain(&leaf.edges, vm, guest).await,
-        Some(_) => guest,
-    };
+    let guest = standing::of_row(&leaf.edges, &row, guest).await;
     let images = images(guest.as_ref(), &row).await;
     if let Some(guest) = guest
         && let Err(error) = guest.quit(QEMU_LIMIT).await

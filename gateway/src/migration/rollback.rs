@@ -33,10 +33,7 @@ pub(super) async fn run(
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
     note_return(&leaf, &row).await;
-    let guest = match row.adopted {
-        None => standing::certain(&leaf.edges, vm, guest).await,
-        Some(_) => guest,
-    };
+    let guest = standing::of_row(&leaf.edges, &row, guest).await;
     leaf.guest.send_replace(guest.clone());
     match &guest {
         Some(guest) => {

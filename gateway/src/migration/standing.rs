@@ -8,7 +8,7 @@ use longhaul_core::migration::message::Refusal;
 
 use super::destination::DestinationLeaf;
 use super::prepare::Held;
-use super::{Edges, chain};
+use super::{Edges, MachineRow, chain};
 use crate::hypervisor::{Guest, HypervisorError};
 
 /// Between two tries.
@@ -42,6 +42,14 @@ pub(super) async fn certain(edges: &Edges, vm: &VmName, known: Option<Guest>) ->
             Err(error) => tracing::warn!(%vm, error = chain(&error), "QEMU cannot be asked, trying again"),
         }
         tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// The same for a machine that is known here. An adopted one's QEMU is not this gateway's to look for.
+pub(super) async fn of_row(edges: &Edges, row: &MachineRow, known: Option<Guest>) -> Option<Guest> {
+    match row.adopted {
+        None => certain(edges, &row.definition.name, known).await,
+        Some(_) => known,
     }
 }
 

@@ -279,13 +279,12 @@ impl Refusal {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use crate::tunnel::advertisement::Advertisement;
     use crate::tunnel::handover::{Mac, Neighbour};
 
-    /// Of a machine with one NIC, at home.
-    pub(crate) fn proposal() -> Proposal {
+    fn proposal() -> Proposal {
         let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
             [[nics]]\nname = \"lan\"\nmac = \"52:54:00:00:00:01\"\nhome = [\"198.51.100.10/24\"]\n\
             lan = \"lan\"\npci = \"05.0\"\n";

@@ -49,8 +49,7 @@ pub struct Neighbour {
     pub kind: NeighbourKind,
 }
 
-/// What a neighbour is on its LAN. In bytes the first two are what a `bool` was before version 3 of the wire protocol,
-/// so that journals of then can be read.
+/// What a neighbour is on its LAN.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum NeighbourKind {
     /// A host.

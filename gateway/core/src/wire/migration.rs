@@ -2,15 +2,9 @@
 //!
 //! Kept apart from the link's own messages so that a change of one does not change the other's bytes.
 
-use std::borrow::Cow;
-
-use super::{Message, Opaque, Version, WireError};
+use super::{Message, Opaque, WireError};
 use crate::ids::MigrationId;
-use crate::migration::message::{MigrationMessage, Proposal};
-use crate::tunnel::handover::NeighbourKind;
-
-/// From this version on a neighbour may be an advertiser.
-pub const ADVERTISEMENTS: Version = Version(3);
+use crate::migration::message::MigrationMessage;
 
 /// A body that no version this side speaks could have written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -25,29 +19,6 @@ impl MigrationMessage {
         Ok(Message::Migration { id, body: Opaque::try_from(bytes)? })
     }
 
-    /// The message as a peer that speaks `version` understands it: without advertisements, if it is an older one. The
-    /// machine then goes without them.
-    pub fn for_version(&self, version: Version) -> Cow<'_, Self> {
-        match self {
-            Self::Propose(proposal) if version < ADVERTISEMENTS => {
-                Cow::Owned(Self::Propose(Box::new(without_advertisements(proposal))))
-            }
-            Self::Propose(_)
-            | Self::Accept
-            | Self::Reserve { .. }
-            | Self::Reserved(_)
-            | Self::Decline(_)
-            | Self::Loaded { .. }
-            | Self::Commit { .. }
-            | Self::Activated { .. }
-            | Self::Refused { .. }
-            | Self::Abort { .. }
-            | Self::Unknown
-            | Self::TakenBack { .. }
-            | Self::Offer { .. } => Cow::Borrowed(self),
-        }
-    }
-
     /// Unwraps a body that arrived; trailing bytes are refused.
     pub fn from_wire(body: &Opaque) -> Result<Self, UnreadableMigrationMessage> {
         match postcard::take_from_bytes(body.as_slice()) {
@@ -55,16 +26,6 @@ impl MigrationMessage {
             Ok((_, _)) | Err(_) => Err(UnreadableMigrationMessage),
         }
     }
-}
-
-fn without_advertisements(proposal: &Proposal) -> Proposal {
-    let mut proposal = proposal.clone();
-    for neighbour in proposal.nics.iter_mut().flat_map(|nic| &mut nic.neighbours) {
-        if neighbour.is_router() {
-            neighbour.kind = NeighbourKind::Router;
-        }
-    }
-    proposal
 }
 
 #[cfg(test)]
@@ -76,7 +37,7 @@ mod tests {
     use crate::migration::message::{Handover, Refusal};
     use crate::migration::record::{DestinationRecord, Record, SourceRecord};
     use crate::tunnel::advertisement::Advertisement;
-    use crate::tunnel::handover::{Mac, Neighbour};
+    use crate::tunnel::handover::{Mac, Neighbour, NeighbourKind};
 
     fn first_byte(value: &impl serde::Serialize) -> u8 {
         postcard::to_allocvec(value).unwrap()[0]
@@ -138,18 +99,6 @@ mod tests {
         let at = other.len() - 16;
         other[at] = 135;
         assert!(postcard::from_bytes::<Neighbour>(&other).is_err(), "no advertisement");
-    }
-
-    #[test]
-    fn a_peer_of_before_advertisements_is_told_that_the_router_is_one() {
-        let proposal = |kind| {
-            let mut proposal = crate::migration::message::tests::proposal();
-            proposal.nics[0].neighbours = vec![neighbour(NeighbourKind::Host), neighbour(kind)];
-            MigrationMessage::Propose(Box::new(proposal))
-        };
-        let message = proposal(advertiser());
-        assert_eq!(*message.for_version(Version(2)), proposal(NeighbourKind::Router));
-        assert_eq!(*message.for_version(ADVERTISEMENTS), message);
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub use hello::{
     Hello, HelloError, InvalidSoftware, SUPPORTED, Software, Version, VersionMismatch, VersionRange,
     negotiate,
 };
-pub use migration::{ADVERTISEMENTS, UnreadableMigrationMessage};
+pub use migration::UnreadableMigrationMessage;
 
 /// The longest [`Opaque`] body in bytes: a frame less its envelope.
 pub const MAX_BODY_BYTES: usize = MAX_FRAME_BYTES - 64;
