@@ -13,6 +13,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
@@ -31,6 +32,7 @@ pub const MAX_REQUEST: u32 = 2 << 20;
 /// Connections served at the same time. QEMU needs one per disk.
 pub const MAX_CONNECTIONS: usize = 16;
 
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 const MAX_OPTION: u32 = 8 << 10;
 const PREFERRED_BLOCK: u32 = 64 << 10;
 const FLAGS: u16 = export_flag::HAS_FLAGS
@@ -115,7 +117,11 @@ async fn accept(listener: UnixListener, exports: Arc<[NbdExport]>) {
                 Ok((stream, _)) => {
                     connections.spawn(serve(stream, exports.clone()));
                 }
-                Err(error) => tracing::warn!(%error, "NBD connection not accepted"),
+                // The queue is still there: without descriptors it would be asked again without a pause.
+                Err(error) => {
+                    tracing::warn!(%error, "NBD connection not accepted");
+                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                }
             },
             Some(_) = connections.join_next() => {}
         }
