@@ -4,10 +4,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use gateway::config::ArbiterChoice;
 use netns_tests::bench::{
     self,
     tunnel::{BenchOptions, EndArguments, end_main},
 };
+use netns_tests::faults::setting::{Leg, Setting};
 use netns_tests::faults::{self, FaultOptions};
 use netns_tests::scenario::options::{DnsServer, parse_rate, parse_share, parse_time};
 use netns_tests::scenario::programs::Programs;
@@ -147,6 +149,12 @@ struct FaultArgs {
     /// Only the case of this number; may be given more than once
     #[arg(long)]
     only: Vec<u64>,
+    /// Who decides when the sites do not hear each other; a cut is one between the gateways alone then
+    #[arg(long, default_value = "none", value_parser = arbiter)]
+    arbiter: ArbiterChoice,
+    /// Which way the machine moves; in a case's name, a is the site that it leaves
+    #[arg(long, value_enum, default_value_t)]
+    leg: Leg,
     /// Begin no case after so many minutes
     #[arg(long)]
     minutes: Option<u64>,
@@ -158,8 +166,18 @@ impl FaultArgs {
             cases: self.cases,
             seed: self.seed,
             only: self.only.clone(),
+            setting: Setting { arbiter: self.arbiter, leg: self.leg },
             limit: self.minutes.map(|minutes| Duration::from_secs(minutes * 60)),
         }
+    }
+}
+
+fn arbiter(text: &str) -> Result<ArbiterChoice, String> {
+    match text {
+        "none" => Ok(ArbiterChoice::None),
+        "dns" => Ok(ArbiterChoice::Dns),
+        "etcd" => Ok(ArbiterChoice::Etcd),
+        _ => Err("one of none, dns and etcd".to_owned()),
     }
 }
 

@@ -19,6 +19,7 @@ use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::migration::Stage;
 use netns_tests::agent::RECORD_PORT;
 use netns_tests::exec::run;
+use netns_tests::faults::setting::Setting;
 use netns_tests::faults::{self, FaultOptions};
 use netns_tests::scenario::demo::unix_ms;
 use netns_tests::scenario::disk_check;
@@ -610,6 +611,38 @@ async fn a_minute_without_wan_and_a_reboot_in_pre_copy_delay_the_move_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cut_beyond_its_limit_ends_the_attempt_at_both_sites_while_neither_hears_the_other() {
+    let migration = vec!["retries = 0".into(), "cut_limit_s = 3".into()];
+    let options = SceneOptions { migration, ..SceneOptions::small("fault-limit") };
+    play(options, async |scene, before| {
+        let client = record_client(scene).await?;
+        let id = scene.begin_move().await?;
+        memory_flows(scene, &id).await?;
+        scene.world.wan.cut()?;
+        let cut = Instant::now();
+        let reason = expect_stayed(scene, &id).await?;
+        ensure!(reason.contains("down too long"), "{reason}");
+        println!("the source gave up {:.1?} after the cut", cut.elapsed());
+        // What the destination waits longer, so that it is never the first; and room for a busy machine.
+        let deadline = cut + Duration::from_secs(3 + 60) + MOVE;
+        while !qemus(&scene.b).is_empty() {
+            ensure!(Instant::now() < deadline, "Site b waits for ever");
+            tokio::time::sleep(LOOK).await;
+        }
+        println!("the destination gave up {:.1?} after the cut", cut.elapsed());
+        ensure!(cut.elapsed() > Duration::from_secs(60), "it did not wait for the source to be the first");
+        scene.world.wan.heal()?;
+        scene.wait_for_link().await?;
+        stayed(scene, before).await?;
+        let view = moves(scene).await?;
+        connection_was_right(client).await?;
+        tunnel_comes_down(scene).await?;
+        runs_at_b(scene, &view).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_waiting_qemu_killed_in_pre_copy_is_refused_by_name() {
     play(SceneOptions::small("fault-kill-qemu"), async |scene, before| {
         let client = record_client(scene).await?;
@@ -635,7 +668,13 @@ async fn every_promise_holds_in_a_bounded_part_of_the_fault_matrix() {
     }
     let _turn = TURN.lock().await;
     let programs = Programs::build().unwrap();
-    let options = FaultOptions { cases: 0, seed: 1, only: BOUNDED.to_vec(), limit: Some(MATRIX) };
+    let options = FaultOptions {
+        cases: 0,
+        seed: 1,
+        only: BOUNDED.to_vec(),
+        setting: Setting::default(),
+        limit: Some(MATRIX),
+    };
     let report = faults::run(&options, &programs).await.unwrap();
     assert!(report.failed.is_empty() && report.leftovers == 0, "{:#?}", report.failed);
     assert_eq!(report.held, BOUNDED.len() as u64, "not all of them were played in time");

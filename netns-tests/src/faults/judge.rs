@@ -10,6 +10,7 @@ use super::arena::Arena;
 use super::confirm::Confirmed;
 use super::flaw::Flaw;
 use super::plan::Place;
+use super::setting::Leg;
 use crate::agent::control::AgentStatus;
 use crate::agent::dirt::DirtVerdict;
 use crate::agent::log::LogVerdict;
@@ -18,14 +19,13 @@ use crate::guest::verify;
 use crate::scenario::disk_check;
 use crate::scenario::monitor::Monitor;
 use crate::scenario::scene::VM;
-use crate::scenario::traces::images;
 use crate::scenario::traffic::Client;
 
 /// A guest boots and answers within this, on a busy machine.
 const BOOT: Duration = Duration::from_secs(180);
 /// The tunnel ends within this once nobody needs it: a connection of which one end's last word was missed is given up
-/// after four minutes.
-const TUNNEL: Duration = Duration::from_secs(300);
+/// after four minutes, and until then the client's kernel repeats its own for up to two.
+const TUNNEL: Duration = Duration::from_secs(400);
 
 /// The sites that would run the machine if they were asked.
 pub async fn owners(arena: &Arena) -> Result<Vec<Place>> {
@@ -65,7 +65,7 @@ pub async fn answers(arena: &Arena, place: Place) -> Result<()> {
     let address = arena.address(place).await?;
     while let Err(error) = arena.ask::<AgentStatus>(address, "/status").await {
         if Instant::now() > deadline {
-            bail!("It runs at site {} and does not answer: {error:#}", place.name());
+            bail!("It runs at site {} and does not answer: {error:#}", arena.setting.site(place));
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -76,9 +76,10 @@ pub async fn answers(arena: &Arena, place: Place) -> Result<()> {
 pub async fn not_switched_off(arena: &Arena, owner: Place) -> Option<Flaw> {
     match arena.machine(owner).await {
         Ok(Some(machine)) if machine.state == "stopped" => None,
-        Ok(found) => {
-            Some(Flaw::Unsettled(format!("its guest is off, and site {} says {found:?}", owner.name())))
-        }
+        Ok(found) => Some(Flaw::Unsettled(format!(
+            "its guest is off, and site {} says {found:?}",
+            arena.setting.site(owner)
+        ))),
         Err(error) => Some(Flaw::NotJudged(format!("{error:#}"))),
     }
 }
@@ -113,12 +114,12 @@ async fn asked(arena: &Arena, place: Place) -> Result<(AgentStatus, Option<Strin
     Ok((status, (!sound).then_some(detail)))
 }
 
-/// Checks the disk of the machine that runs at site a; it stands still for as long as that takes.
+/// Checks the disk of the machine that runs where it was; it stands still for as long as that takes.
 pub async fn disk_at_a(arena: &Arena, confirmed: &Confirmed) -> Result<(), Flaw> {
     let checked = async {
-        let mut monitor = Monitor::connect(&arena.scene.a.observer(VM), Duration::from_secs(5))?;
+        let mut monitor = Monitor::connect(&arena.gateway(Place::A).observer(VM), Duration::from_secs(5))?;
         monitor.ask("stop", json!({}))?;
-        let image = arena.scene.disks.first().context("The guest has no disk")?.clone();
+        let image = arena.image(Place::A)?;
         let work = tempfile::tempdir_in(arena.scene.world.lab.scratch())?;
         let verdict = verify::root_disk(&image, work.path());
         monitor.ask("cont", json!({}))?;
@@ -132,9 +133,11 @@ pub async fn disk_at_a(arena: &Arena, confirmed: &Confirmed) -> Result<(), Flaw>
     expect_confirmed(verdict.log.last, confirmed)
 }
 
-/// Stops the machine at site b and checks its disk, against the source's if it was not booted since.
+/// Stops the machine where it went and checks its disk, against the source's if it was not booted since and the machine
+/// is away from home.
 pub async fn disk_at_b(arena: &Arena, id: &str, confirmed: &Confirmed, booted: bool) -> Result<(), Flaw> {
-    let judged = if booted { booted_disk(arena).await } else { moved_disk(arena, id).await };
+    let alone = booted || arena.setting.leg == Leg::Home;
+    let judged = if alone { stopped_disk(arena).await } else { moved_disk(arena, id).await };
     match judged.map_err(|error| Flaw::NotJudged(format!("the disk at b: {error:#}")))? {
         (last, None) => expect_confirmed(last, confirmed),
         (_, Some(wrong)) => Err(Flaw::Content(format!("the disk at b: {wrong}"))),
@@ -150,12 +153,11 @@ async fn moved_disk(arena: &Arena, id: &str) -> Result<(u64, Option<String>)> {
     Ok((found.last_record, (!sound).then(|| format!("{found:?}"))))
 }
 
-async fn booted_disk(arena: &Arena) -> Result<(u64, Option<String>)> {
-    arena.scene.b.client().stop(&VM.parse()?).await?;
-    let images = images(&arena.scene.b)?;
-    let [image] = &images[..] else { bail!("Site b has disks {images:?}") };
+async fn stopped_disk(arena: &Arena) -> Result<(u64, Option<String>)> {
+    arena.gateway(Place::B).client().stop(&VM.parse()?).await?;
+    let image = arena.image(Place::B)?;
     let work = tempfile::tempdir_in(arena.scene.world.lab.scratch())?;
-    let (verdict, _) = verify::root_disk(&arena.scene.b.folder.join("disks").join(image), work.path())?;
+    let (verdict, _) = verify::root_disk(&image, work.path())?;
     let wrong = (!verdict.sound()).then(|| format!("{verdict:?}"));
     Ok((verdict.log.last, wrong))
 }
@@ -172,13 +174,15 @@ fn expect_confirmed(last: u64, confirmed: &Confirmed) -> Result<(), Flaw> {
 pub async fn tunnel_comes_down(arena: &Arena) -> Result<(), Flaw> {
     let deadline = Instant::now() + TUNNEL;
     loop {
-        let status = arena.scene.a.client().status().await;
+        let status = arena.gateway(Place::A).client().status().await;
         let anchors = status.map_err(|error| Flaw::Unsettled(error.to_string()))?.anchors;
         if anchors.iter().all(|anchor| anchor.closed_ms.is_some()) {
             return Ok(());
         }
         if Instant::now() > deadline {
-            return Err(Flaw::LeftBehind(format!("the tunnel stays up: {anchors:?}")));
+            let vm: VmName = VM.parse().map_err(|error| Flaw::NotJudged(format!("{error}")))?;
+            let flows = arena.gateway(Place::A).client().flows(&vm).await;
+            return Err(Flaw::LeftBehind(format!("the tunnel stays up: {anchors:?}, for {flows:?}")));
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

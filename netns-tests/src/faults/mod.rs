@@ -2,7 +2,7 @@
 //! everything is made whole again, and what must hold is judged from outside.
 //!
 //! [`plan`] says which case a number is, [`arena`] is where it is played, [`mod@play`] plays it, [`strike`] lets its fault
-//! happen, [`settle`] waits until it is clear where the machine is, [`judge`] looks, [`watch`] looks all the time, and
+//! happen, [`setting`] says who decides and which way it goes, [`settle`] waits until it is clear where the machine is, [`judge`] looks, [`watch`] looks all the time, and
 //! [`report`] counts. What is right in which stage is not written down here: it follows from the promises alone.
 
 pub mod arena;
@@ -12,6 +12,7 @@ pub mod judge;
 pub mod plan;
 pub mod play;
 pub mod report;
+pub mod setting;
 pub mod settle;
 pub mod strike;
 pub mod watch;
@@ -26,6 +27,7 @@ use flaw::Flaw;
 use plan::{Case, Place};
 use play::{Played, play};
 use report::{FaultReport, logs, replay, stage_name};
+use setting::Setting;
 
 use crate::guest::image::lab_folder;
 use crate::scenario::programs::Programs;
@@ -43,6 +45,8 @@ pub struct FaultOptions {
     pub seed: u64,
     /// Only the cases of these numbers, if there are any.
     pub only: Vec<u64>,
+    /// What they are played in.
+    pub setting: Setting,
     /// No case is begun after this.
     pub limit: Option<Duration>,
 }
@@ -51,7 +55,7 @@ pub struct FaultOptions {
 pub async fn run(options: &FaultOptions, programs: &Programs) -> Result<FaultReport> {
     let started = Instant::now();
     let folder = lab_folder().join("faults");
-    let mut report = FaultReport::new(options.seed);
+    let mut report = FaultReport::new(options.seed, options.setting);
     let mut arena: Option<Arena> = None;
     let numbers = if options.only.is_empty() { (0..options.cases).collect() } else { options.only.clone() };
     for number in numbers {
@@ -59,7 +63,7 @@ pub async fn run(options: &FaultOptions, programs: &Programs) -> Result<FaultRep
             break;
         }
         let case = plan::case(options.seed, number);
-        let ready = readied(arena.take(), programs, &mut report).await?;
+        let ready = readied(arena.take(), options.setting, programs, &mut report).await?;
         arena = one(ready, &case, &mut report, &folder).await?;
         report.took_s = started.elapsed().as_secs_f64();
         report.write(&folder)?;
@@ -78,7 +82,12 @@ pub async fn run(options: &FaultOptions, programs: &Programs) -> Result<FaultRep
 }
 
 /// An arena with a machine: the one there is, or a new one if it is none or does not get ready.
-async fn readied(arena: Option<Arena>, programs: &Programs, report: &mut FaultReport) -> Result<Arena> {
+async fn readied(
+    arena: Option<Arena>,
+    setting: Setting,
+    programs: &Programs,
+    report: &mut FaultReport,
+) -> Result<Arena> {
     if let Some(mut arena) = arena {
         match arena.ready().await {
             Ok(()) => return Ok(arena),
@@ -90,7 +99,7 @@ async fn readied(arena: Option<Arena>, programs: &Programs, report: &mut FaultRe
         }
         arena.close();
     }
-    let mut arena = Arena::build(programs).await?;
+    let mut arena = Arena::build(setting, programs).await?;
     arena.ready().await?;
     Ok(arena)
 }
@@ -114,12 +123,13 @@ async fn one(
     };
     report.count(case, played.as_ref(), &flaws);
     say(case, played.as_ref(), &flaws);
-    if flaws.is_empty() && !matches!(case.fault, plan::Fault::OldJournal(_)) {
+    let again = played.as_ref().is_some_and(|played| arena.may_be_used_again(played.ending));
+    if flaws.is_empty() && again && !matches!(case.fault, plan::Fault::OldJournal(_)) {
         return Ok(Some(arena));
     }
     if !flaws.is_empty() {
-        let kept = folder.join(logs(report.seed, case.number));
-        keep(&arena, &marks, &kept, &reasons(report.seed, case, played.as_ref(), &flaws))?;
+        let kept = folder.join(logs(&report.setting, report.seed, case.number));
+        keep(&arena, &marks, &kept, &reasons(&report.setting, report.seed, case, played.as_ref(), &flaws))?;
     }
     let left = arena.close();
     if !left.is_empty() {
@@ -146,14 +156,14 @@ fn say(case: &Case, played: Option<&Played>, flaws: &[Flaw]) {
     }
 }
 
-fn reasons(seed: u64, case: &Case, played: Option<&Played>, flaws: &[Flaw]) -> String {
+fn reasons(setting: &str, seed: u64, case: &Case, played: Option<&Played>, flaws: &[Flaw]) -> String {
     let flaws: Vec<String> = flaws.iter().map(ToString::to_string).collect();
     format!(
         "{case:?}\nstruck in stage {}\nending {:?}\n\n{}\n\n{}\n",
         stage_name(played),
         played.map(|played| played.ending),
         flaws.join("\n"),
-        replay(seed, case.number)
+        replay(setting, seed, case.number)
     )
 }
 
@@ -167,7 +177,7 @@ fn keep(arena: &Arena, marks: &[usize; 2], folder: &Path, reasons: &str) -> Resu
     std::fs::write(folder.join("reason.txt"), reasons)?;
     for (place, mark) in Place::BOTH.into_iter().zip(marks) {
         let gateway = arena.gateway(place);
-        let file = |what: &str| -> PathBuf { folder.join(format!("{}-{what}", place.name())) };
+        let file = |what: &str| -> PathBuf { folder.join(format!("{}-{what}", arena.setting.site(place))) };
         let log = std::fs::read(gateway.log()).context("A gateway's log")?;
         std::fs::write(file("gateway.log"), &log[(*mark).min(log.len())..])?;
         let qemu = gateway.folder.join("run/vm").join(VM).join("qemu.log");

@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
-/// A site of the scene.
+/// A site of the scene, by what it is to the move that is played.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// The site that the machine leaves.
@@ -22,9 +22,9 @@ pub enum Place {
 pub enum Way {
     /// Both ways.
     Both,
-    /// What goes to site a.
+    /// What goes to the site that the machine leaves.
     ToA,
-    /// What goes to site b.
+    /// What goes to the other one.
     ToB,
 }
 
@@ -81,7 +81,7 @@ impl Place {
     /// Both.
     pub const BOTH: [Self; 2] = [Self::A, Self::B];
 
-    /// The site's name.
+    /// Its letter in the names of faults.
     pub fn name(self) -> &'static str {
         match self {
             Self::A => "a",
@@ -109,7 +109,7 @@ impl Fault {
         }
     }
 
-    /// The move must end at site b all the same, if the fault strikes in stages 0 to 2.
+    /// The machine must move all the same, if the fault strikes in stages 0 to 2.
     pub fn only_delays(self) -> bool {
         match self {
             Self::Cut(_, seconds) => seconds <= 10,

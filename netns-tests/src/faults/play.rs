@@ -27,9 +27,9 @@ const CLOSE_MS: u64 = 150_000;
 /// How a case ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// The machine runs at site a.
+    /// The machine runs where it was.
     Stayed,
-    /// It runs at site b.
+    /// It runs where it was to go.
     Moved,
     /// The QEMU that owned it was killed; it was booted again at this site.
     Crashed(Place),
@@ -62,7 +62,7 @@ pub async fn play(arena: &mut Arena, case: &Case) -> Result<Played> {
     arena.wan(rtt(arena, case), 0.0)?;
     let watchers = [watcher(arena, Place::A)?, watcher(arena, Place::B)?];
     let client = record_client(arena).await?;
-    let confirmer = Confirmer::start(&arena.scene.world.client, arena.scene.home()?)?;
+    let confirmer = Confirmer::start(&arena.scene.world.client, arena.address(Place::A).await?)?;
     let id = begin_move(arena).await?;
     let spot = moment(arena, case, &id).await?;
     let struck = strike(arena, case).await?;
@@ -112,11 +112,14 @@ async fn rested(arena: &Arena, case: &Case, rest: Result<Rest, String>, played: 
                 return Ok(false);
             }
             if case.fault == Fault::PowerOff && played.struck {
-                let text = format!("its guest was told to power off, and it runs at site {}", place.name());
+                let text = format!(
+                    "its guest was told to power off, and it runs at site {}",
+                    arena.setting.site(place)
+                );
                 played.flaws.push(Flaw::Unsettled(text));
             }
             if !owners.contains(&place) {
-                let text = format!("it runs at site {}, where it may not run", place.name());
+                let text = format!("it runs at site {}, where it may not run", arena.setting.site(place));
                 played.flaws.push(Flaw::Unsettled(text));
             }
             let early =
@@ -154,7 +157,7 @@ async fn stands_still(arena: &Arena, case: &Case, owners: &[Place], played: &mut
         return Ok(false);
     }
     if !old_journal && !switched_off && case.fault != Fault::Qemu(owner) {
-        let text = format!("it stands still at its owner, site {}", owner.name());
+        let text = format!("it stands still at its owner, site {}", arena.setting.site(owner));
         played.flaws.push(Flaw::Unsettled(text));
         return Ok(false);
     }
@@ -224,7 +227,7 @@ fn watcher(arena: &Arena, place: Place) -> Result<Watcher> {
 
 async fn record_client(arena: &Arena) -> Result<Client> {
     let mut plan = TrafficPlan::new(unix_ms());
-    let address = (arena.scene.home()?, RECORD_PORT).into();
+    let address = (arena.address(Place::A).await?, RECORD_PORT).into();
     plan.record = Some(RecordPlan { address, through: None, interval_ms: 20, gap_ms: 500 });
     plan.close_timeout_ms = CLOSE_MS;
     Client::start(&arena.scene.world.client, plan).await
@@ -233,7 +236,7 @@ async fn record_client(arena: &Arena) -> Result<Client> {
 async fn begin_move(arena: &Arena) -> Result<String> {
     let deadline = Instant::now() + BEGIN;
     loop {
-        match arena.scene.begin_move().await {
+        match arena.begin_move().await {
             Ok(id) => return Ok(id),
             Err(error) if Instant::now() > deadline => return Err(error).context("The move does not begin"),
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -242,7 +245,7 @@ async fn begin_move(arena: &Arena) -> Result<String> {
 }
 
 async fn reason(arena: &Arena) -> String {
-    let status = arena.scene.a.client().status().await;
+    let status = arena.gateway(Place::A).client().status().await;
     let reason =
         status.ok().and_then(|status| status.migrations.into_iter().rev().find_map(|each| each.reason));
     reason.unwrap_or_else(|| "for no reason that the gateway knows".into())

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::flaw::Flaw;
 use super::plan::Case;
 use super::play::{Ending, Played};
+use super::setting::Setting;
 
 /// Version of `report.json`.
 pub const SCHEMA: u32 = 1;
@@ -47,6 +48,9 @@ pub struct FaultReport {
     pub schema: u32,
     /// The seed.
     pub seed: u64,
+    /// The command's arguments beside the seed; empty for what is usual.
+    #[serde(default)]
+    pub setting: String,
     /// Cases in which the fault struck.
     pub cases: u64,
     /// Among them those in which every promise held.
@@ -65,9 +69,9 @@ pub struct FaultReport {
     pub guest_crashed: u64,
     /// Cases in which the guest powered itself off, and was started again.
     pub was_off: u64,
-    /// Cases that ended with the machine at site b.
+    /// Cases that ended with the machine where it was to go.
     pub moved: u64,
-    /// Cases that ended with the machine at site a.
+    /// Cases that ended with the machine where it was.
     pub stayed: u64,
     /// Cases that ended with a machine that only an operator may start.
     pub on_hold: u64,
@@ -85,8 +89,8 @@ pub struct FaultReport {
 
 impl FaultReport {
     /// An empty one.
-    pub fn new(seed: u64) -> Self {
-        Self { schema: SCHEMA, seed, ..Self::default() }
+    pub fn new(seed: u64, setting: Setting) -> Self {
+        Self { schema: SCHEMA, seed, setting: setting.arguments(), ..Self::default() }
     }
 
     /// Counts a case; `None` for one that could not be played.
@@ -122,8 +126,8 @@ impl FaultReport {
                 fault,
                 stage,
                 flaws: flaws.iter().map(ToString::to_string).collect(),
-                replay: replay(self.seed, case.number),
-                logs: logs(self.seed, case.number),
+                replay: replay(&self.setting, self.seed, case.number),
+                logs: logs(&self.setting, self.seed, case.number),
             });
         }
     }
@@ -171,13 +175,14 @@ impl FaultReport {
 }
 
 /// The command that plays a case again.
-pub fn replay(seed: u64, number: u64) -> String {
-    format!("cargo lab faults --seed {seed} --only {number}")
+pub fn replay(setting: &str, seed: u64, number: u64) -> String {
+    format!("cargo lab faults --seed {seed}{setting} --only {number}")
 }
 
 /// The folder of a case that did not hold, below the report's.
-pub fn logs(seed: u64, number: u64) -> String {
-    format!("failed/{seed}-{number}")
+pub fn logs(setting: &str, seed: u64, number: u64) -> String {
+    let played_in = setting.replace(" --", "-").replace(' ', "-");
+    format!("failed/{seed}{played_in}-{number}")
 }
 
 /// The stage of a case for reports.
@@ -199,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_case_is_counted_by_fault_and_stage_and_a_flaw_makes_it_fail() {
-        let mut report = FaultReport::new(3);
+        let mut report = FaultReport::new(3, Setting::default());
         let case = plan::case(3, 0);
         let played = Played {
             spot: Spot::After,

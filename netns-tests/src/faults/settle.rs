@@ -78,7 +78,7 @@ async fn look(arena: &Arena, watchers: &[Watcher; 2]) -> Result<Seen, String> {
     let mut statuses = Vec::new();
     for place in Place::BOTH {
         let asked = arena.gateway(place).client().status().await;
-        statuses.push(asked.map_err(|error| format!("gateway {}: {error}", place.name()))?);
+        statuses.push(asked.map_err(|error| format!("gateway {}: {error}", arena.setting.site(place)))?);
     }
     let states = [watchers[0].state(), watchers[1].state()];
     let there = Place::BOTH.map(|place| !qemus(arena.gateway(place)).is_empty());
@@ -97,8 +97,9 @@ async fn look(arena: &Arena, watchers: &[Watcher; 2]) -> Result<Seen, String> {
         !up(status) || status.migrations.iter().any(|each| each.progressing == Progressing::Running)
     });
     let owners: Vec<String> = statuses.iter().map(owner).collect();
+    let [from, to] = Place::BOTH.map(|place| arena.setting.site(place));
     let detail = format!(
-        "QEMU at a {:?}, at b {:?}; gateway a says {}, b says {}{}",
+        "QEMU at {from} {:?}, at {to} {:?}; gateway {from} says {}, {to} says {}{}",
         states[0],
         states[1],
         owners[0],

@@ -9,11 +9,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::arena::Arena;
-use super::plan::{Case, Fault, Moment, Place, Way};
+use super::plan::{Case, Fault, Moment, Place};
 use crate::agent::control::AgentStatus;
 use crate::scenario::Scene;
 use crate::scenario::traces::{kill_qemu, qemus};
-use crate::wan::Direction;
 
 /// A whole move, on a busy machine.
 const MOVE: Duration = Duration::from_secs(180);
@@ -65,15 +64,15 @@ pub async fn moment(arena: &Arena, case: &Case, id: &str) -> Result<Spot> {
     };
     tokio::time::sleep(delay).await;
     if matches!(case.fault, Fault::Qemu(Place::B) | Fault::Hang(Place::B)) {
-        reach(arena, id, |spot| !qemus(&arena.scene.b).is_empty() || spot == Spot::After).await?;
+        reach(arena, id, |spot| !qemus(arena.gateway(Place::B)).is_empty() || spot == Spot::After).await?;
     }
-    Spot::of(&arena.scene.a.client().migration(id).await?)
+    Spot::of(&arena.gateway(Place::A).client().migration(id).await?)
 }
 
 async fn reach(arena: &Arena, id: &str, there: impl Fn(Spot) -> bool) -> Result<()> {
     let deadline = Instant::now() + MOVE;
     loop {
-        let view = arena.scene.a.client().migration(id).await?;
+        let view = arena.gateway(Place::A).client().migration(id).await?;
         if there(Spot::of(&view)?) {
             return Ok(());
         }
@@ -99,14 +98,9 @@ pub async fn strike(arena: &mut Arena, case: &Case) -> Result<bool> {
             kill_qemu(arena.gateway(place))?;
         }
         Fault::Cut(way, _) => {
-            let wan = &arena.scene.world.wan;
-            match way {
-                Way::Both => wan.cut()?,
-                Way::ToA => wan.set_cut(Direction::ToNear, true)?,
-                Way::ToB => wan.set_cut(Direction::ToFar, true)?,
-            }
+            arena.cut(way)?;
             tokio::time::sleep(case.lasts).await;
-            wan.heal()?;
+            arena.heal()?;
         }
         Fault::Loss => {
             let rtt = rtt(arena, case);
@@ -136,7 +130,9 @@ pub async fn strike(arena: &mut Arena, case: &Case) -> Result<bool> {
         }
         Fault::Reboot => return reboot(arena).await,
         // Who is asked in the pause answers after it.
-        Fault::PowerOff => return Ok(arena.ask::<String>(arena.scene.home()?, "/poweroff").await.is_ok()),
+        Fault::PowerOff => {
+            return Ok(arena.ask::<String>(arena.address(Place::A).await?, "/poweroff").await.is_ok());
+        }
     }
     Ok(true)
 }
@@ -157,7 +153,8 @@ async fn hang(arena: &Arena, place: Place, lasts: Duration) -> Result<bool> {
 /// kernel is asked.
 async fn reboot(arena: &Arena) -> Result<bool> {
     let asked = Instant::now();
-    if arena.ask::<String>(arena.scene.home()?, "/reboot").await.is_err() {
+    let address = arena.address(Place::A).await?;
+    if arena.ask::<String>(address, "/reboot").await.is_err() {
         return Ok(false);
     }
     while asked.elapsed() < MOVE {
