@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use gateway::tunnel::{TunnelConfig, TunnelError, tap_name};
+use gateway::tunnel::{HoldRequest, TunnelConfig, TunnelError, tap_name};
 use lab::*;
 use longhaul_core::tunnel::datapath::Counters;
 use longhaul_core::tunnel::handover::{FlowTuple, Neighbour};
@@ -275,6 +275,35 @@ async fn undoing_leaves_both_hosts_exactly_as_they_were() {
     a.stop().await.unwrap();
     b.stop().await.unwrap();
     assert_same(&look(&lab), &untouched);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_home_has_of_a_machine_is_not_let_go_while_it_is_on_its_way_back() {
+    let lab = lab_or_skip!();
+    let (sites, _) = begin(&lab).await;
+    let a = sites.a.tunnel.clone();
+    let tap = a.create_tap(key(), 0, Some("br0".to_owned())).await.unwrap();
+    let away = HoldRequest { port: tap.clone(), ..hold_request() };
+    a.hold_begin(away.clone()).await.unwrap();
+    a.hold_end_attract(key(), Vec::new()).await.unwrap();
+    let attracting = lab.look("ga");
+
+    a.expect_return(key(), true).await.unwrap();
+    assert!(matches!(a.let_go(away.clone()).await, Err(TunnelError::Returning(_))));
+    assert_same(&lab.look("ga"), &attracting);
+    // It did not come after all.
+    a.expect_return(key(), false).await.unwrap();
+    a.let_go(away.clone()).await.unwrap();
+    assert!(!lab.look("ga").contains(&tap), "the tap is still there");
+
+    // It came, and left again.
+    a.expect_return(key(), true).await.unwrap();
+    a.create_tap(key(), 0, Some("br0".to_owned())).await.unwrap();
+    a.come_back(key(), Vec::new()).await.unwrap();
+    a.hold_begin(away.clone()).await.unwrap();
+    a.hold_end_attract(key(), Vec::new()).await.unwrap();
+    a.let_go(away).await.unwrap();
+    assert!(!lab.look("ga").contains(&tap), "the tap is still there");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -29,7 +29,7 @@ use crate::api::types::AnchorView;
 use crate::dns::NameMove;
 use crate::generation::arrivals;
 use crate::journal::unix_ms;
-use crate::tunnel::{Leaving, TunnelError};
+use crate::tunnel::TunnelError;
 
 /// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
 /// connections stalled for the gateway's absence only.
@@ -109,7 +109,9 @@ pub async fn run(
             AnchorCommand::End(vm, done) => {
                 anchors.end(&vm).await;
                 if let Some(anchor) = row(&edges, &vm) {
-                    release(&edges, &anchor).await;
+                    if !release(&edges, &anchor).await {
+                        tracing::warn!(%vm, "its tunnel is left to the machine, which is on its way back");
+                    }
                     forget(&edges, &vm);
                 }
                 views.send_modify(|views| drop(views.remove(&vm)));
@@ -132,7 +134,10 @@ async fn release_now(
         return Released::StillMoving;
     }
     anchors.end(vm).await;
-    release(edges, &anchor).await;
+    if !release(edges, &anchor).await {
+        anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+        return Released::StillMoving;
+    }
     let left = leave(edges, anchor);
     views.send_modify(|views| {
         if let Some(view) = views.get_mut(vm) {
@@ -308,25 +313,18 @@ async fn start(
     Known { epoch, runs_there, noted, task: tokio::spawn(task.run()) }
 }
 
-/// Takes down what an anchor has on this host, and forgets it.
-async fn release(edges: &Edges, anchor: &Anchor) {
+/// Takes down what an anchor has on this host. False if the machine is on its way back: then it is what it comes to.
+async fn release(edges: &Edges, anchor: &Anchor) -> bool {
     for hold in anchor.holds() {
-        let key = hold.key;
-        if let Err(error) = edges.tunnel.attract_end(key.clone()).await {
-            tracing::warn!(vm = %anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
-        }
-        if hold.from == Leaving::Visit {
-            continue;
-        }
-        if let Err(error) = edges.tunnel.sample_end(key.clone()).await {
-            tracing::warn!(vm = %anchor.vm, error = chain(&error), "sampler could not be removed");
-        }
-        // The tap of an adopted machine stays its operator's.
-        let ours = hold.port == edges.tap_name(&key);
-        if ours && let Err(error) = edges.tunnel.remove_tap(key).await {
-            tracing::warn!(vm = %anchor.vm, error = chain(&error), "tap could not be removed");
+        match edges.tunnel.let_go(hold).await {
+            Ok(()) => {}
+            Err(TunnelError::Returning(_)) => return false,
+            Err(error) => {
+                tracing::warn!(vm = %anchor.vm, error = chain(&error), "tunnel could not be taken down cleanly");
+            }
         }
     }
+    true
 }
 
 fn forget(edges: &Edges, vm: &VmName) {
@@ -364,7 +362,10 @@ impl AnchorTask {
         self.settle().await;
         // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for ever.
         let _ = tokio::time::timeout(TELL_LIMIT, &mut telling.0).await;
-        self.end().await;
+        while !self.end().await {
+            tokio::time::sleep(TELL_AGAIN).await;
+            self.wait_for_flows().await;
+        }
     }
 
     async fn attract(&mut self, begin: Begin) {
@@ -496,9 +497,11 @@ impl AnchorTask {
         }
     }
 
-    async fn end(&mut self) {
-        if !self.anchor.ended {
-            release(&self.edges, &self.anchor).await;
+    /// False if the machine is on its way back.
+    async fn end(&mut self) -> bool {
+        if !self.anchor.ended && !release(&self.edges, &self.anchor).await {
+            tracing::debug!(vm = %self.anchor.vm, "no old connection is left, and the machine is on its way back");
+            return false;
         }
         leave(&self.edges, self.anchor.clone());
         self.show(|view| {
@@ -506,6 +509,7 @@ impl AnchorTask {
             view.closed_ms = Some(unix_ms());
         });
         tracing::info!(vm = %self.anchor.vm, "no old connection is left; its address here is free");
+        true
     }
 
     fn write(&self) {

@@ -75,6 +75,9 @@ impl Stay {
     /// guest by it before [`Stay::take_over`].
     pub async fn prepare(&self, edges: &Edges) -> Result<BTreeMap<DeviceName, String>, Refusal> {
         let mut taps = BTreeMap::new();
+        if self.is_home(edges) {
+            self.expect_return(edges).await?;
+        }
         for nic in &self.definition.nics {
             let (key, lan) = (self.key(nic), self.lan(edges, nic)?);
             let bridge = self.is_home(edges).then(|| lan.bridge.clone());
@@ -88,22 +91,32 @@ impl Stay {
             }
             taps.insert(nic.name.clone(), tap);
         }
-        self.prepare_rules(edges).await?;
+        if !self.is_home(edges) {
+            self.prepare_visits(edges).await?;
+        }
         Ok(taps)
     }
 
     /// The rules alone: the taps are there, but the tunnel forgot them with the gateway.
     pub async fn prepare_rules(&self, edges: &Edges) -> Result<(), Refusal> {
+        match self.is_home(edges) {
+            true => self.expect_return(edges).await,
+            false => self.prepare_visits(edges).await,
+        }
+    }
+
+    /// First of all: an anchor that ends by itself would take away what is made for the machine.
+    async fn expect_return(&self, edges: &Edges) -> Result<(), Refusal> {
         for nic in &self.definition.nics {
-            match self.is_home(edges) {
-                true => {
-                    edges.tunnel.expect_return(self.key(nic), true).await.map_err(tunnel_failed)?;
-                }
-                false => {
-                    let visit = self.visit(edges, nic)?;
-                    edges.tunnel.visit_prepare(visit).await.map_err(tunnel_failed)?;
-                }
-            }
+            edges.tunnel.expect_return(self.key(nic), true).await.map_err(tunnel_failed)?;
+        }
+        Ok(())
+    }
+
+    async fn prepare_visits(&self, edges: &Edges) -> Result<(), Refusal> {
+        for nic in &self.definition.nics {
+            let visit = self.visit(edges, nic)?;
+            edges.tunnel.visit_prepare(visit).await.map_err(tunnel_failed)?;
         }
         Ok(())
     }

@@ -3,8 +3,8 @@
 //! Commands are carried out one after the other. Packets move in a task of their own meanwhile; this
 //! one tells it when a NIC's packets are to be kept, to pass or to come back.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -61,6 +61,7 @@ pub(super) enum Command {
     HoldUndo { request: HoldRequest, reply: Reply<()> },
     NamesExpire { key: PortKey, after: Duration, reply: Reply<()> },
     AttractEnd { key: PortKey, reply: Reply<AnchorClosed> },
+    LetGo { request: HoldRequest, reply: Reply<()> },
     Retarget { key: PortKey, peer: SiteName, reply: Reply<()> },
     ExpectReturn { key: PortKey, returning: bool, reply: Reply<()> },
     ComeBack { key: PortKey, neighbours: Vec<Neighbour>, reply: Reply<()> },
@@ -98,6 +99,8 @@ pub(super) struct Control {
     moves: mpsc::Sender<Move>,
     routers: mpsc::Sender<routers::Command>,
     away: BTreeMap<PortKey, Away>,
+    /// Of them, those whose machine is on its way back.
+    returning: BTreeSet<PortKey>,
     visits: BTreeMap<PortKey, Visit>,
     /// Machines at home that have brought addresses of their visits.
     carries: BTreeMap<PortKey, CarryRequest>,
@@ -120,6 +123,7 @@ impl Control {
             moves,
             routers,
             away: BTreeMap::new(),
+            returning: BTreeSet::new(),
             visits: BTreeMap::new(),
             carries: BTreeMap::new(),
         }
@@ -178,13 +182,13 @@ impl Control {
                 drop(reply.send(set.and_then(|set| Ok(set?))));
             }
             Command::AttractEnd { key, reply } => drop(reply.send(self.attract_end(&key).await)),
+            Command::LetGo { request, reply } => drop(reply.send(self.let_go(request).await)),
             Command::Retarget { key, peer, reply } => {
                 let set = self.tell(|done| Move::Retarget { key, peer, done }).await;
                 drop(reply.send(set.and_then(|set| Ok(set?))));
             }
             Command::ExpectReturn { key, returning, reply } => {
-                let set = self.tell(|done| Move::ExpectReturn { key, returning, done }).await;
-                drop(reply.send(set));
+                drop(reply.send(self.expect_return(key, returning).await));
             }
             Command::ComeBack { key, neighbours, reply } => {
                 drop(reply.send(self.come_back(&key, &neighbours).await));
@@ -273,7 +277,7 @@ impl Control {
             if missing.is_empty() || started.elapsed() > ROUTER_WAIT {
                 return Ok(routes::as_handover(&routers, &known, heard, MAX_NEIGHBOURS));
             }
-            missing.into_iter().for_each(|router| make_kernel_ask(*router, device));
+            missing.into_iter().for_each(|router| routes::make_kernel_ask(*router, device));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -429,9 +433,35 @@ impl Control {
         Ok(AnchorClosed { at: SystemTime::now(), open_for: open_for.unwrap_or_default() })
     }
 
+    /// One step, so that nothing is made for a machine that comes between two of its parts.
+    async fn let_go(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
+        let key = request.key;
+        if self.returning.contains(&key) {
+            return Err(TunnelError::Returning(key));
+        }
+        let ended = self.attract_end(&key).await;
+        if request.from == Leaving::Visit {
+            return ended.map(drop);
+        }
+        let sampled = self.sample_end(key.clone()).await;
+        let tap = tap::tap_name(&self.config, &key);
+        // The tap of an adopted machine stays its operator's.
+        let removed = if request.port == tap { self.netlink.delete_link(&tap).await } else { Ok(()) };
+        ended.and(sampled).and(removed)
+    }
+
+    async fn expect_return(&mut self, key: PortKey, returning: bool) -> Result<(), TunnelError> {
+        match returning {
+            true => drop(self.returning.insert(key.clone())),
+            false => drop(self.returning.remove(&key)),
+        }
+        self.tell(|done| Move::ExpectReturn { key, returning, done }).await
+    }
+
     /// The machine is back: its addresses here are its own again. At home its LAN learns its address, and it learns its
     /// neighbours'.
     async fn come_back(&mut self, key: &PortKey, neighbours: &[Neighbour]) -> Result<(), TunnelError> {
+        self.returning.remove(key);
         self.end(key, Role::Relay).await?;
         let Some(request) = self.away.get(key).map(|away| away.request.clone()) else { return Ok(()) };
         self.hold_undo(request.clone()).await?;
@@ -661,19 +691,5 @@ fn known_elsewhere(flows: &mut [FlowTuple], turned: &[FlowTuple]) {
         if let Some(known) = turned.iter().find(|known| rest(known) == rest(flow)) {
             flow.local = known.local;
         }
-    }
-}
-
-/// A datagram to the discard port (RFC 863) makes the kernel look for the router's address.
-fn make_kernel_ask(router: IpAddr, device: u32) {
-    const DISCARD: u16 = 9;
-    let (any, to): (SocketAddr, SocketAddr) = match router {
-        IpAddr::V4(v4) => (([0u8; 4], 0).into(), (v4, DISCARD).into()),
-        // The kernel heeds the device of a link-local address only.
-        IpAddr::V6(v6) => (([0u16; 8], 0).into(), SocketAddrV6::new(v6, DISCARD, 0, device).into()),
-    };
-    // Without a route there is no router to be found either.
-    if let Ok(socket) = UdpSocket::bind(any) {
-        let _ = socket.send_to(&[0], to);
     }
 }

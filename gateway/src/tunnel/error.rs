@@ -58,6 +58,9 @@ pub enum TunnelError {
     /// Nothing was begun for that NIC.
     #[error(transparent)]
     UnknownPort(#[from] UnknownPort),
+    /// What the tunnel has of it belongs to the machine that comes.
+    #[error("The machine of {0} is on its way back: its tunnel ends when it is here")]
+    Returning(PortKey),
     /// The flows of this NIC are not being sampled.
     #[error("Flows of {0} are not sampled; begin it when the machine starts")]
     NotSampled(PortKey),

@@ -188,6 +188,13 @@ impl Tunnel {
         self.ask(|reply| Command::AttractEnd { key, reply }).await
     }
 
+    /// Ends all that this host has of a machine that is away: attraction and, at its home, sampler and tap, if the tap is
+    /// of [`create_tap`](Self::create_tap). Not while it is on its way back ([`TunnelError::Returning`]): from then on
+    /// they are what it comes to.
+    pub async fn let_go(&self, request: HoldRequest) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::LetGo { request, reply }).await
+    }
+
     /// Waits until nobody needs the anchor of `key`, then ends it. Cancel-safe.
     pub async fn end_when_unneeded(&self, key: PortKey) -> Result<AnchorClosed, TunnelError> {
         let mut status = self.status.clone();
@@ -203,7 +210,8 @@ impl Tunnel {
         self.ask(|reply| Command::Retarget { key, peer, reply }).await
     }
 
-    /// A machine that is away is on its way back: what the other site held for it is kept until it is here.
+    /// A machine that is away is on its way back: what the other site held for it is kept until it is here, and what this
+    /// host has of it is not let go. To be said before anything is made for it.
     pub async fn expect_return(&self, key: PortKey, returning: bool) -> Result<(), TunnelError> {
         self.ask(|reply| Command::ExpectReturn { key, returning, reply }).await
     }

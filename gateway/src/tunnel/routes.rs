@@ -5,7 +5,7 @@
 //! nothing; `plan` does.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
 use futures_util::TryStreamExt;
 use longhaul_core::tunnel::handover::{Mac, Neighbour, NeighbourKind, Prefix};
@@ -577,6 +577,20 @@ fn errno(error: &Error) -> Option<i32> {
         | Error::InvalidIp(_)
         | Error::InvalidAddress(_, _)
         | Error::InvalidNla(_) => None,
+    }
+}
+
+/// A datagram to the discard port (RFC 863) makes the kernel look for the router's address.
+pub(super) fn make_kernel_ask(router: IpAddr, device: u32) {
+    const DISCARD: u16 = 9;
+    let (any, to): (SocketAddr, SocketAddr) = match router {
+        IpAddr::V4(v4) => (([0u8; 4], 0).into(), (v4, DISCARD).into()),
+        // The kernel heeds the device of a link-local address only.
+        IpAddr::V6(v6) => (([0u16; 8], 0).into(), SocketAddrV6::new(v6, DISCARD, 0, device).into()),
+    };
+    // Without a route there is no router to be found either.
+    if let Ok(socket) = UdpSocket::bind(any) {
+        let _ = socket.send_to(&[0], to);
     }
 }
 
