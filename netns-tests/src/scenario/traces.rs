@@ -69,14 +69,20 @@ impl Traces {
 
 /// Waits until a host's network is as it was.
 pub async fn as_before(host: &Namespace, before: &Traces, limit: Duration) -> Result<()> {
+    as_at_one_time(host, &[before], limit).await
+}
+
+/// Waits until a host's network is as it was at one of these times.
+pub async fn as_at_one_time(host: &Namespace, times: &[&Traces], limit: Duration) -> Result<()> {
     let deadline = Instant::now() + limit;
     loop {
-        let difference = before.difference(&Traces::of(host)?);
-        if difference.is_empty() {
+        let now = Traces::of(host)?;
+        let differences: Vec<_> = times.iter().map(|time| time.difference(&now)).collect();
+        if differences.iter().any(Vec::is_empty) {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("{} is not as before: {difference:#?}", host.name());
+            bail!("{} is not as before: {differences:#?}", host.name());
         }
         tokio::time::sleep(LOOK).await;
     }
