@@ -219,10 +219,11 @@ async fn receive(
         let id = BulkId { migration, channel: Channel::Map(index as u8) };
         let telling = peer.bulk_sender(id, MAP_WINDOW).await.map_err(disk_failed)?;
         held.maps.push(match (held.kept.get(index), held.images.get(index)) {
-            (Some(true), Some(image)) => DiskMap::of_kept_disk(image.clone(), client.clone(), telling),
+            (Some(true), Some(image)) => DiskMap::of_kept_disk(image.clone(), client.clone(), None, telling),
             _ => DiskMap::of_new_disk(telling),
         });
-        let target = DiskTarget::spawn(volume.size_bytes, mirror, channel, client).map_err(disk_failed)?;
+        let target =
+            DiskTarget::spawn(volume.size_bytes, mirror, channel, client, None).map_err(disk_failed)?;
         held.disks.push(target);
     }
     let incoming = guest_socket(guest, &own, "incoming.sock");
