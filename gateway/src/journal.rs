@@ -1,4 +1,4 @@
-//! What survives a crash: records of migrations, the ledger of machines, the anchors.
+//! What survives a crash: records of migrations, the ledger of machines, the anchors, where disks are kept.
 //!
 //! One redb file; every commit is fsynced before it returns, and a migration's record changes the
 //! ledger in the same transaction. [`Journal::commit`] is the only way from a [`Step`] to its
@@ -8,6 +8,7 @@
 #[cfg(test)]
 mod torn;
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -42,6 +43,8 @@ const ETCD_REGISTERS: TableDefinition<&str, u64> = TableDefinition::new("etcd_re
 const MACHINES: TableDefinition<&str, &[u8]> = TableDefinition::new("machines");
 /// Machines that left and whose connections are still held here, by the machine's name.
 const ANCHORS: TableDefinition<&str, &[u8]> = TableDefinition::new("anchors");
+/// Disks of machines that left, by their path.
+const KEPT: TableDefinition<&str, &[u8]> = TableDefinition::new("kept_disks");
 
 /// What kept the journal from being read or written. The gateway stops deciding when it sees one.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +128,7 @@ impl Journal {
             transaction.open_table(OWNERSHIP)?;
             transaction.open_table(MACHINES)?;
             transaction.open_table(ANCHORS)?;
+            transaction.open_table(KEPT)?;
             transaction.open_table(EPOCHS)?;
             transaction.open_table(REGISTERS)?;
             transaction.open_table(ETCD_REGISTERS)?;
@@ -334,6 +338,32 @@ impl Journal {
     pub fn remove_anchor(&self, vm: &VmName) -> Result<(), JournalError> {
         self.write(|transaction| {
             transaction.open_table(ANCHORS)?.remove(vm.as_str())?;
+            Ok(())
+        })
+    }
+
+    /// Disks of machines that left, and what is known of each.
+    pub fn kept_disks<T: DeserializeOwned>(&self) -> Result<BTreeMap<PathBuf, T>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(KEPT).map_err(store)?;
+        let mut kept = BTreeMap::new();
+        for row in table.iter().map_err(store)? {
+            let (path, value) = row.map_err(store)?;
+            kept.insert(PathBuf::from(path.value()), decode(value.value())?);
+        }
+        Ok(kept)
+    }
+
+    /// Writes down a disk of a machine that left. A path that is no text is not written down.
+    pub fn put_kept_disk<T: Serialize>(&self, path: &Path, row: &T) -> Result<(), JournalError> {
+        path.to_str().map_or(Ok(()), |path| self.put(KEPT, path, row))
+    }
+
+    /// Forgets a disk of a machine that left.
+    pub fn forget_kept_disk(&self, path: &Path) -> Result<(), JournalError> {
+        let Some(path) = path.to_str() else { return Ok(()) };
+        self.write(|transaction| {
+            transaction.open_table(KEPT)?.remove(path)?;
             Ok(())
         })
     }

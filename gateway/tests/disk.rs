@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a step that fails here fails the test")]
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use gateway::chunk::{ChunkClosed, ChunkRecv, ChunkSend};
 use gateway::disk::nbd::{NbdClient, NbdServer};
-use gateway::disk::{DiskMap, DiskSource, DiskSourceConfig, DiskTarget, DiskTargetError, block_hashes};
+use gateway::disk::{Base, DiskMap, DiskSource, DiskSourceConfig, DiskTarget, DiskTargetError, block_hashes};
 use longhaul_core::disk::{Barrier, SourceConfig, TargetConfig, TargetDisk};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -246,13 +246,16 @@ struct Scenario {
     in_memory: bool,
     /// The target's disk is of an earlier attempt, and the source is told what it holds.
     kept: bool,
+    /// A copy of earlier, `base.raw`, lies beside the target's disk.
+    base: bool,
 }
 
 impl Default for Scenario {
     fn default() -> Self {
         let mirror = SourceConfig::default();
         let target = TargetConfig::default();
-        Self { size: 32 * MIB, mirror, target, sync: "none", damage: None, in_memory: false, kept: false }
+        let (damage, in_memory, kept, base) = (None, false, false, false);
+        Self { size: 32 * MIB, mirror, target, sync: "none", damage, in_memory, kept, base }
     }
 }
 
@@ -276,9 +279,15 @@ impl Lab {
         target_qemu.export(&path("b.nbd"), true).await;
         let disk = NbdClient::connect(&path("b.nbd"), "disk0").await.unwrap();
         let (telling, told, _always_up) = chunk_queue(None);
-        let map = scenario.kept.then(|| DiskMap::of_kept_disk(path("b.raw"), disk.clone(), telling));
-        let told = scenario.kept.then_some(told);
-        let target = DiskTarget::spawn(scenario.size, scenario.target, receiving, disk).unwrap();
+        let owner = std::fs::metadata(path("b.raw")).unwrap().uid();
+        let base = scenario.base.then(|| Base::open(&path("base.raw"), scenario.size, owner).unwrap());
+        let map = match (scenario.kept, base.clone()) {
+            (true, base) => Some(DiskMap::of_kept_disk(path("b.raw"), disk.clone(), base, telling)),
+            (false, Some(base)) => Some(DiskMap::of_copy_beside_new_disk(base, telling)),
+            (false, None) => None,
+        };
+        let told = map.is_some().then_some(told);
+        let target = DiskTarget::spawn(scenario.size, scenario.target, receiving, disk, base).unwrap();
 
         let config = DiskSourceConfig { mirror: scenario.mirror, ..DiskSourceConfig::default() };
         let (export, mut source) = DiskSource::spawn("disk0", scenario.size, config, sending, told);
@@ -424,6 +433,63 @@ async fn a_second_copy_sends_only_what_differs() {
     assert!(source.counters.chunk_bytes < 6 * MIB, "{:?}", source.counters);
     assert!(target.counters.same_bytes > 190 * MIB, "{:?}", target.counters);
     lab.compare().await;
+}
+
+/// A guest that was here before, with 200 MiB of noise, and comes back with some of it changed. `partial` is what an
+/// attempt of before had sent, if there was one.
+async fn comes_back(partial: Option<&[u8]>) -> Option<(Lab, Vec<u8>)> {
+    let size = 256 * MIB + 5 * 512;
+    let mirror = SourceConfig { target: TargetDisk::Told, ..SourceConfig::default() };
+    let kept = partial.is_some();
+    let scenario = Scenario { size, mirror, base: true, kept, ..Scenario::default() };
+    let mut base = Vec::new();
+    let fill = |disk: &Path| {
+        noise(disk, 200 * MIB);
+        let (copy, there) = (disk.with_file_name("base.raw"), disk.with_file_name("b.raw"));
+        let file = std::fs::File::create(&copy).unwrap();
+        file.set_len(size).unwrap();
+        // Holes stay holes.
+        file.write_all_at(&std::fs::read(disk).unwrap()[..200 * MIB as usize], 0).unwrap();
+        // What the guest changed elsewhere, and what was altered here behind our back.
+        file.write_all_at(&[1; 100_000], 10 * MIB).unwrap();
+        file.write_all_at(&[0; MIB as usize], 50 * MIB + 512).unwrap();
+        file.write_all_at(&[2; MIB as usize], 220 * MIB).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 150 * MIB).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], 150 * MIB).unwrap();
+        base = std::fs::read(&copy).unwrap();
+        if let Some(partial) = partial {
+            std::fs::File::options()
+                .write(true)
+                .open(there)
+                .unwrap()
+                .write_all_at(partial, 40 * MIB)
+                .unwrap();
+        }
+    };
+    let mut lab = Lab::start(scenario, fill).await?;
+    for round in 0..20u64 {
+        lab.source_qemu.io(&format!("write -P {} {} 4k", round + 1, round * 3 * MIB)).await;
+        lab.source_qemu.io(&format!("write -z {} 64k", (round * 7 + 1) * MIB)).await;
+    }
+    Some((lab, base))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_comes_back_sends_only_what_changed_and_leaves_the_kept_copy_as_it_is() {
+    for partial in [None, Some(&[7; MIB as usize][..])] {
+        let Some((mut lab, base)) = comes_back(partial).await else { return };
+        lab.until_in_step().await;
+        // Made zero after it was put there from the copy.
+        lab.source_qemu.io(&format!("write -z {} 1M", 170 * MIB)).await;
+        lab.finish().await;
+        let (source, target) = (*lab.source.progress().borrow(), *lab.target.progress().borrow());
+        println!("partial: {}: {:?} {:?}", partial.is_some(), source.counters, target.counters);
+        assert!(source.counters.chunk_bytes < 6 * MIB, "{:?}", source.counters);
+        assert!(target.counters.base_bytes > 190 * MIB, "{:?}", target.counters);
+        assert!(std::fs::read(lab.path("base.raw")).unwrap() == base, "the kept copy was written");
+        lab.compare().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,13 +21,18 @@ mod quic;
 mod scenes;
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use gateway::api::types::{MigrationView, Progressing};
+use longhaul_core::migration::Stage;
 use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
+use netns_tests::scenario::disk_check::{arrived_disk, blocks_that_differ, compare_at, kept_disk};
+use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::names::Names;
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::outside::attracts;
@@ -35,7 +40,7 @@ use netns_tests::scenario::scene::{Scene, VM};
 use netns_tests::scenario::traffic::Client;
 use netns_tests::topology::Watch;
 use netns_tests::traffic::{DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
-use netns_tests::wan::PacketMatch;
+use netns_tests::wan::{Direction, PacketMatch};
 
 use beside::Beside;
 use scenes::{build, close, state, turn, wait};
@@ -59,7 +64,12 @@ fn options(name: &str) -> SceneOptions {
 /// Moves the machine; afterwards it runs there alone.
 async fn moved(scene: &Scene, from: &str, to: &str) -> MigrationView {
     let id = scene.begin_move_between(from, to).await.unwrap();
-    let view = scene.wait_move_from(from, &id, MOVE_LIMIT).await.unwrap();
+    arrived(scene, from, to, &id).await
+}
+
+/// Waits until a move has ended well.
+async fn arrived(scene: &Scene, from: &str, to: &str, id: &str) -> MigrationView {
+    let view = scene.wait_move_from(from, id, MOVE_LIMIT).await.unwrap();
     let (source, destination) = (scene.gateway(from).unwrap(), scene.gateway(to).unwrap());
     assert_eq!(
         view.progressing,
@@ -72,6 +82,51 @@ async fn moved(scene: &Scene, from: &str, to: &str) -> MigrationView {
     assert_eq!(state(destination).as_deref(), Some("running"));
     assert_eq!(state(source), None);
     view
+}
+
+/// Moves the machine; gives also what passed the WAN in both directions until its disks were in step.
+async fn moved_with_disk_bytes(scene: &Scene, from: &str, to: &str) -> (MigrationView, u64) {
+    let offered = || -> u64 {
+        let bytes = |direction| scene.world.wan.counters(direction).unwrap().offered.bytes;
+        Direction::BOTH.into_iter().map(bytes).sum()
+    };
+    let before = offered();
+    let id = scene.begin_move_between(from, to).await.unwrap();
+    let client = scene.gateway(from).unwrap().client();
+    let deadline = Instant::now() + MOVE_LIMIT;
+    loop {
+        let view = client.migration(&id).await.unwrap();
+        let in_step = view.disk.1 > 0 && view.disk.0 == view.disk.1;
+        if view.stage > Stage::PreCopy || view.stage == Stage::PreCopy && (view.round >= 1 || in_step) {
+            break;
+        }
+        assert!(view.progressing == Progressing::Running && Instant::now() < deadline, "{view:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let disk = offered() - before;
+    (arrived(scene, from, to, &id).await, disk)
+}
+
+/// Changes one byte of a disk, in a block that is not empty.
+fn flip_a_byte(disk: &Path) {
+    let file = std::fs::File::options().read(true).write(true).open(disk).unwrap();
+    let mut block = vec![0; 64 << 10];
+    for at in (0..file.metadata().unwrap().len()).step_by(block.len()) {
+        file.read_exact_at(&mut block, at).unwrap();
+        if let Some(byte) = block.iter().position(|byte| *byte != 0) {
+            return file.write_all_at(&[block[byte] ^ 1], at + byte as u64).unwrap();
+        }
+    }
+    panic!("{} is empty", disk.display());
+}
+
+/// Compares the disk of the machine, which is at `at`, with what the site it came from `kept`. Stops it.
+async fn disk_is_right(scene: &Scene, at: &str, kept: &Path, id: &str, epoch: u64) {
+    let gateway = scene.gateway(at).unwrap();
+    let mut monitor = Monitor::connect(&gateway.observer(VM), 5 * SECOND).unwrap();
+    let found = compare_at(scene, at, kept, &mut monitor, id, epoch).await.unwrap();
+    println!("{found:?}");
+    assert!(found.sound && found.mismatched == 0 && found.compared > 1000, "{found:?}");
 }
 
 async fn named(scene: &Scene, address: IpAddr) {
@@ -215,22 +270,63 @@ async fn a_machine_that_goes_on_to_a_third_site_needs_the_second_for_its_own_con
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_moves_in_a_row_lose_no_connection() {
+async fn a_machine_that_goes_home_sends_only_the_blocks_that_changed_elsewhere() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(SceneOptions { dirty_disk_kib_per_s: 64, ..options("changed") }).await;
+    scene.start_guest().await.unwrap();
+    let (there, first) = moved_with_disk_bytes(&scene, "a", "b").await;
+    let left = kept_disk(&scene.disks[0], 1);
+    // Nobody may rely on what is kept: one of its blocks is not what the machine left.
+    flip_a_byte(&left);
+    let (back, second) = moved_with_disk_bytes(&scene, "b", "a").await;
+    let gone = kept_disk(&arrived_disk(&scene.b, &there.id).unwrap(), 2);
+    let changed = blocks_that_differ(&left, &gone).unwrap();
+    println!(
+        "disk over the WAN: {first} bytes there, {second} bytes back ({:.1} %); {changed} blocks changed, {} bytes kept",
+        100.0 * second as f64 / first as f64,
+        back.disk_kept
+    );
+    assert!(changed > 1, "the guest wrote nothing at b");
+    assert!(there.disk_kept == 0 && back.disk_kept > 10 << 20, "{} and {}", there.disk_kept, back.disk_kept);
+    assert!(first > 10 << 20 && second * 5 < first, "{second} of {first} bytes were sent again");
+    let kept = scene.a.client().status().await.unwrap().kept;
+    assert!(kept.iter().any(|disk| disk.path == left), "a disk outside the pool is listed: {kept:?}");
+    disk_is_right(&scene, "a", &gone, &back.id, 2).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_moves_in_a_row_lose_no_connection_and_keep_one_disk_at_each_site() {
     let Some(_turn) = turn().await else { return };
     let scene = build(options("ten")).await;
     scene.start_guest().await.unwrap();
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let boot_id = boot(&scene, home);
     let mut clients = vec![("opened first", connect(&scene, home).await)];
+    let (mut sent, mut last) = (Vec::new(), Vec::new());
     for turn in 0..5 {
-        moved(&scene, "a", "b").await;
+        let (there, disk) = moved_with_disk_bytes(&scene, "a", "b").await;
+        sent.push(disk);
         clients.push(("opened at b", connect(&scene, care_of).await));
-        moved(&scene, "b", "a").await;
+        let (back, disk) = moved_with_disk_bytes(&scene, "b", "a").await;
+        sent.push(disk);
+        assert!(back.disk_kept > 10 << 20 && (turn == 0 || there.disk_kept > 10 << 20), "turn {turn}");
+        last = vec![there.id, back.id];
         clients.push(("opened at home", connect(&scene, home).await));
         assert_eq!(boot(&scene, care_of), boot_id, "turn {turn}");
     }
     named(&scene, home).await;
     all_lived(&scene, clients, &boot_id, 5000).await;
+    println!("disk over the WAN in each move: {sent:?}");
+    assert!(sent[1..].iter().all(|later| later * 5 < sent[0]), "{sent:?}");
+    let kept = kept_disk(&arrived_disk(&scene.b, &last[0]).unwrap(), 10);
+    for (gateway, epoch) in [(&scene.a, 9), (&scene.b, 10)] {
+        let disks = gateway.client().status().await.unwrap().kept;
+        let names: Vec<_> = disks.iter().map(|disk| disk.path.display().to_string()).collect();
+        assert!(names.len() == 1 && names[0].ends_with(&format!(".moved-e{epoch}")), "{names:?}");
+    }
+    assert!(!kept_disk(&scene.disks[0], 1).exists(), "the oldest is superseded");
+    disk_is_right(&scene, "a", &kept, &last[1], 10).await;
     close(scene);
 }
 

@@ -16,8 +16,12 @@ const SIZE: u64 = 1 << 20;
 
 /// Gives `data` to a destination as chunks, each behind its length in two bytes.
 pub fn run(data: &[u8]) {
+    run_on(MirrorTarget::new(SIZE, TargetConfig::default()), data);
+    run_on(MirrorTarget::new(SIZE, TargetConfig::default()).with_base(), data);
+}
+
+fn run_on(mut target: MirrorTarget, data: &[u8]) {
     let mut input = Input(data);
-    let mut target = MirrorTarget::new(SIZE, TargetConfig::default());
     while !input.is_empty() {
         let len = usize::from(input.u16());
         let chunk = Bytes::copy_from_slice(input.take(len));
@@ -51,6 +55,12 @@ fn carry_out(target: &mut MirrorTarget) -> bool {
                 if target.handle_hashed(number, [0; 32]).is_err() {
                     return false;
                 }
+            }
+            Step::Fetch { number, offset, len } => {
+                assert!(offset.checked_add(u64::from(len)).is_some_and(|end| end <= SIZE));
+                let hash = [0; 32];
+                let content = (number % 2 == 0).then(|| (vec![7; len as usize].into(), hash));
+                target.handle_fetched(number, content);
             }
             Step::Flush => target.handle_flushed(),
             Step::Proven(barrier) => assert_eq!(target.proven(), Some(barrier)),

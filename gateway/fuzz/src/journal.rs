@@ -7,6 +7,7 @@ use std::fmt::Debug;
 
 use gateway::migration::MachineRow;
 use gateway::migration::anchor::Anchor;
+use gateway::migration::kept::KeptRow;
 use longhaul_core::ids::{Epoch, MigrationId};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::Refusal;
@@ -20,11 +21,12 @@ use crate::sample;
 /// Reads `data` behind its first byte as the row that the byte names.
 pub fn run(data: &[u8]) {
     let Some((kind, row)) = data.split_first() else { return };
-    match kind % 5 {
+    match kind % 6 {
         0 => entry(row),
         1 => again::<Attempt>(row),
         2 => again::<Ownership>(row),
         3 => again::<MachineRow>(row),
+        4 => again::<KeptRow>(row),
         _ => again::<Anchor>(row),
     }
 }
@@ -69,6 +71,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         settled_in: None,
         ttl_before_s: Some(60),
     };
+    let volume = "root".parse().expect("a name");
+    let kept = KeptRow { vm: vm.clone(), volume, epoch: Epoch(3), owner: 200_000 };
     let (reservation, without_names) = (sample::reservation(), true);
     let why = Refusal::Link("601 s".to_owned());
     vec![
@@ -99,6 +103,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("ownership", row(2, &Ownership::Away { site: peer, epoch: Epoch(4) })),
         ("machine", row(3, &machine)),
+        ("kept", row(4, &kept)),
     ]
 }
 

@@ -190,7 +190,7 @@ pub struct MigrationView {
     pub rounds: Vec<RoundView>,
     /// Disk bytes copied and in all.
     pub disk: (u64, u64),
-    /// Disk bytes that an earlier attempt had left at the other site and that were not sent again.
+    /// Disk bytes that the other site had already, of an earlier attempt or stay, and that were not sent again.
     #[serde(default)]
     pub disk_kept: u64,
     /// Memory bytes that QEMU has not written yet, and in all.

@@ -107,6 +107,10 @@ pub struct StorageConfig {
     /// it). It is a copy of before the move, and takes the space it took.
     #[serde(default = "default_kept_days")]
     pub keep_moved_disks_d: u64,
+    /// How many of them are kept of one disk of one machine, the newest (default 1; 0: all). A machine that comes
+    /// back sends only what changed since the newest; each more takes the space it took.
+    #[serde(default = "default_kept_count")]
+    pub keep_moved_disks_count: usize,
     /// How long what an attempt copied of a machine's disks is kept, in hours, when the machine did not come
     /// (default 24; 0 throws it away at once). The next attempt sends only what differs.
     #[serde(default = "default_keep_partial")]
@@ -455,6 +459,10 @@ fn default_journal_free() -> u64 {
 
 fn default_max_arriving() -> u32 {
     4
+}
+
+fn default_kept_count() -> usize {
+    1
 }
 
 fn default_keep_partial() -> u64 {

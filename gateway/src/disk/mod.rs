@@ -3,7 +3,7 @@
 //! ```text
 //!  source host                                            destination host
 //!  QEMU ─mirror writes─▶ NbdServer ─▶ DiskSource ═chunks═▶ DiskTarget ─▶ NbdClient ─▶ QEMU
-//!  QEMU ◀──re-reads───── NbdClient ◀──┘ ◀══map chunks══ DiskMap ◀──reads── NbdClient
+//!  QEMU ◀──re-reads───── NbdClient ◀──┘ ◀══map chunks══ DiskMap ◀──reads── NbdClient, Base
 //! ```
 //!
 //! What is sent, in which order, and when the destination is believed is decided in
@@ -12,11 +12,13 @@
 
 pub mod nbd;
 
+mod base;
 mod hash;
 mod map;
 mod source;
 mod target;
 
+pub use base::{Base, BaseError};
 pub use hash::block_hashes;
 pub use map::DiskMap;
 pub use source::{DiskSource, DiskSourceConfig, DiskSourceError, SourceProgress};

@@ -28,7 +28,7 @@ use super::nbd::{Extent, GuestChange, NbdClient, NbdError, NbdExport};
 use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK};
 
 /// Data read by one request of ours, in bytes.
-const READ_UNIT: u64 = 1 << 20;
+pub(super) const READ_UNIT: u64 = 1 << 20;
 /// Changes between server and task. Each holds at most one NBD request (2 MiB).
 const CHANGES: usize = 8;
 

@@ -3,6 +3,7 @@
 //! ```text
 //!  ChunkRecv ──chunks──▶ MirrorTarget ──steps──▶ NbdClient ─▶ QEMU
 //!                             ▲──────answers───────┘
+//!                             ▲──content──── Base, a kept copy of the disk, where there is one
 //! ```
 //!
 //! It takes the next chunk only when the last one is under way, so a slow disk holds the source back
@@ -10,6 +11,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use longhaul_core::disk::{Barrier, MirrorTarget, Step, TargetConfig, TargetCounters, TargetError};
@@ -17,6 +19,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::base::Base;
 use super::nbd::{NbdClient, NbdError};
 use crate::chunk::ChunkRecv;
 
@@ -63,22 +66,26 @@ pub struct DiskTarget {
 }
 
 impl DiskTarget {
-    /// Starts the task of a disk of `size` bytes, which QEMU exports writable to `disk`.
+    /// Starts the task of a disk of `size` bytes, which QEMU exports writable to `disk`. What the source says is
+    /// here already is copied from `base` where that holds it.
     pub fn spawn<C: ChunkRecv>(
         size: u64,
         config: TargetConfig,
         channel: C,
         disk: NbdClient,
+        base: Option<Base>,
     ) -> Result<Self, DiskTargetError> {
         if disk.is_read_only() || !disk.can_flush() || disk.size() != size {
             return Err(DiskTargetError::Export { expected: size, found: disk.size() });
         }
         let (published, progress) = watch::channel(TargetProgress::default());
+        let mirror = MirrorTarget::new(size, config);
         let task = Task {
-            mirror: MirrorTarget::new(size, config),
+            mirror: if base.is_some() { mirror.with_base() } else { mirror },
             channel,
             open: true,
             disk,
+            base,
             work: FuturesUnordered::new(),
             progress: published,
             start: Instant::now(),
@@ -134,6 +141,7 @@ impl Drop for DiskTarget {
 enum Done {
     Applied(u64),
     Hashed(u64, [u8; 32]),
+    Fetched(u64, Option<(Bytes, [u8; 32])>),
     Flushed,
 }
 
@@ -142,6 +150,7 @@ struct Task<C> {
     channel: C,
     open: bool,
     disk: NbdClient,
+    base: Option<Base>,
     work: FuturesUnordered<BoxFuture<'static, Result<Done, NbdError>>>,
     progress: watch::Sender<TargetProgress>,
     start: Instant,
@@ -166,6 +175,7 @@ impl<C: ChunkRecv> Task<C> {
                 },
                 Some(done) = self.work.next(), if !self.work.is_empty() => match done? {
                     Done::Hashed(number, hash) => self.mirror.handle_hashed(number, hash)?,
+                    Done::Fetched(number, fetched) => self.mirror.handle_fetched(number, fetched),
                     Done::Applied(number) => self.mirror.handle_applied(number),
                     Done::Flushed => self.mirror.handle_flushed(),
                 },
@@ -187,6 +197,11 @@ impl<C: ChunkRecv> Task<C> {
                 let content = disk.read(offset, len).await?;
                 Ok(Done::Hashed(number, *blake3::hash(&content).as_bytes()))
             })),
+            Step::Fetch { number, offset, len } => {
+                let base = self.base.clone();
+                self.work
+                    .push(Box::pin(async move { Ok(Done::Fetched(number, fetch(base, offset, len).await)) }));
+            }
             Step::Flush => {
                 self.work.push(Box::pin(async move { disk.flush().await.map(|()| Done::Flushed) }));
             }
@@ -200,4 +215,10 @@ impl<C: ChunkRecv> Task<C> {
         let progress = TargetProgress { counters: self.mirror.counters(), proven: self.mirror.proven() };
         self.progress.send_if_modified(|last| std::mem::replace(last, progress) != progress);
     }
+}
+
+/// What the base holds there; a base that cannot be read holds nothing.
+async fn fetch(base: Option<Base>, offset: u64, len: u32) -> Option<(Bytes, [u8; 32])> {
+    let read = base?.read_hashed(offset, len).await;
+    read.inspect_err(|error| tracing::warn!(%error, offset, "the kept disk could not be read")).ok()
 }

@@ -18,6 +18,7 @@ mod destination;
 mod discard;
 mod host;
 pub mod journal_room;
+pub mod kept;
 mod park;
 pub mod partial;
 mod precopy;

@@ -165,6 +165,7 @@ mod tests {
             pool: pool.to_owned(),
             keep_free_gib: 0,
             keep_moved_disks_d: 0,
+            keep_moved_disks_count: 1,
             keep_partial_h: 24,
             keep_partial_count: 3,
             keep_partial_gib: 1,

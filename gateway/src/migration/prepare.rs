@@ -29,9 +29,9 @@ use super::destination::DestinationLeaf;
 use super::partial::{self, PartialOf};
 use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
 use super::stay::Stay;
-use super::{chain, hypervisor_failed, told_to_stop};
+use super::{chain, hypervisor_failed, kept, told_to_stop};
 use crate::disk::nbd::NbdClient;
-use crate::disk::{DiskMap, DiskTarget};
+use crate::disk::{Base, DiskMap, DiskTarget};
 use crate::hypervisor::{
     Access, DiskFile, DiskFormat, Guest, MigrationStatus, Placement, RunState, StartMode,
 };
@@ -49,11 +49,19 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct Held {
     pub guest: Option<Guest>,
     pub images: Vec<PathBuf>,
-    /// For each image, whether an earlier attempt had left it.
-    kept: Vec<bool>,
+    /// For each image, what is there of it already.
+    there: Vec<There>,
     pub maps: Vec<DiskMap>,
     disks: Vec<DiskTarget>,
     memory: Option<TargetHandle>,
+}
+
+/// What this site has of a disk before anything is sent.
+struct There {
+    /// The image was left by an earlier attempt.
+    partial: bool,
+    /// What the machine left behind when it was here before.
+    base: Option<Base>,
 }
 
 impl Held {
@@ -166,16 +174,17 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
         };
         let of = partial_of(leaf, volume.name);
         let pool = &leaf.edges.config.storage.pool;
-        if partial::take(pool, &of, Bytes(volume.size_bytes), &path).map_err(failed)? {
+        let partial = partial::take(pool, &of, Bytes(volume.size_bytes), &path).map_err(failed)?;
+        if partial {
             tracing::info!(vm = %of.vm, disk = %of.disk, "going on with what an earlier attempt has left");
-            held.images.push(path);
-            held.kept.push(true);
-            continue;
+            held.images.push(path.clone());
+        } else {
+            let file = new_image(&path).map_err(failed)?;
+            held.images.push(path.clone());
+            file.set_len(volume.size_bytes).map_err(failed)?;
         }
-        let file = new_image(&path).map_err(failed)?;
-        held.images.push(path.clone());
-        held.kept.push(false);
-        file.set_len(volume.size_bytes).map_err(failed)?;
+        let base = kept::base_of(&leaf.edges, &of.vm, &of.disk, volume.size_bytes);
+        held.there.push(There { partial, base });
     }
     Ok(())
 }
@@ -218,11 +227,17 @@ async fn receive(
         let channel = peer.bulk_receiver(id, window).await.map_err(disk_failed)?;
         let id = BulkId { migration, channel: Channel::Map(index as u8) };
         let telling = peer.bulk_sender(id, MAP_WINDOW).await.map_err(disk_failed)?;
-        held.maps.push(match (held.kept.get(index), held.images.get(index)) {
-            (Some(true), Some(image)) => DiskMap::of_kept_disk(image.clone(), client.clone(), telling),
-            _ => DiskMap::of_new_disk(telling),
+        let there = held.there.get(index);
+        let base = there.and_then(|there| there.base.clone());
+        held.maps.push(match (there.filter(|there| there.partial).zip(held.images.get(index)), &base) {
+            (Some((_, image)), _) => {
+                DiskMap::of_kept_disk(image.clone(), client.clone(), base.clone(), telling)
+            }
+            (None, Some(base)) => DiskMap::of_copy_beside_new_disk(base.clone(), telling),
+            (None, None) => DiskMap::of_new_disk(telling),
         });
-        let target = DiskTarget::spawn(volume.size_bytes, mirror, channel, client).map_err(disk_failed)?;
+        let size = volume.size_bytes;
+        let target = DiskTarget::spawn(size, mirror, channel, client, base).map_err(disk_failed)?;
         held.disks.push(target);
     }
     let incoming = guest_socket(guest, &own, "incoming.sock");
@@ -262,6 +277,7 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
         Err(why) = gone => return Err(why),
     }
     held.maps.clear();
+    held.there.clear();
     close_disks(guest, &mut held.disks).await?;
     let state = guest.status().await.map_err(hypervisor_failed)?;
     if !matches!(state, RunState::Paused | RunState::Prelaunch) {

@@ -1,19 +1,20 @@
 //! Stage 5 at the source, after the destination runs the machine: nothing of it runs here any more.
 //!
-//! The disks stay, renamed, so that nothing starts them by accident, until an operator removes them. Names and
-//! packets are the anchor's business, which outlives the migration. The note beside a disk stands by its old name
+//! The disks stay, renamed, so that nothing starts them by accident: until their time is over, or the machine has
+//! been here once more and newer ones take their place. Names and packets are the anchor's business, which outlives the migration. The note beside a disk stands by its old name
 //! and by the new one: an older journal looks for the first, an operator may define the second.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::policy::PortKey;
 
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::stay::Stay;
-use super::{MachineRow, chain, standing};
+use super::{MachineRow, chain, kept, standing};
 use crate::hypervisor::Guest;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -42,14 +43,10 @@ pub(super) async fn run(
     {
         tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
     }
-    for image in &images {
-        let aside = moved_name(image, leaf.attempt.epoch.0);
-        match std::fs::rename(image, &aside) {
-            Ok(()) => tracing::info!(%vm, kept = %aside.display(), "disk kept aside"),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "disk could not be renamed"),
-        }
+    for (volume, image) in row.definition.volumes().zip(&images) {
+        put_aside(&leaf, &row, volume.name, image);
     }
+    kept::supersede(&leaf.edges, vm);
     leave_taps(&leaf, &row).await;
     leave_network(&leaf, &row).await;
     if let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) {
@@ -57,6 +54,18 @@ pub(super) async fn run(
     }
     leaf.report(Event::TidiedUp).await;
     Transfer::default()
+}
+
+/// May have been done before a crash: then the disk has its new name.
+fn put_aside(leaf: &SourceLeaf, row: &MachineRow, volume: &DeviceName, image: &Path) {
+    let vm = &leaf.attempt.vm;
+    let aside = moved_name(image, leaf.attempt.epoch.0);
+    match std::fs::rename(image, &aside) {
+        Ok(()) => tracing::info!(%vm, kept = %aside.display(), "disk kept aside"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "disk could not be renamed"),
+    }
+    kept::remember(&leaf.edges, &leaf.attempt, volume, &aside, row.adopted.is_some());
 }
 
 /// The machine's images. Something else may have put an adopted machine on other files since.

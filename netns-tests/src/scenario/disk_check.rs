@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::gateway::Gateway;
 use super::monitor::Monitor;
 use super::scene::{Scene, VM};
 use crate::guest::verify;
@@ -48,13 +49,28 @@ struct Run {
 
 /// Stops the machine at the destination and compares its root disk. `epoch` is the one that began there.
 pub async fn compare(scene: &Scene, monitor: &mut Monitor, id: &str, epoch: u64) -> Result<DiskFindings> {
+    let root = scene.disks.first().context("The guest has no disk")?;
+    compare_at(scene, "b", &kept_disk(root, epoch), monitor, id, epoch).await
+}
+
+/// The same at any site, with what another one has `kept`.
+pub async fn compare_at(
+    scene: &Scene,
+    site: &str,
+    kept: &Path,
+    monitor: &mut Monitor,
+    id: &str,
+    epoch: u64,
+) -> Result<DiskFindings> {
+    if !kept.exists() {
+        bail!("The source did not keep its disk at {}", kept.display());
+    }
+    let gateway = scene.gateway(site)?;
     monitor.ask("stop", json!({}))?;
-    let dirty = dirty_runs(scene, monitor, epoch)?;
-    scene.b.client().stop(&VM.parse()?).await?;
-    let kept = kept_disk(scene, epoch)?;
-    let short = id.get(..8).context("The migration has no id")?;
-    let there = scene.b.folder.join("disks").join(format!("{VM}-{ROOT}.{short}.raw"));
-    let mut findings = compare_files(&kept, &there, &dirty)?;
+    let dirty = dirty_runs(gateway, monitor, epoch)?;
+    gateway.client().stop(&VM.parse()?).await?;
+    let there = arrived_disk(gateway, id)?;
+    let mut findings = compare_files(kept, &there, &dirty)?;
     let work = tempfile::tempdir_in(scene.world.lab.scratch())?;
     let (verdict, _) = verify::root_disk(&there, work.path())?;
     findings.sound = verdict.sound();
@@ -70,17 +86,24 @@ pub async fn compare(scene: &Scene, monitor: &mut Monitor, id: &str, epoch: u64)
     Ok(findings)
 }
 
-fn kept_disk(scene: &Scene, epoch: u64) -> Result<PathBuf> {
-    let root = scene.disks.first().context("The guest has no disk")?;
-    let kept = PathBuf::from(format!("{}.moved-e{epoch}", root.display()));
-    if !kept.exists() {
-        bail!("The source did not keep its disk at {}", kept.display());
-    }
-    Ok(kept)
+/// Where the root disk lies that came by this migration.
+pub fn arrived_disk(gateway: &Gateway, id: &str) -> Result<PathBuf> {
+    let short = id.get(..8).context("The migration has no id")?;
+    Ok(gateway.folder.join("disks").join(format!("{VM}-{ROOT}.{short}.raw")))
+}
+
+/// Where a source keeps a disk when `epoch` began elsewhere.
+pub fn kept_disk(disk: &Path, epoch: u64) -> PathBuf {
+    PathBuf::from(format!("{}.moved-e{epoch}", disk.display()))
+}
+
+/// How many blocks of two disks differ.
+pub fn blocks_that_differ(one: &Path, other: &Path) -> Result<u64> {
+    Ok(compare_files(one, other, &[])?.mismatched)
 }
 
 /// The runs that changed since before the guest resumed, from QEMU's bitmap over NBD.
-fn dirty_runs(scene: &Scene, monitor: &mut Monitor, epoch: u64) -> Result<Vec<(u64, u64)>> {
+fn dirty_runs(gateway: &Gateway, monitor: &mut Monitor, epoch: u64) -> Result<Vec<(u64, u64)>> {
     let nodes = monitor.ask("query-named-block-nodes", json!({ "flat": true }))?;
     let nodes = nodes.as_array().context("QEMU lists no nodes")?;
     let bitmap = format!("longhaul-e{epoch}");
@@ -96,7 +119,7 @@ fn dirty_runs(scene: &Scene, monitor: &mut Monitor, epoch: u64) -> Result<Vec<(u
         .to_owned();
     monitor.ask("block-dirty-bitmap-disable", json!({ "node": node, "name": bitmap }))?;
     // Where QEMU may make one.
-    let socket = scene.b.observer(VM).with_file_name("own").join("check.sock");
+    let socket = gateway.observer(VM).with_file_name("own").join("check.sock");
     let address = json!({ "type": "unix", "data": { "path": socket } });
     monitor.ask("nbd-server-start", json!({ "addr": address }))?;
     let export = json!({

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Integers are little-endian, blocks are told in order and once. Flag 1 says that the disk was made just
-//! now and reads as zeros; it has no runs. A hint is the beginning of the block's BLAKE3 hash. It proves
+//! now and reads as zeros. Without runs that is the whole map; with runs they tell what the destination can
+//! put there from a copy that it keeps. A hint is the beginning of the block's BLAKE3 hash. It proves
 //! nothing: the source sends the whole hash of what it has, and the destination hashes its block again.
 
 use std::collections::BTreeMap;
@@ -54,6 +55,7 @@ pub enum MapError {
 #[derive(Debug)]
 pub struct MapWriter {
     blocks: u64,
+    flags: u8,
     first: u64,
     next: u64,
     runs: Vec<(u32, Vec<Hint>)>,
@@ -63,7 +65,13 @@ pub struct MapWriter {
 impl MapWriter {
     /// The map of a disk of `size` bytes.
     pub fn new(size: u64) -> Self {
-        Self { blocks: size.div_ceil(BLOCK), first: 0, next: 0, runs: Vec::new(), hints: 0 }
+        Self { blocks: size.div_ceil(BLOCK), flags: 0, first: 0, next: 0, runs: Vec::new(), hints: 0 }
+    }
+
+    /// The map of a disk of `size` bytes that was made just now and reads as zeros, where a kept copy of it
+    /// is told of: zeros need not be sent, and neither need what the copy holds.
+    pub fn of_copy_beside_new_disk(size: u64) -> Self {
+        Self { flags: FLAG_NEW, ..Self::new(size) }
     }
 
     /// The whole map of a disk that was made just now and reads as zeros.
@@ -78,7 +86,7 @@ impl MapWriter {
         (self.next < self.blocks).then_some(self.next)
     }
 
-    /// Nothing is said of the next `blocks` blocks: they are to be sent, zeros too.
+    /// Nothing is said of the next `blocks` blocks: they are to be sent, zeros too unless the disk is new.
     pub fn skip(&mut self, blocks: u64) {
         let mut left = blocks.min(self.blocks - self.next);
         self.next += left;
@@ -111,7 +119,7 @@ impl MapWriter {
 
     /// The chunk of what was told since the last one.
     pub fn finish(&mut self) -> Bytes {
-        let mut chunk = vec![VERSION, 0];
+        let mut chunk = vec![VERSION, self.flags];
         chunk.extend(self.first.to_le_bytes());
         chunk.extend((self.runs.len() as u32).to_le_bytes());
         for (skipped, hints) in self.runs.drain(..) {
@@ -150,12 +158,14 @@ impl BlockMap {
         }
         let (version, flags) = (chunk.get_u8(), chunk.get_u8());
         let (first, count) = (chunk.get_u64_le(), chunk.get_u32_le());
+        let begins = self.told == 0;
         match (version, flags) {
             (VERSION, 0) => {}
-            (VERSION, FLAG_NEW) if self.told == 0 && count == 0 => {
+            (VERSION, FLAG_NEW) if begins && count == 0 => {
                 (self.new, self.told) = (true, self.blocks);
                 return Ok(());
             }
+            (VERSION, FLAG_NEW) if (begins || self.new) && count > 0 => {}
             _ => return Err(MapError::Format),
         }
         let place = |end| MapError::Place { first, end, expected: self.told, blocks: self.blocks };
@@ -167,6 +177,7 @@ impl BlockMap {
             return Err(place(end));
         }
         self.told = end;
+        self.new |= flags == FLAG_NEW;
         for (block, hints) in runs {
             let cost = RUN_COST + hints.len() as u64 * size_of::<Hint>() as u64;
             if self.bytes + cost <= self.max_bytes {
@@ -192,7 +203,7 @@ impl BlockMap {
         self.new
     }
 
-    /// Whether the destination may have a block with this hash.
+    /// Whether the destination may have a block with this hash, in its disk or, if that is new, beside it.
     pub(super) fn may_have(&self, block: u64, hash: impl FnOnce() -> [u8; 32]) -> Option<[u8; 32]> {
         let (first, hints) = self.runs.range(..=block).next_back()?;
         let told = hints.get((block - first) as usize)?;
@@ -294,6 +305,9 @@ mod tests {
         map.add(early.clone()).unwrap();
         assert!(matches!(map.add(early), Err(MapError::Place { expected: 60, .. })));
         assert!(matches!(map.add(MapWriter::of_new_disk()), Err(MapError::Format)));
+        let mut beside = MapWriter::of_copy_beside_new_disk(100 * BLOCK);
+        beside.skip(100);
+        assert!(matches!(map.add(beside.finish()), Err(MapError::Format)), "it was not new before");
         map.add(late).unwrap();
         let mut small = BlockMap::new(50, 1 << 20);
         let mut writer = MapWriter::new(60 * BLOCK);
@@ -310,6 +324,26 @@ mod tests {
         expected.extend([9; 16]);
         assert_eq!(writer.finish(), expected);
         assert_eq!(MapWriter::of_new_disk(), [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..]);
+    }
+
+    #[test]
+    fn a_copy_beside_a_new_disk_is_told_of_and_an_error_leaves_the_disk_unknown() {
+        let mut writer = MapWriter::of_copy_beside_new_disk(10 * BLOCK);
+        writer.skip(3);
+        writer.tell(&hash(1));
+        let first = writer.finish();
+        assert_eq!(first[..2], [VERSION, FLAG_NEW]);
+        writer.tell(&hash(2));
+        writer.skip(5);
+        let mut map = BlockMap::new(10, 1 << 20);
+        map.add(first.clone()).unwrap();
+        assert!(map.is_new() && map.told() == 4);
+        map.add(writer.finish()).unwrap();
+        assert_eq!((map.told(), map.may_have(4, || hash(2))), (10, Some(hash(2))));
+        assert!(map.may_have(3, || hash(1)).is_some() && map.may_have(5, || hash(2)).is_none());
+        let mut small = BlockMap::new(3, 1 << 20);
+        small.add(first).unwrap_err();
+        assert!(!small.is_new());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The whole mirror against a model: guest, QEMU's mirror job, reader, channel and target disk, with
 //! every step at an arbitrary moment. The target must end equal to the source, always, whatever its disk
-//! held before and was told of it.
+//! held before, whatever copy is kept beside it, and whatever was told of them.
 
 use std::time::Duration;
 
@@ -32,6 +32,8 @@ struct World {
     /// Steps under way, with whether the disk has them already.
     steps: Vec<(Step, bool)>,
     target_disk: Vec<u8>,
+    /// A copy of earlier that is kept beside it.
+    base: Option<Vec<u8>>,
     /// What of the target's disk is still to be told to the source.
     map: Option<MapWriter>,
     refused: Option<TargetError>,
@@ -54,17 +56,10 @@ impl World {
         let dirty = vec![config.existing == Existing::Mirrored; SIZE.div_ceil(GRANULE)];
         let target = TargetConfig { max_in_flight: 5, flush_bytes: 100_000, ..TargetConfig::default() };
         let mut target_disk = vec![if config.target == TargetDisk::Unknown { 0xEE } else { 0 }; SIZE];
-        for (index, block) in target_disk.chunks_mut(BLOCK as usize).enumerate() {
-            let now = &disk[index * BLOCK as usize..][..block.len()];
-            match kept.get(index) {
-                Some(Kept::Same) => block.copy_from_slice(now),
-                Some(Kept::Older) => block.iter_mut().zip(now).for_each(|(old, new)| *old = new / 2),
-                Some(Kept::Foreign) => block.fill(0xAB),
-                Some(Kept::Nothing) | None => {}
-            }
-        }
+        hold(&mut target_disk, &disk, kept);
         Self {
             target_disk,
+            base: None,
             map: (config.target == TargetDisk::Told).then(|| MapWriter::new(SIZE as u64)),
             refused: None,
             qemu: Qemu { disk, dirty, under_way: Vec::new() },
@@ -76,6 +71,19 @@ impl World {
             now: Duration::ZERO,
             proven: None,
         }
+    }
+
+    /// A disk that holds `kept`, or is new if that is nothing, beside a copy that holds `base`.
+    fn with_base(config: SourceConfig, kept: &[Kept], base: &[Kept]) -> Self {
+        let mut world = Self::new(config, kept);
+        let mut copy = vec![0; SIZE];
+        hold(&mut copy, &world.qemu.disk, base);
+        world.target = world.target.with_base();
+        world.base = Some(copy);
+        if kept.is_empty() {
+            world.map = Some(MapWriter::of_copy_beside_new_disk(SIZE as u64));
+        }
+        world
     }
 
     fn step(&mut self, (what, place, amount): Event) {
@@ -173,20 +181,32 @@ impl World {
     /// Blocks are hashed as they are at this moment, while the mirror writes.
     fn map_travels(&mut self, amount: u16) {
         let Some(map) = &mut self.map else { return };
+        let first = map.next();
         for _ in 0..amount % 5 {
             let Some(block) = map.next() else { break };
             let at = block as usize * BLOCK as usize;
-            let content = &self.target_disk[at..(at + BLOCK as usize).min(SIZE)];
-            match content.iter().all(|byte| *byte == 0) || amount.is_multiple_of(7) {
-                true => map.skip(1),
-                false => map.tell(blake3::hash(content).as_bytes()),
+            let range = at..(at + BLOCK as usize).min(SIZE);
+            let held = [Some(&self.target_disk), self.base.as_ref()];
+            let mut held = held.into_iter().flatten().map(|disk| &disk[range.clone()]);
+            match held.find(|content| content.iter().any(|byte| *byte != 0)) {
+                Some(content) if !amount.is_multiple_of(7) => map.tell(blake3::hash(content).as_bytes()),
+                Some(_) | None => map.skip(1),
             }
         }
         let complete = map.next().is_none();
-        self.source.handle_map(map.finish()).unwrap();
+        // A chunk without runs would be the whole map of a disk that is new.
+        if map.next() != first {
+            self.source.handle_map(map.finish()).unwrap();
+        }
         if complete || amount.is_multiple_of(29) {
             self.source.handle_map_end();
             self.map = None;
+        }
+    }
+
+    fn tell_all(&mut self) {
+        while self.map.is_some() {
+            self.map_travels(4);
         }
     }
 
@@ -197,7 +217,13 @@ impl World {
         self.now += Duration::from_millis(u64::from(amount % 1000));
         match self.target.poll_step(self.now) {
             Some(Step::Proven(barrier)) => self.proven = Some(barrier),
-            Some(step @ (Step::Write { .. } | Step::Zero { .. } | Step::Hash { .. } | Step::Flush)) => {
+            Some(
+                step @ (Step::Write { .. }
+                | Step::Zero { .. }
+                | Step::Hash { .. }
+                | Step::Fetch { .. }
+                | Step::Flush),
+            ) => {
                 // The server may do the work at once and answer late, or do both late.
                 let early = amount.is_multiple_of(2);
                 if early {
@@ -224,6 +250,12 @@ impl World {
                 if let Err(error) = self.target.handle_hashed(number, *found.as_bytes()) {
                     self.refused = Some(error);
                 }
+            }
+            Step::Fetch { number, offset, len } => {
+                let base = self.base.as_ref().expect("asked only where there is one");
+                let data = Bytes::copy_from_slice(&base[offset as usize..][..len as usize]);
+                let found = *blake3::hash(&data).as_bytes();
+                self.target.handle_fetched(number, Some((data, found)));
             }
             Step::Flush => self.target.handle_flushed(),
             Step::Proven(_) => unreachable!("never under way"),
@@ -253,7 +285,20 @@ fn apply(disk: &mut [u8], step: &Step) {
     match step {
         Step::Write { offset, data, .. } => disk[*offset as usize..][..data.len()].copy_from_slice(data),
         Step::Zero { offset, len, .. } => disk[*offset as usize..][..*len as usize].fill(0),
-        Step::Hash { .. } | Step::Flush | Step::Proven(_) => {}
+        Step::Hash { .. } | Step::Fetch { .. } | Step::Flush | Step::Proven(_) => {}
+    }
+}
+
+/// Makes blocks of `disk` what `kept` says of them, beside what the source has `now`.
+fn hold(disk: &mut [u8], now: &[u8], kept: &[Kept]) {
+    for (index, block) in disk.chunks_mut(BLOCK as usize).enumerate() {
+        let now = &now[index * BLOCK as usize..][..block.len()];
+        match kept.get(index) {
+            Some(Kept::Same) => block.copy_from_slice(now),
+            Some(Kept::Older) => block.iter_mut().zip(now).for_each(|(old, new)| *old = new / 2),
+            Some(Kept::Foreign) => block.fill(0xAB),
+            Some(Kept::Nothing) | None => {}
+        }
     }
 }
 
@@ -321,6 +366,23 @@ proptest! {
     }
 
     #[test]
+    fn the_target_ends_equal_whatever_copy_is_kept_beside_it(
+        sizes in any_config(), base in any_kept(),
+        kept in prop_oneof![Just(Vec::new()), any_kept()],
+        first in any_events(250), second in any_events(100),
+    ) {
+        let config = SourceConfig { target: TargetDisk::Told, existing: Existing::Reread, ..sizes };
+        let mut world = World::with_base(config, &kept, &base);
+        let copy = world.base.clone();
+        prop_assert!(ends_equal(&mut world, &first, &second));
+        prop_assert_eq!(world.refused, None);
+        prop_assert_eq!(world.base, copy, "nothing is written to it");
+        let counters = world.target.counters();
+        prop_assert!(counters.base_bytes <= counters.same_bytes);
+        prop_assert!(counters.same_bytes <= world.source.counters().same_bytes);
+    }
+
+    #[test]
     fn the_target_ends_equal_without_any_buffer(first in any_events(250), second in any_events(50)) {
         let config = SourceConfig { buffer_bytes: 0, ..SourceConfig::default() };
         prop_assert!(converges(config, false, &first, &second));
@@ -373,6 +435,69 @@ fn a_new_disk_is_sent_no_zeros() {
 }
 
 #[test]
+fn of_a_machine_that_comes_back_only_what_changed_travels() {
+    let base = [Kept::Same, Kept::Same, Kept::Older, Kept::Same, Kept::Foreign, Kept::Same, Kept::Same];
+    let mut world = World::with_base(TOLD, &[], &base);
+    world.tell_all();
+    world.qemu.disk[4 * BLOCK as usize..5 * BLOCK as usize].fill(0);
+    world.finish();
+    assert!(world.target_disk == world.qemu.disk && world.proven.is_some());
+    let (source, target) = (world.source.counters(), world.target.counters());
+    let same = SIZE as u64 - 2 * BLOCK;
+    assert_eq!((source.same_bytes, target.same_bytes, target.base_bytes), (same, same, same));
+    assert_eq!(
+        (source.zero_bytes, source.sent_bytes),
+        (BLOCK, SIZE as u64 - BLOCK),
+        "a new disk needs no zeros"
+    );
+}
+
+#[test]
+fn a_base_that_was_altered_costs_bytes_where_it_is_known_and_the_attempt_where_it_is_not() {
+    let flipped = |told: bool| {
+        let mut world = World::with_base(TOLD, &[], &[Kept::Same; 7]);
+        let at = world.qemu.disk.iter().position(|byte| *byte != 0).unwrap();
+        if !told {
+            world.base.as_mut().unwrap()[at] ^= 1;
+        }
+        world.tell_all();
+        if told {
+            world.base.as_mut().unwrap()[at] ^= 1;
+        }
+        world.finish();
+        world
+    };
+    let world = flipped(false);
+    assert!(world.proven.is_some() && world.target_disk == world.qemu.disk);
+    assert_eq!(world.target.counters().same_bytes, SIZE as u64 - BLOCK);
+    let world = flipped(true);
+    assert!(matches!(world.refused, Some(TargetError::Differs { .. })), "{:?}", world.refused);
+    assert_eq!(world.proven, None);
+}
+
+/// A block is taken from the base onto a new disk, and the guest makes it zero.
+fn given_and_zeroed(mutant: bool) -> bool {
+    let mut world = World::with_base(TOLD, &[], &[Kept::Same; 7]);
+    world.source.mutant_thinks_new_stays_empty = mutant;
+    world.tell_all();
+    world.finish();
+    assert!(world.target_disk == world.qemu.disk);
+    world.source.handle_reopen();
+    let block = world.qemu.disk.iter().position(|byte| *byte != 0).unwrap() / BLOCK as usize;
+    let range = block * BLOCK as usize..(block + 1) * BLOCK as usize;
+    world.qemu.disk[range].fill(0);
+    world.source.handle_zero(block as u64 * BLOCK, BLOCK).unwrap();
+    world.finish();
+    world.proven.is_some() && world.target_disk == world.qemu.disk
+}
+
+#[test]
+fn a_new_disk_reads_as_zeros_only_where_nothing_was_given_to_it() {
+    assert!(given_and_zeroed(false));
+    assert!(!given_and_zeroed(true), "the mutant leaves what was there");
+}
+
+#[test]
 fn nothing_is_read_ahead_of_the_map_and_all_is_when_it_ends() {
     let mut source = MirrorSource::new(SIZE as u64, TOLD);
     assert_eq!(source.poll_read(BLOCK), None);
@@ -389,9 +514,7 @@ fn nothing_is_read_ahead_of_the_map_and_all_is_when_it_ends() {
 #[test]
 fn a_kept_block_that_rots_after_it_was_told_of_is_refused() {
     let mut world = World::new(TOLD, &[Kept::Same; 6]);
-    while world.map.is_some() {
-        world.map_travels(4);
-    }
+    world.tell_all();
     let at = world.qemu.disk.iter().position(|byte| *byte != 0).unwrap();
     world.target_disk[at] ^= 1;
     world.finish();
@@ -403,9 +526,7 @@ fn a_kept_block_that_rots_after_it_was_told_of_is_refused() {
 fn written_and_written_back(mutant: bool) -> World {
     let mut world = World::new(TOLD, &[Kept::Same; 6]);
     world.source.mutant_believes_old_news = mutant;
-    while world.map.is_some() {
-        world.map_travels(4);
-    }
+    world.tell_all();
     world.finish();
     world.source.handle_reopen();
     let at = world.qemu.disk.iter().position(|byte| *byte != 0).unwrap() as u64;

@@ -44,7 +44,8 @@ pub enum Record {
         len: u64,
     },
     /// `len` bytes at byte `offset`, at most a block, are there already: the destination holds what has
-    /// this BLAKE3 hash, and refuses the mirror if it does not.
+    /// this BLAKE3 hash, in this place of its disk or of a copy that it keeps, and refuses the mirror if it
+    /// does not.
     Same {
         /// Where, in bytes.
         offset: u64,

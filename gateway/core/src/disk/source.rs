@@ -18,7 +18,8 @@
 //! refuses a guest's write for lack of room: what does not fit is forgotten and read again later.
 //!
 //! Where the destination has told what it holds of a block, and nothing was sent for that block yet, equal
-//! content travels as its hash. Re-reads do not run ahead of what was told.
+//! content travels as its hash. Re-reads do not run ahead of what was told. A new disk reads as zeros until
+//! something is sent for a block, and a hash is something: the destination puts there what it keeps elsewhere.
 
 use bytes::Bytes;
 
@@ -177,6 +178,8 @@ pub struct MirrorSource {
     pub(super) mutant_ignores_overtaking: bool,
     #[cfg(test)]
     pub(super) mutant_believes_old_news: bool,
+    #[cfg(test)]
+    pub(super) mutant_thinks_new_stays_empty: bool,
 }
 
 impl MirrorSource {
@@ -209,6 +212,8 @@ impl MirrorSource {
             mutant_ignores_overtaking: false,
             #[cfg(test)]
             mutant_believes_old_news: false,
+            #[cfg(test)]
+            mutant_thinks_new_stays_empty: false,
         }
     }
 
@@ -442,6 +447,9 @@ impl MirrorSource {
                 self.enqueue_zero(block, at, len);
             } else if let Some(hash) = self.is_there(block, &part) {
                 self.counters.same_bytes += len;
+                if self.map.is_new() && self.giving_counts() {
+                    self.touched.insert(block);
+                }
                 self.queue.push(Record::Same { offset: at, len: len as u32, hash });
             } else {
                 self.enqueue(Record::Write { offset: at, data: part });
@@ -460,6 +468,14 @@ impl MirrorSource {
     fn touching_counts(&self) -> bool {
         #[cfg(test)]
         if self.mutant_believes_old_news {
+            return false;
+        }
+        true
+    }
+
+    fn giving_counts(&self) -> bool {
+        #[cfg(test)]
+        if self.mutant_thinks_new_stays_empty {
             return false;
         }
         true

@@ -7,6 +7,9 @@
 //!                         is applied                                          nothing unflushed: Proven
 //! ```
 //!
+//! Content that is said to be here is looked for in the base, if there is one, and written from there; else, and
+//! where the base does not hold it, it must be on the disk. The base is a kept copy that is only read.
+//!
 //! Records whose ranges overlap are never in flight together, because an NBD server may reorder them.
 //! Time is a parameter. A barrier that was proven says nothing about records that come after it.
 
@@ -73,6 +76,15 @@ pub enum Step {
         /// How many bytes, at most a block.
         len: u32,
     },
+    /// Read `len` bytes at `offset` of the base and hash them; answer with [`MirrorTarget::handle_fetched`].
+    Fetch {
+        /// The record's number.
+        number: u64,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes, at most a block.
+        len: u32,
+    },
     /// Make all that was answered durable; answer with [`MirrorTarget::handle_flushed`].
     Flush,
     /// Everything before this barrier is on the disk, durable and digested alike.
@@ -88,6 +100,8 @@ pub struct TargetCounters {
     pub received_bytes: u64,
     /// Of it, content that was here already and has the source's hash.
     pub same_bytes: u64,
+    /// Of that, content that was copied from the base.
+    pub base_bytes: u64,
     /// Disk content applied in bytes.
     pub applied_bytes: u64,
     /// Of those, bytes that a flush has made durable. What is missing here is what a barrier waits for.
@@ -173,6 +187,9 @@ pub struct MirrorTarget {
     digest: RunningDigest,
     queue: VecDeque<(u64, Record)>,
     in_flight: BTreeMap<u64, InFlight>,
+    /// What follows from an answer, for records that are in flight.
+    next: VecDeque<Step>,
+    has_base: bool,
     in_flight_bytes: u64,
     unflushed_bytes: u64,
     unflushed: bool,
@@ -194,6 +211,8 @@ impl MirrorTarget {
             digest: RunningDigest::default(),
             queue: VecDeque::new(),
             in_flight: BTreeMap::new(),
+            next: VecDeque::new(),
+            has_base: false,
             in_flight_bytes: 0,
             unflushed_bytes: 0,
             unflushed: false,
@@ -204,6 +223,11 @@ impl MirrorTarget {
             proven: None,
             counters: TargetCounters::default(),
         }
+    }
+
+    /// The same with a base: a copy of the disk from earlier that can be read beside it, and is never written.
+    pub fn with_base(self) -> Self {
+        Self { has_base: true, ..self }
     }
 
     /// Whether to take another chunk: at most one chunk is held beside what is in flight.
@@ -232,6 +256,9 @@ impl MirrorTarget {
 
     /// The next thing to do, or `None` until an answer, a chunk or [`Self::flush_at`].
     pub fn poll_step(&mut self, now: Duration) -> Option<Step> {
+        if let Some(step) = self.next.pop_front() {
+            return Some(step);
+        }
         loop {
             if self.flush_due(now) {
                 return Some(self.begin_flush(now));
@@ -271,6 +298,22 @@ impl MirrorTarget {
         }
         self.handle_applied(number);
         Ok(())
+    }
+
+    /// What was asked for by [`Step::Fetch`]: what the base holds there, and its BLAKE3 hash; `None` where it could
+    /// not be read. Nothing else of the base gets onto the disk than what the source has.
+    pub fn handle_fetched(&mut self, number: u64, fetched: Option<(Bytes, [u8; 32])>) {
+        let Some(record) = self.in_flight.get_mut(&number) else { return };
+        let (offset, len) = (record.start, record.end - record.start);
+        self.next.push_back(match fetched {
+            Some((data, found)) if record.hash == Some(found) && data.len() as u64 == len => {
+                record.hash = None;
+                self.counters.same_bytes += len;
+                self.counters.base_bytes += len;
+                Step::Write { number, offset, data }
+            }
+            Some(_) | None => Step::Hash { number, offset, len: len as u32 },
+        });
     }
 
     /// The flush is done.
@@ -378,6 +421,7 @@ impl MirrorTarget {
         match record {
             Record::Write { offset, data } => Some(Step::Write { number, offset, data }),
             Record::Zero { offset, len } => Some(Step::Zero { number, offset, len }),
+            Record::Same { offset, len, .. } if self.has_base => Some(Step::Fetch { number, offset, len }),
             Record::Same { offset, len, .. } => Some(Step::Hash { number, offset, len }),
             Record::Flush | Record::Barrier(_) => None,
         }
@@ -478,6 +522,33 @@ mod tests {
     }
 
     #[test]
+    fn what_the_base_holds_is_written_and_flushed_and_what_it_does_not_must_be_on_the_disk() {
+        let content = Bytes::from(vec![5; 4096]);
+        let hash = *blake3::hash(&content).as_bytes();
+        let records = [Record::Same { offset: 0, len: 4096, hash }];
+        let barrier = barrier_behind(&records);
+        let mut target = target().with_base();
+        target.handle_chunk(chunk(1, &[records.to_vec(), vec![barrier]].concat())).unwrap();
+        assert_eq!(target.poll_step(NOW), Some(Step::Fetch { number: 1, offset: 0, len: 4096 }));
+        assert_eq!(target.poll_step(NOW), None);
+        for not_it in [None, Some((content.slice(1..), hash)), Some((content.clone(), [1; 32]))] {
+            let mut other = target.clone();
+            other.handle_fetched(1, not_it);
+            assert_eq!(other.poll_step(NOW), Some(Step::Hash { number: 1, offset: 0, len: 4096 }));
+            other.clone().handle_hashed(1, hash).unwrap();
+            assert!(matches!(other.handle_hashed(1, [1; 32]), Err(TargetError::Differs { .. })));
+        }
+        target.handle_fetched(1, Some((content.clone(), hash)));
+        assert_eq!(target.poll_step(NOW), Some(Step::Write { number: 1, offset: 0, data: content }));
+        assert!(!target.is_idle());
+        target.handle_applied(1);
+        assert_eq!(target.poll_step(NOW), Some(Step::Flush), "it is content like any other");
+        target.handle_flushed();
+        assert!(matches!(target.poll_step(NOW), Some(Step::Proven(_))));
+        assert_eq!((target.counters().same_bytes, target.counters().base_bytes), (4096, 4096));
+    }
+
+    #[test]
     fn overlapping_records_are_never_in_flight_together() {
         let mut target = target();
         target.handle_chunk(chunk(1, &[write(0, 1), write(8192, 2), write(4000, 3)])).unwrap();
@@ -546,7 +617,9 @@ mod tests {
             match step {
                 Step::Write { number, .. } => target.handle_applied(number),
                 Step::Flush => target.handle_flushed(),
-                Step::Zero { .. } | Step::Hash { .. } | Step::Proven(_) => panic!("{step:?}"),
+                Step::Zero { .. } | Step::Hash { .. } | Step::Fetch { .. } | Step::Proven(_) => {
+                    panic!("{step:?}")
+                }
             }
             let counters = target.counters();
             assert!(counters.applied_bytes - counters.durable_bytes <= 8192, "{counters:?}");
