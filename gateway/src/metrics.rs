@@ -37,6 +37,8 @@ pub struct Figures {
     pub migrations_running: u64,
     /// Machines whose connections are held here.
     pub anchors: u64,
+    /// Name servers that do not have a name that moved yet, for each name.
+    pub names_behind: u64,
     /// Guests' packets sent to peers.
     pub tunnel_packets_out: u64,
     /// Guests' packets received from peers.
@@ -58,6 +60,9 @@ pub fn page(figures: &Figures) -> String {
     gauge(&mut registry, "machines_crashed", crashed, figures.machines_crashed);
     gauge(&mut registry, "migrations_running", "Migrations under way", figures.migrations_running);
     gauge(&mut registry, "anchors", "Machines that left and whose connections pass here", figures.anchors);
+    let behind =
+        "Name servers that do not have the new addresses of a machine that moved, for each such machine";
+    gauge(&mut registry, "names_behind", behind, figures.names_behind);
     gauge(&mut registry, "tunnel_packets_out", "Guests' packets sent to peers", figures.tunnel_packets_out);
     gauge(
         &mut registry,

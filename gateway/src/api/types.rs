@@ -271,10 +271,13 @@ pub struct AnchorView {
     pub flows: u64,
     /// How the name stands: `none`, `pending`, `moved`, `settled`.
     pub names: String,
-    /// When the name moved.
+    /// When the name moved: at the primary, or once every name server of the zone has it, at the last of them.
     pub names_moved_ms: Option<u64>,
-    /// Why the name is still pending.
+    /// Why the name is still pending, or its name servers could not be asked.
     pub names_error: Option<String>,
+    /// Name servers of the zone that do not have the moved name yet; until they do, old answers do not expire.
+    #[serde(default)]
+    pub names_behind: Vec<String>,
     /// When the home address began to be attracted.
     pub since_ms: u64,
     /// When the tunnel ended, once it has.

@@ -163,5 +163,9 @@ fn anchor_line(anchor: &AnchorView) -> String {
         Some(error) => format!("{} ({error})", anchor.names),
         None => anchor.names.clone(),
     };
-    format!("  {:<16} at {}  {state}, names {names}\n", anchor.vm.as_str(), anchor.at)
+    let mut lines = format!("  {:<16} at {}  {state}, names {names}\n", anchor.vm.as_str(), anchor.at);
+    if !anchor.names_behind.is_empty() {
+        lines += &format!("    name servers that do not have it yet: {}\n", anchor.names_behind.join(", "));
+    }
+    lines
 }

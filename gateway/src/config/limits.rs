@@ -79,6 +79,9 @@ impl Config {
     fn check_dns_limits(&self) -> Result<(), Conflict> {
         let Some(dns) = &self.dns else { return Ok(()) };
         within(dns.timeout_ms, 1, 60_000, "dns.timeout_ms")?;
+        within(dns.secondary_poll_s, 1, 3600, "dns.secondary_poll_s")?;
+        within(dns.secondary_warn_s, 1, MAX_S, "dns.secondary_warn_s")?;
+        within(dns.secondary_silent_s, 0, MAX_S, "dns.secondary_silent_s")?;
         let ports = dns.servers.iter().all(|server| server.port() > 0);
         expect(ports, "dns.servers", "ADDRESS:PORT with a port that is not 0")?;
         let zone = dns.zone.parse::<dnsupdater::DnsName>().is_ok();
@@ -218,6 +221,10 @@ mod tests {
             ("migration", "cut_limit_s = 604801", "migration.cut_limit_s"),
             ("dns", "zone = \"a b..\"", "dns.zone"),
             ("dns", "timeout_ms = 0", "dns.timeout_ms"),
+            ("dns", "secondary_poll_s = 0", "dns.secondary_poll_s"),
+            ("dns", "secondary_poll_s = 3601", "dns.secondary_poll_s"),
+            ("dns", "secondary_warn_s = 0", "dns.secondary_warn_s"),
+            ("dns", "secondary_silent_s = 604801", "dns.secondary_silent_s"),
             ("lan.l", "bridge = \"br 0\"", "lan.l.bridge"),
             ("lan.l", "care_of = [\"x\"]", "lan.l.care_of"),
             ("[peer]", "may_send = [\"w*b*\"]", "peer.b.may_send"),

@@ -258,6 +258,17 @@ pub struct DnsConfig {
     /// An answer is waited for this long (default 3000 ms).
     #[serde(default = "default_dns_timeout")]
     pub timeout_ms: u64,
+    /// How often every name server of the zone is asked whether it has a name that moved, at most (default 5 s). Each time
+    /// costs a connection and three questions per server, until the last one has it.
+    #[serde(default = "default_secondary_poll")]
+    pub secondary_poll_s: u64,
+    /// A name server that does not have it after this long is worth a warning (default 60 s).
+    #[serde(default = "default_secondary_warn")]
+    pub secondary_warn_s: u64,
+    /// One that does not answer at all is waited for this long (default 900 s). More keeps tunnels for a server that is
+    /// gone; less forgets one that comes back with old answers.
+    #[serde(default = "default_secondary_silent")]
+    pub secondary_silent_s: u64,
 }
 
 /// `[migration]`: budgets of a migration.
@@ -475,6 +486,18 @@ fn default_ttl() -> u32 {
 
 fn default_dns_timeout() -> u64 {
     3000
+}
+
+fn default_secondary_poll() -> u64 {
+    5
+}
+
+fn default_secondary_warn() -> u64 {
+    60
+}
+
+fn default_secondary_silent() -> u64 {
+    900
 }
 
 #[cfg(test)]
