@@ -39,6 +39,8 @@ pub struct Figures {
     pub anchors: u64,
     /// Name servers that do not have a name that moved yet, for each name.
     pub names_behind: u64,
+    /// Addresses of machines that left which other hosts use.
+    pub address_conflicts: u64,
     /// Guests' packets sent to peers.
     pub tunnel_packets_out: u64,
     /// Guests' packets received from peers.
@@ -63,6 +65,8 @@ pub fn page(figures: &Figures) -> String {
     let behind =
         "Name servers that do not have the new addresses of a machine that moved, for each such machine";
     gauge(&mut registry, "names_behind", behind, figures.names_behind);
+    let conflicts = "Addresses of machines that left which other hosts use";
+    gauge(&mut registry, "address_conflicts", conflicts, figures.address_conflicts);
     gauge(&mut registry, "tunnel_packets_out", "Guests' packets sent to peers", figures.tunnel_packets_out);
     gauge(
         &mut registry,

@@ -269,6 +269,9 @@ pub struct AnchorView {
     pub care_of: Vec<IpAddr>,
     /// Old flows alive.
     pub flows: u64,
+    /// Its addresses that another host uses, and that are not attracted while that lasts.
+    #[serde(default)]
+    pub conflicts: Vec<ConflictView>,
     /// How the name stands: `none`, `pending`, `moved`, `settled`.
     pub names: String,
     /// When the name moved: at the primary, or once every name server of the zone has it, at the last of them.
@@ -282,6 +285,15 @@ pub struct AnchorView {
     pub since_ms: u64,
     /// When the tunnel ended, once it has.
     pub closed_ms: Option<u64>,
+}
+
+/// Another host that uses an address of a machine that left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConflictView {
+    /// The address.
+    pub address: IpAddr,
+    /// The other host's link-layer address.
+    pub mac: String,
 }
 
 /// What is held here of a machine that left.

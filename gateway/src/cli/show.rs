@@ -167,5 +167,9 @@ fn anchor_line(anchor: &AnchorView) -> String {
     if !anchor.names_behind.is_empty() {
         lines += &format!("    name servers that do not have it yet: {}\n", anchor.names_behind.join(", "));
     }
+    for conflict in &anchor.conflicts {
+        let (address, mac) = (conflict.address, &conflict.mac);
+        lines += &format!("    CONFLICT  {address} is used by {mac}; it is not attracted while that lasts\n");
+    }
     lines
 }

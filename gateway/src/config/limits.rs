@@ -49,6 +49,7 @@ impl Config {
     fn check_tunnel_limits(&self) -> Result<(), Conflict> {
         let tunnel = &self.tunnel;
         expect(is_interface(&tunnel.device), "tunnel.device", INTERFACE)?;
+        within(tunnel.duplicate_silent_s, 5, MAX_S, "tunnel.duplicate_silent_s")?;
         within(tunnel.quiet_s, 1, MAX_S, "tunnel.quiet_s")?;
         within(tunnel.hold_kib, 64, 1 << 20, "tunnel.hold_kib")?;
         within(tunnel.idle_s, 1, MAX_S, "tunnel.idle_s")?;
@@ -211,6 +212,8 @@ mod tests {
             ("tunnel", "repair_kib = 63", "tunnel.repair_kib"),
             ("tunnel", "repair_kib = 65537", "tunnel.repair_kib"),
             ("tunnel", "quiet_s = 604801", "tunnel.quiet_s"),
+            ("tunnel", "duplicate_silent_s = 4", "tunnel.duplicate_silent_s"),
+            ("tunnel", "duplicate_silent_s = 604801", "tunnel.duplicate_silent_s"),
             ("tunnel", "router_advertisements_s = 3", "tunnel.router_advertisements_s"),
             ("tunnel", "router_advertisements_s = 1801", "tunnel.router_advertisements_s"),
             ("tunnel", "home_prefixes = [\"banana\"]", "tunnel.home_prefixes"),

@@ -179,6 +179,9 @@ pub struct KernelConfig {
 pub struct TunnelSection {
     /// The TUN device's name (default `lh0`).
     pub device: String,
+    /// An attracted address that another host uses is that host's until it was silent for this long, although it is
+    /// asked (default 60 s). Shorter takes it away from a host that is being rebooted.
+    pub duplicate_silent_s: u64,
     /// The tunnel ends when no old flow is left, the old name has expired and no new flow to the home
     /// address came for this long (default 86400 s: some clients have the number written down).
     pub quiet_s: u64,
@@ -221,6 +224,7 @@ impl Default for TunnelSection {
     fn default() -> Self {
         Self {
             device: "lh0".into(),
+            duplicate_silent_s: 60,
             quiet_s: 24 * 3600,
             hold_kib: 4096,
             idle_s: 7440,

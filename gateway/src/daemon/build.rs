@@ -104,6 +104,7 @@ fn tunnel(config: &Config) -> TunnelConfig {
     tunnel.switches_file = Some(config.site.run_dir.join("tunnel-switches"));
     tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
     tunnel.udp_flow_timeout = Duration::from_secs(section.udp_idle_s);
+    tunnel.duplicate_silent = Duration::from_secs(section.duplicate_silent_s);
     tunnel.router_advertisements = Duration::from_secs(section.router_advertisements_s);
     tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
     let flows = &mut tunnel.datapath.flows;

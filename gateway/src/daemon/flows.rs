@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 use super::Daemon;
 use super::machines::failed;
-use crate::api::types::{AnchorView, FlowsView, NicFlows};
+use crate::api::types::{AnchorView, ConflictView, FlowsView, NicFlows};
 use crate::api::{Reply, RequestError};
 use crate::migration::anchor::{AnchorCommand, Released, tell};
 
@@ -17,13 +17,17 @@ const MAX_SHOWN: usize = 1000;
 impl Daemon {
     /// What is held here of machines that left, with what the tunnel knows of it at this moment.
     pub(super) fn anchor_views(&self) -> Vec<AnchorView> {
-        let status = self.edges.tunnel.status();
-        let status = status.borrow();
+        let (status, conflicts) = (self.edges.tunnel.status(), self.edges.tunnel.conflicts());
+        let (status, conflicts) = (status.borrow(), conflicts.borrow());
         let mut views: Vec<AnchorView> = self.anchor_views.borrow().values().cloned().collect();
         for view in views.iter_mut().filter(|view| view.closed_ms.is_none()) {
             let is_its = |port: &&PortStatus| port.role == Role::Away && port.key.machine == view.vm;
             let ports: Vec<&PortStatus> = status.ports.iter().filter(is_its).collect();
             view.flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+            let its = conflicts.iter().filter(|conflict| conflict.key.machine == view.vm);
+            view.conflicts = its
+                .map(|conflict| ConflictView { address: conflict.address, mac: conflict.mac.to_string() })
+                .collect();
         }
         views
     }

@@ -214,6 +214,7 @@ impl Daemon {
                 .count() as u64,
             anchors: sum(|view| view.closed_ms.is_none().into()),
             names_behind: sum(|view| view.names_behind.len() as u64),
+            address_conflicts: sum(|view| view.conflicts.len() as u64),
             tunnel_packets_out: tunnel.packets_out,
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,

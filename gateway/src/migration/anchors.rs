@@ -384,7 +384,8 @@ impl AnchorTask {
             let attracted = match known {
                 Ok(()) => Ok(()),
                 Err(_) => match tunnel.hold_begin(hold).await {
-                    Ok(()) => tunnel.hold_end_attract(key, nic.flows.clone()).await,
+                    // Another host may have taken the address while there was no gateway.
+                    Ok(()) => tunnel.attract_again(key, nic.flows.clone()).await,
                     Err(error) => Err(error),
                 },
             };

@@ -7,6 +7,7 @@ pub mod advertisement;
 mod checksum;
 pub mod coalesce;
 pub mod datapath;
+pub mod duplicates;
 pub mod flows;
 pub mod fragment;
 pub mod handover;
