@@ -41,6 +41,8 @@ pub struct Figures {
     pub names_behind: u64,
     /// Addresses of machines that left which other hosts use.
     pub address_conflicts: u64,
+    /// Packets beyond a machine's share of the tunnel, by machine.
+    pub over_share: Vec<(String, u64)>,
     /// Guests' packets sent to peers.
     pub tunnel_packets_out: u64,
     /// Guests' packets received from peers.
@@ -52,6 +54,11 @@ pub struct Figures {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Peer {
     peer: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Machine {
+    machine: String,
 }
 
 /// The metrics page in OpenMetrics text.
@@ -67,6 +74,12 @@ pub fn page(figures: &Figures) -> String {
     gauge(&mut registry, "names_behind", behind, figures.names_behind);
     let conflicts = "Addresses of machines that left which other hosts use";
     gauge(&mut registry, "address_conflicts", conflicts, figures.address_conflicts);
+    let over_share = Family::<Machine, Gauge>::default();
+    for (machine, packets) in &figures.over_share {
+        over_share.get_or_create(&Machine { machine: machine.clone() }).set(*packets as i64);
+    }
+    let over = "Packets that did not travel because the machine had had its share of the tunnel";
+    registry.register("tunnel_packets_over_share", over, over_share);
     gauge(&mut registry, "tunnel_packets_out", "Guests' packets sent to peers", figures.tunnel_packets_out);
     gauge(
         &mut registry,
@@ -110,7 +123,9 @@ mod tests {
     #[test]
     fn the_page_names_unit_and_peer() {
         let link = LinkFigures { peer: "b".into(), up: true, rtt_s: 0.1, sent_bytes: 7, received_bytes: 9 };
-        let text = page(&Figures { links: vec![link], anchors: 2, ..Figures::default() });
+        let over_share = vec![("web1".to_owned(), 3)];
+        let text = page(&Figures { links: vec![link], anchors: 2, over_share, ..Figures::default() });
+        assert!(text.contains("longhaul_tunnel_packets_over_share{machine=\"web1\"} 3"), "{text}");
         assert!(text.contains("longhaul_link_rtt_seconds{peer=\"b\"} 0.1"), "{text}");
         assert!(text.contains("longhaul_anchors 2") && text.ends_with("# EOF\n"), "{text}");
     }

@@ -1,6 +1,7 @@
 //! What travels over the API. Times are milliseconds since the UNIX epoch unless named otherwise,
 //! sizes bytes, rates bytes per second.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -33,6 +34,9 @@ pub struct StatusView {
     /// Disks of machines that left.
     #[serde(default)]
     pub kept: Vec<KeptView>,
+    /// Packets of machines that were more than their share of the tunnel (`tunnel.machine_mbit`) and did not travel.
+    #[serde(default)]
+    pub over_share: BTreeMap<VmName, u64>,
 }
 
 /// A disk of a machine that left, as it was then.

@@ -95,6 +95,9 @@ fn page(view: &StatusView) -> String {
         page += &format!("  {:<16} {disk:<12} from {from}  {}\n", vm.as_str(), Bytes(partial.bytes));
     }
     let tunnel = &view.tunnel;
+    for (machine, packets) in &view.over_share {
+        page += &format!("tunnel: {packets} packets of {machine} dropped, more than its share\n");
+    }
     page += &format!(
         "tunnel: {} packets out, {} in, {} dropped, {} held\n",
         tunnel.packets_out, tunnel.packets_in, tunnel.dropped, tunnel.held

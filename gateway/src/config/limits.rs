@@ -49,6 +49,8 @@ impl Config {
     fn check_tunnel_limits(&self) -> Result<(), Conflict> {
         let tunnel = &self.tunnel;
         expect(is_interface(&tunnel.device), "tunnel.device", INTERFACE)?;
+        within(tunnel.machine_mbit, 0, 1_000_000, "tunnel.machine_mbit")?;
+        within(tunnel.machine_burst_kib, 64, 64 << 10, "tunnel.machine_burst_kib")?;
         within(tunnel.duplicate_silent_s, 5, MAX_S, "tunnel.duplicate_silent_s")?;
         within(tunnel.quiet_s, 1, MAX_S, "tunnel.quiet_s")?;
         within(tunnel.hold_kib, 64, 1 << 20, "tunnel.hold_kib")?;
@@ -212,6 +214,9 @@ mod tests {
             ("tunnel", "repair_kib = 63", "tunnel.repair_kib"),
             ("tunnel", "repair_kib = 65537", "tunnel.repair_kib"),
             ("tunnel", "quiet_s = 604801", "tunnel.quiet_s"),
+            ("tunnel", "machine_mbit = 1000001", "tunnel.machine_mbit"),
+            ("tunnel", "machine_burst_kib = 63", "tunnel.machine_burst_kib"),
+            ("tunnel", "machine_burst_kib = 65537", "tunnel.machine_burst_kib"),
             ("tunnel", "duplicate_silent_s = 4", "tunnel.duplicate_silent_s"),
             ("tunnel", "duplicate_silent_s = 604801", "tunnel.duplicate_silent_s"),
             ("tunnel", "router_advertisements_s = 3", "tunnel.router_advertisements_s"),

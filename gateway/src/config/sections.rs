@@ -179,6 +179,11 @@ pub struct KernelConfig {
 pub struct TunnelSection {
     /// The TUN device's name (default `lh0`).
     pub device: String,
+    /// What one machine may take of the tunnel, in Mbit/s in each direction (default 0: whatever it wants, as machines in a
+    /// LAN do). What is more is dropped, and counted; the others and the control messages keep theirs.
+    pub machine_mbit: u64,
+    /// What it may take at once beyond that, in KiB (default 1024). Less cuts bursts that the path would have carried.
+    pub machine_burst_kib: u64,
     /// An attracted address that another host uses is that host's until it was silent for this long, although it is
     /// asked (default 60 s). Shorter takes it away from a host that is being rebooted.
     pub duplicate_silent_s: u64,
@@ -224,6 +229,8 @@ impl Default for TunnelSection {
     fn default() -> Self {
         Self {
             device: "lh0".into(),
+            machine_mbit: 0,
+            machine_burst_kib: 1024,
             duplicate_silent_s: 60,
             quiet_s: 24 * 3600,
             hold_kib: 4096,

@@ -105,6 +105,9 @@ fn tunnel(config: &Config) -> TunnelConfig {
     tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
     tunnel.udp_flow_timeout = Duration::from_secs(section.udp_idle_s);
     tunnel.duplicate_silent = Duration::from_secs(section.duplicate_silent_s);
+    tunnel.datapath.share.rate = Rate::mbit(section.machine_mbit);
+    // The configuration was checked: 64 MiB at most.
+    tunnel.datapath.share.burst_bytes = (section.machine_burst_kib << 10) as u32;
     tunnel.router_advertisements = Duration::from_secs(section.router_advertisements_s);
     tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
     let flows = &mut tunnel.datapath.flows;

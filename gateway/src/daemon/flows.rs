@@ -1,5 +1,7 @@
 //! What is still held here of a machine that left: shown, and ended when its operator says so.
 
+use std::collections::BTreeMap;
+
 use longhaul_core::ids::VmName;
 use longhaul_core::tunnel::datapath::PortStatus;
 use longhaul_core::tunnel::policy::{PortKey, Role};
@@ -32,6 +34,13 @@ impl Daemon {
         views
     }
 
+    /// Packets of each machine that were more than its share of the tunnel.
+    pub(super) fn over_share(&self) -> BTreeMap<VmName, u64> {
+        let status = self.edges.tunnel.status();
+        let status = status.borrow();
+        let over = status.ports.iter().filter(|port| port.over_share > 0);
+        over.map(|port| (port.key.machine.clone(), port.over_share)).collect()
+    }
     /// `longhaul flows`: a task, for the tunnel may be busy.
     pub(super) fn flows(&self, vm: &VmName, reply: Reply<FlowsView>) {
         let anchor = self.anchor_views.borrow().get(vm).filter(|view| view.closed_ms.is_none()).cloned();

@@ -69,6 +69,7 @@ impl Daemon {
             partials: self.partial_views(),
             tunnel: self.tunnel_view(),
             kept: self.kept_disks(),
+            over_share: self.over_share(),
         }
     }
 
@@ -215,6 +216,11 @@ impl Daemon {
             anchors: sum(|view| view.closed_ms.is_none().into()),
             names_behind: sum(|view| view.names_behind.len() as u64),
             address_conflicts: sum(|view| view.conflicts.len() as u64),
+            over_share: self
+                .over_share()
+                .into_iter()
+                .map(|(vm, packets)| (vm.to_string(), packets))
+                .collect(),
             tunnel_packets_out: tunnel.packets_out,
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,

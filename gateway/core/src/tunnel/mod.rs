@@ -19,3 +19,4 @@ pub mod policy;
 pub mod repair;
 pub mod routers;
 pub mod segment;
+pub mod share;

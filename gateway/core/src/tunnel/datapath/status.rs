@@ -87,6 +87,8 @@ pub struct PortStatus {
     pub held_bytes: u64,
     /// Flows alive; `None` where they are not tracked (visits).
     pub flows_alive: Option<u64>,
+    /// Packets of the machine, all its NICs together, that were more than its share.
+    pub over_share: u64,
     /// The tunnel is needed by nobody any more.
     pub may_end: bool,
 }
