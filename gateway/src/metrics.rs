@@ -41,6 +41,10 @@ pub struct Figures {
     pub names_behind: u64,
     /// Addresses of machines that left which other hosts use.
     pub address_conflicts: u64,
+    /// Connections of machines that left.
+    pub flows: u64,
+    /// Those that are heard from one end only.
+    pub flows_one_way: u64,
     /// Packets beyond a machine's share of the tunnel, by machine.
     pub over_share: Vec<(String, u64)>,
     /// Guests' packets sent to peers.
@@ -74,6 +78,9 @@ pub fn page(figures: &Figures) -> String {
     gauge(&mut registry, "names_behind", behind, figures.names_behind);
     let conflicts = "Addresses of machines that left which other hosts use";
     gauge(&mut registry, "address_conflicts", conflicts, figures.address_conflicts);
+    gauge(&mut registry, "flows", "Connections of machines that left", figures.flows);
+    let one_way = "Connections of machines that left which are heard from one end only";
+    gauge(&mut registry, "flows_one_way", one_way, figures.flows_one_way);
     let over_share = Family::<Machine, Gauge>::default();
     for (machine, packets) in &figures.over_share {
         over_share.get_or_create(&Machine { machine: machine.clone() }).set(*packets as i64);

@@ -41,6 +41,9 @@ mod advertised;
 #[path = "tunnel/duplicates.rs"]
 mod duplicates;
 
+#[path = "tunnel/one_way.rs"]
+mod one_way;
+
 fn server(text: &str) -> SocketAddr {
     SocketAddr::new(address(text), PORT)
 }

@@ -273,6 +273,9 @@ pub struct AnchorView {
     pub care_of: Vec<IpAddr>,
     /// Old flows alive.
     pub flows: u64,
+    /// Of those, the ones that are heard from one end only, although the other was heard before.
+    #[serde(default)]
+    pub flows_one_way: u64,
     /// Its addresses that another host uses, and that are not attracted while that lasts.
     #[serde(default)]
     pub conflicts: Vec<ConflictView>,

@@ -160,6 +160,9 @@ fn follows(migration: &MigrationView) -> String {
 fn anchor_line(anchor: &AnchorView) -> String {
     let state = match anchor.closed_ms {
         Some(_) => "tunnel ended".to_owned(),
+        None if anchor.flows_one_way > 0 => {
+            format!("{} old flows, {} heard from one end only", anchor.flows, anchor.flows_one_way)
+        }
         None => format!("{} old flows", anchor.flows),
     };
     let names = match &anchor.names_error {

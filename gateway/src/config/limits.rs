@@ -51,6 +51,7 @@ impl Config {
         expect(is_interface(&tunnel.device), "tunnel.device", INTERFACE)?;
         within(tunnel.machine_mbit, 0, 1_000_000, "tunnel.machine_mbit")?;
         within(tunnel.machine_burst_kib, 64, 64 << 10, "tunnel.machine_burst_kib")?;
+        within(tunnel.one_way_s, 1, 3600, "tunnel.one_way_s")?;
         within(tunnel.duplicate_silent_s, 5, MAX_S, "tunnel.duplicate_silent_s")?;
         within(tunnel.quiet_s, 1, MAX_S, "tunnel.quiet_s")?;
         within(tunnel.hold_kib, 64, 1 << 20, "tunnel.hold_kib")?;
@@ -217,6 +218,8 @@ mod tests {
             ("tunnel", "machine_mbit = 1000001", "tunnel.machine_mbit"),
             ("tunnel", "machine_burst_kib = 63", "tunnel.machine_burst_kib"),
             ("tunnel", "machine_burst_kib = 65537", "tunnel.machine_burst_kib"),
+            ("tunnel", "one_way_s = 0", "tunnel.one_way_s"),
+            ("tunnel", "one_way_s = 3601", "tunnel.one_way_s"),
             ("tunnel", "duplicate_silent_s = 4", "tunnel.duplicate_silent_s"),
             ("tunnel", "duplicate_silent_s = 604801", "tunnel.duplicate_silent_s"),
             ("tunnel", "router_advertisements_s = 3", "tunnel.router_advertisements_s"),

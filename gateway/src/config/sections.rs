@@ -184,6 +184,9 @@ pub struct TunnelSection {
     pub machine_mbit: u64,
     /// What it may take at once beyond that, in KiB (default 1024). Less cuts bursts that the path would have carried.
     pub machine_burst_kib: u64,
+    /// A connection of which one end has sent for this long, while the other is silent, counts as heard from one end only
+    /// (default 30 s). Shorter names those that only wait for a slow answer.
+    pub one_way_s: u64,
     /// An attracted address that another host uses is that host's until it was silent for this long, although it is
     /// asked (default 60 s). Shorter takes it away from a host that is being rebooted.
     pub duplicate_silent_s: u64,
@@ -231,6 +234,7 @@ impl Default for TunnelSection {
             device: "lh0".into(),
             machine_mbit: 0,
             machine_burst_kib: 1024,
+            one_way_s: 30,
             duplicate_silent_s: 60,
             quiet_s: 24 * 3600,
             hold_kib: 4096,

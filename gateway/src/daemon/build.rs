@@ -115,6 +115,7 @@ fn tunnel(config: &Config) -> TunnelConfig {
     flows.tcp_closing = Duration::from_secs(section.closing_s);
     flows.udp_idle = Duration::from_secs(section.udp_idle_s);
     flows.other_idle = Duration::from_secs(section.other_idle_s);
+    flows.one_way = Duration::from_secs(section.one_way_s);
     flows.max_flows = section.max_flows as usize;
     flows.quiet = Duration::from_secs(section.quiet_s);
     flows.limit = section.hold.limit();

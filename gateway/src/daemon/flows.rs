@@ -26,6 +26,7 @@ impl Daemon {
             let is_its = |port: &&PortStatus| port.role == Role::Away && port.key.machine == view.vm;
             let ports: Vec<&PortStatus> = status.ports.iter().filter(is_its).collect();
             view.flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+            view.flows_one_way = ports.iter().map(|port| port.one_way.flows()).sum();
             let its = conflicts.iter().filter(|conflict| conflict.key.machine == view.vm);
             view.conflicts = its
                 .map(|conflict| ConflictView { address: conflict.address, mac: conflict.mac.to_string() })

@@ -216,6 +216,8 @@ impl Daemon {
             anchors: sum(|view| view.closed_ms.is_none().into()),
             names_behind: sum(|view| view.names_behind.len() as u64),
             address_conflicts: sum(|view| view.conflicts.len() as u64),
+            flows: sum(|view| view.flows),
+            flows_one_way: sum(|view| view.flows_one_way),
             over_share: self
                 .over_share()
                 .into_iter()

@@ -271,6 +271,7 @@ impl Anchor {
             home: self.addresses(),
             care_of: self.care_of.iter().map(|(_, care_of)| *care_of).collect(),
             flows: 0,
+            flows_one_way: 0,
             conflicts: Vec::new(),
             names: names.to_owned(),
             names_moved_ms: self.names.moved_unix_ms(),
