@@ -118,6 +118,18 @@ impl Updater {
         self.verify_from(name, expected, scope, None).await
     }
 
+    /// The same beside a serial number of the primary's that was seen earlier: with this one it had the answer first, and
+    /// other names may have changed since.
+    pub async fn verify_since(
+        &self,
+        name: &DnsName,
+        expected: &[IpAddr],
+        scope: Scope,
+        serial: u32,
+    ) -> Result<Verification, Error> {
+        self.verify_from(name, expected, scope, Some(serial)).await
+    }
+
     /// Repeats [`Updater::verify`] until every server answers as expected or `patience` is over; the last view counts.
     ///
     /// A secondary with working NOTIFY catches up within 0.2 s; one without waits for the zone's refresh time.

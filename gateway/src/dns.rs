@@ -8,11 +8,13 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use dnsupdater::{
-    DnsName, Key, Outcome, Ownership, Records, Register, Swap, TtlOutcome, Updater, UpdaterConfig,
+    DnsName, Key, Outcome, Ownership, Records, Register, Scope, ServerState, ServerView, Swap, TtlOutcome,
+    Unasked, Updater, UpdaterConfig, Verification,
 };
 
 use longhaul_core::ids::{Epoch, SiteName};
 use longhaul_core::migration::arbiter::{Contest, Request, Said};
+use longhaul_core::migration::spread::NameAnswer;
 
 use crate::config::DnsConfig;
 
@@ -107,6 +109,15 @@ pub struct Prize {
     pub addresses: Vec<(IpAddr, IpAddr)>,
 }
 
+/// One look at every name server of the zone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpreadLook {
+    /// The primary's serial number beside which the others were seen.
+    pub serial: u32,
+    /// What each said, the primary first; those that could not even be found are silent.
+    pub answers: Vec<(String, NameAnswer)>,
+}
+
 /// The name server of this site's machines.
 pub struct Names {
     updater: Updater,
@@ -129,6 +140,12 @@ impl Names {
             ..UpdaterConfig::new(config.servers.clone(), zone, key)
         };
         Ok(Self { updater: Updater::new(updater)?, move_ttl_s: config.move_ttl_s })
+    }
+
+    /// Names at servers of a test.
+    #[cfg(test)]
+    pub(crate) fn at(updater: UpdaterConfig, move_ttl_s: u32) -> Self {
+        Self { updater: Updater::new(updater).expect("a valid configuration"), move_ttl_s }
     }
 
     /// The TTL during a move.
@@ -219,6 +236,24 @@ impl Names {
 }
 
 impl Names {
+    /// Asks every name server of the zone whether it says of `name` what the primary says, from a zone that is not older
+    /// than `since`, the serial number of the first look. Where nobody but the primary is known it alone counts.
+    pub async fn spread(&self, name: &str, since: Option<u32>) -> Result<SpreadLook, NamesError> {
+        let name = parse(name)?;
+        let found = self.updater.read(&name).await?;
+        let serial = since.unwrap_or(found.serial);
+        let look = async |scope| self.updater.verify_since(&name, &found.addresses, scope, serial).await;
+        let answers = match look(Scope::All).await {
+            Ok(view) => answers(&view),
+            Err(error) => {
+                tracing::debug!(%error, "the primary does not say which name servers the zone has");
+                let unknown = ("the zone's own name servers".to_owned(), NameAnswer::Silent);
+                answers(&look(Scope::Listed).await?).into_iter().chain([unknown]).collect()
+            }
+        };
+        Ok(SpreadLook { serial, answers })
+    }
+
     /// Asks the register of a contest, as one compare-and-swap that moves the prize's addresses with it. `seen` is
     /// the highest epoch this site has seen there. An error says nothing about whether a request was applied.
     pub async fn arbitrate(
@@ -271,6 +306,25 @@ impl Standing {
     pub fn epoch(&self) -> Epoch {
         Epoch(self.register.as_ref().map_or(0, |register| register.epoch().0))
     }
+}
+
+fn answers(view: &Verification) -> Vec<(String, NameAnswer)> {
+    let answer = |server: &ServerView| {
+        let name = server
+            .host
+            .as_ref()
+            .map_or(server.server.to_string(), |host| format!("{host} ({})", server.server));
+        let answer = match server.state {
+            ServerState::Current { .. } => NameAnswer::Current,
+            ServerState::Behind { .. } => NameAnswer::Behind,
+            ServerState::Silent { .. } => NameAnswer::Silent,
+        };
+        (name, answer)
+    };
+    let alone = view.servers.len() == 1;
+    let unfound = |unasked: &Unasked| (unasked.host.clone(), NameAnswer::Silent);
+    let unfound = view.unasked.iter().filter(|_| !alone).map(unfound);
+    view.servers.iter().map(answer).chain(unfound).collect()
 }
 
 /// A register that is not older would refuse the swap for ever.

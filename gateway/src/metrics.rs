@@ -37,6 +37,16 @@ pub struct Figures {
     pub migrations_running: u64,
     /// Machines whose connections are held here.
     pub anchors: u64,
+    /// Name servers that do not have a name that moved yet, for each name.
+    pub names_behind: u64,
+    /// Addresses of machines that left which other hosts use.
+    pub address_conflicts: u64,
+    /// Connections of machines that left.
+    pub flows: u64,
+    /// Those that are heard from one end only.
+    pub flows_one_way: u64,
+    /// Packets beyond a machine's share of the tunnel, by machine.
+    pub over_share: Vec<(String, u64)>,
     /// Guests' packets sent to peers.
     pub tunnel_packets_out: u64,
     /// Guests' packets received from peers.
@@ -50,6 +60,11 @@ struct Peer {
     peer: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Machine {
+    machine: String,
+}
+
 /// The metrics page in OpenMetrics text.
 pub fn page(figures: &Figures) -> String {
     let mut registry = Registry::with_prefix("longhaul");
@@ -58,6 +73,20 @@ pub fn page(figures: &Figures) -> String {
     gauge(&mut registry, "machines_crashed", crashed, figures.machines_crashed);
     gauge(&mut registry, "migrations_running", "Migrations under way", figures.migrations_running);
     gauge(&mut registry, "anchors", "Machines that left and whose connections pass here", figures.anchors);
+    let behind =
+        "Name servers that do not have the new addresses of a machine that moved, for each such machine";
+    gauge(&mut registry, "names_behind", behind, figures.names_behind);
+    let conflicts = "Addresses of machines that left which other hosts use";
+    gauge(&mut registry, "address_conflicts", conflicts, figures.address_conflicts);
+    gauge(&mut registry, "flows", "Connections of machines that left", figures.flows);
+    let one_way = "Connections of machines that left which are heard from one end only";
+    gauge(&mut registry, "flows_one_way", one_way, figures.flows_one_way);
+    let over_share = Family::<Machine, Gauge>::default();
+    for (machine, packets) in &figures.over_share {
+        over_share.get_or_create(&Machine { machine: machine.clone() }).set(*packets as i64);
+    }
+    let over = "Packets that did not travel because the machine had had its share of the tunnel";
+    registry.register("tunnel_packets_over_share", over, over_share);
     gauge(&mut registry, "tunnel_packets_out", "Guests' packets sent to peers", figures.tunnel_packets_out);
     gauge(
         &mut registry,
@@ -101,7 +130,9 @@ mod tests {
     #[test]
     fn the_page_names_unit_and_peer() {
         let link = LinkFigures { peer: "b".into(), up: true, rtt_s: 0.1, sent_bytes: 7, received_bytes: 9 };
-        let text = page(&Figures { links: vec![link], anchors: 2, ..Figures::default() });
+        let over_share = vec![("web1".to_owned(), 3)];
+        let text = page(&Figures { links: vec![link], anchors: 2, over_share, ..Figures::default() });
+        assert!(text.contains("longhaul_tunnel_packets_over_share{machine=\"web1\"} 3"), "{text}");
         assert!(text.contains("longhaul_link_rtt_seconds{peer=\"b\"} 0.1"), "{text}");
         assert!(text.contains("longhaul_anchors 2") && text.ends_with("# EOF\n"), "{text}");
     }

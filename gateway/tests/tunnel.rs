@@ -38,6 +38,12 @@ macro_rules! lab_or_skip {
 #[path = "tunnel/advertised.rs"]
 mod advertised;
 
+#[path = "tunnel/duplicates.rs"]
+mod duplicates;
+
+#[path = "tunnel/one_way.rs"]
+mod one_way;
+
 fn server(text: &str) -> SocketAddr {
     SocketAddr::new(address(text), PORT)
 }

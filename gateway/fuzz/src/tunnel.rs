@@ -10,6 +10,7 @@ use bytes::Bytes;
 use longhaul_core::tunnel::advertisement::{Advertisement, Received, is_solicitation};
 use longhaul_core::tunnel::coalesce::Coalescer;
 use longhaul_core::tunnel::datapath::{Datapath, DatapathConfig, VisitRoute, Way};
+use longhaul_core::tunnel::duplicates::Claim;
 use longhaul_core::tunnel::fragment::{Reassembly, ReassemblyConfig, Splitter};
 use longhaul_core::tunnel::handover::Mac;
 use longhaul_core::tunnel::offload::{self, VNET_HEADER_BYTES};
@@ -39,6 +40,7 @@ pub fn run(data: &[u8]) {
         repair_takes(&mut repair, world.now, bytes.clone());
         device_gives(&bytes);
         router_says(&bytes);
+        neighbour_says(&bytes);
         match kind & 7 {
             0..=2 => world.peer_sends(world.b, bytes),
             3 => world.peer_sends(world.c, bytes),
@@ -61,6 +63,14 @@ fn repair_takes(repair: &mut Repair, now: Duration, datagram: Bytes) {
     assert!(answers <= usize::from(config.max_jump) + config.max_gaps);
     let (packets, bytes) = repair.receiver().waiting();
     assert!(packets <= config.max_waiting && bytes <= config.max_waiting_bytes);
+}
+
+/// What claims an address names one that a host can have, or is refused.
+fn neighbour_says(message: &[u8]) {
+    let claims = [Claim::of_arp(message), Claim::of_neighbour(Ipv6Addr::LOCALHOST, 255, message)];
+    for claim in claims.into_iter().flatten() {
+        assert!(!claim.address.is_unspecified() && claim.mac.0[0] & 1 == 0, "{claim:?}");
+    }
 }
 
 /// A frame with a virtio-net header is cut into packets that carry all of its data, or refused.

@@ -1,6 +1,7 @@
 //! What travels over the API. Times are milliseconds since the UNIX epoch unless named otherwise,
 //! sizes bytes, rates bytes per second.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -33,6 +34,9 @@ pub struct StatusView {
     /// Disks of machines that left.
     #[serde(default)]
     pub kept: Vec<KeptView>,
+    /// Packets of machines that were more than their share of the tunnel (`tunnel.machine_mbit`) and did not travel.
+    #[serde(default)]
+    pub over_share: BTreeMap<VmName, u64>,
 }
 
 /// A disk of a machine that left, as it was then.
@@ -269,16 +273,34 @@ pub struct AnchorView {
     pub care_of: Vec<IpAddr>,
     /// Old flows alive.
     pub flows: u64,
+    /// Of those, the ones that are heard from one end only, although the other was heard before.
+    #[serde(default)]
+    pub flows_one_way: u64,
+    /// Its addresses that another host uses, and that are not attracted while that lasts.
+    #[serde(default)]
+    pub conflicts: Vec<ConflictView>,
     /// How the name stands: `none`, `pending`, `moved`, `settled`.
     pub names: String,
-    /// When the name moved.
+    /// When the name moved: at the primary, or once every name server of the zone has it, at the last of them.
     pub names_moved_ms: Option<u64>,
-    /// Why the name is still pending.
+    /// Why the name is still pending, or its name servers could not be asked.
     pub names_error: Option<String>,
+    /// Name servers of the zone that do not have the moved name yet; until they do, old answers do not expire.
+    #[serde(default)]
+    pub names_behind: Vec<String>,
     /// When the home address began to be attracted.
     pub since_ms: u64,
     /// When the tunnel ended, once it has.
     pub closed_ms: Option<u64>,
+}
+
+/// Another host that uses an address of a machine that left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConflictView {
+    /// The address.
+    pub address: IpAddr,
+    /// The other host's link-layer address.
+    pub mac: String,
 }
 
 /// What is held here of a machine that left.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use longhaul_core::ids::VmName;
 use longhaul_core::tunnel::flows::{FlowEntry, FlowOrigin, FlowState, HeldBy};
+use longhaul_core::tunnel::packet::Side;
 use longhaul_core::units::Bytes;
 
 use crate::api::client::{Client, ClientError};
@@ -78,8 +79,13 @@ fn line(flow: &FlowEntry) -> String {
         FlowOrigin::New => "opened since",
         FlowOrigin::Underway => "found under way",
     };
+    let one_way = match flow.heard_only {
+        None => "",
+        Some(Side::Guest) => ", ONLY THE GUEST IS HEARD",
+        Some(Side::Remote) => ", ONLY THE OTHER END IS HEARD",
+    };
     format!(
-        "  {protocol} {}:{} <- {}:{}  {state}, {origin}, {} old, silent {}, {} in, {} out\n",
+        "  {protocol} {}:{} <- {}:{}  {state}, {origin}, {} old, silent {}, {} in, {} out{one_way}\n",
         tuple.local,
         tuple.local_port,
         tuple.remote,

@@ -95,6 +95,9 @@ fn page(view: &StatusView) -> String {
         page += &format!("  {:<16} {disk:<12} from {from}  {}\n", vm.as_str(), Bytes(partial.bytes));
     }
     let tunnel = &view.tunnel;
+    for (machine, packets) in &view.over_share {
+        page += &format!("tunnel: {packets} packets of {machine} dropped, more than its share\n");
+    }
     page += &format!(
         "tunnel: {} packets out, {} in, {} dropped, {} held\n",
         tunnel.packets_out, tunnel.packets_in, tunnel.dropped, tunnel.held
@@ -157,11 +160,22 @@ fn follows(migration: &MigrationView) -> String {
 fn anchor_line(anchor: &AnchorView) -> String {
     let state = match anchor.closed_ms {
         Some(_) => "tunnel ended".to_owned(),
+        None if anchor.flows_one_way > 0 => {
+            format!("{} old flows, {} heard from one end only", anchor.flows, anchor.flows_one_way)
+        }
         None => format!("{} old flows", anchor.flows),
     };
     let names = match &anchor.names_error {
         Some(error) => format!("{} ({error})", anchor.names),
         None => anchor.names.clone(),
     };
-    format!("  {:<16} at {}  {state}, names {names}\n", anchor.vm.as_str(), anchor.at)
+    let mut lines = format!("  {:<16} at {}  {state}, names {names}\n", anchor.vm.as_str(), anchor.at);
+    if !anchor.names_behind.is_empty() {
+        lines += &format!("    name servers that do not have it yet: {}\n", anchor.names_behind.join(", "));
+    }
+    for conflict in &anchor.conflicts {
+        let (address, mac) = (conflict.address, &conflict.mac);
+        lines += &format!("    CONFLICT  {address} is used by {mac}; it is not attracted while that lasts\n");
+    }
+    lines
 }

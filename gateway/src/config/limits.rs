@@ -49,6 +49,10 @@ impl Config {
     fn check_tunnel_limits(&self) -> Result<(), Conflict> {
         let tunnel = &self.tunnel;
         expect(is_interface(&tunnel.device), "tunnel.device", INTERFACE)?;
+        within(tunnel.machine_mbit, 0, 1_000_000, "tunnel.machine_mbit")?;
+        within(tunnel.machine_burst_kib, 64, 64 << 10, "tunnel.machine_burst_kib")?;
+        within(tunnel.one_way_s, 1, 3600, "tunnel.one_way_s")?;
+        within(tunnel.duplicate_silent_s, 5, MAX_S, "tunnel.duplicate_silent_s")?;
         within(tunnel.quiet_s, 1, MAX_S, "tunnel.quiet_s")?;
         within(tunnel.hold_kib, 64, 1 << 20, "tunnel.hold_kib")?;
         within(tunnel.idle_s, 1, MAX_S, "tunnel.idle_s")?;
@@ -79,6 +83,9 @@ impl Config {
     fn check_dns_limits(&self) -> Result<(), Conflict> {
         let Some(dns) = &self.dns else { return Ok(()) };
         within(dns.timeout_ms, 1, 60_000, "dns.timeout_ms")?;
+        within(dns.secondary_poll_s, 1, 3600, "dns.secondary_poll_s")?;
+        within(dns.secondary_warn_s, 1, MAX_S, "dns.secondary_warn_s")?;
+        within(dns.secondary_silent_s, 0, MAX_S, "dns.secondary_silent_s")?;
         let ports = dns.servers.iter().all(|server| server.port() > 0);
         expect(ports, "dns.servers", "ADDRESS:PORT with a port that is not 0")?;
         let zone = dns.zone.parse::<dnsupdater::DnsName>().is_ok();
@@ -208,6 +215,13 @@ mod tests {
             ("tunnel", "repair_kib = 63", "tunnel.repair_kib"),
             ("tunnel", "repair_kib = 65537", "tunnel.repair_kib"),
             ("tunnel", "quiet_s = 604801", "tunnel.quiet_s"),
+            ("tunnel", "machine_mbit = 1000001", "tunnel.machine_mbit"),
+            ("tunnel", "machine_burst_kib = 63", "tunnel.machine_burst_kib"),
+            ("tunnel", "machine_burst_kib = 65537", "tunnel.machine_burst_kib"),
+            ("tunnel", "one_way_s = 0", "tunnel.one_way_s"),
+            ("tunnel", "one_way_s = 3601", "tunnel.one_way_s"),
+            ("tunnel", "duplicate_silent_s = 4", "tunnel.duplicate_silent_s"),
+            ("tunnel", "duplicate_silent_s = 604801", "tunnel.duplicate_silent_s"),
             ("tunnel", "router_advertisements_s = 3", "tunnel.router_advertisements_s"),
             ("tunnel", "router_advertisements_s = 1801", "tunnel.router_advertisements_s"),
             ("tunnel", "home_prefixes = [\"banana\"]", "tunnel.home_prefixes"),
@@ -218,6 +232,10 @@ mod tests {
             ("migration", "cut_limit_s = 604801", "migration.cut_limit_s"),
             ("dns", "zone = \"a b..\"", "dns.zone"),
             ("dns", "timeout_ms = 0", "dns.timeout_ms"),
+            ("dns", "secondary_poll_s = 0", "dns.secondary_poll_s"),
+            ("dns", "secondary_poll_s = 3601", "dns.secondary_poll_s"),
+            ("dns", "secondary_warn_s = 0", "dns.secondary_warn_s"),
+            ("dns", "secondary_silent_s = 604801", "dns.secondary_silent_s"),
             ("lan.l", "bridge = \"br 0\"", "lan.l.bridge"),
             ("lan.l", "care_of = [\"x\"]", "lan.l.care_of"),
             ("[peer]", "may_send = [\"w*b*\"]", "peer.b.may_send"),

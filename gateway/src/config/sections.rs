@@ -183,6 +183,17 @@ pub struct KernelConfig {
 pub struct TunnelSection {
     /// The TUN device's name (default `lh0`).
     pub device: String,
+    /// What one machine may take of the tunnel, in Mbit/s in each direction (default 0: whatever it wants, as machines in a
+    /// LAN do). What is more is dropped, and counted; the others and the control messages keep theirs.
+    pub machine_mbit: u64,
+    /// What it may take at once beyond that, in KiB (default 1024). Less cuts bursts that the path would have carried.
+    pub machine_burst_kib: u64,
+    /// A connection of which one end has sent for this long, while the other is silent, counts as heard from one end only
+    /// (default 30 s). Shorter names those that only wait for a slow answer.
+    pub one_way_s: u64,
+    /// An attracted address that another host uses is that host's until it was silent for this long, although it is
+    /// asked (default 60 s). Shorter takes it away from a host that is being rebooted.
+    pub duplicate_silent_s: u64,
     /// The tunnel ends when no old flow is left, the old name has expired and no new flow to the home
     /// address came for this long (default 86400 s: some clients have the number written down).
     pub quiet_s: u64,
@@ -225,6 +236,10 @@ impl Default for TunnelSection {
     fn default() -> Self {
         Self {
             device: "lh0".into(),
+            machine_mbit: 0,
+            machine_burst_kib: 1024,
+            one_way_s: 30,
+            duplicate_silent_s: 60,
             quiet_s: 24 * 3600,
             hold_kib: 4096,
             idle_s: 7440,
@@ -262,6 +277,17 @@ pub struct DnsConfig {
     /// An answer is waited for this long (default 3000 ms).
     #[serde(default = "default_dns_timeout")]
     pub timeout_ms: u64,
+    /// How often every name server of the zone is asked whether it has a name that moved, at most (default 5 s). Each time
+    /// costs a connection and three questions per server, until the last one has it.
+    #[serde(default = "default_secondary_poll")]
+    pub secondary_poll_s: u64,
+    /// A name server that does not have it after this long is worth a warning (default 60 s).
+    #[serde(default = "default_secondary_warn")]
+    pub secondary_warn_s: u64,
+    /// One that does not answer at all is waited for this long (default 900 s). More keeps tunnels for a server that is
+    /// gone; less forgets one that comes back with old answers.
+    #[serde(default = "default_secondary_silent")]
+    pub secondary_silent_s: u64,
 }
 
 /// `[migration]`: budgets of a migration.
@@ -483,6 +509,18 @@ fn default_ttl() -> u32 {
 
 fn default_dns_timeout() -> u64 {
     3000
+}
+
+fn default_secondary_poll() -> u64 {
+    5
+}
+
+fn default_secondary_warn() -> u64 {
+    60
+}
+
+fn default_secondary_silent() -> u64 {
+    900
 }
 
 #[cfg(test)]

@@ -104,6 +104,10 @@ fn tunnel(config: &Config) -> TunnelConfig {
     tunnel.switches_file = Some(config.site.run_dir.join("tunnel-switches"));
     tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
     tunnel.udp_flow_timeout = Duration::from_secs(section.udp_idle_s);
+    tunnel.duplicate_silent = Duration::from_secs(section.duplicate_silent_s);
+    tunnel.datapath.share.rate = Rate::mbit(section.machine_mbit);
+    // The configuration was checked: 64 MiB at most.
+    tunnel.datapath.share.burst_bytes = (section.machine_burst_kib << 10) as u32;
     tunnel.router_advertisements = Duration::from_secs(section.router_advertisements_s);
     tunnel.datapath.hold.max_bytes = (section.hold_kib << 10) as usize;
     let flows = &mut tunnel.datapath.flows;
@@ -111,6 +115,7 @@ fn tunnel(config: &Config) -> TunnelConfig {
     flows.tcp_closing = Duration::from_secs(section.closing_s);
     flows.udp_idle = Duration::from_secs(section.udp_idle_s);
     flows.other_idle = Duration::from_secs(section.other_idle_s);
+    flows.one_way = Duration::from_secs(section.one_way_s);
     flows.max_flows = section.max_flows as usize;
     flows.quiet = Duration::from_secs(section.quiet_s);
     flows.limit = section.hold.limit();

@@ -1,12 +1,15 @@
 //! What is still held here of a machine that left: shown, and ended when its operator says so.
 
+use std::collections::BTreeMap;
+
 use longhaul_core::ids::VmName;
-use longhaul_core::tunnel::policy::PortKey;
+use longhaul_core::tunnel::datapath::PortStatus;
+use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::oneshot;
 
 use super::Daemon;
 use super::machines::failed;
-use crate::api::types::{FlowsView, NicFlows};
+use crate::api::types::{AnchorView, ConflictView, FlowsView, NicFlows};
 use crate::api::{Reply, RequestError};
 use crate::migration::anchor::{AnchorCommand, Released, tell};
 
@@ -14,6 +17,31 @@ use crate::migration::anchor::{AnchorCommand, Released, tell};
 const MAX_SHOWN: usize = 1000;
 
 impl Daemon {
+    /// What is held here of machines that left, with what the tunnel knows of it at this moment.
+    pub(super) fn anchor_views(&self) -> Vec<AnchorView> {
+        let (status, conflicts) = (self.edges.tunnel.status(), self.edges.tunnel.conflicts());
+        let (status, conflicts) = (status.borrow(), conflicts.borrow());
+        let mut views: Vec<AnchorView> = self.anchor_views.borrow().values().cloned().collect();
+        for view in views.iter_mut().filter(|view| view.closed_ms.is_none()) {
+            let is_its = |port: &&PortStatus| port.role == Role::Away && port.key.machine == view.vm;
+            let ports: Vec<&PortStatus> = status.ports.iter().filter(is_its).collect();
+            view.flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+            view.flows_one_way = ports.iter().map(|port| port.one_way.flows()).sum();
+            let its = conflicts.iter().filter(|conflict| conflict.key.machine == view.vm);
+            view.conflicts = its
+                .map(|conflict| ConflictView { address: conflict.address, mac: conflict.mac.to_string() })
+                .collect();
+        }
+        views
+    }
+
+    /// Packets of each machine that were more than its share of the tunnel.
+    pub(super) fn over_share(&self) -> BTreeMap<VmName, u64> {
+        let status = self.edges.tunnel.status();
+        let status = status.borrow();
+        let over = status.ports.iter().filter(|port| port.over_share > 0);
+        over.map(|port| (port.key.machine.clone(), port.over_share)).collect()
+    }
     /// `longhaul flows`: a task, for the tunnel may be busy.
     pub(super) fn flows(&self, vm: &VmName, reply: Reply<FlowsView>) {
         let anchor = self.anchor_views.borrow().get(vm).filter(|view| view.closed_ms.is_none()).cloned();

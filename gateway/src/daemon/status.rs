@@ -13,7 +13,8 @@ use super::machines::held;
 use super::recovery::qemu;
 use super::{Daemon, Machine};
 use crate::api::types::{
-    JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView, TunnelView,
+    AnchorView, JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView,
+    TunnelView,
 };
 use crate::api::{Reply, RequestError};
 use crate::history::{self, Site};
@@ -64,10 +65,11 @@ impl Daemon {
                 .collect(),
             machines,
             migrations: self.migration_views(),
-            anchors: self.anchor_views.borrow().values().cloned().collect(),
+            anchors: self.anchor_views(),
             partials: self.partial_views(),
             tunnel: self.tunnel_view(),
             kept: self.kept_disks(),
+            over_share: self.over_share(),
         }
     }
 
@@ -185,6 +187,8 @@ impl Daemon {
 
     pub(super) fn metrics(&self) -> String {
         let tunnel = self.tunnel_view();
+        let anchors = self.anchor_views();
+        let sum = |of: fn(&AnchorView) -> u64| anchors.iter().map(of).sum::<u64>();
         let running = |view: &MigrationView| view.progressing == Progressing::Running;
         let links = self.edges.link.peers().map(|peer| {
             let stats = peer.stats();
@@ -209,8 +213,16 @@ impl Daemon {
                 .values()
                 .filter(|each| running(&each.viewer.current()))
                 .count() as u64,
-            anchors: self.anchor_views.borrow().values().filter(|view| view.closed_ms.is_none()).count()
-                as u64,
+            anchors: sum(|view| view.closed_ms.is_none().into()),
+            names_behind: sum(|view| view.names_behind.len() as u64),
+            address_conflicts: sum(|view| view.conflicts.len() as u64),
+            flows: sum(|view| view.flows),
+            flows_one_way: sum(|view| view.flows_one_way),
+            over_share: self
+                .over_share()
+                .into_iter()
+                .map(|(vm, packets)| (vm.to_string(), packets))
+                .collect(),
             tunnel_packets_out: tunnel.packets_out,
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,

@@ -35,18 +35,28 @@ pub enum NameState {
     None,
     /// The machine is not known to run at its new place yet.
     Waiting,
-    /// It is owed.
+    /// It is owed: to the primary, or to a name server of the zone that has not heard of the move yet.
     Pending,
-    /// It points at the new place; answers given before may still be believed.
+    /// It points at the new place, wherever it is asked for; answers given before may still be believed.
     Moved {
-        /// When it moved, milliseconds since the UNIX epoch.
+        /// When the last name server had it, milliseconds since the UNIX epoch.
         at_unix_ms: u64,
     },
     /// Nothing more is to be done.
     Settled {
-        /// When it moved, milliseconds since the UNIX epoch.
+        /// When the last name server had it, milliseconds since the UNIX epoch.
         at_unix_ms: u64,
     },
+}
+
+impl NameState {
+    /// When the last name server had it, milliseconds since the UNIX epoch.
+    pub(super) fn moved_unix_ms(self) -> Option<u64> {
+        match self {
+            Self::None | Self::Waiting | Self::Pending => None,
+            Self::Moved { at_unix_ms } | Self::Settled { at_unix_ms } => Some(at_unix_ms),
+        }
+    }
 }
 
 /// An anchor as the journal holds it.
@@ -249,11 +259,11 @@ impl Anchor {
     }
 
     pub(super) fn view(&self) -> AnchorView {
-        let (names, moved) = match self.names {
-            NameState::None => ("none", None),
-            NameState::Waiting | NameState::Pending => ("pending", None),
-            NameState::Moved { at_unix_ms } => ("moved", Some(at_unix_ms)),
-            NameState::Settled { at_unix_ms } => ("settled", Some(at_unix_ms)),
+        let names = match self.names {
+            NameState::None => "none",
+            NameState::Waiting | NameState::Pending => "pending",
+            NameState::Moved { .. } => "moved",
+            NameState::Settled { .. } => "settled",
         };
         AnchorView {
             vm: self.vm.clone(),
@@ -261,9 +271,12 @@ impl Anchor {
             home: self.addresses(),
             care_of: self.care_of.iter().map(|(_, care_of)| *care_of).collect(),
             flows: 0,
+            flows_one_way: 0,
+            conflicts: Vec::new(),
             names: names.to_owned(),
-            names_moved_ms: moved,
+            names_moved_ms: self.names.moved_unix_ms(),
             names_error: None,
+            names_behind: Vec::new(),
             since_ms: self.since_unix_ms,
             closed_ms: None,
         }

@@ -4,12 +4,14 @@
 //!  attract ---> packets go to the machine's new place ------------------------> end, when no old
 //!     |   ^                                                                     flow is left
 //!     |   '-- it has moved on, as the site that it left says
-//!     `-- machine runs there --> name moved --> old answers expired --> TTL restored
+//!     `-- machine runs there --> name moved --> every name server has it --> old answers expired --> TTL restored
 //!                        `-----> other sites that attract an address of it are told
 //! ```
 //!
 //! A gateway that restarts takes its anchors up again before it listens. The name is owed until it has moved: a name
 //! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s.
+
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -26,10 +28,9 @@ use tokio::task::JoinHandle;
 use super::anchor::{Anchor, AnchorCommand, NameState, Released};
 use super::{Edges, chain};
 use crate::api::types::AnchorView;
-use crate::dns::NameMove;
 use crate::generation::arrivals;
 use crate::journal::unix_ms;
-use crate::tunnel::TunnelError;
+use crate::tunnel::{TunnelError, TunnelStatus};
 
 /// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
 /// connections stalled for the gateway's absence only.
@@ -384,7 +385,8 @@ impl AnchorTask {
             let attracted = match known {
                 Ok(()) => Ok(()),
                 Err(_) => match tunnel.hold_begin(hold).await {
-                    Ok(()) => tunnel.hold_end_attract(key, nic.flows.clone()).await,
+                    // Another host may have taken the address while there was no gateway.
+                    Ok(()) => tunnel.attract_again(key, nic.flows.clone()).await,
                     Err(error) => Err(error),
                 },
             };
@@ -400,78 +402,21 @@ impl AnchorTask {
     /// Names, then flows: until the tunnel may end.
     async fn settle(&mut self) {
         self.move_name().await;
+        self.wait_for_servers().await;
         self.let_old_answers_expire().await;
         self.wait_for_flows().await;
     }
 
-    async fn move_name(&mut self) {
-        if !matches!(self.anchor.names, NameState::Waiting | NameState::Pending) {
-            return;
-        }
-        let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
-        self.anchor.names = NameState::Pending;
-        if self.anchor.ttl_s == 0 {
-            self.anchor.ttl_s = names.ttl_s(&name).await.unwrap_or(0);
-        }
-        self.write();
-        let mut wait = Duration::from_millis(200);
-        loop {
-            let wanted = NameMove {
-                name: &name,
-                addresses: &self.anchor.moves,
-                ttl_s: names.move_ttl_s(),
-                epoch: self.anchor.epoch,
-                owner: &self.anchor.peer,
-            };
-            match names.swap(&wanted).await {
-                Ok(()) => break,
-                Err(error) => {
-                    let text = chain(&error);
-                    tracing::warn!(vm = %self.anchor.vm, name, error = text, "name could not be moved yet; new clients still come through the tunnel");
-                    self.show(|view| view.names_error = Some(text));
-                }
-            }
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(AGAIN_AT_MOST);
-        }
-        let at_unix_ms = unix_ms();
-        self.anchor.names = NameState::Moved { at_unix_ms };
-        self.write();
-        self.show(|view| {
-            view.names = "moved".into();
-            view.names_error = None;
-            view.names_moved_ms = Some(at_unix_ms);
-        });
-        tracing::info!(vm = %self.anchor.vm, name, "name moved");
-    }
-
-    /// Resolvers may believe an old answer for as long as its TTL; then the TTL can be what it was.
-    async fn let_old_answers_expire(&mut self) {
-        let NameState::Moved { at_unix_ms } = self.anchor.names else { return };
-        let (Some(name), Some(names)) = (self.anchor.name.clone(), self.edges.names.clone()) else { return };
-        let believed = Duration::from_secs(names.move_ttl_s().into());
-        let passed = Duration::from_millis(unix_ms().saturating_sub(at_unix_ms));
-        tokio::time::sleep(believed.saturating_sub(passed)).await;
-        let mut wait = Duration::from_secs(1);
-        let ttl_s = if self.anchor.ttl_s == 0 { names.move_ttl_s() } else { self.anchor.ttl_s };
-        while let Err(error) = names.set_ttl(&name, ttl_s).await {
-            tracing::warn!(vm = %self.anchor.vm, name, error = chain(&error), "TTL could not be restored yet");
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(AGAIN_AT_MOST);
-        }
-        self.anchor.names = NameState::Settled { at_unix_ms };
-        self.write();
-        self.show(|view| view.names = "settled".into());
-    }
-
     /// Until no old flow is left and nobody asks for the home address any more.
     async fn wait_for_flows(&mut self) {
-        let keys: Vec<PortKey> = self.anchor.holds().into_iter().map(|hold| hold.key).collect();
+        let keys = self.keys();
         if keys.is_empty() || self.anchor.ended {
             return;
         }
-        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then.
-        let believed_until_ms = self.anchor.since_unix_ms + u64::from(self.anchor.ttl_s) * 1000;
+        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then, and so does one that
+        // asked a name server which had not heard of that either.
+        let told_ms = self.anchor.since_unix_ms.max(self.anchor.names.moved_unix_ms().unwrap_or(0));
+        let believed_until_ms = told_ms + u64::from(self.anchor.ttl_s) * 1000;
         let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
         for key in &keys {
             if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
@@ -480,16 +425,7 @@ impl AnchorTask {
         }
         let mut status = self.edges.tunnel.status();
         loop {
-            let (flows, may_end) = {
-                let status = status.borrow_and_update();
-                // Beside it may stand what is passed on for the machine's other addresses.
-                let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
-                let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
-                (
-                    ports.iter().filter_map(|port| port.flows_alive).sum(),
-                    !ports.is_empty() && ports.iter().all(|port| port.may_end),
-                )
-            };
+            let (flows, may_end) = standing(&status.borrow_and_update(), &keys);
             self.show(|view| view.flows = flows);
             if may_end || status.changed().await.is_err() {
                 return;
@@ -512,6 +448,10 @@ impl AnchorTask {
         true
     }
 
+    fn keys(&self) -> Vec<PortKey> {
+        self.anchor.holds().into_iter().map(|hold| hold.key).collect()
+    }
+
     fn write(&self) {
         put(&self.edges, &self.anchor);
     }
@@ -523,6 +463,15 @@ impl AnchorTask {
             }
         });
     }
+}
+
+/// Flows that are held for these NICs, and whether nothing holds their tunnels any more.
+fn standing(status: &TunnelStatus, keys: &[PortKey]) -> (u64, bool) {
+    // Beside it may stand what is passed on for the machine's other addresses.
+    let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
+    let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
+    let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+    (flows, !ports.is_empty() && ports.iter().all(|port| port.may_end))
 }
 
 /// Says where the machine is until every other site that attracts an address of it has heard.

@@ -1,9 +1,9 @@
 //! Raw frames: telling a LAN where an address lives now, and a guest where its neighbours do.
 //!
-//! The only socket of the tunnel that needs CAP_NET_RAW. It is opened once, receives nothing, and works
+//! The socket needs CAP_NET_RAW. It is opened once, receives nothing, and works
 //! after the capability has been dropped. Frames: ARP announcements (RFC 5227, 3) as request and as
 //! reply, because some stacks heed only one of them, and unsolicited neighbour advertisements (RFC 4861,
-//! 7.2.6) with the override flag.
+//! 7.2.6) with the override flag; and the questions whether somebody has an address (RFC 5227, 2.1.1; RFC 4862, 5.4.2).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -22,7 +22,7 @@ const BROADCAST: Mac = Mac([0xff; 6]);
 /// The link-layer address of all IPv6 hosts of a link.
 pub(super) const ALL_NODES: Mac = Mac([0x33, 0x33, 0, 0, 0, 1]);
 const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_ARP: u16 = 0x0806;
+pub(super) const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// Who says that an address is at which link-layer address, and where.
@@ -65,6 +65,17 @@ impl FrameSocket {
                 self.send(device, &arp(ArpOperation::Reply, BROADCAST, mac, v4, BROADCAST, v4))
             }
             IpAddr::V6(v6) => self.send(device, &advertisement(ALL_NODES, mac, v6, router)),
+        }
+    }
+
+    /// Asks who has `address`, claiming nothing.
+    pub(super) fn probe(&self, device: u32, mac: Mac, address: IpAddr) -> io::Result<()> {
+        match address {
+            IpAddr::V4(v4) => {
+                let nobody = Ipv4Addr::UNSPECIFIED;
+                self.send(device, &arp(ArpOperation::Request, BROADCAST, mac, nobody, Mac([0; 6]), v4))
+            }
+            IpAddr::V6(v6) => self.send(device, &solicitation(mac, v6)),
         }
     }
 
@@ -181,13 +192,27 @@ fn advertisement(to: Mac, mac: Mac, address: Ipv6Addr, router: bool) -> Vec<u8> 
     message.extend_from_slice(&address.octets());
     message.extend_from_slice(&[TARGET_LINK_LAYER, 1]);
     message.extend_from_slice(&mac.0);
-    let checksum = icmpv6_checksum(address, all_nodes, &message);
+    icmpv6(to, mac, address, all_nodes, message)
+}
+
+/// A solicitation of one who has no address yet, to those whose address may be this one (RFC 4291, 2.7.1).
+fn solicitation(mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+    let [.., x, y, z] = address.octets();
+    let group = Ipv6Addr::from([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, x, y, z]);
+    let mut message = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    message.extend_from_slice(&address.octets());
+    icmpv6(Mac([0x33, 0x33, 0xff, x, y, z]), mac, Ipv6Addr::UNSPECIFIED, group, message)
+}
+
+/// A frame with an ICMPv6 message, its checksum filled in.
+fn icmpv6(to: Mac, from: Mac, source: Ipv6Addr, destination: Ipv6Addr, mut message: Vec<u8>) -> Vec<u8> {
+    let checksum = icmpv6_checksum(source, destination, &message);
     message[2..4].copy_from_slice(&checksum.to_be_bytes());
     let mut packet = vec![0x60, 0, 0, 0, 0, message.len() as u8, 58, 255];
-    packet.extend_from_slice(&address.octets());
-    packet.extend_from_slice(&all_nodes.octets());
+    packet.extend_from_slice(&source.octets());
+    packet.extend_from_slice(&destination.octets());
     packet.extend_from_slice(&message);
-    frame(to, mac, ETHERTYPE_IPV6, &packet)
+    frame(to, from, ETHERTYPE_IPV6, &packet)
 }
 
 /// The checksum over message and pseudo-header (RFC 8200, 8.1).
@@ -249,6 +274,17 @@ mod tests {
             (&bytes[22..28], &bytes[28..32], &bytes[38..42]),
             (&MAC.0[..], &[198, 51, 100, 10][..], &[198, 51, 100, 10][..])
         );
+    }
+
+    #[test]
+    fn a_question_claims_no_address_and_goes_to_whoever_may_have_it() {
+        let address = Ipv4Addr::new(198, 51, 100, 10);
+        let bytes = arp(ArpOperation::Request, BROADCAST, MAC, Ipv4Addr::UNSPECIFIED, Mac([0; 6]), address);
+        assert_eq!((&bytes[28..32], &bytes[38..42]), (&[0; 4][..], &[198, 51, 100, 10][..]));
+        let bytes = solicitation(MAC, "2001:db8:a::1:2:10".parse().unwrap());
+        assert_eq!((&bytes[..6], bytes[54]), (&[0x33, 0x33, 0xff, 2, 0, 0x10][..], 135));
+        let group = "ff02::1:ff02:10".parse().unwrap();
+        assert_eq!(icmpv6_checksum(Ipv6Addr::UNSPECIFIED, group, &bytes[54..]), 0);
     }
 
     #[test]

@@ -93,6 +93,25 @@ impl Changes {
         Ok(())
     }
 
+    /// Undoes one change of `owner` alone, unless somebody else needs it; [`Changes::give_back`] makes it again.
+    pub(super) async fn withdraw(&mut self, owner: &Owner, change: &Change) -> Result<(), TunnelError> {
+        if let Some(plan) = self.plans.get_mut(owner) {
+            plan.retain(|planned| planned != change);
+        }
+        let Some(in_force) = self.in_force.get_mut(change) else { return Ok(()) };
+        in_force.owners.remove(owner);
+        if !in_force.owners.is_empty() {
+            return Ok(());
+        }
+        let before = self.in_force.remove(change).map_or(Before::Nothing, |in_force| in_force.before);
+        self.take_back(change, before).await
+    }
+
+    /// Makes a change of `owner` that was withdrawn. A failure leaves its others.
+    pub(super) async fn give_back(&mut self, owner: &Owner, change: Change) -> Result<(), TunnelError> {
+        self.apply_one(owner, change).await
+    }
+
     /// Counts the changes of `plan` as made for `owner`: an earlier gateway has made them. What was there
     /// before it is not known, but for sysctls.
     pub(super) fn take_over(&mut self, owner: &Owner, plan: Vec<Change>) {

@@ -56,6 +56,9 @@ pub struct TunnelConfig {
     pub announce: AnnounceConfig,
     /// How often a visitor hears the routers of its home, if nothing they say runs out sooner. Default 200 s.
     pub router_advertisements: Duration,
+    /// An address that is attracted here and that another host uses is that host's until it was silent for this long,
+    /// although it was asked. Default 60 s.
+    pub duplicate_silent: Duration,
     /// How often the status is published while nothing happens. Default 200 ms.
     pub status_interval: Duration,
     /// Bounds of what is held, joined and tracked.
@@ -95,6 +98,7 @@ impl Default for TunnelConfig {
             switches_file: None,
             announce: AnnounceConfig::default(),
             router_advertisements: Duration::from_secs(200),
+            duplicate_silent: Duration::from_secs(60),
             status_interval: Duration::from_millis(200),
             datapath: DatapathConfig::default(),
         }

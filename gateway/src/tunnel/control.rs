@@ -3,6 +3,8 @@
 //! Commands are carried out one after the other. Packets move in a task of their own meanwhile; this
 //! one tells it when a NIC's packets are to be kept, to pass or to come back.
 
+mod attract;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,16 +12,18 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use longhaul_core::ids::SiteName;
+use longhaul_core::tunnel::duplicates::Finding;
 use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
 use longhaul_core::tunnel::host::HostAddresses;
 use longhaul_core::tunnel::policy::{PortKey, Role};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::announce::{self, Announcement, FrameSocket, Repeating};
 use super::change::{Change, Changes, Owner};
 use super::config::{TunnelConfig, check_device_name};
+use super::duplicates;
 use super::error::TunnelError;
 use super::mover::{Command as Move, FlowListing, PeerPath};
 use super::nft;
@@ -28,6 +32,10 @@ use super::routers;
 use super::routes::{self, Netlink};
 use super::sysctl::Switches;
 use super::tap;
+
+pub use attract::AddressConflict;
+pub(super) use attract::Since;
+use attract::Spoken;
 
 /// Neighbours sampled per LAN.
 const MAX_NEIGHBOURS: usize = 256;
@@ -57,7 +65,7 @@ pub(super) enum Command {
     SolicitRouters { lan: String, asked: oneshot::Sender<()>, reply: Reply<()> },
     HostAddresses { lans: Vec<String>, reply: Reply<HostAddresses> },
     HoldBegin { request: HoldRequest, reply: Reply<()> },
-    HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, reply: Reply<()> },
+    HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, since: Since, reply: Reply<()> },
     HoldUndo { request: HoldRequest, reply: Reply<()> },
     NamesExpire { key: PortKey, after: Duration, reply: Reply<()> },
     AttractEnd { key: PortKey, reply: Reply<AnchorClosed> },
@@ -82,12 +90,21 @@ struct Away {
     request: HoldRequest,
     /// Since when the home address is attracted; `None` while it is only held.
     attracted: Option<Instant>,
+    spoken: Spoken,
     announcing: Option<Repeating>,
 }
 
 struct Visit {
     request: VisitRequest,
     announcing: Option<Repeating>,
+}
+
+/// The tasks beside the owner, and where it shows what it has been told.
+pub(super) struct Tasks {
+    pub moves: mpsc::Sender<Move>,
+    pub routers: mpsc::Sender<routers::Command>,
+    pub duplicates: mpsc::Sender<duplicates::Command>,
+    pub conflicts: watch::Sender<Vec<AddressConflict>>,
 }
 
 /// The owner task's state.
@@ -98,6 +115,8 @@ pub(super) struct Control {
     changes: Changes,
     moves: mpsc::Sender<Move>,
     routers: mpsc::Sender<routers::Command>,
+    duplicates: mpsc::Sender<duplicates::Command>,
+    conflicts: watch::Sender<Vec<AddressConflict>>,
     away: BTreeMap<PortKey, Away>,
     /// Of them, those whose machine is on its way back.
     returning: BTreeSet<PortKey>,
@@ -111,8 +130,7 @@ impl Control {
         config: TunnelConfig,
         netlink: Netlink,
         frames: Arc<FrameSocket>,
-        moves: mpsc::Sender<Move>,
-        routers: mpsc::Sender<routers::Command>,
+        tasks: Tasks,
     ) -> Self {
         let switches = Switches::open(config.switches_file.clone());
         Self {
@@ -120,8 +138,10 @@ impl Control {
             changes: Changes::new(netlink.clone(), switches),
             netlink,
             frames,
-            moves,
-            routers,
+            moves: tasks.moves,
+            routers: tasks.routers,
+            duplicates: tasks.duplicates,
+            conflicts: tasks.conflicts,
             away: BTreeMap::new(),
             returning: BTreeSet::new(),
             visits: BTreeMap::new(),
@@ -139,14 +159,28 @@ impl Control {
 
     /// Carries out commands until `Stop` or until the last handle is gone. In the latter case what is
     /// in force stays, for the next gateway to take over.
-    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        while let Some(command) = commands.recv().await {
-            if let Command::Stop { reply } = command {
-                let stopped = self.stop().await;
-                let _ = reply.send(stopped);
-                return;
+    pub(super) async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut findings: mpsc::Receiver<Finding>,
+    ) {
+        loop {
+            let command = tokio::select! {
+                command = commands.recv() => command,
+                Some(finding) = findings.recv() => {
+                    self.handle_finding(finding).await;
+                    continue;
+                }
+            };
+            match command {
+                None => return,
+                Some(Command::Stop { reply }) => {
+                    let stopped = self.stop().await;
+                    let _ = reply.send(stopped);
+                    return;
+                }
+                Some(command) => self.handle(command).await,
             }
-            self.handle(command).await;
         }
     }
 
@@ -173,8 +207,8 @@ impl Control {
             }
             Command::HostAddresses { lans, reply } => drop(reply.send(self.host_addresses(&lans).await)),
             Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
-            Command::HoldEndAttract { key, flows, reply } => {
-                drop(reply.send(self.hold_end_attract(key, flows).await));
+            Command::HoldEndAttract { key, flows, since, reply } => {
+                drop(reply.send(self.hold_end_attract(key, flows, since).await));
             }
             Command::HoldUndo { request, reply } => drop(reply.send(self.hold_undo(request).await)),
             Command::NamesExpire { key, after, reply } => {
@@ -320,26 +354,12 @@ impl Control {
         }
         info!(port = %request.key, peer = %request.peer, "holding packets");
         let key = request.key.clone();
-        self.away.entry(key).or_insert(Away { request, attracted: None, announcing: None });
-        Ok(())
-    }
-
-    async fn hold_end_attract(&mut self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
-        let (port, old_flows) = (key.clone(), flows.len());
-        self.tell(|done| Move::Attract { key: port, flows, done }).await??;
-        let Some(away) = self.away.get_mut(&key) else { return Ok(()) };
-        away.attracted.get_or_insert_with(Instant::now);
-        let request = away.request.clone();
-        if self.has_tunnels(&key) {
-            let (key, onward) = (key.clone(), request.peer.clone());
-            self.tell(|done| Move::Relay { key, onward, done }).await??;
-        }
-        let announcements = self.announcements(&request.lan, &request.addresses).await?;
-        let announcing = announce::repeat(self.frames.clone(), announcements, self.config.announce.clone());
-        if let Some(away) = self.away.get_mut(&key) {
-            away.announcing = Some(announcing);
-        }
-        info!(port = %key, old_flows, "attracting the home address");
+        self.away.entry(key).or_insert(Away {
+            request,
+            attracted: None,
+            spoken: Spoken::default(),
+            announcing: None,
+        });
         Ok(())
     }
 
@@ -351,6 +371,7 @@ impl Control {
         };
         drop(announcing);
         let key = &request.key;
+        self.unwatch(key).await;
         let undone = match request.from {
             Leaving::Home => self.give_back_at_home(&request).await,
             Leaving::Visit => self.give_back_at_visit(&request).await,
@@ -419,43 +440,6 @@ impl Control {
         }
         info!(port = %request.key, "hold of an earlier gateway undone");
         undone
-    }
-
-    async fn attract_end(&mut self, key: &PortKey) -> Result<AnchorClosed, TunnelError> {
-        let away = self.away.remove(key);
-        let open_for = away.as_ref().and_then(|away| away.attracted).map(|since| since.elapsed());
-        drop(away);
-        let undone = self.changes.undo(&Owner::Away(key.clone())).await;
-        self.end(key, Role::Away).await?;
-        self.end(key, Role::Relay).await?;
-        undone?;
-        info!(port = %key, "address no longer attracted");
-        Ok(AnchorClosed { at: SystemTime::now(), open_for: open_for.unwrap_or_default() })
-    }
-
-    /// One step, so that nothing is made for a machine that comes between two of its parts.
-    async fn let_go(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
-        let key = request.key;
-        if self.returning.contains(&key) {
-            return Err(TunnelError::Returning(key));
-        }
-        let ended = self.attract_end(&key).await;
-        if request.from == Leaving::Visit {
-            return ended.map(drop);
-        }
-        let sampled = self.sample_end(key.clone()).await;
-        let tap = tap::tap_name(&self.config, &key);
-        // The tap of an adopted machine stays its operator's.
-        let removed = if request.port == tap { self.netlink.delete_link(&tap).await } else { Ok(()) };
-        ended.and(sampled).and(removed)
-    }
-
-    async fn expect_return(&mut self, key: PortKey, returning: bool) -> Result<(), TunnelError> {
-        match returning {
-            true => drop(self.returning.insert(key.clone())),
-            false => drop(self.returning.remove(&key)),
-        }
-        self.tell(|done| Move::ExpectReturn { key, returning, done }).await
     }
 
     /// The machine is back: its addresses here are its own again. At home its LAN learns its address, and it learns its

@@ -8,8 +8,9 @@
 //!       |   bridge entry, announcements    hold            hold      care-of address (nft)
 //! ```
 //!
-//! [`Tunnel`] is a handle on one task that owns all changes to this host's network, on one that moves packets, and on one
-//! that hears routers and imitates them. The order at a source: [`hold_begin`](Tunnel::hold_begin), stop the guest, commit,
+//! [`Tunnel`] is a handle on one task that owns all changes to this host's network, on one that moves packets, on one
+//! that hears routers and imitates them, and on one that hears whether another host uses an address which is attracted
+//! here. The order at a source: [`hold_begin`](Tunnel::hold_begin), stop the guest, commit,
 //! [`hold_end_attract`](Tunnel::hold_end_attract), and when the status says so,
 //! [`attract_end`](Tunnel::attract_end); a rollback is [`hold_undo`](Tunnel::hold_undo). At a
 //! destination: [`visit_prepare`](Tunnel::visit_prepare) at reservation,
@@ -29,6 +30,7 @@ mod change;
 mod config;
 mod control;
 mod device;
+mod duplicates;
 mod error;
 mod mover;
 mod nft;
@@ -50,15 +52,16 @@ use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use config::{AnnounceConfig, TunnelConfig};
-pub use control::AnchorClosed;
+pub use control::{AddressConflict, AnchorClosed};
 pub use error::TunnelError;
 pub use mover::{DatagramPath, FlowListing, TunnelStatus};
 pub use plan::{CareOf, CarriedRoute, CarryRequest, HoldRequest, Leaving, VisitRequest};
 pub use tap::tap_name;
 
 use announce::FrameSocket;
-use control::{Command, Control};
+use control::{Command, Control, Since, Tasks};
 use device::TunDevice;
+use duplicates::DuplicateTask;
 use mover::{Mover, PeerPath};
 use routers::RouterTask;
 use routes::Netlink;
@@ -72,16 +75,19 @@ const COMMANDS: usize = 32;
 pub struct Tunnel {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<TunnelStatus>,
+    conflicts: watch::Receiver<Vec<AddressConflict>>,
 }
 
 impl Tunnel {
-    /// Opens the packet socket and the one that hears routers (CAP_NET_RAW, now and never again) and the TUN device
-    /// (CAP_NET_ADMIN, always), and starts the three tasks on the current runtime. What an earlier gateway has left stays
+    /// Opens the packet socket and those that hear routers and neighbours (CAP_NET_RAW, now and never again) and the TUN
+    /// device (CAP_NET_ADMIN, always), and starts the four tasks on the current runtime. What an earlier gateway has left stays
     /// until [`Tunnel::undo_all`].
     pub async fn start(config: TunnelConfig) -> Result<Self, TunnelError> {
         config.check()?;
         let frames = Arc::new(FrameSocket::open()?);
         let routers = RouterTask::open(frames.clone(), config.router_advertisements)?;
+        let (found, findings) = mpsc::channel(COMMANDS);
+        let listener = DuplicateTask::open(frames.clone(), config.duplicate_silent, found)?;
         let netlink = Netlink::open(config.route_protocol)?;
         let device = TunDevice::open(&config)?;
         let (publish, status) = watch::channel(TunnelStatus::default());
@@ -89,13 +95,17 @@ impl Tunnel {
         let mover = Mover::new(device, &config, publish);
         let interval = config.status_interval;
         let (router_commands, commands_of_routers) = mpsc::channel(COMMANDS);
-        let mut control = Control::new(config, netlink, frames, moves, router_commands);
+        let (duplicates, commands_of_listener) = mpsc::channel(COMMANDS);
+        let (show, conflicts) = watch::channel(Vec::new());
+        let tasks = Tasks { moves, routers: router_commands, duplicates, conflicts: show };
+        let mut control = Control::new(config, netlink, frames, tasks);
         control.begin().await?;
+        tokio::spawn(listener.run(commands_of_listener));
         tokio::spawn(routers.run(commands_of_routers));
         tokio::spawn(mover.run(move_commands, interval));
         let (commands, control_commands) = mpsc::channel(COMMANDS);
-        tokio::spawn(control.run(control_commands));
-        Ok(Self { commands, status })
+        tokio::spawn(control.run(control_commands, findings));
+        Ok(Self { commands, status, conflicts })
     }
 
     /// Connects a peer: datagrams go out through `path` and come in through `incoming`. Replaces an
@@ -168,7 +178,13 @@ impl Tunnel {
     /// After the hand-over: kept packets leave for the peer, new ones pass, the home address is
     /// announced as this host's. `flows` are those that were open.
     pub async fn hold_end_attract(&self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
-        self.ask(|reply| Command::HoldEndAttract { key, flows, reply }).await
+        self.ask(|reply| Command::HoldEndAttract { key, flows, since: Since::JustNow, reply }).await
+    }
+
+    /// The same by a gateway that was started anew: before it announces an address it asks whether another host has taken
+    /// it meanwhile.
+    pub async fn attract_again(&self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::HoldEndAttract { key, flows, since: Since::Earlier, reply }).await
     }
 
     /// The guest stays: everything as it was, and what was kept is delivered to it. A hold that a gateway
@@ -285,6 +301,11 @@ impl Tunnel {
     /// What passes, what is kept, which tunnels may end.
     pub fn status(&self) -> watch::Receiver<TunnelStatus> {
         self.status.clone()
+    }
+
+    /// Addresses that are attracted here and that other hosts use.
+    pub fn conflicts(&self) -> watch::Receiver<Vec<AddressConflict>> {
+        self.conflicts.clone()
     }
 
     async fn ask<T>(

@@ -4,7 +4,7 @@
 //! command or the clock, and applies what came. It never answers a packet itself: while a link is down,
 //! packets are dropped without a word and the transports inside repeat them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -19,7 +19,7 @@ use longhaul_core::tunnel::coalesce::Coalescer;
 use longhaul_core::tunnel::datapath::{
     Counters, Datapath, PortStatus, Traffic, UnknownPort, VisitRoute, Way,
 };
-use longhaul_core::tunnel::flows::{FlowEntry, FlowTable, HeldBy};
+use longhaul_core::tunnel::flows::{FlowEntry, FlowTable, HeldBy, OneWay};
 use longhaul_core::tunnel::handover::FlowTuple;
 use longhaul_core::tunnel::offload::{self, MAX_FRAME_BYTES, Offload, VNET_HEADER_BYTES};
 use longhaul_core::tunnel::policy::{AddressTaken, DropReason, PeerSlot, PortKey, Role};
@@ -180,6 +180,8 @@ pub(super) struct Mover {
     last_served: PeerSlot,
     epoch: Instant,
     status: watch::Sender<TunnelStatus>,
+    /// NICs of which it was said that most of their connections are heard from one end only.
+    one_way: BTreeSet<PortKey>,
 }
 
 impl Mover {
@@ -194,6 +196,7 @@ impl Mover {
             last_served: PeerSlot(0),
             epoch: Instant::now(),
             status,
+            one_way: BTreeSet::new(),
         }
     }
 
@@ -260,6 +263,7 @@ impl Mover {
 
     fn publish(&mut self) {
         let ports = self.datapath.handle_status(self.now());
+        self.warn_of_one_way(&ports);
         let (counters, repair) = (self.datapath.counters().clone(), self.datapath.repair_counters());
         let status = TunnelStatus { counters, ports, repair };
         self.status.send_if_modified(|old| {
@@ -267,6 +271,17 @@ impl Mover {
             *old = status;
             changed
         });
+    }
+
+    /// Once for as long as a NIC is away.
+    fn warn_of_one_way(&mut self, ports: &[PortStatus]) {
+        self.one_way.retain(|key| ports.iter().any(|port| port.role == Role::Away && port.key == *key));
+        for port in ports.iter().filter(|port| port.one_way.is_most()) {
+            if self.one_way.insert(port.key.clone()) {
+                let OneWay { active, only_guest, only_remote } = port.one_way;
+                warn!(port = %port.key, peer = %port.peer, active, only_guest, only_remote, "connections of a machine that is away are heard from one end only: a firewall may have lost its state, or the tunnel carries one direction");
+            }
+        }
     }
 
     fn handle_command(&mut self, command: Command) {

@@ -226,7 +226,7 @@ impl RouterTask {
 }
 
 /// Waits until something has arrived; for ever without a socket. Cancel safe.
-async fn readable(socket: Option<&AsyncFd<Socket>>) -> io::Result<()> {
+pub(super) async fn readable(socket: Option<&AsyncFd<Socket>>) -> io::Result<()> {
     match socket {
         Some(socket) => {
             socket.readable().await?.retain_ready();
@@ -237,11 +237,16 @@ async fn readable(socket: Option<&AsyncFd<Socket>>) -> io::Result<()> {
 }
 
 fn open_socket() -> io::Result<AsyncFd<Socket>> {
+    open_icmpv6(&[SOLICITATION, ADVERTISEMENT])
+}
+
+/// A socket that takes these types of message, of all devices.
+pub(super) fn open_icmpv6(passed: &[u8]) -> io::Result<AsyncFd<Socket>> {
     let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
     socket.set_nonblocking(true)?;
     let mut blocked = [u32::MAX; 8];
-    for passed in [SOLICITATION, ADVERTISEMENT] {
-        blocked[usize::from(passed / 32)] &= !(1 << (passed % 32));
+    for kind in passed {
+        blocked[usize::from(kind / 32)] &= !(1 << (kind % 32));
     }
     filter(&socket, &blocked)?;
     setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
@@ -252,7 +257,7 @@ fn open_socket() -> io::Result<AsyncFd<Socket>> {
 }
 
 #[allow(unsafe_code)]
-fn register(socket: Socket) -> io::Result<AsyncFd<Socket>> {
+pub(super) fn register(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     // SAFETY: a `Socket` gives the same descriptor every time it is asked, and closes it when it is dropped with the
     // `AsyncFd` that owns it.
     unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }.map_err(io::Error::from)
@@ -272,7 +277,7 @@ fn filter(socket: &Socket, blocked: &[u32; 8]) -> io::Result<()> {
 
 /// One message: its device, source, hop limit and length; `None` if one of them is not told. An error: nothing more has
 /// arrived.
-fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Option<(u32, Ipv6Addr, u8, usize)>> {
+pub(super) fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Option<(u32, Ipv6Addr, u8, usize)>> {
     let mut control = nix::cmsg_space!(libc::in6_pktinfo, libc::c_int);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =

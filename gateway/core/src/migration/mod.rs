@@ -63,6 +63,7 @@ pub mod recovery;
 pub mod resolve;
 pub mod retry;
 pub mod source;
+pub mod spread;
 pub mod step;
 
 use serde::{Deserialize, Deserializer, Serialize};

@@ -39,6 +39,7 @@ use super::policy::{AddressTaken, DropReason, Grant, Inbound, PeerSlot, Policy, 
 use super::repair::{
     FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairError, RepairPolicy, Treatment,
 };
+use super::share::{ShareLimit, ShareSlot, Shares};
 use crate::ids::SiteName;
 
 /// Bounds and times of the datapath.
@@ -56,6 +57,8 @@ pub struct DatapathConfig {
     pub hold: HoldConfig,
     /// Flows and the tunnel's end.
     pub flows: FlowConfig,
+    /// What one machine may take. Default: whatever it wants.
+    pub share: ShareLimit,
     /// How long held packets wait for a link that takes none before they are dropped. Default 5 s.
     pub release_limit: Duration,
 }
@@ -69,6 +72,7 @@ impl Default for DatapathConfig {
             incarnation: Incarnation::default(),
             hold: HoldConfig::default(),
             flows: FlowConfig::default(),
+            share: ShareLimit::default(),
             release_limit: Duration::from_secs(5),
         }
     }
@@ -122,6 +126,7 @@ struct Port {
     released_at: Duration,
     hold: Hold,
     flows: Option<FlowTable>,
+    share: Option<ShareSlot>,
 }
 
 /// The datagrams of one packet, in order; numbered if its flow is repaired.
@@ -161,6 +166,7 @@ pub struct Datapath {
     policy: Policy,
     ports: BTreeMap<PortSlot, Port>,
     peers: BTreeMap<PeerSlot, Peer>,
+    shares: Shares,
     next_slot: u32,
     counters: Counters,
 }
@@ -169,6 +175,7 @@ impl Datapath {
     /// No tunnel yet.
     pub fn new(config: DatapathConfig) -> Self {
         Self {
+            shares: Shares::new(config.share),
             config,
             policy: Policy::default(),
             ports: BTreeMap::new(),
@@ -318,6 +325,7 @@ impl Datapath {
         let Some(slot) = self.slot(key, role) else { return Vec::new() };
         self.policy.forget(slot);
         let Some(mut port) = self.ports.remove(&slot) else { return Vec::new() };
+        self.shares.leave(port.share);
         std::iter::from_fn(|| port.hold.pop()).collect()
     }
 
@@ -333,6 +341,14 @@ impl Datapath {
                 }
             };
         let port = self.ports.get_mut(&grant.port)?;
+        let sender = match grant.role {
+            Role::Away => Side::Remote,
+            Role::Visiting | Role::Relay => Side::Guest,
+        };
+        if !self.shares.admits(now, port.share, sender, packet.len()) {
+            self.counters.drop(DropReason::OverShare, 1);
+            return None;
+        }
         match grant.role {
             Role::Visiting | Role::Relay => Some(grant.peer),
             Role::Away => {
@@ -515,8 +531,8 @@ impl Datapath {
             peer.reassembly.expire(now);
             self.counters.drop(DropReason::Incomplete, peer.reassembly.abandoned() - abandoned);
         }
-        let peers = &self.peers;
-        self.ports.values_mut().filter_map(|port| port.status(now, peers)).collect()
+        let (peers, shares) = (&self.peers, &self.shares);
+        self.ports.values_mut().filter_map(|port| port.status(now, peers, shares)).collect()
     }
 
     fn register(
@@ -546,9 +562,22 @@ impl Datapath {
             return Ok(());
         }
         let hold = Hold::new(self.config.hold.clone());
+        let replaced = self.ports.get(&port).and_then(|replaced| replaced.share);
+        self.shares.leave(replaced);
+        let share = self.shares.enter(&key.machine);
         let (key, phase, released_at) = (key.clone(), Phase::Holding, Duration::ZERO);
-        let new =
-            Port { key, role, peer, onward: None, returning: false, phase, released_at, hold, flows: None };
+        let new = Port {
+            key,
+            role,
+            peer,
+            onward: None,
+            returning: false,
+            phase,
+            released_at,
+            hold,
+            flows: None,
+            share,
+        };
         self.ports.insert(port, new);
         Ok(())
     }
@@ -565,6 +594,13 @@ impl Datapath {
         let returning = |slot| ports.get(&slot).is_some_and(|port| port.returning);
         let judged = self.policy.inbound(&view, peer, returning)?;
         let port = self.ports.get_mut(&judged.grant().port).ok_or(DropReason::UnknownAddress)?;
+        let sender = match judged {
+            Inbound::FromMachine(_) => Side::Guest,
+            Inbound::ToMachine(_) | Inbound::PassedOn(..) | Inbound::ForReturning(_) => Side::Remote,
+        };
+        if !self.shares.admits(now, port.share, sender, packet.len()) {
+            return Err(DropReason::OverShare);
+        }
         match judged {
             Inbound::ToMachine(grant) => {
                 if grant.peer != peer {
@@ -631,7 +667,12 @@ impl Port {
         }
     }
 
-    fn status(&mut self, now: Duration, peers: &BTreeMap<PeerSlot, Peer>) -> Option<PortStatus> {
+    fn status(
+        &mut self,
+        now: Duration,
+        peers: &BTreeMap<PeerSlot, Peer>,
+        shares: &Shares,
+    ) -> Option<PortStatus> {
         let may_end = self.flows.as_mut().is_some_and(|flows| flows.may_end(now));
         Some(PortStatus {
             key: self.key.clone(),
@@ -641,6 +682,8 @@ impl Port {
             held_packets: self.hold.len() as u64,
             held_bytes: self.hold.bytes() as u64,
             flows_alive: self.flows.as_ref().map(|flows| flows.alive() as u64),
+            one_way: self.flows.as_mut().map(|flows| flows.count_one_way(now)).unwrap_or_default(),
+            over_share: shares.dropped(self.share),
             may_end,
         })
     }

@@ -11,6 +11,9 @@
 
 mod held;
 mod limit;
+mod one_way;
+#[cfg(test)]
+mod one_way_tests;
 mod state;
 mod store;
 #[cfg(test)]
@@ -22,6 +25,7 @@ use std::time::Duration;
 
 pub use held::{FlowCounts, FlowCursor, FlowEntry, FlowPage, HeldBy};
 pub use limit::{HoldLimit, NoHoldLimit};
+pub use one_way::OneWay;
 pub use state::{FlowOrigin, FlowState};
 pub use store::HashKey;
 
@@ -29,6 +33,7 @@ use super::datapath::Traffic;
 use super::handover::FlowTuple;
 use super::packet::{ICMP, ICMPV6, Packet, Side, TcpFlags};
 use held::idle_time;
+use one_way::Pass;
 use state::{Class, Flow, State, class};
 use store::{Id, Store};
 
@@ -61,6 +66,9 @@ pub struct FlowConfig {
     /// No new flow to the home address for this long before the tunnel may end. Default 24 h: some clients have the
     /// number written down and dial it once a day.
     pub quiet: Duration,
+    /// A flow of which one end has sent for this long, and the other is silent, counts as heard from one side only.
+    /// Default 30 s. Shorter names flows that are only waiting for a slow answer.
+    pub one_way: Duration,
     /// The tunnel may end after this time whatever is left. Default none.
     pub limit: Option<Duration>,
     /// Flows that one [`FlowTable::expire`] forgets at most. Default 1024: less than a millisecond in which no packet
@@ -82,6 +90,7 @@ impl Default for FlowConfig {
             closed_linger: Duration::from_secs(3),
             closed_memory: Duration::from_secs(120),
             quiet: Duration::from_secs(24 * 3600),
+            one_way: Duration::from_secs(30),
             limit: None,
             expire_batch: 1024,
             hash_key: HashKey::default(),
@@ -129,6 +138,7 @@ pub struct FlowTable {
     last_new: Duration,
     untracked_until: Duration,
     names_expire_at: Option<Duration>,
+    pass: Pass,
 }
 
 impl FlowTable {
@@ -146,6 +156,7 @@ impl FlowTable {
             last_new: now,
             untracked_until: Duration::ZERO,
             names_expire_at: None,
+            pass: Pass::default(),
         }
     }
 
@@ -252,8 +263,8 @@ impl FlowTable {
             if is_reused {
                 *flow = Flow::new(now, flow.tuple, state, FlowOrigin::New);
             }
-            (flow.state, flow.last_seen) = (state, now);
-            flow.count(seen.sender, traffic);
+            flow.state = state;
+            flow.count(now, seen.sender, traffic);
         });
     }
 
@@ -265,7 +276,7 @@ impl FlowTable {
         }
         let origin = if flags.is_none_or(TcpFlags::syn) { FlowOrigin::New } else { FlowOrigin::Underway };
         let mut flow = Flow::new(now, tuple, state, origin);
-        flow.count(sender, traffic);
+        flow.count(now, sender, traffic);
         self.open(flow);
     }
 

@@ -4,6 +4,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use serde::{Deserialize, Serialize};
+
 use super::handover::FlowTuple;
 
 /// IP protocol number of ICMP (RFC 792).
@@ -83,7 +85,8 @@ enum Fragment {
 }
 
 /// Who sent a packet of a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Side {
     /// The guest.
     Guest,

@@ -75,6 +75,8 @@ pub enum DropReason {
     TooLarge,
     /// The device did not take it.
     DeviceBusy,
+    /// The machine has had its share of the tunnel.
+    OverShare,
 }
 
 impl DropReason {
@@ -92,6 +94,7 @@ impl DropReason {
             Self::LinkBusy => "link_busy",
             Self::TooLarge => "too_large",
             Self::DeviceBusy => "device_busy",
+            Self::OverShare => "over_share",
         }
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::super::flows::OneWay;
 use super::super::policy::{DropReason, PortKey, Role};
 use crate::ids::SiteName;
 
@@ -87,6 +88,10 @@ pub struct PortStatus {
     pub held_bytes: u64,
     /// Flows alive; `None` where they are not tracked (visits).
     pub flows_alive: Option<u64>,
+    /// Flows that are heard from one end only.
+    pub one_way: OneWay,
+    /// Packets of the machine, all its NICs together, that were more than its share.
+    pub over_share: u64,
     /// The tunnel is needed by nobody any more.
     pub may_end: bool,
 }

@@ -2,6 +2,7 @@
 
 use super::super::packet::tests::{ipv4, tcp};
 use super::*;
+use crate::units::Rate;
 
 const HOME: [u8; 4] = [198, 51, 100, 10];
 const CLIENT: [u8; 4] = [192, 0, 2, 1];
@@ -249,4 +250,75 @@ fn the_status_says_when_a_tunnel_may_end() {
     assert_eq!((status.flows_alive, status.may_end, status.held_packets), (Some(1), false, 1));
     home.handle_packet(NOW, ipv4(CLIENT, HOME, 6, &tcp(1, 80, 0x04)).into());
     assert!(home.handle_status(NOW + Duration::from_secs(24 * 3600))[0].may_end);
+}
+
+/// web1 and web2 of home a are at b, and each may take 8 Mbit/s.
+fn two_with_a_share() -> [Datapath; 2] {
+    let config = DatapathConfig {
+        share: ShareLimit { rate: Rate::mbit(8), burst_bytes: 65_536 },
+        ..DatapathConfig::default()
+    };
+    let [mut a, mut b] = [(); 2].map(|()| Datapath::new(config.clone()));
+    for (machine, address) in [("web1", HOME), ("web2", OTHER_HOME)] {
+        a.begin_hold(&key(machine), &site("b"), &[address.into()]).unwrap();
+        a.attract(Duration::ZERO, &key(machine), &[]).unwrap();
+        b.visit(&key(machine), &[route(address, "a")]).unwrap();
+        b.resumed(Duration::ZERO, &key(machine)).unwrap();
+    }
+    assert!(a.poll_kept(Duration::ZERO, &[]).is_none() && b.poll_kept(Duration::ZERO, &[]).is_none());
+    [a, b]
+}
+
+const OTHER_HOME: [u8; 4] = [198, 51, 100, 11];
+
+/// A second of a flood of one machine beside 1 Mbit/s of the other: bytes of each that travel.
+fn flood(mut travels: impl FnMut(Duration, [u8; 4]) -> bool) -> [u64; 2] {
+    let mut bytes = [0; 2];
+    for tenth_ms in 0..10_000_u64 {
+        let now = Duration::from_micros(tenth_ms * 100);
+        // 80 Mbit/s of 1000 bytes each.
+        bytes[0] += 1000 * u64::from(travels(now, HOME));
+        if tenth_ms % 80 == 0 {
+            bytes[1] += 1000 * u64::from(travels(now, OTHER_HOME));
+        }
+    }
+    bytes
+}
+
+fn large(from: [u8; 4], to: [u8; 4]) -> Bytes {
+    let mut segment = tcp(80, 80, 0x10);
+    segment.resize(980, 0);
+    ipv4(from, to, 6, &segment).into()
+}
+
+#[test]
+fn a_machine_that_floods_the_tunnel_takes_nothing_of_anothers_in_either_direction() {
+    let [mut a, mut b] = two_with_a_share();
+    let (to_b, from_a) = (a.peer_slot(&site("b")), b.peer_slot(&site("a")));
+    let all_of_web2 = 1000 * (10_000_u64.div_ceil(80));
+    let share = 1_000_000 + 65_536;
+    let clients = flood(|now, guest| a.handle_packet(now, large(CLIENT, guest)).is_some());
+    let guests = flood(|now, guest| b.handle_packet(now, large(guest, CLIENT)).is_some());
+    // The same at the other ends, where a peer does not keep to it.
+    let mut free = Datapath::new(DatapathConfig::default());
+    let to_any = free.peer_slot(&site("any"));
+    let mut through = |ours: &mut Datapath, peer: PeerSlot, now: Duration, packet: &Bytes| {
+        for datagram in free.split(now, to_any, packet, 1400).unwrap().collect::<Vec<_>>() {
+            ours.handle_datagram(now, peer, datagram);
+        }
+        ours.poll_packet(now, peer).is_some()
+    };
+    let [mut a_in, mut b_in] = two_with_a_share();
+    let (b_at_a, a_at_b) = (a_in.peer_slot(&site("b")), b_in.peer_slot(&site("a")));
+    assert_eq!((b_at_a, a_at_b), (to_b, from_a));
+    let arriving = flood(|now, guest| through(&mut b_in, a_at_b, now, &large(CLIENT, guest)));
+    let returning = flood(|now, guest| through(&mut a_in, b_at_a, now, &large(guest, CLIENT)));
+    for [flooding, other] in [clients, guests, arriving, returning] {
+        assert_eq!(other, all_of_web2);
+        assert!((1_000_000..=share).contains(&flooding), "{flooding}");
+    }
+    let dropped = a.counters().dropped[&DropReason::OverShare];
+    let statuses = a.handle_status(Duration::from_secs(1));
+    let over: Vec<u64> = statuses.iter().map(|port| port.over_share).collect();
+    assert_eq!(over, [dropped, 0], "it is told whose they were");
 }

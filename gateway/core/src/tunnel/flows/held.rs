@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::super::datapath::Traffic;
 use super::super::handover::FlowTuple;
+use super::super::packet::Side;
+use super::one_way::heard_only;
 use super::state::{Class, Flow, FlowOrigin, FlowState};
 use super::{FlowConfig, FlowTable};
 
@@ -32,6 +34,9 @@ pub struct FlowEntry {
     pub to_guest: Traffic,
     /// From the guest.
     pub from_guest: Traffic,
+    /// The only end that is heard, although the other was before.
+    #[serde(default)]
+    pub heard_only: Option<Side>,
 }
 
 /// Where a listing goes on. The default is its beginning.
@@ -173,6 +178,7 @@ impl FlowTable {
             idle_left: deadline - now,
             to_guest: flow.to_guest,
             from_guest: flow.from_guest,
+            heard_only: heard_only(&self.config, now, flow),
         })
     }
 }

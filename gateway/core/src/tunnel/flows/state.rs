@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::super::datapath::Traffic;
 use super::super::handover::FlowTuple;
 use super::super::packet::{Side, TCP, TcpFlags, UDP};
+use super::one_way::Row;
 
 /// How far a flow is, as far as its packets tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -117,19 +118,24 @@ pub(super) struct Flow {
     pub last_seen: Duration,
     pub to_guest: Traffic,
     pub from_guest: Traffic,
+    pub row: Row,
 }
 
 impl Flow {
     pub fn new(now: Duration, tuple: FlowTuple, state: State, origin: FlowOrigin) -> Self {
         let none = Traffic::default();
-        Self { tuple, state, origin, since: now, last_seen: now, to_guest: none, from_guest: none }
+        let (to_guest, from_guest, row) = (none, none, Row::NONE);
+        Self { tuple, state, origin, since: now, last_seen: now, to_guest, from_guest, row }
     }
 
     pub fn class(&self) -> Class {
         class(self.tuple.protocol, self.state)
     }
 
-    pub fn count(&mut self, sender: Side, traffic: Traffic) {
+    /// Packets that come `now`.
+    pub fn count(&mut self, now: Duration, sender: Side, traffic: Traffic) {
+        self.row = self.row.next(sender, traffic.packets, now.saturating_sub(self.last_seen));
+        self.last_seen = now;
         let way = match sender {
             Side::Guest => &mut self.from_guest,
             Side::Remote => &mut self.to_guest,

@@ -304,6 +304,7 @@ fn a_flow_is_shown_with_what_it_carried() {
         idle_left: at(237),
         to_guest: traffic(1),
         from_guest: traffic(2),
+        heard_only: None,
     };
     assert_eq!(page, FlowPage { flows: vec![expected], next: None });
 }
