@@ -143,8 +143,12 @@ fn migration_line(migration: &MigrationView) -> String {
             format!("stayed: {}{}", migration.reason.as_deref().unwrap_or("unknown"), follows(migration))
         }
     };
+    let kept = match migration.disk_kept {
+        0 => String::new(),
+        bytes => format!("; {} of disk was there already", Bytes(bytes)),
+    };
     let (vm, from, to, id) = (&migration.vm, &migration.from, &migration.to, &migration.id);
-    format!("  {:<16} {from} -> {to}  {state}  [{id}]\n", vm.as_str())
+    format!("  {:<16} {from} -> {to}  {state}{kept}  [{id}]\n", vm.as_str())
 }
 
 fn follows(migration: &MigrationView) -> String {
