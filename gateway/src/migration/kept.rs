@@ -272,7 +272,7 @@ mod tests {
         fs::write(folder.path().join("web1.raw"), "in use").unwrap();
         let aborted = SourceRecord::Aborted { why: Refusal::Operator };
         let histories = [history(1, SourceRecord::Released), history(2, aborted)];
-        assert_eq!(look(&histories, folder.path(), &BTreeSet::new()), [left.clone()]);
+        assert_eq!(look(&histories, folder.path(), &BTreeSet::new()), std::slice::from_ref(&left));
         assert!(look(&histories, folder.path(), &[left.clone()].into()).is_empty(), "a machine's disk again");
         let ours = |epoch, owner: &str| Generation {
             vm: "web1".parse().unwrap(),
