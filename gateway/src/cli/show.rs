@@ -79,6 +79,10 @@ fn page(view: &StatusView) -> String {
     for anchor in &view.anchors {
         page += &anchor_line(anchor);
     }
+    let flows: u64 = view.anchors.iter().map(|anchor| anchor.flows).sum();
+    if flows > 0 {
+        page += &format!("  {flows} connections go through this host; a reboot now breaks them\n");
+    }
     if !view.kept.is_empty() {
         page += "disks kept of machines that left\n";
     }

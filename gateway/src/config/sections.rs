@@ -36,6 +36,10 @@ pub struct SiteConfig {
     /// Sockets and pid files (default `/run/longhaul`). Empty after a reboot.
     #[serde(default = "default_run")]
     pub run_dir: PathBuf,
+    /// The program that holds off a reboot of this host while connections of machines that left go through it (default
+    /// `systemd-inhibit`; empty: nothing does). A reboot then has to be insisted on.
+    #[serde(default = "default_inhibitor")]
+    pub shutdown_inhibitor: PathBuf,
     /// The API's UNIX socket (default `<run_dir>/api.sock`). Whoever can write to it can move machines.
     #[serde(default)]
     pub api_socket: Option<PathBuf>,
@@ -469,6 +473,10 @@ fn default_state() -> PathBuf {
 
 fn default_run() -> PathBuf {
     PathBuf::from("/run/longhaul")
+}
+
+fn default_inhibitor() -> PathBuf {
+    PathBuf::from("systemd-inhibit")
 }
 
 fn default_kept_days() -> u64 {

@@ -18,7 +18,8 @@ use crate::migration::{Edges, chain, journal_room};
 impl Daemon {
     /// Looks in a task of its own: QEMUs and name servers may take long to answer.
     pub(super) fn doctor(&self, vm: Option<VmName>, reply: oneshot::Sender<Vec<Finding>>) {
-        let doctor = Doctor { edges: self.edges.clone(), machines: self.machines.clone() };
+        let through_here = self.connections_through_here();
+        let doctor = Doctor { edges: self.edges.clone(), machines: self.machines.clone(), through_here };
         tokio::spawn(async move {
             // An asker that went away needs no answer.
             drop(reply.send(doctor.look(vm).await));
@@ -30,6 +31,7 @@ impl Daemon {
 struct Doctor {
     edges: Edges,
     machines: BTreeMap<VmName, Machine>,
+    through_here: Option<(u64, String)>,
 }
 
 impl Doctor {
@@ -38,6 +40,7 @@ impl Doctor {
         findings.extend(self.lans());
         findings.extend(self.peers());
         findings.extend(self.arbiters().await);
+        findings.extend(self.reboot());
         findings.extend(self.unknown());
         for machine in self.machines.values() {
             if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {
@@ -130,6 +133,13 @@ impl Doctor {
                 bad(&format!("machine {}", lost.note.vm), &held.why, &held.remedy)
             })
             .collect()
+    }
+
+    /// Nothing is wrong, but a reboot would break it.
+    fn reboot(&self) -> Option<Finding> {
+        let (flows, machines) = self.through_here.as_ref()?;
+        let said = format!("{flows} connections go through this host: {machines}; a reboot now breaks them");
+        Some(good("reboot", said))
     }
 
     /// Whether each peer's arbiter can decide.

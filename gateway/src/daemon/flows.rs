@@ -42,6 +42,15 @@ impl Daemon {
         let over = status.ports.iter().filter(|port| port.over_share > 0);
         over.map(|port| (port.key.machine.clone(), port.over_share)).collect()
     }
+
+    /// Connections that stall when this gateway ends, and break when its host does, by machine; `None`: there are none.
+    pub(super) fn connections_through_here(&self) -> Option<(u64, String)> {
+        let held: Vec<AnchorView> = self.anchor_views().into_iter().filter(|view| view.flows > 0).collect();
+        let machines: Vec<String> = held.iter().map(|view| format!("{} ({})", view.vm, view.flows)).collect();
+        let flows: u64 = held.iter().map(|view| view.flows).sum();
+        (flows > 0).then(|| (flows, machines.join(", ")))
+    }
+
     /// `longhaul flows`: a task, for the tunnel may be busy.
     pub(super) fn flows(&self, vm: &VmName, reply: Reply<FlowsView>) {
         let anchor = self.anchor_views.borrow().get(vm).filter(|view| view.closed_ms.is_none()).cloned();

@@ -18,6 +18,7 @@ mod dispatch;
 mod doctor;
 mod flows;
 mod image;
+mod inhibit;
 mod kept;
 mod machines;
 mod power;
@@ -93,6 +94,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (anchor_views, anchor_watch) = watch::channel(BTreeMap::new());
     let restored = anchors::restore(&edges, &anchor_views).await;
     tokio::spawn(anchors::run(edges.clone(), restored, anchor_commands, anchor_views));
+    tokio::spawn(inhibit::run(edges.config.site.shutdown_inhibitor.clone(), edges.tunnel.status()));
     let (ended_tx, mut ended) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
     let (worked_tx, mut worked) = mpsc::channel(64);
@@ -144,6 +146,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         }
     }
     tracing::info!("stopping; machines and tunnels stay");
+    if let Some((flows, machines)) = daemon.connections_through_here() {
+        tracing::warn!(
+            flows,
+            machines,
+            "connections stall until the gateway is back; a reboot of this host breaks them"
+        );
+    }
     api.abort();
     daemon.edges.link.close().await;
     Ok(())
