@@ -446,15 +446,13 @@ async fn comes_back(partial: Option<&[u8]>) -> Option<(Lab, Vec<u8>)> {
     let fill = |disk: &Path| {
         noise(disk, 200 * MIB);
         let (copy, there) = (disk.with_file_name("base.raw"), disk.with_file_name("b.raw"));
-        let file = std::fs::File::create(&copy).unwrap();
-        file.set_len(size).unwrap();
-        // Holes stay holes.
-        file.write_all_at(&std::fs::read(disk).unwrap()[..200 * MIB as usize], 0).unwrap();
+        std::fs::copy(disk, &copy).unwrap();
+        let file = std::fs::File::options().write(true).open(&copy).unwrap();
         // What the guest changed elsewhere, and what was altered here behind our back.
         file.write_all_at(&[1; 100_000], 10 * MIB).unwrap();
         file.write_all_at(&[0; MIB as usize], 50 * MIB + 512).unwrap();
         file.write_all_at(&[2; MIB as usize], 220 * MIB).unwrap();
-        file.write_all_at(&[3; 100], 150 * MIB).unwrap();
+        file.write_all_at(&[3; 100], 190 * MIB).unwrap();
         base = std::fs::read(&copy).unwrap();
         if let Some(partial) = partial {
             std::fs::File::options()
