@@ -12,11 +12,12 @@
 mod scenes;
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use gateway::api::types::{MigrateRequest, MigrationView, Progressing};
+use gateway::api::types::{AnchorView, MigrateRequest, MigrationView, Progressing};
 use gateway::identity::Identity;
 use netns_tests::agent::IDLE_PORT;
 use netns_tests::agent::client::ask;
@@ -24,7 +25,7 @@ use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::log::LogVerdict;
 use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::Monitor;
-use netns_tests::scenario::names::Names;
+use netns_tests::scenario::names::{Names, Secondary};
 use netns_tests::scenario::options::{DnsServer, SceneOptions};
 use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
 use serde_json::{Value, json};
@@ -226,6 +227,72 @@ async fn a_name_in_debians_bind_follows_the_machine_and_gets_its_ttl_back() {
     let status = scene.world.client.run(move || ask::<AgentStatus>(care_of, "/status", 10 * SECOND));
     status.unwrap().unwrap();
     close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secondary_that_has_not_heard_keeps_the_tunnel_and_what_a_reboot_would_break_is_said() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("stale")).await;
+    let (name, home) = (Scene::name(), scene.home().unwrap());
+    let mut secondary = scene.names.lagging_secondary(&name, home, scene.options.ttl_s).unwrap();
+    let file = scene.a.folder.join("site.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let (one, both) = (Names::address(), format!("{}\", \"{}", Names::address(), Secondary::address()));
+    let changed = text.replace(&format!("servers = [\"{one}\"]"), &format!("servers = [\"{both}\"]"));
+    assert_ne!(changed, text);
+    let inhibitor = scene.a.folder.join("inhibitor");
+    std::fs::write(
+        &inhibitor,
+        "#!/bin/sh\necho began >> \"$0.log\"\nshift 4\n\"$@\"\necho ended >> \"$0.log\"\n",
+    )
+    .unwrap();
+    std::fs::set_permissions(&inhibitor, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let key = format!("[site]\nshutdown_inhibitor = \"{}\"", inhibitor.canonicalize().unwrap().display());
+    scene.a.stop().unwrap();
+    std::fs::write(file, changed.replace("[site]", &key)).unwrap();
+    scene.a.launch().await.unwrap();
+    scene.start_guest().await.unwrap();
+    let to = SocketAddr::new(home, IDLE_PORT);
+    let connection = scene.world.client.tcp_connect(to, 5 * SECOND).unwrap();
+    moved(&scene).await;
+    wait_for_anchor(&scene, |anchor| anchor.names_behind == [Secondary::address().to_string()]).await;
+    // Longer than every TTL there is.
+    tokio::time::sleep(8 * SECOND).await;
+    wait_for_anchor(&scene, |anchor| anchor.names == "moved" && anchor.closed_ms.is_none()).await;
+
+    // The connection is this host's to break, and it says so.
+    wait_for_anchor(&scene, |anchor| anchor.flows >= 1).await;
+    let findings = scene.a.client().doctor(None).await.unwrap();
+    let reboot = findings.iter().find(|finding| finding.check == "reboot").unwrap();
+    assert!(reboot.ok && reboot.detail.contains("web1 ("), "{reboot:?}");
+    let held_off = || std::fs::read_to_string(inhibitor.with_extension("log")).unwrap_or_default();
+    assert_eq!(held_off(), "began\n");
+    scene.a.stop().unwrap();
+    let log = std::fs::read_to_string(scene.a.log()).unwrap();
+    assert!(log.contains("connections stall until the gateway is back"), "{log}");
+    wait("the end of what held a reboot off", 10 * SECOND, || (held_off() == "began\nended\n").then_some(()))
+        .await;
+    scene.a.launch().await.unwrap();
+    drop(connection);
+    wait_for_anchor(&scene, |anchor| anchor.names == "moved" && !anchor.names_behind.is_empty()).await;
+
+    secondary.catch_up(&name, &scene.names.read(&name).unwrap()).unwrap();
+    wait_for_anchor(&scene, |anchor| anchor.names == "settled" && anchor.names_behind.is_empty()).await;
+    wait_until_closed(&scene).await;
+    close(scene);
+}
+
+/// Waits until what is left at a of the machine is so.
+async fn wait_for_anchor(scene: &Scene, is_so: impl Fn(&AnchorView) -> bool) {
+    let deadline = Instant::now() + 40 * SECOND;
+    loop {
+        let anchors = scene.a.client().status().await.unwrap().anchors;
+        if anchors.iter().any(&is_so) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{anchors:?}\n{}", scene.a.log_tail());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

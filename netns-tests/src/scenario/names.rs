@@ -121,6 +121,13 @@ impl Names {
         }
     }
 
+    /// A secondary beside it, at another port, that hears of nothing by itself: it says of `name` what it is given.
+    pub fn lagging_secondary(&self, name: &str, address: IpAddr, ttl_s: u32) -> Result<Secondary> {
+        let zone = zone(name, &[address], ttl_s, None)?;
+        let server = Some(hickory_at(Secondary::address(), &self.namespace, &self.key_file, zone)?);
+        Ok(Secondary { server, namespace: self.namespace.clone(), key_file: self.key_file.clone() })
+    }
+
     fn still_runs(&mut self) -> Result<()> {
         let Running::Bind9(child) = &mut self.server else { return Ok(()) };
         let Some(status) = child.try_wait()? else { return Ok(()) };
@@ -137,6 +144,29 @@ impl Names {
                 child.wait()?;
             }
         }
+        Ok(())
+    }
+}
+
+/// A name server that lags behind the scene's.
+pub struct Secondary {
+    server: Option<TestServer>,
+    namespace: Namespace,
+    key_file: PathBuf,
+}
+
+impl Secondary {
+    /// Where it answers.
+    pub fn address() -> SocketAddr {
+        SocketAddr::new(NAME_SERVER.into(), PORT + 1)
+    }
+
+    /// It has the zone that the primary has now.
+    pub fn catch_up(&mut self, name: &str, said: &Records) -> Result<()> {
+        drop(self.server.take());
+        let zone =
+            zone_of(said.serial, name, &said.addresses, said.ttl_s().unwrap_or(300), said.ownership())?;
+        self.server = Some(hickory_at(Self::address(), &self.namespace, &self.key_file, zone)?);
         Ok(())
     }
 }
@@ -169,11 +199,23 @@ impl Drop for Names {
     }
 }
 
-/// The zone's text: one machine's name, and its ownership record if it has one.
+/// The text of a zone that nobody has changed yet.
 fn zone(name: &str, addresses: &[IpAddr], ttl_s: u32, ownership: Option<&Ownership>) -> Result<String> {
+    zone_of(1, name, addresses, ttl_s, ownership)
+}
+
+/// The zone's text: one machine's name, and its ownership record if it has one.
+fn zone_of(
+    serial: u32,
+    name: &str,
+    addresses: &[IpAddr],
+    ttl_s: u32,
+    ownership: Option<&Ownership>,
+) -> Result<String> {
     let label = name.strip_suffix(&format!(".{ZONE}")).context("The name is outside the zone")?;
-    let mut zone =
-        format!("$TTL 300\n@ IN SOA ns1 admin 1 3600 600 86400 5\n@ IN NS ns1\nns1 IN A {NAME_SERVER}\n");
+    let mut zone = format!(
+        "$TTL 300\n@ IN SOA ns1 admin {serial} 3600 600 86400 5\n@ IN NS ns1\nns1 IN A {NAME_SERVER}\n"
+    );
     for address in addresses {
         writeln!(zone, "{label} {ttl_s} IN {} {address}", if address.is_ipv4() { "A" } else { "AAAA" })?;
     }
@@ -186,13 +228,19 @@ fn zone(name: &str, addresses: &[IpAddr], ttl_s: u32, ownership: Option<&Ownersh
 fn run(kind: DnsServer, namespace: &Namespace, key_file: &Path, zone: String) -> Result<Running> {
     let folder = key_file.parent().context("The key has no folder")?;
     Ok(match kind {
-        DnsServer::Hickory => Running::Hickory(Some(hickory(namespace, key_file, zone)?)),
+        DnsServer::Hickory => {
+            Running::Hickory(Some(hickory_at(Names::address(), namespace, key_file, zone)?))
+        }
         DnsServer::Bind9 => Running::Bind9(bind9(namespace, folder, &zone)?),
     })
 }
 
-fn hickory(namespace: &Namespace, key_file: &Path, zone: String) -> Result<TestServer> {
-    let address = Names::address();
+fn hickory_at(
+    address: SocketAddr,
+    namespace: &Namespace,
+    key_file: &Path,
+    zone: String,
+) -> Result<TestServer> {
     // The tasks of one that was just stopped may hold the address for a moment more.
     let deadline = Instant::now() + FREE;
     let udp = loop {
@@ -202,7 +250,13 @@ fn hickory(namespace: &Namespace, key_file: &Path, zone: String) -> Result<TestS
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     };
-    let tcp = namespace.tcp_listener_async(address)?;
+    let tcp = loop {
+        match namespace.tcp_listener_async(address) {
+            Ok(tcp) => break tcp,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
     let zone = TestZone { origin: ZONE.parse()?, text: zone };
     Ok(TestServer::start_on(udp, tcp, &[zone], &[Grant::everything(Key::from_file(key_file)?)])?)
 }
