@@ -302,6 +302,11 @@ async fn what_a_home_has_of_a_machine_is_not_let_go_while_it_is_on_its_way_back(
     a.let_go(away.clone()).await.unwrap();
     assert!(!lab.look("ga").contains(&tap), "the tap is still there");
 
+    // It leaves, which it could not if it had not come.
+    a.expect_return(key(), true).await.unwrap();
+    a.hold_begin(away.clone()).await.unwrap();
+    a.let_go(away.clone()).await.unwrap();
+
     // It came, and left again.
     a.expect_return(key(), true).await.unwrap();
     a.create_tap(key(), 0, Some("br0".to_owned())).await.unwrap();

@@ -147,7 +147,8 @@ async fn prepare(
         return Err(Refusal::Busy(format!("a QEMU of {} runs at site {}", definition.name, edges.site())));
     }
     make_images(leaf, proposal, held)?;
-    let taps = Stay::of_arrival(edges, &leaf.attempt.peer, proposal, reservation).prepare(edges).await?;
+    let taps =
+        Stay::of_arrival(edges, &leaf.attempt.peer, proposal, reservation).prepare_arrival(edges).await?;
     let volumes = definition.volumes().map(|volume| volume.name.clone());
     let placement = Placement {
         disks: volumes

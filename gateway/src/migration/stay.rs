@@ -75,9 +75,6 @@ impl Stay {
     /// guest by it before [`Stay::take_over`].
     pub async fn prepare(&self, edges: &Edges) -> Result<BTreeMap<DeviceName, String>, Refusal> {
         let mut taps = BTreeMap::new();
-        if self.is_home(edges) {
-            self.expect_return(edges).await?;
-        }
         for nic in &self.definition.nics {
             let (key, lan) = (self.key(nic), self.lan(edges, nic)?);
             let bridge = self.is_home(edges).then(|| lan.bridge.clone());
@@ -97,7 +94,16 @@ impl Stay {
         Ok(taps)
     }
 
-    /// The rules alone: the taps are there, but the tunnel forgot them with the gateway.
+    /// The same for one that comes from another site. What its home still holds for it is held until it is here: an
+    /// anchor that ended by itself would take away what is made now.
+    pub async fn prepare_arrival(&self, edges: &Edges) -> Result<BTreeMap<DeviceName, String>, Refusal> {
+        if self.is_home(edges) {
+            self.expect_return(edges).await?;
+        }
+        self.prepare(edges).await
+    }
+
+    /// The rules alone, of one that comes from another site: the taps are there, but the tunnel forgot them with the gateway.
     pub async fn prepare_rules(&self, edges: &Edges) -> Result<(), Refusal> {
         match self.is_home(edges) {
             true => self.expect_return(edges).await,
@@ -105,7 +111,6 @@ impl Stay {
         }
     }
 
-    /// First of all: an anchor that ends by itself would take away what is made for the machine.
     async fn expect_return(&self, edges: &Edges) -> Result<(), Refusal> {
         for nic in &self.definition.nics {
             edges.tunnel.expect_return(self.key(nic), true).await.map_err(tunnel_failed)?;

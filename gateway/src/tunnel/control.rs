@@ -341,6 +341,7 @@ impl Control {
         check_device_name(&request.lan)?;
         check_device_name(&request.port)?;
         let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.addresses.clone());
+        self.returning.remove(&key);
         self.tell(|done| Move::BeginHold { key, peer, home, done }).await??;
         let owner = Owner::Away(request.key.clone());
         let plan = Kernel::probe(&request.lan).map(|kernel| plan::hold_plan(&self.config, kernel, &request));
