@@ -364,7 +364,6 @@ impl AnchorTask {
         // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for ever.
         let _ = tokio::time::timeout(TELL_LIMIT, &mut telling.0).await;
         while !self.end().await {
-            tokio::time::sleep(TELL_AGAIN).await;
             self.wait_for_flows().await;
         }
     }

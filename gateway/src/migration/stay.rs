@@ -103,7 +103,8 @@ impl Stay {
         self.prepare(edges).await
     }
 
-    /// The rules alone, of one that comes from another site: the taps are there, but the tunnel forgot them with the gateway.
+    /// The rules alone, of one that comes from another site: the taps are there, but the tunnel forgot them with the
+    /// gateway.
     pub async fn prepare_rules(&self, edges: &Edges) -> Result<(), Refusal> {
         match self.is_home(edges) {
             true => self.expect_return(edges).await,

@@ -5,7 +5,7 @@
 
 mod attract;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -90,6 +90,8 @@ struct Away {
     request: HoldRequest,
     /// Since when the home address is attracted; `None` while it is only held.
     attracted: Option<Instant>,
+    /// The machine is on its way back.
+    returning: bool,
     spoken: Spoken,
     announcing: Option<Repeating>,
 }
@@ -118,8 +120,6 @@ pub(super) struct Control {
     duplicates: mpsc::Sender<duplicates::Command>,
     conflicts: watch::Sender<Vec<AddressConflict>>,
     away: BTreeMap<PortKey, Away>,
-    /// Of them, those whose machine is on its way back.
-    returning: BTreeSet<PortKey>,
     visits: BTreeMap<PortKey, Visit>,
     /// Machines at home that have brought addresses of their visits.
     carries: BTreeMap<PortKey, CarryRequest>,
@@ -143,7 +143,6 @@ impl Control {
             duplicates: tasks.duplicates,
             conflicts: tasks.conflicts,
             away: BTreeMap::new(),
-            returning: BTreeSet::new(),
             visits: BTreeMap::new(),
             carries: BTreeMap::new(),
         }
@@ -341,7 +340,6 @@ impl Control {
         check_device_name(&request.lan)?;
         check_device_name(&request.port)?;
         let (key, peer, home) = (request.key.clone(), request.peer.clone(), request.addresses.clone());
-        self.returning.remove(&key);
         self.tell(|done| Move::BeginHold { key, peer, home, done }).await??;
         let owner = Owner::Away(request.key.clone());
         let plan = Kernel::probe(&request.lan).map(|kernel| plan::hold_plan(&self.config, kernel, &request));
@@ -358,6 +356,7 @@ impl Control {
         self.away.entry(key).or_insert(Away {
             request,
             attracted: None,
+            returning: false,
             spoken: Spoken::default(),
             announcing: None,
         });
@@ -446,7 +445,6 @@ impl Control {
     /// The machine is back: its addresses here are its own again. At home its LAN learns its address, and it learns its
     /// neighbours'.
     async fn come_back(&mut self, key: &PortKey, neighbours: &[Neighbour]) -> Result<(), TunnelError> {
-        self.returning.remove(key);
         self.end(key, Role::Relay).await?;
         let Some(request) = self.away.get(key).map(|away| away.request.clone()) else { return Ok(()) };
         self.hold_undo(request.clone()).await?;

@@ -673,7 +673,7 @@ impl Port {
         peers: &BTreeMap<PeerSlot, Peer>,
         shares: &Shares,
     ) -> Option<PortStatus> {
-        let may_end = self.flows.as_mut().is_some_and(|flows| flows.may_end(now));
+        let may_end = !self.returning && self.flows.as_mut().is_some_and(|flows| flows.may_end(now));
         Some(PortStatus {
             key: self.key.clone(),
             role: self.role,

@@ -101,7 +101,7 @@ impl Control {
     /// One step, so that nothing is made for a machine that comes between two of its parts.
     pub(super) async fn let_go(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
         let key = request.key;
-        if self.returning.contains(&key) {
+        if self.away.get(&key).is_some_and(|away| away.returning) {
             return Err(TunnelError::Returning(key));
         }
         let ended = self.attract_end(&key).await;
@@ -116,9 +116,8 @@ impl Control {
     }
 
     pub(super) async fn expect_return(&mut self, key: PortKey, returning: bool) -> Result<(), TunnelError> {
-        match returning {
-            true => drop(self.returning.insert(key.clone())),
-            false => drop(self.returning.remove(&key)),
+        if let Some(away) = self.away.get_mut(&key) {
+            away.returning = returning;
         }
         self.tell(|done| Move::ExpectReturn { key, returning, done }).await
     }

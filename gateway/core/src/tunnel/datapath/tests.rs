@@ -249,7 +249,12 @@ fn the_status_says_when_a_tunnel_may_end() {
     let status = home.handle_status(NOW + Duration::from_secs(60)).remove(0);
     assert_eq!((status.flows_alive, status.may_end, status.held_packets), (Some(1), false, 1));
     home.handle_packet(NOW, ipv4(CLIENT, HOME, 6, &tcp(1, 80, 0x04)).into());
-    assert!(home.handle_status(NOW + Duration::from_secs(24 * 3600))[0].may_end);
+    let may_end = |home: &mut Datapath| home.handle_status(NOW + Duration::from_secs(24 * 3600))[0].may_end;
+    assert!(may_end(&mut home));
+    home.expect_return(NOW, &key("web1"), true);
+    assert!(!may_end(&mut home), "it is what the machine comes to");
+    home.expect_return(NOW, &key("web1"), false);
+    assert!(may_end(&mut home));
 }
 
 /// web1 and web2 of home a are at b, and each may take 8 Mbit/s.
