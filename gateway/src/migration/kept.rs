@@ -113,13 +113,12 @@ pub fn forget_removed(edges: &Edges) {
     }
 }
 
-/// The newest kept disk of this volume that can be read as a raw image of `size` bytes.
+/// Of these, the newest kept disk of this volume that can be read as a raw image of `size` bytes.
 ///
 /// It is a base and not the new disk: it stays what it was, should the site that has the machine now be lost before
 /// the machine runs here. A partial disk of an earlier attempt may lie beside it, and holds what was sent since.
-pub(super) fn base_of(edges: &Edges, vm: &VmName, volume: &DeviceName, size: u64) -> Option<Base> {
-    let disks = list(edges);
-    newest_first(&disks, vm, volume).into_iter().find_map(|(disk, row)| {
+pub(super) fn base_of(disks: &[KeptDisk], vm: &VmName, volume: &DeviceName, size: u64) -> Option<Base> {
+    newest_first(disks, vm, volume).into_iter().find_map(|(disk, row)| {
         let path = disk.path.display();
         match Base::open(&disk.path, size, row.owner) {
             Ok(base) => {

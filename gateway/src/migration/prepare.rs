@@ -169,6 +169,7 @@ async fn prepare(
 
 fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> Result<(), Refusal> {
     let images = pool_images(&leaf.edges, &leaf.attempt, proposal);
+    let kept = kept::list(&leaf.edges);
     for (volume, path) in proposal.definition.volumes().zip(images) {
         let failed = |error: std::io::Error| {
             Refusal::Other(format!("site {} cannot make {}: {error}", leaf.edges.site(), path.display()))
@@ -178,13 +179,13 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
         let partial = partial::take(pool, &of, Bytes(volume.size_bytes), &path).map_err(failed)?;
         if partial {
             tracing::info!(vm = %of.vm, disk = %of.disk, "going on with what an earlier attempt has left");
-            held.images.push(path.clone());
-        } else {
-            let file = new_image(&path).map_err(failed)?;
-            held.images.push(path.clone());
+        }
+        let new = if partial { None } else { Some(new_image(&path).map_err(failed)?) };
+        held.images.push(path.clone());
+        if let Some(file) = new {
             file.set_len(volume.size_bytes).map_err(failed)?;
         }
-        let base = kept::base_of(&leaf.edges, &of.vm, &of.disk, volume.size_bytes);
+        let base = kept::base_of(&kept, &of.vm, &of.disk, volume.size_bytes);
         held.there.push(There { partial, base });
     }
     Ok(())

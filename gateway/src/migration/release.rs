@@ -1,8 +1,9 @@
 //! Stage 5 at the source, after the destination runs the machine: nothing of it runs here any more.
 //!
 //! The disks stay, renamed, so that nothing starts them by accident: until their time is over, or the machine has
-//! been here once more and newer ones take their place. Names and packets are the anchor's business, which outlives the migration. The note beside a disk stands by its old name
-//! and by the new one: an older journal looks for the first, an operator may define the second.
+//! been here once more and newer ones take their place. Names and packets are the anchor's business, which outlives
+//! the migration. The note beside a disk stands by its old name and by the new one: an older journal looks for the
+//! first, an operator may define the second.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
