@@ -163,6 +163,14 @@ async fn moves(scene: &Scene) -> Result<MigrationView> {
     Ok(view)
 }
 
+/// Moves the machine; its connection lives until it ends, nothing is left of the tunnel then, and its disk is right.
+async fn moves_with(scene: &Scene, client: Client) -> Result<()> {
+    let view = moves(scene).await?;
+    connection_was_right(client).await?;
+    tunnel_comes_down(scene).await?;
+    runs_at_b(scene, &view).await
+}
+
 /// The machine runs at b only, and its disk there is right. The machine is stopped by that.
 async fn runs_at_b(scene: &Scene, view: &MigrationView) -> Result<()> {
     let deadline = Instant::now() + TIDY;
@@ -289,10 +297,7 @@ async fn an_abort_in_pre_copy_leaves_the_guest_at_home_and_nothing_elsewhere() {
         scene.a.client().abort(&id).await?;
         expect_stayed(scene, &id).await?;
         stayed(scene, before).await?;
-        let view = moves(scene).await?;
-        connection_was_right(client).await?;
-        tunnel_comes_down(scene).await?;
-        runs_at_b(scene, &view).await
+        moves_with(scene, client).await
     })
     .await;
 }
@@ -316,10 +321,7 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
         scene.world.wan.heal()?;
         scene.wait_for_link().await?;
         stayed(scene, before).await?;
-        let view = moves(scene).await?;
-        connection_was_right(client).await?;
-        tunnel_comes_down(scene).await?;
-        runs_at_b(scene, &view).await
+        moves_with(scene, client).await
     })
     .await;
 }
@@ -355,10 +357,7 @@ async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running(
         scene.a.launch().await?;
         scene.wait_for_link().await?;
         stayed(scene, before).await?;
-        let view = moves(scene).await?;
-        connection_was_right(client).await?;
-        tunnel_comes_down(scene).await?;
-        runs_at_b(scene, &view).await
+        moves_with(scene, client).await
     })
     .await;
 }
@@ -569,10 +568,7 @@ async fn the_source_gateway_killed_in_the_pause_leaves_its_host_as_it_was() {
         scene.wait_for_link().await?;
         expect_stayed(scene, &id).await?;
         stayed(scene, before).await?;
-        let view = moves(scene).await?;
-        connection_was_right(client).await?;
-        tunnel_comes_down(scene).await?;
-        runs_at_b(scene, &view).await
+        moves_with(scene, client).await
     })
     .await;
 }
@@ -634,10 +630,7 @@ async fn a_cut_beyond_its_limit_ends_the_attempt_at_both_sites_while_neither_hea
         scene.world.wan.heal()?;
         scene.wait_for_link().await?;
         stayed(scene, before).await?;
-        let view = moves(scene).await?;
-        connection_was_right(client).await?;
-        tunnel_comes_down(scene).await?;
-        runs_at_b(scene, &view).await
+        moves_with(scene, client).await
     })
     .await;
 }
@@ -652,10 +645,7 @@ async fn the_waiting_qemu_killed_in_pre_copy_is_refused_by_name() {
         let reason = expect_stayed(scene, &id).await?;
         ensure!(reason.contains("QEMU"), "{reason}");
         stayed(scene, before).await?;
-        let view = moves(scene).await?;
-        connection_was_right(client).await?;
-        tunnel_comes_down(scene).await?;
-        runs_at_b(scene, &view).await
+        moves_with(scene, client).await
     })
     .await;
 }
