@@ -194,6 +194,28 @@ async fn moved(scene: &Scene, vm: &str, to: &str) {
     assert_eq!(state_of(scene.gateway(to).unwrap(), vm).as_deref(), Some("running"));
 }
 
+/// The two machines change places, each on its way while the other one is.
+async fn crossed(scene: &Scene) {
+    let (first, second) =
+        tokio::try_join!(scene.begin_move_of(VM, "b", "c"), scene.begin_move_of(SECOND_VM, "c", "b"))
+            .unwrap();
+    let (first, second) = tokio::try_join!(
+        scene.wait_move_from("b", &first, MOVE_LIMIT),
+        scene.wait_move_from("c", &second, MOVE_LIMIT)
+    )
+    .unwrap();
+    for (vm, view, from, to) in [(VM, first, "b", "c"), (SECOND_VM, second, "c", "b")] {
+        scene.keep_logs();
+        assert_eq!(view.progressing, Progressing::Moved, "{vm}: {:?}", view.reason);
+        let (source, destination) = (scene.gateway(from).unwrap(), scene.gateway(to).unwrap());
+        assert_eq!(
+            (state_of(source, vm), state_of(destination, vm).as_deref()),
+            (None, Some("running")),
+            "{vm}"
+        );
+    }
+}
+
 /// Connections that both machines open to each other.
 async fn each_other(scene: &Scene, when: &str) -> Vec<(String, Client)> {
     let (first, second) = (scene.home().unwrap(), scene.second_home().unwrap());
@@ -259,6 +281,8 @@ async fn machines_that_talk_to_each_other_move_to_different_sites_from_behind_na
     outlives("a NAT gets another address", &to_second, || scene.world.renumber("a", c.into(), RENUMBERED))
         .await;
     assert!(renumbered.tally().unwrap().packets > 100, "it has another address");
+    crossed(&scene).await;
+    clients.extend(each_other(&scene, "opened after they had changed places").await);
     scene.keep_logs();
     lived(clients).await;
     for (what, datagrams) in [(VM, &to_first), (SECOND_VM, &to_second)] {

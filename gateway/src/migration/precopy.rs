@@ -264,6 +264,12 @@ async fn ended_early(guest: &Guest, (name, disk): &mut (DeviceName, DiskSource))
         return Refusal::Hypervisor("QEMU of the machine is gone".into());
     }
     let error = disk.ended().await;
+    if let DiskSourceError::Read(error) = &error {
+        return Refusal::Other(Refusal::text(format!(
+            "Disk {name} cannot be read, see whether the device fails that it lies on: {}",
+            chain(error)
+        )));
+    }
     if matches!(error, DiskSourceError::Channel(_)) {
         // The other side knows why it closed its end, and says so.
         tokio::time::sleep(PEER_SAYS).await;
