@@ -17,7 +17,7 @@ use super::proposals::Begun;
 use super::retries::Following;
 use super::{Admitted, Daemon, Ended, Machine, Running};
 use crate::api::RequestError;
-use crate::api::types::{MigrateRequest, Started};
+use crate::api::types::{MigrateRequest, Progressing, Started};
 use crate::config::ArbiterChoice;
 use crate::hypervisor::Guest;
 use crate::journal::{History, Journal, JournalError};
@@ -119,6 +119,11 @@ impl Daemon {
         if self.migration_of(vm).is_some() {
             return Err(RequestError::Conflict(format!("Machine {vm} is already moving")));
         }
+        if self.owes_register(vm) {
+            return Err(RequestError::Conflict(format!(
+                "The arbiter's register does not say yet that {vm} is here; it moves on when the register has answered"
+            )));
+        }
         self.expect_idle(vm)?;
         if machine.row.visits(self.edges.site()) && peer.arbiter == ArbiterChoice::Dns {
             let text = format!(
@@ -128,12 +133,23 @@ impl Daemon {
             );
             return Err(RequestError::Conflict(text));
         }
+        if machine.silent {
+            return Err(super::machines::silent(vm));
+        }
         let Some(guest) = machine.guest.clone() else {
             return Err(RequestError::Conflict(format!(
                 "Machine {vm} is not running; start it, or copy its disk"
             )));
         };
         Ok((machine, guest, epoch))
+    }
+
+    /// Its arrival is over, but for the register's word.
+    fn owes_register(&self, vm: &VmName) -> bool {
+        self.migrations.values().any(|running| {
+            let arrives = running.attempt.vm == *vm && running.viewer.current().to == *self.edges.site();
+            arrives && running.inbox.is_some()
+        })
     }
 
     fn owned_epoch(&self, vm: &VmName) -> Result<Epoch, RequestError> {
@@ -162,17 +178,32 @@ impl Daemon {
         guest: watch::Receiver<Option<Guest>>,
         drive: impl Future<Output = Option<JournalError>> + Send + 'static,
     ) {
-        let (id, ended) = (attempt.id, self.ended.clone());
+        let (id, ended, settled) = (attempt.id, self.ended.clone(), self.settled.clone());
+        let mut view = viewer.watch();
         let span = tracing::info_span!("migration", vm = %attempt.vm, id = %attempt.id);
         tokio::spawn(tracing::Instrument::instrument(
             async move {
-                let failed = drive.await;
+                let mut drive = std::pin::pin!(drive);
+                let over = async {
+                    // A view that is gone goes with its driver.
+                    let _ = view.wait_for(|view| view.progressing != Progressing::Running).await;
+                };
+                let failed = tokio::select! {
+                    biased;
+                    failed = &mut drive => failed,
+                    () = over => {
+                        // Its peer, or the register, may still have to be told: nobody waits for that.
+                        let _ = settled.send(id).await;
+                        drive.await
+                    }
+                };
                 // The daemon's task outlives every driver.
                 drop(ended.send(Ended { id, failed }).await);
             },
             span,
         ));
-        self.migrations.insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest });
+        self.migrations
+            .insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest: Some(guest) });
     }
 
     /// A peer said something.

@@ -26,7 +26,7 @@ use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Reply, RequestError};
 use crate::hypervisor::{DiskFile, Guest, Placement, RunState, StartMode};
 use crate::migration::stay::Stay;
-use crate::migration::{Adopted, Edges, MachineRow, end_what_is_left};
+use crate::migration::{Adopted, Edges, MachineRow, end_what_is_left, look};
 use crate::tunnel::TunnelError;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -103,6 +103,7 @@ impl Daemon {
 
     pub(super) fn stop(&mut self, vm: &VmName, reply: Reply<()>) {
         self.forget_restart(vm);
+        self.forget_retries(vm);
         match self.may_stop(vm) {
             Ok((row, guest)) => {
                 let power = self.power();
@@ -126,7 +127,7 @@ impl Daemon {
         self.expect_idle(vm)?;
         let Some(machine) = self.machines.get(vm) else { return Err(no_machine(vm)) };
         // One that crashed is stopped by not being wanted any more.
-        if machine.guest.is_none() && !machine.row.wanted {
+        if machine.guest.is_none() && !machine.row.wanted && !machine.silent {
             return Err(RequestError::Conflict(format!("Machine {vm} is not running")));
         }
         Ok((machine.row.clone(), machine.guest.clone()))
@@ -166,12 +167,12 @@ impl Daemon {
                 self.know(definition, images, Some(adopted), Some(guest))
             }
             Change::Started(row, guest) => {
-                self.machines.insert(vm.clone(), Machine { row: *row, guest: Some(guest) });
+                self.machines.insert(vm.clone(), Machine { row: *row, guest: Some(guest), silent: false });
                 self.watch(&vm);
                 Ok(())
             }
             Change::Stopped(row) => {
-                self.machines.insert(vm.clone(), Machine { row: *row, guest: None });
+                self.machines.insert(vm.clone(), Machine { row: *row, guest: None, silent: false });
                 Ok(())
             }
         });
@@ -337,6 +338,11 @@ impl Power {
 
     async fn stop(&self, row: MachineRow, guest: Option<Guest>) -> Result<Change, RequestError> {
         let vm = &row.definition.name;
+        // What did not answer once may be there all the same, and is not stopped by being forgotten.
+        let guest = match guest.filter(|guest| !guest.qmp().is_closed()) {
+            Some(guest) => Some(guest),
+            None => look(&self.edges, &row).await.map_err(|error| failed(&error))?,
+        };
         let stopped = MachineRow { wanted: false, ..row.clone() };
         self.edges.journal.put_machine(vm, &stopped).map_err(|error| failed(&error))?;
         if let Some(guest) = guest

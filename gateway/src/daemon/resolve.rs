@@ -19,21 +19,16 @@ impl Daemon {
     /// Decides a move that waits for a peer's word.
     pub(super) async fn resolve(&self, vm: &VmName, request: &ResolveRequest) -> Result<(), RequestError> {
         let nothing = || RequestError::Conflict(CannotResolve::NothingWaits(vm.clone()).to_string());
-        let waits =
-            self.migrations.values().find(|running| running.attempt.vm == *vm && running.inbox.is_some());
-        let running = waits.ok_or_else(nothing)?;
+        // Not one that has ended for this site and still has to tell the other.
+        let running = self.migration_of(vm).ok_or_else(nothing)?;
         let (attempt, inbox) = (&running.attempt, running.inbox.as_ref().ok_or_else(nothing)?);
-        if self.edges.peer(&attempt.peer).is_some_and(|peer| peer.is_up()) {
-            return Err(RequestError::Conflict(format!(
-                "Site {} can be reached: the two gateways settle it themselves, and nobody need decide",
-                attempt.peer
-            )));
-        }
+        let reached = self.edges.peer(&attempt.peer).is_some_and(|peer| peer.is_up());
         let entries =
             self.edges.journal.entries(attempt.id).map_err(|error| RequestError::Failed(chain(&error)))?;
         let last = &entries.last().ok_or_else(nothing)?.record;
-        let resolution = resolution(last, request.keep, request.destroyed.as_ref(), vm, &attempt.peer)
-            .map_err(|why| RequestError::Conflict(why.to_string()))?;
+        let resolution =
+            resolution(last, request.keep, request.destroyed.as_ref(), vm, &attempt.peer, reached)
+                .map_err(|why| RequestError::Conflict(why.to_string()))?;
         tracing::warn!(%vm, peer = %attempt.peer, keep = ?request.keep, "an operator decides for the other site");
         inbox.send(Inbound::Resolve(resolution)).await.map_err(|_| nothing())
     }

@@ -66,6 +66,7 @@ impl World {
             self.moves[other].epoch > attempt.epoch && matches!(records.last(), Some(Record::Destination(_)))
         });
         next_step(&Facts {
+            untidied: false,
             last,
             epoch: attempt.epoch,
             owner: journal.owner.as_ref(),
