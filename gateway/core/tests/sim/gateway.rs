@@ -356,5 +356,8 @@ impl World {
         );
         self.sites[site].destinations.insert(id, DestinationDriver::new(machine));
         self.destination_step(id, step);
+        if self.noticed_down[site][attempt.source] {
+            self.destination(id, destination::Event::LinkDown);
+        }
     }
 }
