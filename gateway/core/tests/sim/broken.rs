@@ -46,6 +46,10 @@ pub enum Broken {
     KeepsItsAnchor,
     /// A gateway that was restarted does not look whether it attracts the addresses of a machine that stayed.
     OverlooksItsAnchor,
+    /// What was seen in the arbiter's register is not kept.
+    ForgetsHighWater,
+    /// Not a gateway but a register: it loses a decision that one side alone has seen.
+    ForgetsTheDecision,
 }
 
 /// Seeds within which a broken gateway must be found out.
@@ -78,6 +82,8 @@ const OF_TWO_ARBITRATED: Mutants = &[
     (Broken::TakesBackWithoutAnAnswer, "nobody_runs_before_it_won"),
     (Broken::NeverPays, "dns_points_at_the_owner_once_settled"),
     (Broken::AsksNobodyInACut, "somebody_runs_in_a_partition"),
+    (Broken::ForgetsHighWater, "a_register_put_back_decides_nothing"),
+    (Broken::ForgetsTheDecision, "never_two_running"),
 ];
 
 const OF_THREE: Mutants = &[
@@ -90,6 +96,7 @@ const OF_THREE: Mutants = &[
 const OF_THREE_ETCD: Mutants = &[
     (Broken::TwoPrimaries, "never_two_running"),
     (Broken::ClaimsWithoutAnAnswer, "nobody_runs_before_it_won"),
+    (Broken::ForgetsHighWater, "never_two_running"),
     (Broken::OverlooksItsAnchor, "its_addresses_are_its_own_once_settled"),
 ];
 
@@ -162,7 +169,7 @@ fn is_found_out(scene: &'static Scene, mutants: &[(Broken, &'static str)]) {
 /// The event at which it is found out.
 fn play(scene: &'static Scene, broken: Broken, invariant: &'static str, seed: u64) -> Option<usize> {
     let mut world = World::new(scene, Some(broken), Some(invariant));
-    let (at, violation) = world.play(&of_seed(seed, scene.sites)).err()?;
+    let (at, violation) = world.play(&of_seed(seed, scene)).err()?;
     assert_eq!(violation.invariant, invariant);
     Some(at)
 }

@@ -63,7 +63,7 @@ impl World {
     }
 
     /// How every attempt stands at both its sites.
-    fn last_records(&self) -> impl Iterator<Item = (usize, Id, &Record)> {
+    pub fn last_records(&self) -> impl Iterator<Item = (usize, Id, &Record)> {
         let sites = self.sites.iter().enumerate();
         sites.flat_map(|(at, site)| {
             let records = site.journal.records.iter();
@@ -154,6 +154,14 @@ impl World {
         let takes = matches!(record, Record::Destination(DestinationRecord::Activated { .. }));
         let lost = takes && self.sites[site].found_dead;
         self.must("no_lost_memory_is_taken", !lost, || "activated without a QEMU".into())
+    }
+
+    /// A register that is behind what `site` has seen in it is not changed by it.
+    pub fn believes_nothing_older(&self, site: usize, held: Epoch, changed: bool) -> Result<(), Violation> {
+        let seen = self.sites[site].journal.seen;
+        self.must("a_register_put_back_decides_nothing", held >= seen || !changed, || {
+            format!("site {site} changed epoch {held}, and has seen {seen}")
+        })
     }
 
     pub fn rolled_back(&self, id: Id) -> Result<(), Violation> {

@@ -5,6 +5,7 @@
 //! drivers. A schedule that fails is shortened and written to `seeds/`, and played again for ever.
 
 mod anchors;
+mod arbiters;
 mod broken;
 mod deadlines;
 mod gateway;
@@ -50,7 +51,7 @@ fn keep(scene: &'static Scene, seed: u64, violation: &Violation) -> PathBuf {
     let fails = |events: &[Event]| {
         play(scene, events).is_err_and(|(_, found)| found.invariant == violation.invariant)
     };
-    let events = shorten(of_seed(seed, scene.sites), fails);
+    let events = shorten(of_seed(seed, scene), fails);
     let lines: Vec<String> = events.iter().map(ToString::to_string).collect();
     let path = seeds().join(format!("{}{}-{seed}.log", scene.prefix, violation.invariant));
     let text = format!("# {}, found with seed {seed}\n{}\n", violation.invariant, lines.join("\n"));
@@ -60,7 +61,7 @@ fn keep(scene: &'static Scene, seed: u64, violation: &Violation) -> PathBuf {
 
 fn play_seeds(scene: &'static Scene, from: u64, to: u64) -> Option<(u64, Violation)> {
     (from..to).find_map(|seed| {
-        let (_, violation) = play(scene, &of_seed(seed, scene.sites)).err()?;
+        let (_, violation) = play(scene, &of_seed(seed, scene)).err()?;
         Some((seed, violation))
     })
 }
@@ -145,7 +146,7 @@ fn records(scene: &'static Scene, schedules: u64) -> BTreeMap<&'static str, u64>
     let mut seen = BTreeMap::new();
     for seed in 0..schedules {
         let mut world = World::new(scene, None, None);
-        world.play(&of_seed(seed, scene.sites)).expect("a schedule that keeps every promise");
+        world.play(&of_seed(seed, scene)).expect("a schedule that keeps every promise");
         for record in world.sites.iter().flat_map(|site| site.journal.records.values().flatten()) {
             *seen.entry(record.name()).or_insert(0u64) += 1;
         }
@@ -169,7 +170,7 @@ fn every_record_of_an_arbitrated_hand_over_is_written_in_some_schedule() {
 
 #[test]
 fn a_schedule_reads_as_it_was_written() {
-    let events = of_seed(7, 3);
+    let events = of_seed(7, &THREE_DNS);
     let read: Vec<Event> = events.iter().map(|event| event.to_string().parse().expect("an event")).collect();
     assert_eq!(read, events);
 }

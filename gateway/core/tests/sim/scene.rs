@@ -78,9 +78,16 @@ impl Scene {
         of_it.max_by_key(|scene| scene.prefix.len()).expect("a prefix may be empty")
     }
 
-    /// Some moves ask an arbiter.
+    /// Whom some moves ask, or all.
+    pub fn arbiter(&self) -> Option<Arbiter> {
+        self.routes.iter().find_map(|route| match route.commit {
+            CommitMode::Confirmed => None,
+            CommitMode::Arbitrated(of) => Some(of),
+        })
+    }
+
     pub fn has_arbiter(&self) -> bool {
-        self.routes.iter().any(|route| route.commit != CommitMode::Confirmed)
+        self.arbiter().is_some()
     }
 
     /// Each site with each other.

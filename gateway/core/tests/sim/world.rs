@@ -166,6 +166,7 @@ impl World {
                     self.register(of).apply(late);
                 }
             }
+            Kind::PutBack => self.put_back(number),
             Kind::Calm => return (0..number % 4).try_for_each(|_| self.goes_on()),
             Kind::Lose => {}
         }
@@ -371,7 +372,10 @@ impl World {
     }
 
     fn gateways_and_names_are_well(&mut self) {
-        (self.name_server.mood, self.etcd.mood) = (Mood::Answers, Mood::Answers);
+        for register in [&mut self.name_server, &mut self.etcd] {
+            register.mood = Mood::Answers;
+            register.repair();
+        }
         for site in 0..self.scene.sites {
             self.restart(site);
         }
