@@ -2,7 +2,13 @@
 //! gateways and loss of hosts, in every commit mode and over three sites; and the mutants that show
 //! that the search would find what is wrong.
 //!
-//! Searches a model, not the code; `conformance` drives the code's machines along every edge of it.
+//! Searches a model, not the code; `conformance` drives the code's machines along every edge of `confirmed`, `arbitrated`
+//! along every edge of the mode with an arbiter.
+//!
+//! Two things are not what they may seem. An arbiter decides between two sites here, about one move; a third site, a
+//! second move and a register that is put back are the simulation's alone. And `pipelined` exists in the model only: the
+//! code hands over confirmed, which costs a round trip more in the pause and leaves the shortest window in which a cut
+//! hurts. With the Commit behind the last byte every cut in the last half round trip would leave the machine waiting.
 
 mod arbiter;
 mod arbitrated;
