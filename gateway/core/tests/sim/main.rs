@@ -3,6 +3,10 @@
 //!
 //! The decisions are the core's; the gateways around them are imitations of the daemon and its
 //! drivers. A schedule that fails is shortened and written to `seeds/`, and played again for ever.
+//!
+//! A power loss here ends gateway and guest of a site at once; each record that was not synced is there afterwards or is
+//! not, whole, and the disk is what was last flushed. Writes that are torn in the middle are not played: the journal's
+//! own tests do that to its file, in `gateway/src/journal/torn.rs`.
 
 mod anchors;
 mod arbiters;
