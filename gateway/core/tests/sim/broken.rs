@@ -48,6 +48,8 @@ pub enum Broken {
     OverlooksItsAnchor,
     /// What was seen in the arbiter's register is not kept.
     ForgetsHighWater,
+    /// A source whose QEMU is gone asks for itself, although the destination may have all of it.
+    AsksForTheDead,
     /// Not a gateway but a register: it loses a decision that one side alone has seen.
     ForgetsTheDecision,
 }
@@ -83,6 +85,7 @@ const OF_TWO_ARBITRATED: Mutants = &[
     (Broken::NeverPays, "dns_points_at_the_owner_once_settled"),
     (Broken::AsksNobodyInACut, "somebody_runs_in_a_partition"),
     (Broken::ForgetsHighWater, "a_register_put_back_decides_nothing"),
+    (Broken::AsksForTheDead, "no_lost_memory_is_taken"),
     (Broken::ForgetsTheDecision, "never_two_running"),
 ];
 

@@ -149,11 +149,15 @@ impl World {
         self.must("no_resume_without_permit", here, || format!("site {site}, epoch {epoch}"))
     }
 
-    /// A machine whose memory is known to be lost here is not taken: the source still has it.
+    /// A machine whose memory is known to be lost here is not taken, nor asked for: the other side has it still.
     pub fn takes_what_is_there(&self, site: usize, record: &Record) -> Result<(), Violation> {
-        let takes = matches!(record, Record::Destination(DestinationRecord::Activated { .. }));
-        let lost = takes && self.sites[site].found_dead;
-        self.must("no_lost_memory_is_taken", !lost, || "activated without a QEMU".into())
+        let takes = matches!(
+            record,
+            Record::Destination(DestinationRecord::Activated { .. })
+                | Record::Source(SourceRecord::Reclaiming { .. })
+        );
+        let lost = takes && self.sites[site].found_dead && self.sites[site].guest == Guest::Dead;
+        self.must("no_lost_memory_is_taken", !lost, || format!("{} without a QEMU", record.name()))
     }
 
     /// A register that is behind what `site` has seen in it is not changed by it.

@@ -54,11 +54,21 @@ impl World {
                 self.sites[site].guest = Guest::Gone;
                 source::Event::TidiedUp
             }
-            Work::Ask(request) => source::Event::Arbiter(self.arbitrates(site, id, request)?),
+            Work::Ask(request) => {
+                self.looks_for_what_was_offered(id, guest);
+                source::Event::Arbiter(self.arbitrates(site, id, request)?)
+            }
             Work::Prepare | Work::Load | Work::Activate(_) | Work::Discard | Work::Check => return Ok(()),
         };
         self.source(id, event);
         Ok(())
+    }
+
+    /// What is asked with a dead guest must not bring it back from a destination that has it whole.
+    fn looks_for_what_was_offered(&mut self, id: Id, guest: Guest) {
+        if guest == Guest::Dead && self.broken != Some(Broken::AsksForTheDead) {
+            self.source(id, source::Event::GuestLost);
+        }
     }
 
     /// Before anything is proposed: the name is at its home and can be moved, and so can the arbiter's register.
