@@ -71,13 +71,14 @@ impl World {
         })
     }
 
-    fn refused(&self, id: Id) -> bool {
-        matches!(
+    pub fn refused(&self, id: Id) -> bool {
+        let durably = matches!(
             self.sites[self.moves[&id].destination].journal.last(id),
             Some(Record::Destination(
                 DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }
             ))
-        )
+        );
+        durably || self.refused_before.contains(&id)
     }
 
     /// With an arbiter: its register gave the attempt's epoch to `site`, whatever came after.
@@ -192,14 +193,22 @@ impl World {
             MigrationMessage::Abort { .. } => matches!(
                 last,
                 Some(Record::Source(
-                    SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled
+                    SourceRecord::Aborted { .. }
+                        | SourceRecord::Returned { .. }
+                        | SourceRecord::Settled
+                        | SourceRecord::TakenBack { .. }
                 ))
             ),
             MigrationMessage::Loaded { .. } => {
                 matches!(last, Some(Record::Destination(DestinationRecord::Loaded)))
             }
             MigrationMessage::Activated { .. } => {
-                matches!(last, Some(Record::Destination(DestinationRecord::Activated { .. })))
+                matches!(
+                    last,
+                    Some(Record::Destination(
+                        DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }
+                    ))
+                )
             }
             MigrationMessage::Refused { .. } => {
                 matches!(

@@ -18,6 +18,7 @@ mod parts;
 mod records;
 mod recovery;
 mod register;
+mod resolve;
 mod scene;
 mod schedule;
 #[path = "../support/mod.rs"]
@@ -31,7 +32,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use invariants::Violation;
-use scene::{SCENES, Scene, THREE, THREE_DNS, THREE_ETCD, TWO, TWO_ARBITRATED};
+use scene::{SCENES, Scene, THREE, THREE_DNS, THREE_ETCD, TWO, TWO_ARBITRATED, TWO_RESOLVED};
 use schedule::{Event, of_seed, shorten};
 use world::World;
 
@@ -98,6 +99,15 @@ fn play_all(scene: &'static Scene) {
 #[test]
 fn every_schedule_keeps_every_promise() {
     play_all(&TWO);
+}
+
+#[test]
+fn every_schedule_in_which_an_operator_decides_for_a_lost_site_keeps_every_promise() {
+    play_all(&TWO_RESOLVED);
+    let seen = records(&TWO_RESOLVED, 20_000);
+    for record in ["taken back by an operator", "taken over by an operator"] {
+        assert!(seen.contains_key(record), "nobody wrote {record}");
+    }
 }
 
 #[test]

@@ -117,6 +117,11 @@ impl Register {
         older.copied().collect()
     }
 
+    /// An operator writes where the machine is, by hand.
+    pub fn correct(&mut self, site: usize, epoch: Epoch) {
+        self.set(site, epoch);
+    }
+
     /// Somebody restores an old zone, or a backup of the cluster.
     pub fn put_back(&mut self, to: (usize, Epoch)) {
         let newest = self.undone.filter(|(_, epoch)| *epoch > self.epoch);

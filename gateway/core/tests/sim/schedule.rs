@@ -34,11 +34,13 @@ pub enum Kind {
     Calm,
     /// The arbiter's register comes back in an older state.
     PutBack,
+    /// An operator decides for a site that is gone for good.
+    Resolve,
 }
 
 /// Each kind and how often it comes, out of the sum. What only a third site can have happen stands last, so that a seed
 /// means the same to two sites as ever.
-const WEIGHTS: [(Kind, u64); 31] = [
+const WEIGHTS: [(Kind, u64); 32] = [
     (Kind::Deliver, 160),
     (Kind::Double, 20),
     (Kind::Lose, 20),
@@ -70,8 +72,9 @@ const WEIGHTS: [(Kind, u64); 31] = [
     (Kind::KillGuest(C), 2),
     // A machine that has moved moves on: without it hardly one would come so far.
     (Kind::Calm, 60),
-    // Where there is an arbiter.
+    // Where there is an arbiter, or an operator.
     (Kind::PutBack, 20),
+    (Kind::Resolve, 20),
 ];
 
 /// How many of them there are for two sites.
@@ -79,7 +82,29 @@ const OF_TWO: usize = 22;
 
 /// Which of them happen in a scene.
 fn happens(scene: &Scene, at: usize) -> bool {
-    if WEIGHTS[at].0 == Kind::PutBack { scene.has_arbiter() } else { scene.sites > 2 || at < OF_TWO }
+    match WEIGHTS[at].0 {
+        Kind::PutBack => scene.has_arbiter(),
+        Kind::Resolve => scene.operator,
+        Kind::Deliver
+        | Kind::Double
+        | Kind::Lose
+        | Kind::Work
+        | Kind::WorkFails
+        | Kind::Sync
+        | Kind::Wait
+        | Kind::Cut(..)
+        | Kind::Mend
+        | Kind::NoticeLink
+        | Kind::Crash(_)
+        | Kind::Restart
+        | Kind::PowerLoss(_)
+        | Kind::KillGuest(_)
+        | Kind::Boot
+        | Kind::Migrate
+        | Kind::Abort
+        | Kind::NameServer
+        | Kind::Calm => scene.sites > 2 || at < OF_TWO,
+    }
 }
 
 impl fmt::Display for Kind {
@@ -105,7 +130,8 @@ impl fmt::Display for Kind {
             | Self::Abort
             | Self::NameServer
             | Self::Calm
-            | Self::PutBack => write!(f, "{self:?}"),
+            | Self::PutBack
+            | Self::Resolve => write!(f, "{self:?}"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The sites, the WAN between them, a name server, an arbiter and a clock of its own; one event at a time, and the way
 //! back to health.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use longhaul_core::ids::Epoch;
@@ -41,6 +41,8 @@ pub struct World {
     pub all_sent: BTreeMap<Id, u64>,
     /// The newest write that the guest was told is durable.
     pub flushed: u64,
+    /// What a site had durably refused that was destroyed since.
+    pub refused_before: BTreeSet<Id>,
     pub broken: Option<Broken>,
     pub only: Option<&'static str>,
     /// Details of what is violated are not wanted: it may hold in a while.
@@ -71,6 +73,7 @@ impl World {
             moves: BTreeMap::new(),
             all_sent: BTreeMap::new(),
             flushed: 0,
+            refused_before: BTreeSet::new(),
             broken,
             only,
             terse: false,
@@ -167,6 +170,7 @@ impl World {
                 }
             }
             Kind::PutBack => self.put_back(number),
+            Kind::Resolve => return self.resolve(number),
             Kind::Calm => return (0..number % 4).try_for_each(|_| self.goes_on()),
             Kind::Lose => {}
         }
@@ -287,7 +291,7 @@ impl World {
     }
 
     /// A gateway dies; of what it had not synced, each record is there or not.
-    fn crash(&mut self, site: usize, number: usize) -> Result<(), Violation> {
+    pub fn crash(&mut self, site: usize, number: usize) -> Result<(), Violation> {
         if !self.sites[site].up {
             return Ok(());
         }
