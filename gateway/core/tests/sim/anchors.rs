@@ -35,6 +35,9 @@ impl World {
 
     /// It is here again: at its home its name comes back, too.
     pub fn came_back(&mut self, site: usize, id: Id) {
+        if self.broken == Some(Broken::KeepsItsAnchor) {
+            return;
+        }
         let epoch = self.moves[&id].epoch;
         let names_alone = Anchor { epoch, peer: site, runs_there: true, names: Names::Owed };
         self.put_anchor(site, (site == A).then_some(names_alone));
