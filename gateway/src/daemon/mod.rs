@@ -28,6 +28,8 @@ mod resolve;
 mod restarts;
 mod retries;
 mod status;
+#[cfg(test)]
+mod test_daemon;
 mod unknown;
 
 use std::collections::{BTreeMap, BTreeSet};
