@@ -91,7 +91,8 @@ pub async fn run(
                 views.send_modify(|views| drop(views.remove(&vm)));
                 match names {
                     // In the other's place at once: a crash in between would leave nobody who owes the name.
-                    Some(anchor) => {
+                    Some(mut anchor) => {
+                        anchor.ttl_s = row(&edges, &vm).and_then(|left| left.owed_ttl_s()).unwrap_or(0);
                         put(&edges, &anchor);
                         anchors.insert(vm, start(&edges, *anchor, Begin::Held, &views).await);
                     }
@@ -507,7 +508,36 @@ impl Drop for AbortOnDrop {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::oneshot;
+
     use super::*;
+    use crate::identity::Identity;
+    use crate::test_site::{TestSite, anchor, silent_names};
+
+    /// The anchors of a site at work.
+    fn at_work(edges: &Edges) -> mpsc::Sender<AnchorCommand> {
+        let (commands, outbox) = mpsc::channel(4);
+        tokio::spawn(run(edges.clone(), Anchors::default(), outbox, watch::channel(BTreeMap::new()).0));
+        commands
+    }
+
+    #[tokio::test]
+    async fn a_name_that_comes_home_before_it_has_settled_keeps_its_ttl() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let edges = Edges { names: Some(Arc::new(silent_names())), ..site.edges.clone() };
+        for (left, kept) in [(NameState::Pending, 3600), (NameState::Settled { at_unix_ms: 1 }, 0)] {
+            let vm: VmName = "web1".parse().unwrap();
+            put(&edges, &Anchor { names: left, ..anchor("b") });
+            let names = Some(Box::new(Anchor { epoch: Epoch(2), ttl_s: 0, ..anchor("a") }));
+            let (done, ended) = oneshot::channel();
+            at_work(&edges).send(AnchorCommand::CameBack { vm: vm.clone(), names, done }).await.unwrap();
+            ended.await.unwrap();
+            let written = row(&edges, &vm).unwrap();
+            assert_eq!((written.epoch, written.ttl_s), (Epoch(2), kept), "{left:?}");
+        }
+    }
 
     fn known(epoch: u64) -> Known {
         let runs_there = watch::Sender::new(false);
