@@ -11,9 +11,10 @@ use longhaul_core::migration::resolve::{CannotResolve, resolution};
 use longhaul_core::migration::step::Step;
 
 use super::Daemon;
+use super::machines::leave_network;
 use crate::api::RequestError;
 use crate::api::types::ResolveRequest;
-use crate::migration::{Inbound, chain};
+use crate::migration::{Inbound, chain, keep_aside};
 
 impl Daemon {
     /// Decides a move that waits for a peer's word.
@@ -62,27 +63,135 @@ impl Daemon {
                 DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }
             ))
         );
-        let still = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        if !activated || attempt.peer != *peer || still != Some(Ownership::Here { epoch: attempt.epoch }) {
+        if attempt.peer != *peer {
             return;
         }
-        if self.machines.get(&attempt.vm).is_some_and(super::Machine::has_qemu) {
+        if matches!(last, Some(Record::Destination(DestinationRecord::Overruled))) {
+            // Nothing is left to do, unless a gateway was killed right after that record.
+            return self.put_aside_overruled(&attempt).await;
+        }
+        let still = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
+        if !activated || still != Some(Ownership::Here { epoch: attempt.epoch }) {
+            return;
+        }
+        if self.may_run_here(&attempt.vm) {
             tracing::error!(vm = %attempt.vm, %peer, "an operator took the machine back at the other site, and it runs here too: end one of the two copies at once");
             return;
         }
         self.overrule(&attempt).await;
     }
 
+    /// Its QEMU is here, whether it answers or not, or somebody is just starting one.
+    fn may_run_here(&self, vm: &VmName) -> bool {
+        let has_qemu = self.machines.get(vm).is_some_and(super::Machine::has_qemu);
+        has_qemu
+            || self.working.contains(vm)
+            || self.edges.hypervisor.running().map_or(true, |running| running.contains(vm))
+    }
+
     async fn overrule(&mut self, attempt: &Attempt) {
-        let record = Record::Destination(DestinationRecord::Overruled);
-        match self.edges.journal.commit(attempt, Step::record(record, vec![()])).await {
-            Ok(_) => {
-                tracing::warn!(vm = %attempt.vm, peer = %attempt.peer, "an operator took the machine back at the other site; it does not start here any more");
-                self.refresh(&attempt.vm, None).await;
-            }
-            Err(error) => {
-                tracing::error!(vm = %attempt.vm, error = chain(&error), "journal cannot be written")
-            }
+        let vm = &attempt.vm;
+        self.forget_restart(vm);
+        // First: an address that the ledger calls free is given to the next visitor.
+        if let Some(row) = self.row(vm) {
+            leave_network(&self.edges, &row).await;
         }
+        let record = Record::Destination(DestinationRecord::Overruled);
+        if let Err(error) = self.edges.journal.commit(attempt, Step::record(record, vec![()])).await {
+            tracing::error!(%vm, error = chain(&error), "journal cannot be written");
+            return;
+        }
+        tracing::warn!(%vm, peer = %attempt.peer, "an operator took the machine back at the other site; it does not start here any more, and its disks are kept aside");
+        self.put_aside_overruled(attempt).await;
+        self.refresh(vm, None).await;
+    }
+
+    /// Its disks get the name that those of a machine have which left: nobody starts them by hand unnoticed.
+    async fn put_aside_overruled(&self, attempt: &Attempt) {
+        let taken = Attempt { epoch: attempt.epoch.next(), ..attempt.clone() };
+        let owner = self.edges.journal.ownership(&taken.vm).unwrap_or_default();
+        if owner != Some(Ownership::Away { site: taken.peer.clone(), epoch: taken.epoch }) {
+            return;
+        }
+        let Some(row) = self.row(&taken.vm) else { return };
+        if row.images.iter().any(|image| image.exists()) && !self.may_run_here(&taken.vm) {
+            keep_aside(&self.edges, &taken, &row, &row.images).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::CommitMode;
+    use longhaul_core::migration::message::{Handover, Proposal, Reservation};
+
+    use super::*;
+    use crate::daemon::Machine;
+    use crate::generation::read_note;
+    use crate::migration::{MachineRow, kept};
+    use crate::test_site::{TestSite, definition, machine_row};
+
+    fn attempt(peer: &str) -> Attempt {
+        let (id, vm) = (MigrationId(7), "web1".parse().unwrap());
+        Attempt { id, vm, peer: peer.parse().unwrap(), epoch: Epoch(5), commit: CommitMode::Confirmed }
+    }
+
+    /// The machine has come to this site from a in epoch 5, and its QEMU is gone.
+    async fn visited(site: &TestSite) -> (Daemon, PathBuf) {
+        let proposal = Proposal {
+            definition: definition(),
+            home_site: "a".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(4),
+            running: true,
+            commit: CommitMode::Confirmed,
+            nics: Vec::new(),
+            carried: Vec::new(),
+        };
+        let reservation = Reservation { care_of: Vec::new() };
+        let (peer, proposal) = ("a".parse().unwrap(), Box::new(proposal));
+        let handover = Box::new(Handover { nics: Vec::new() });
+        for record in [
+            DestinationRecord::Reserved { peer, proposal, reservation },
+            DestinationRecord::Loaded,
+            DestinationRecord::Activated { handover },
+        ] {
+            let step = Step::record(Record::Destination(record), vec![()]);
+            site.edges.journal.commit(&attempt("a"), step).await.unwrap();
+        }
+        let image = site.pool().join("web1-root.00000000.raw");
+        std::fs::write(&image, "disk").unwrap();
+        let row = MachineRow {
+            home_site: "a".parse().unwrap(),
+            images: vec![image.clone()],
+            ..machine_row(&site.edges)
+        };
+        let vm = attempt("a").vm;
+        site.edges.journal.put_machine(&vm, &row).unwrap();
+        let mut daemon = Daemon::idle(site.edges.clone());
+        daemon.machines.insert(vm, Machine { row, guest: None });
+        (daemon, image)
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_back_leaves_neither_its_network_nor_a_disk_under_its_own_name() {
+        let (a, b) = TestSite::pair().await;
+        let (mut daemon, image) = visited(&b).await;
+        daemon.on_taken_back(MigrationId(7), a.edges.site()).await;
+        let undone = ["visit_undo", "carry_undo", "sample_end", "remove_tap"];
+        assert_eq!(*b.asked.borrow(), undone.map(|what| format!("{what} web1/lan")));
+        let aside = PathBuf::from(format!("{}.moved-e6", image.display()));
+        assert!(!image.exists() && aside.exists() && daemon.machines.is_empty());
+        let note = read_note(&aside).unwrap().unwrap();
+        assert_eq!((note.owner, note.epoch), ("a".parse().unwrap(), Epoch(6)));
+        let kept: Vec<PathBuf> = kept::list(&b.edges).into_iter().map(|disk| disk.path).collect();
+        assert_eq!(kept, std::slice::from_ref(&aside), "shown, and deleted when its days are over");
+        // A gateway that was killed between the record and the disk hears of it again.
+        std::fs::rename(&aside, &image).unwrap();
+        daemon.on_taken_back(MigrationId(7), a.edges.site()).await;
+        assert!(!image.exists() && aside.exists());
     }
 }
