@@ -211,10 +211,10 @@ impl Daemon {
             | MigrationMessage::Reserved(_)
             | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message),
             MigrationMessage::TakenBack { .. } => self.on_taken_back(id, &peer).await,
+            MigrationMessage::Activated { .. } => self.on_second_copy(id, &peer),
             // An answer to a driver that has ended, and nothing waits for one to it.
             MigrationMessage::Accept
             | MigrationMessage::Decline(_)
-            | MigrationMessage::Activated { .. }
             | MigrationMessage::Refused { .. }
             | MigrationMessage::Unknown => {}
         }
