@@ -9,18 +9,17 @@
 //! ```
 //!
 //! A gateway that restarts takes its anchors up again before it listens. The name is owed until it has moved: a name
-//! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s.
+//! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s, what one
+//! does by itself `task`'s.
 
 mod names;
+mod task;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
 use longhaul_core::migration::generation::behind;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::tunnel::datapath::PortStatus;
-use longhaul_core::tunnel::policy::{PortKey, Role};
 use longhaul_core::wire::{AnchorMessage, Message};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -30,7 +29,8 @@ use super::{Edges, chain};
 use crate::api::types::AnchorView;
 use crate::generation::arrivals;
 use crate::journal::unix_ms;
-use crate::tunnel::{TunnelError, TunnelStatus};
+use crate::tunnel::TunnelError;
+use task::AnchorTask;
 
 /// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
 /// connections stalled for the gateway's absence only.
@@ -332,177 +332,6 @@ async fn release(edges: &Edges, anchor: &Anchor) -> bool {
 fn forget(edges: &Edges, vm: &VmName) {
     if let Err(error) = edges.journal.remove_anchor(vm) {
         tracing::error!(%vm, error = chain(&error), "anchor could not be removed from the journal");
-    }
-}
-
-struct AnchorTask {
-    edges: Edges,
-    anchor: Anchor,
-    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
-    told: watch::Receiver<bool>,
-    heard: watch::Receiver<BTreeSet<SiteName>>,
-}
-
-/// Between the first two tries to tell another site where the machine is.
-const TELL_AGAIN: Duration = Duration::from_secs(1);
-/// How long it is tried after nothing else is left to do.
-const TELL_LIMIT: Duration = Duration::from_secs(3600);
-/// Between two tries at the name server, or at another site, at most.
-const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
-
-impl AnchorTask {
-    async fn run(mut self) {
-        if self.told.wait_for(|runs| *runs).await.is_err() {
-            return;
-        }
-        if !self.anchor.runs_there {
-            self.anchor.runs_there = true;
-            self.write();
-        }
-        let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
-        let mut telling = AbortOnDrop(telling);
-        self.settle().await;
-        // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for ever.
-        let _ = tokio::time::timeout(TELL_LIMIT, &mut telling.0).await;
-        while !self.end().await {
-            self.wait_for_flows().await;
-        }
-    }
-
-    async fn attract(&mut self, begin: Begin) {
-        if self.anchor.ended {
-            return;
-        }
-        let holds = self.anchor.holds();
-        for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
-            let key = hold.key.clone();
-            let tunnel = &self.edges.tunnel;
-            let known = match begin {
-                Begin::Held => tunnel.hold_end_attract(key.clone(), nic.flows.clone()).await,
-                Begin::Restored => Err(TunnelError::Stopped),
-            };
-            // A gateway that was killed before it wrote the anchor down knows of no hold either.
-            let attracted = match known {
-                Ok(()) => Ok(()),
-                Err(_) => match tunnel.hold_begin(hold).await {
-                    // Another host may have taken the address while there was no gateway.
-                    Ok(()) => tunnel.attract_again(key, nic.flows.clone()).await,
-                    Err(error) => Err(error),
-                },
-            };
-            if let Err(error) = attracted {
-                tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
-            }
-        }
-        if !self.anchor.nics.is_empty() {
-            tracing::info!(vm = %self.anchor.vm, to = %self.anchor.peer, "address attracted");
-        }
-    }
-
-    /// Names, then flows: until the tunnel may end.
-    async fn settle(&mut self) {
-        self.move_name().await;
-        self.wait_for_servers().await;
-        self.let_old_answers_expire().await;
-        self.wait_for_flows().await;
-    }
-
-    /// Until no old flow is left and nobody asks for the home address any more.
-    async fn wait_for_flows(&mut self) {
-        let keys = self.keys();
-        if keys.is_empty() || self.anchor.ended {
-            return;
-        }
-        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then, and so does one that
-        // asked a name server which had not heard of that either.
-        let told_ms = self.anchor.since_unix_ms.max(self.anchor.names.moved_unix_ms().unwrap_or(0));
-        let believed_until_ms = told_ms + u64::from(self.anchor.ttl_s) * 1000;
-        let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
-        for key in &keys {
-            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
-                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
-            }
-        }
-        let mut status = self.edges.tunnel.status();
-        loop {
-            let (flows, may_end) = standing(&status.borrow_and_update(), &keys);
-            self.show(|view| view.flows = flows);
-            if may_end || status.changed().await.is_err() {
-                return;
-            }
-        }
-    }
-
-    /// False if the machine is on its way back.
-    async fn end(&mut self) -> bool {
-        if !self.anchor.ended && !release(&self.edges, &self.anchor).await {
-            tracing::debug!(vm = %self.anchor.vm, "no old connection is left, and the machine is on its way back");
-            return false;
-        }
-        leave(&self.edges, self.anchor.clone());
-        self.show(|view| {
-            view.flows = 0;
-            view.closed_ms = Some(unix_ms());
-        });
-        tracing::info!(vm = %self.anchor.vm, "no old connection is left; its address here is free");
-        true
-    }
-
-    fn keys(&self) -> Vec<PortKey> {
-        self.anchor.holds().into_iter().map(|hold| hold.key).collect()
-    }
-
-    fn write(&self) {
-        put(&self.edges, &self.anchor);
-    }
-
-    fn show(&self, change: impl FnOnce(&mut AnchorView)) {
-        self.views.send_modify(|views| {
-            if let Some(view) = views.get_mut(&self.anchor.vm) {
-                change(view);
-            }
-        });
-    }
-}
-
-/// Flows that are held for these NICs, and whether nothing holds their tunnels any more.
-fn standing(status: &TunnelStatus, keys: &[PortKey]) -> (u64, bool) {
-    // Beside it may stand what is passed on for the machine's other addresses.
-    let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
-    let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
-    let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
-    (flows, !ports.is_empty() && ports.iter().all(|port| port.may_end))
-}
-
-/// Says where the machine is until every other site that attracts an address of it has heard.
-async fn tell_others(edges: Edges, anchor: Anchor, mut heard: watch::Receiver<BTreeSet<SiteName>>) {
-    let mut wait = TELL_AGAIN;
-    loop {
-        let left: Vec<SiteName> = {
-            let heard = heard.borrow_and_update();
-            anchor.tell.iter().filter(|site| !heard.contains(*site)).cloned().collect()
-        };
-        if left.is_empty() {
-            return;
-        }
-        for site in left {
-            let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
-            let moved = AnchorMessage::Moved { vm, epoch: anchor.epoch, to, care_of: anchor.moves.clone() };
-            say(&edges, &site, moved);
-        }
-        tokio::select! {
-            changed = heard.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(wait) => wait = (wait * 2).min(AGAIN_AT_MOST),
-        }
-    }
-}
-
-/// A task that ends with its owner.
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 
