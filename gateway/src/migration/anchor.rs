@@ -82,11 +82,11 @@ pub struct Anchor {
     pub names: NameState,
     /// Since when.
     pub since_unix_ms: u64,
-    /// Sites that attract other addresses of the machine, and are to hear where it is.
+    /// Sites that attract other addresses of the machine, and are to hear where it is: those that are not known to have.
     pub tell: Vec<SiteName>,
     /// The machine is known to run at its new place: nothing is said of it, and nothing ends, before.
     pub runs_there: bool,
-    /// No connection is left; only the name is followed.
+    /// No connection is left; only the name is followed, and other sites are told where the machine is.
     pub ended: bool,
 }
 
@@ -239,6 +239,16 @@ impl Anchor {
         }
     }
 
+    /// These sites know where it is.
+    pub(super) fn forget_told(&mut self, heard: &BTreeSet<SiteName>) {
+        self.tell.retain(|site| !heard.contains(site));
+    }
+
+    /// Its name is not where the machine is, or its TTL is not what it was.
+    pub(super) fn owes_name(&self) -> bool {
+        self.name.is_some() && !matches!(self.names, NameState::None | NameState::Settled { .. })
+    }
+
     /// What the tunnel is asked to hold for it.
     pub(super) fn holds(&self) -> Vec<HoldRequest> {
         self.nics
@@ -288,7 +298,7 @@ impl Anchor {
             names_error: None,
             names_behind: Vec::new(),
             since_ms: self.since_unix_ms,
-            closed_ms: None,
+            closed_ms: self.ended.then(unix_ms),
         }
     }
 }

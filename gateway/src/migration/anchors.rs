@@ -5,7 +5,7 @@
 //!     |   ^                                                                     flow is left
 //!     |   '-- it has moved on, as the site that it left says
 //!     `-- machine runs there --> name moved --> every name server has it --> old answers expired --> TTL restored
-//!                        `-----> other sites that attract an address of it are told
+//!                        `-----> other sites that attract an address of it are told, also after the end
 //! ```
 //!
 //! A gateway that restarts takes its anchors up again before it listens. The name is owed until it has moved: a name
@@ -14,6 +14,7 @@
 
 mod names;
 mod task;
+mod telling;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -43,10 +44,7 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
         Vec::new()
     });
     let mut running = Anchors::default();
-    let owes_name = |anchor: &Anchor| {
-        anchor.name.is_some() && !matches!(anchor.names, NameState::None | NameState::Settled { .. })
-    };
-    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| !anchor.ended || owes_name(anchor)) {
+    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| has_work(edges, anchor)) {
         if has_come_since(edges, &vm) {
             tracing::error!(%vm, "the journal is older than the machine's last arrival here: nothing of its earlier leave is taken up");
             continue;
@@ -54,6 +52,10 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
         running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
     }
     running
+}
+
+fn has_work(edges: &Edges, anchor: &Anchor) -> bool {
+    !anchor.ended || anchor.owes_name() || telling::is_owed(edges, anchor)
 }
 
 /// A disk in the pool says that the machine has been here in an epoch of which the ledger does not know.
@@ -109,14 +111,7 @@ pub async fn run(
                 heard(&edges, &mut anchors, &views, &from, message).await;
             }
             AnchorCommand::End(vm, done) => {
-                anchors.end(&vm).await;
-                if let Some(anchor) = row(&edges, &vm) {
-                    if !release(&edges, &anchor).await {
-                        tracing::warn!(%vm, "its tunnel is left to the machine, which is on its way back");
-                    }
-                    forget(&edges, &vm);
-                }
-                views.send_modify(|views| drop(views.remove(&vm)));
+                forget_now(&edges, &mut anchors, &views, &vm).await;
                 // Who asked may have gone.
                 let _ = done.send(());
             }
@@ -135,38 +130,67 @@ async fn release_now(
     if !anchors.known.get(vm).is_some_and(|known| *known.runs_there.borrow()) {
         return Released::StillMoving;
     }
-    anchors.end(vm).await;
+    let heard = anchors.end(vm).await;
+    // Its task may have written it again.
+    let mut anchor = row(edges, vm).unwrap_or(anchor);
+    anchor.forget_told(&heard);
     if !release(edges, &anchor).await {
         anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
         return Released::StillMoving;
     }
-    let left = leave(edges, anchor);
+    leave(edges, &mut anchor);
+    tracing::info!(%vm, "released by the operator; its address here is free");
+    if has_work(edges, &anchor) {
+        anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+    }
     views.send_modify(|views| {
         if let Some(view) = views.get_mut(vm) {
             (view.flows, view.closed_ms) = (0, Some(unix_ms()));
         }
     });
-    tracing::info!(%vm, "released by the operator; its address here is free");
-    if let Some(anchor) = left.filter(|anchor| !matches!(anchor.names, NameState::Settled { .. })) {
-        anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
-    }
     Released::Ended
 }
 
-/// Nothing is attracted any more: what is left of an anchor is its name, if it has one, which may have to follow the
-/// machine again.
-fn leave(edges: &Edges, mut anchor: Anchor) -> Option<Anchor> {
-    anchor.ended = true;
-    if anchor.is_of_visit() {
+/// Ends an anchor with its name. Other sites are told where the machine is all the same: they attract what is theirs.
+async fn forget_now(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    vm: &VmName,
+) {
+    let heard = anchors.end(vm).await;
+    if let Some(mut anchor) = row(edges, vm) {
+        if !anchor.ended && !release(edges, &anchor).await {
+            tracing::warn!(%vm, "its tunnel is left to the machine, which is on its way back");
+        }
+        (anchor.name, anchor.names) = (None, NameState::None);
+        anchor.forget_told(&heard);
+        leave(edges, &mut anchor);
+        if has_work(edges, &anchor) {
+            anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+        }
+    }
+    views.send_modify(|views| drop(views.remove(vm)));
+}
+
+/// Nothing is attracted any more.
+fn leave(edges: &Edges, anchor: &mut Anchor) {
+    let was_ended = std::mem::replace(&mut anchor.ended, true);
+    if !was_ended && anchor.is_of_visit() {
         let (vm, addresses) = (anchor.vm.clone(), anchor.addresses());
         say(edges, &anchor.peer, AnchorMessage::Ended { vm, addresses });
     }
+    keep_rest(edges, anchor);
+}
+
+/// What is left of one that attracts nothing: its name, which may have to follow the machine again, and its word for
+/// sites that have not heard it. Without either it is forgotten.
+fn keep_rest(edges: &Edges, anchor: &Anchor) {
     let has_name = anchor.name.is_some() && !anchor.nics.is_empty();
-    match has_name {
-        true => put(edges, &anchor),
+    match has_name || telling::is_owed(edges, anchor) {
+        true => put(edges, anchor),
         false => forget(edges, &anchor.vm),
     }
-    has_name.then_some(anchor)
 }
 
 /// Another site's word about an anchor. `Moved` counts from the site that the machine was at only.
@@ -190,14 +214,23 @@ async fn heard(
                 return say(edges, from, AnchorMessage::Noted { vm, epoch });
             };
             if anchor.peer != *from || epoch > Epoch::MAX_FROM_PEER {
-                return tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
+                if anchors.is_first(&vm, from, epoch) {
+                    tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
+                }
+                return;
             }
             if edges.link.peer(&to).is_none() && to != *edges.site() {
                 // Not noted: the site that it left says it again, and passes packets on meanwhile.
-                return tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one; add it as a [[peer]]");
+                if anchors.is_first(&vm, from, epoch) {
+                    tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one; add it as a [[peer]]");
+                }
+                return;
             }
             if to != *edges.site() {
-                anchors.end(&vm).await;
+                let heard = anchors.end(&vm).await;
+                // Its task may have written it again.
+                let mut anchor = row(edges, &vm).unwrap_or(anchor);
+                anchor.forget_told(&heard);
                 follow(edges, anchors, views, anchor.moved_on(epoch, &to, &care_of)).await;
             }
             say(edges, from, AnchorMessage::Noted { vm, epoch });
@@ -218,11 +251,12 @@ async fn follow(
             tracing::debug!(%vm, error = chain(&error), "nothing is attracted for it any more");
         }
     }
-    put(edges, &anchor);
     tracing::info!(%vm, %to, "machine has moved on");
-    if !anchor.ended || anchor.name.is_some() {
-        anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
+    if !has_work(edges, &anchor) {
+        return forget(edges, &vm);
     }
+    put(edges, &anchor);
+    anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
 }
 
 fn say(edges: &Edges, to: &SiteName, message: AnchorMessage) {
@@ -249,6 +283,8 @@ fn put(edges: &Edges, anchor: &Anchor) {
 #[derive(Default)]
 pub struct Anchors {
     known: BTreeMap<VmName, Known>,
+    /// The word that was ignored last, by the machine that left.
+    ignored: BTreeMap<VmName, (SiteName, Epoch)>,
 }
 
 struct Known {
@@ -282,12 +318,20 @@ impl Anchors {
         }
     }
 
-    /// Ends the task of an anchor: when this returns it does nothing more. What it changed stays.
-    async fn end(&mut self, vm: &VmName) {
-        let Some(known) = self.known.remove(vm) else { return };
+    /// Whether a word that is ignored has not been just before: it is said again and again.
+    fn is_first(&mut self, vm: &VmName, from: &SiteName, epoch: Epoch) -> bool {
+        let word = (from.clone(), epoch);
+        self.ignored.insert(vm.clone(), word.clone()) != Some(word)
+    }
+
+    /// Ends the task of an anchor: when this returns it does nothing more. What it changed stays. Who has heard where the
+    /// machine is.
+    async fn end(&mut self, vm: &VmName) -> BTreeSet<SiteName> {
+        let Some(known) = self.known.remove(vm) else { return BTreeSet::new() };
         known.task.abort();
         // Only that it has ended matters, not how.
         drop(known.task.await);
+        known.noted.borrow().clone()
     }
 }
 
@@ -338,18 +382,107 @@ fn forget(edges: &Edges, vm: &VmName) {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
+    use longhaul_core::tunnel::handover::Mac;
     use tokio::sync::oneshot;
 
     use super::*;
     use crate::identity::Identity;
+    use crate::migration::anchor::AnchorNic;
     use crate::test_site::{TestSite, anchor, silent_names};
+    use crate::tunnel::Leaving;
 
     /// The anchors of a site at work.
     fn at_work(edges: &Edges) -> mpsc::Sender<AnchorCommand> {
         let (commands, outbox) = mpsc::channel(4);
         tokio::spawn(run(edges.clone(), Anchors::default(), outbox, watch::channel(BTreeMap::new()).0));
         commands
+    }
+
+    /// How an anchor comes to its end before everybody has heard.
+    #[derive(Debug, Clone, Copy)]
+    enum Way {
+        Released,
+        Forgotten,
+        Restarted,
+    }
+
+    /// Of a visit to b that went on to c in epoch 6, while a could not be reached.
+    fn visited() -> Anchor {
+        let nic = AnchorNic {
+            nic: "lan".parse().unwrap(),
+            mac: Mac([0x52, 0x54, 0, 0, 0, 1]),
+            from: Leaving::Visit,
+            addresses: vec!["203.0.113.10".parse().unwrap()],
+            bridge: "br-lan".to_owned(),
+            port: "lh-web1".to_owned(),
+            flows: Vec::new(),
+        };
+        let tell = vec!["a".parse().unwrap(), "nobody".parse().unwrap()];
+        let (name, names) = (None, NameState::None);
+        Anchor { epoch: Epoch(6), nics: vec![nic], name, names, tell, ..anchor("c") }
+    }
+
+    async fn ended(site: &TestSite, way: Way) -> mpsc::Sender<AnchorCommand> {
+        let (vm, edges) = (visited().vm, &site.edges);
+        if let Way::Restarted = way {
+            put(edges, &Anchor { ended: true, ..visited() });
+            let views = watch::channel(BTreeMap::new()).0;
+            let (commands, outbox) = mpsc::channel(4);
+            tokio::spawn(run(edges.clone(), restore(edges, &views).await, outbox, views));
+            return commands;
+        }
+        let commands = at_work(edges);
+        commands.send(AnchorCommand::Attract(Box::new(visited()))).await.unwrap();
+        match way {
+            Way::Released => {
+                let (done, ended) = oneshot::channel();
+                commands.send(AnchorCommand::Release(vm, done)).await.unwrap();
+                assert_eq!(ended.await.unwrap(), Released::Ended);
+            }
+            Way::Forgotten | Way::Restarted => {
+                let (done, ended) = oneshot::channel();
+                commands.send(AnchorCommand::End(vm, done)).await.unwrap();
+                ended.await.unwrap();
+            }
+        }
+        assert!(site.asked.borrow().contains(&"let_go web1/lan".to_owned()), "its address is free");
+        commands
+    }
+
+    #[tokio::test]
+    async fn a_site_that_could_not_be_reached_hears_of_the_move_after_the_anchor_has_ended() {
+        for way in [Way::Released, Way::Forgotten, Way::Restarted] {
+            let [key_a, key_b, key_c] = [(); 3].map(|()| Identity::generate().unwrap());
+            let b = TestSite::open("b", &key_b, &[("a", &key_a, None), ("c", &key_c, None)]).await;
+            let (vm, commands) = (visited().vm, ended(&b, way).await);
+            assert!(row(&b.edges, &vm).is_some_and(|row| row.ended), "{way:?}");
+            let mut a = TestSite::open("a", &key_a, &[("b", &key_b, Some(b.address()))]).await;
+            let (_, message) = a.heard().await;
+            let (epoch, to) = (Epoch(6), "c".parse().unwrap());
+            let moved = AnchorMessage::Moved { vm: vm.clone(), epoch, to, care_of: Vec::new() };
+            assert_eq!(message, Message::Anchor(moved), "{way:?}");
+            let (from, noted) = ("a".parse().unwrap(), AnchorMessage::Noted { vm: vm.clone(), epoch });
+            commands.send(AnchorCommand::Heard { from, message: noted }).await.unwrap();
+            // Who is no peer cannot be told, and is not waited for.
+            while row(&b.edges, &vm).is_some() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_anchor_that_everybody_has_heard_of_ends_when_it_is_released() {
+        let (_a, b) = TestSite::pair().await;
+        let (vm, commands) = (visited().vm, at_work(&b.edges));
+        commands.send(AnchorCommand::Attract(Box::new(visited()))).await.unwrap();
+        let noted = AnchorMessage::Noted { vm: vm.clone(), epoch: Epoch(6) };
+        commands.send(AnchorCommand::Heard { from: "a".parse().unwrap(), message: noted }).await.unwrap();
+        let (done, ended) = oneshot::channel();
+        commands.send(AnchorCommand::Release(vm.clone(), done)).await.unwrap();
+        assert_eq!(ended.await.unwrap(), Released::Ended);
+        assert!(row(&b.edges, &vm).is_none());
     }
 
     #[tokio::test]

@@ -1,4 +1,5 @@
-//! One anchor at work: it attracts, moves the name, waits until nobody needs it any more, and ends.
+//! One anchor at work: it attracts, moves the name, waits until nobody needs it any more, and ends; then only its word is
+//! owed to sites that have not heard it.
 //!
 //! Where an anchor comes from and who may speak of it is [`super`]'s; how the name gets to its servers is [`super::names`]'.
 
@@ -8,11 +9,11 @@ use std::time::Duration;
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::tunnel::datapath::PortStatus;
 use longhaul_core::tunnel::policy::{PortKey, Role};
-use longhaul_core::wire::AnchorMessage;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{Begin, leave, put, release, say};
+use super::telling::{tell_others, unheard};
+use super::{Begin, keep_rest, leave, put, release};
 use crate::api::types::AnchorView;
 use crate::journal::unix_ms;
 use crate::migration::anchor::Anchor;
@@ -30,9 +31,7 @@ pub(super) struct AnchorTask {
     pub heard: watch::Receiver<BTreeSet<SiteName>>,
 }
 
-/// Between the first two tries to tell another site where the machine is.
-const TELL_AGAIN: Duration = Duration::from_secs(1);
-/// How long it is tried after nothing else is left to do.
+/// How long addresses are attracted for sites that have not heard where the machine is.
 const TELL_LIMIT: Duration = Duration::from_secs(3600);
 /// Between two tries at the name server, or at another site, at most.
 pub(super) const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
@@ -47,13 +46,26 @@ impl AnchorTask {
             self.write();
         }
         let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
-        let mut telling = AbortOnDrop(telling);
+        let telling = AbortOnDrop(telling);
         self.settle().await;
-        // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for ever.
-        let _ = tokio::time::timeout(TELL_LIMIT, &mut telling.0).await;
-        while !self.end().await {
-            self.wait_for_flows().await;
+        if !self.anchor.ended {
+            // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for
+            // ever.
+            let _ = tokio::time::timeout(TELL_LIMIT, self.others_have_heard()).await;
+            while !self.end().await {
+                self.wait_for_flows().await;
+            }
         }
+        self.others_have_heard().await;
+        drop(telling);
+        self.note_heard();
+        keep_rest(&self.edges, &self.anchor);
+    }
+
+    async fn others_have_heard(&mut self) {
+        let (edges, anchor) = (&self.edges, &self.anchor);
+        // Who hears for it has ended only with this task.
+        let _ = self.heard.wait_for(|heard| unheard(edges, anchor, heard).is_empty()).await;
     }
 
     pub async fn attract(&mut self, begin: Begin) {
@@ -122,11 +134,12 @@ impl AnchorTask {
 
     /// False if the machine is on its way back.
     async fn end(&mut self) -> bool {
-        if !self.anchor.ended && !release(&self.edges, &self.anchor).await {
+        if !release(&self.edges, &self.anchor).await {
             tracing::debug!(vm = %self.anchor.vm, "no old connection is left, and the machine is on its way back");
             return false;
         }
-        leave(&self.edges, self.anchor.clone());
+        self.note_heard();
+        leave(&self.edges, &mut self.anchor);
         self.show(|view| {
             view.flows = 0;
             view.closed_ms = Some(unix_ms());
@@ -139,8 +152,14 @@ impl AnchorTask {
         self.anchor.holds().into_iter().map(|hold| hold.key).collect()
     }
 
-    pub fn write(&self) {
+    pub fn write(&mut self) {
+        self.note_heard();
         put(&self.edges, &self.anchor);
+    }
+
+    /// Who has heard is not told again, not by the next gateway either.
+    fn note_heard(&mut self) {
+        self.anchor.forget_told(&self.heard.borrow());
     }
 
     pub fn show(&self, change: impl FnOnce(&mut AnchorView)) {
@@ -159,29 +178,6 @@ pub(super) fn standing(status: &TunnelStatus, keys: &[PortKey]) -> (u64, bool) {
     let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
     let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
     (flows, !ports.is_empty() && ports.iter().all(|port| port.may_end))
-}
-
-/// Says where the machine is until every other site that attracts an address of it has heard.
-async fn tell_others(edges: Edges, anchor: Anchor, mut heard: watch::Receiver<BTreeSet<SiteName>>) {
-    let mut wait = TELL_AGAIN;
-    loop {
-        let left: Vec<SiteName> = {
-            let heard = heard.borrow_and_update();
-            anchor.tell.iter().filter(|site| !heard.contains(*site)).cloned().collect()
-        };
-        if left.is_empty() {
-            return;
-        }
-        for site in left {
-            let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
-            let moved = AnchorMessage::Moved { vm, epoch: anchor.epoch, to, care_of: anchor.moves.clone() };
-            say(&edges, &site, moved);
-        }
-        tokio::select! {
-            changed = heard.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(wait) => wait = (wait * 2).min(AGAIN_AT_MOST),
-        }
-    }
 }
 
 /// A task that ends with its owner.
