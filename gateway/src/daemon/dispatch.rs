@@ -23,7 +23,7 @@ use crate::hypervisor::Guest;
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
+use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
 
 /// Messages that may wait for one driver.
 const INBOX: usize = 64;
@@ -242,10 +242,10 @@ impl Daemon {
             | MigrationMessage::Reserved(_)
             | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message),
             MigrationMessage::TakenBack { .. } => self.on_taken_back(id, &peer).await,
+            MigrationMessage::Activated { .. } => self.on_second_copy(id, &peer),
             // An answer to a driver that has ended, and nothing waits for one to it.
             MigrationMessage::Accept
             | MigrationMessage::Decline(_)
-            | MigrationMessage::Activated { .. }
             | MigrationMessage::Refused { .. }
             | MigrationMessage::Unknown => {}
         }
@@ -274,8 +274,10 @@ impl Daemon {
         if ended.is_empty() {
             return;
         }
-        machine.row.over.extend(ended.iter().map(|carried| carried.addr));
-        if let Err(error) = self.edges.journal.put_machine(vm, &machine.row) {
+        let add = |row: &mut MachineRow| row.over.extend(ended.iter().map(|carried| carried.addr));
+        add(&mut machine.row);
+        // A migration that is under way writes to the same row.
+        if let Err(error) = self.edges.journal.change_machine(vm, add) {
             tracing::warn!(%vm, %error, "the end of an anchor could not be written down");
         }
         for Carried { nic, addr, .. } in ended {
@@ -491,6 +493,8 @@ mod tests {
     use longhaul_core::tunnel::handover::Prefix;
 
     use super::*;
+    use crate::identity::Identity;
+    use crate::test_site::{TestSite, machine_row};
 
     fn history(last: Option<DestinationRecord>) -> History {
         let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n";
@@ -554,6 +558,27 @@ mod tests {
 
     fn site(name: &str) -> SiteName {
         name.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_address_that_ends_during_a_copy_leaves_the_ttl_that_is_to_be_restored() {
+        let key = Identity::generate().unwrap();
+        let site = TestSite::open("a", &key, &[]).await;
+        let (mut daemon, vm) = (Daemon::idle(site.edges.clone()), "web1".parse().unwrap());
+        let (addr, nic) = ("203.0.113.10".parse().unwrap(), "lan".parse().unwrap());
+        let (home, from) = ("198.51.100.10".parse().unwrap(), "b".parse().unwrap());
+        let carried = vec![Carried { nic, home, addr, site: from }];
+        let row = MachineRow { carried, ..machine_row(&site.edges) };
+        daemon
+            .machines
+            .insert(row.definition.name.clone(), Machine { row: row.clone(), guest: None, silent: false });
+        // The copy has begun since the daemon looked.
+        let lowered = MachineRow { ttl_before_s: Some(3600), ..row };
+        site.edges.journal.put_machine(&vm, &lowered).unwrap();
+        daemon.on_anchor_ended(&"b".parse().unwrap(), &vm, &[addr]).await;
+        let written: MachineRow = site.edges.journal.machine(&vm).unwrap().unwrap();
+        assert_eq!((written.over, written.ttl_before_s), (vec![addr], Some(3600)));
+        assert_eq!(*site.asked.borrow(), ["forget_address web1/lan 203.0.113.10"]);
     }
 
     #[tokio::test]

@@ -29,6 +29,8 @@ mod restarts;
 mod retries;
 mod silent;
 mod status;
+#[cfg(test)]
+mod test_daemon;
 mod unknown;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -136,7 +136,37 @@ fn time_left(cut_limit: Duration, ended_ago: Duration) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::{Attempt, CommitMode};
+
     use super::*;
+    use crate::api::types::RetryView;
+    use crate::daemon::Running;
+    use crate::identity::Identity;
+    use crate::migration::view::Viewer;
+    use crate::test_site::TestSite;
+
+    #[tokio::test]
+    async fn an_operators_word_also_ends_what_an_attempt_would_plan_that_has_not_told_its_peer_yet() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let mut daemon = Daemon::idle(site.edges.clone());
+        let (id, vm, peer) = (MigrationId(1), "web1".parse::<VmName>().unwrap(), "b".parse().unwrap());
+        let attempt = Attempt { id, vm: vm.clone(), peer, epoch: Epoch(1), commit: CommitMode::Confirmed };
+        let viewer = Viewer::new(&attempt, site.edges.site(), &attempt.peer);
+        viewer.retry(Some(RetryView { number: 1, of: 3, delay_ms: 0, id: None }));
+        let request = MigrateRequest {
+            vm: vm.clone(),
+            to: attempt.peer.clone(),
+            without_dns: false,
+            max_downtime_ms: None,
+        };
+        let running =
+            Running { attempt, request: Some(request), inbox: None, viewer: viewer.clone(), guest: None };
+        daemon.migrations.insert(id, running);
+        daemon.forget_retries(&vm);
+        daemon.plan_retry(id);
+        assert!(daemon.next_retry_at().is_none() && viewer.current().retry.is_none());
+    }
 
     #[test]
     fn a_peer_that_hears_of_the_end_days_later_begins_nothing_by_that() {

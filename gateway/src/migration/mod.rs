@@ -59,7 +59,7 @@ use crate::link::{Link, PeerHandle};
 use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
 
 pub use destination::DestinationDriver;
-pub(crate) use release::moved_name;
+pub(crate) use release::{keep_aside, moved_name};
 pub(crate) use rollback::end_what_is_left;
 pub use source::SourceDriver;
 pub(crate) use standing::look;

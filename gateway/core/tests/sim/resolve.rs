@@ -71,5 +71,5 @@ impl World {
 }
 
 fn decided(last: &Record, keep: Keep, peer: usize) -> Resolution {
-    resolution(last, keep, Some(name(peer)), &VM, name(peer)).expect("what waits is decided")
+    resolution(last, keep, Some(name(peer)), &VM, name(peer), false).expect("what waits is decided")
 }
