@@ -46,7 +46,7 @@ impl Daemon {
             Request::MayRun(vm, reply) => drop(reply.send(self.may_run(&vm))),
             Request::Doctor(vm, reply) => self.doctor(vm, reply),
             Request::Journal(vm, reply) => self.journal(vm, reply),
-            Request::Resolve(vm, body, reply) => drop(reply.send(self.resolve(&vm, &body).await)),
+            Request::Resolve(vm, body, reply) => self.resolve(&vm, &body, reply).await,
             Request::Metrics(reply) => drop(reply.send(self.metrics())),
         }
     }

@@ -2,6 +2,8 @@
 //!
 //! What may be decided is the core's; that the peer cannot be asked is looked at here.
 
+use std::time::Duration;
+
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
@@ -12,14 +14,29 @@ use longhaul_core::migration::step::Step;
 
 use super::Daemon;
 use super::machines::leave_network;
-use crate::api::RequestError;
 use crate::api::types::ResolveRequest;
+use crate::api::{Reply, RequestError};
 use crate::journal::History;
-use crate::migration::{Inbound, chain, keep_aside};
+use crate::migration::{Edges, Inbound, chain, keep_aside};
+
+/// A record is written in milliseconds, on a busy disk in seconds.
+const WRITTEN_LIMIT: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(20);
 
 impl Daemon {
-    /// Decides a move that waits for a peer's word.
-    pub(super) async fn resolve(&self, vm: &VmName, request: &ResolveRequest) -> Result<(), RequestError> {
+    /// Decides a move that waits for a peer's word, and answers when that is on disk.
+    pub(super) async fn resolve(&self, vm: &VmName, request: &ResolveRequest, reply: Reply<()>) {
+        match self.decide(vm, request).await {
+            Ok(waits) => {
+                let edges = self.edges.clone();
+                tokio::spawn(async move { drop(reply.send(is_written(&edges, &waits).await)) });
+            }
+            // An asker that went away needs no answer.
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    async fn decide(&self, vm: &VmName, request: &ResolveRequest) -> Result<Waits, RequestError> {
         let nothing = || RequestError::Conflict(CannotResolve::NothingWaits(vm.clone()).to_string());
         // Not one that has ended for this site and still has to tell the other.
         let running = self.migration_of(vm).ok_or_else(nothing)?;
@@ -32,7 +49,8 @@ impl Daemon {
             resolution(last, request.keep, request.destroyed.as_ref(), vm, &attempt.peer, reached)
                 .map_err(|why| RequestError::Conflict(why.to_string()))?;
         tracing::warn!(%vm, peer = %attempt.peer, keep = ?request.keep, "an operator decides for the other site");
-        inbox.send(Inbound::Resolve(resolution)).await.map_err(|_| nothing())
+        inbox.send(Inbound::Resolve(resolution)).await.map_err(|_| nothing())?;
+        Ok(Waits { attempt: attempt.clone(), records: entries.len() })
     }
 
     /// Tells a peer that came back what an operator took back from it.
@@ -134,6 +152,28 @@ impl Daemon {
             keep_aside(&self.edges, &taken, &row, &row.images).await;
         }
     }
+}
+
+/// A move that was decided, and how many records it had before that.
+struct Waits {
+    attempt: Attempt,
+    records: usize,
+}
+
+/// A gateway that dies before the record is durable has decided nothing, whatever was destroyed for it.
+async fn is_written(edges: &Edges, waits: &Waits) -> Result<(), RequestError> {
+    let began = tokio::time::Instant::now();
+    while began.elapsed() < WRITTEN_LIMIT {
+        let entries = edges.journal.entries(waits.attempt.id);
+        if entries.map_err(|error| RequestError::Failed(chain(&error)))?.len() > waits.records {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    let vm = &waits.attempt.vm;
+    Err(RequestError::Failed(format!(
+        "It is not written down yet; `longhaul journal {vm}` says whether it has been"
+    )))
 }
 
 /// What follows from a peer's word that an operator took a machine back there.
@@ -355,7 +395,8 @@ mod tests {
             daemon.migrations.insert(id, running);
         }
         let request = ResolveRequest { keep: Keep::There, destroyed: None };
-        daemon.resolve(&waits.vm, &request).await.unwrap();
+        let decided = daemon.decide(&waits.vm, &request).await.unwrap();
+        assert_eq!((decided.attempt.id, decided.records), (waits.id, 3));
         for (id, mut outbox) in inboxes {
             assert_eq!(outbox.try_recv().is_ok(), id == waits.id, "{id}");
         }

@@ -30,7 +30,8 @@ impl Daemon {
         });
         self.machines.insert(vm.clone(), Machine { row: row.clone(), guest, silent });
         self.watch(&vm);
-        if silent {
+        // A driver that works on it asks by itself, and a monitor serves one client; at its end this comes again.
+        if silent && self.migration_of(&vm).is_none() {
             let (edges, answered) = (self.edges.clone(), self.answered.clone());
             tokio::spawn(async move {
                 let guest = loop {
@@ -46,9 +47,12 @@ impl Daemon {
         }
     }
 
-    /// Takes note of it, unless somebody else has found the QEMU meanwhile.
+    /// Takes note of it, unless somebody else has found the QEMU meanwhile or is asking it.
     pub(super) fn on_answered(&mut self, answered: Answered) {
         let Answered { vm, guest } = answered;
+        if self.migration_of(&vm).is_some() {
+            return;
+        }
         let Some(machine) = self.machines.get_mut(&vm).filter(|machine| machine.silent) else { return };
         tracing::info!(%vm, runs = guest.is_some(), "the machine's QEMU has answered");
         (machine.guest, machine.silent) = (guest, false);
