@@ -74,20 +74,6 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         |record| row(0, &Entry { vm: vm.clone(), epoch: Epoch(4), at_unix_ms: 1_700_000_000_000, record });
     let source = |record| entry(Record::Source(record));
     let destination = |record| entry(Record::Destination(record));
-    let machine = MachineRow {
-        definition: sample::definition(),
-        images: vec!["/var/lib/longhaul/disks/web1-root.raw".into()],
-        home_site: sample::site("a"),
-        came_from: Some(sample::site("a")),
-        carried: sample::proposal().carried,
-        over: vec![[192, 0, 2, 200].into()],
-        adopted: None,
-        care_of: sample::reservation().care_of,
-        handover: Some(sample::handover()),
-        wanted: true,
-        settled_in: None,
-        ttl_before_s: Some(60),
-    };
     let volume = "root".parse().expect("a name");
     let kept = KeptRow { vm: vm.clone(), volume, epoch: Epoch(3), owner: 200_000 };
     let (reservation, without_names) = (sample::reservation(), true);
@@ -136,10 +122,27 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             ),
         ),
         ("ownership", row(2, &Ownership::Away { site: peer, epoch: Epoch(4) })),
-        ("machine", row(3, &machine)),
+        ("machine", row(3, &machine())),
         ("kept", row(4, &kept)),
     ]);
     seeds
+}
+
+fn machine() -> MachineRow {
+    MachineRow {
+        definition: sample::definition(),
+        images: vec!["/var/lib/longhaul/disks/web1-root.raw".into()],
+        home_site: sample::site("a"),
+        came_from: Some(sample::site("a")),
+        carried: sample::proposal().carried,
+        over: vec![[192, 0, 2, 200].into()],
+        adopted: None,
+        care_of: sample::reservation().care_of,
+        handover: Some(sample::handover()),
+        wanted: true,
+        settled_in: None,
+        ttl_before_s: Some(60),
+    }
 }
 
 fn anchor() -> Anchor {

@@ -155,16 +155,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             _ = interrupt.recv() => break,
         }
     }
-    tracing::info!("stopping; machines and tunnels stay");
-    if let Some((flows, machines)) = daemon.connections_through_here() {
-        tracing::warn!(
-            flows,
-            machines,
-            "connections stall until the gateway is back; a reboot of this host breaks them"
-        );
-    }
     api.abort();
-    daemon.edges.link.close().await;
+    daemon.close().await;
     Ok(())
 }
 
@@ -240,6 +232,18 @@ struct Admitted {
 }
 
 impl Daemon {
+    async fn close(&self) {
+        tracing::info!("stopping; machines and tunnels stay");
+        if let Some((flows, machines)) = self.connections_through_here() {
+            tracing::warn!(
+                flows,
+                machines,
+                "connections stall until the gateway is back; a reboot of this host breaks them"
+            );
+        }
+        self.edges.link.close().await;
+    }
+
     async fn on_link(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Up { peer, restarted, .. } => {
