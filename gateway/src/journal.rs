@@ -264,17 +264,7 @@ impl Journal {
         vm: &VmName,
         change: impl FnOnce(&mut T),
     ) -> Result<Option<T>, JournalError> {
-        let transaction = self.database.begin_write().map_err(store)?;
-        let row = {
-            let mut table = transaction.open_table(MACHINES).map_err(store)?;
-            let known = table.get(vm.as_str()).map_err(store)?.map(|value| decode(value.value()));
-            let Some(mut row) = known.transpose()? else { return Ok(None) };
-            change(&mut row);
-            table.insert(vm.as_str(), encode(&row)?.as_slice()).map_err(store)?;
-            row
-        };
-        transaction.commit().map_err(store)?;
-        Ok(Some(row))
+        self.change(MACHINES, vm, change)
     }
 
     /// The epoch that a machine called `vm` begins with here: after all that one of this name was in or was
@@ -354,6 +344,15 @@ impl Journal {
         self.put(ANCHORS, vm.as_str(), row)
     }
 
+    /// Changes the anchor of `vm` in one transaction. What it is then; `None` if there is none.
+    pub fn change_anchor<T: Serialize + DeserializeOwned>(
+        &self,
+        vm: &VmName,
+        change: impl FnOnce(&mut T),
+    ) -> Result<Option<T>, JournalError> {
+        self.change(ANCHORS, vm, change)
+    }
+
     /// Forgets an anchor.
     pub fn remove_anchor(&self, vm: &VmName) -> Result<(), JournalError> {
         self.write(|transaction| {
@@ -413,6 +412,25 @@ impl Journal {
             rows.push((name, decode(value.value())?));
         }
         Ok(rows)
+    }
+
+    fn change<T: Serialize + DeserializeOwned>(
+        &self,
+        table: TableDefinition<&str, &[u8]>,
+        vm: &VmName,
+        change: impl FnOnce(&mut T),
+    ) -> Result<Option<T>, JournalError> {
+        let transaction = self.database.begin_write().map_err(store)?;
+        let row = {
+            let mut table = transaction.open_table(table).map_err(store)?;
+            let known = table.get(vm.as_str()).map_err(store)?.map(|value| decode(value.value()));
+            let Some(mut row) = known.transpose()? else { return Ok(None) };
+            change(&mut row);
+            table.insert(vm.as_str(), encode(&row)?.as_slice()).map_err(store)?;
+            row
+        };
+        transaction.commit().map_err(store)?;
+        Ok(Some(row))
     }
 
     fn put<T: Serialize>(

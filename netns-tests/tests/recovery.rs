@@ -14,8 +14,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use gateway::api::types::{MachineView, MigrationView, Progressing, ResolveRequest};
+use gateway::api::types::{MachineView, MigrationView, NicFlows, Progressing, ResolveRequest};
 use gateway::generation::write_notes;
+use gateway::journal::Journal;
+use gateway::migration::anchor::Anchor;
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::ledger::Ownership;
@@ -427,6 +429,40 @@ async fn a_machine_whose_new_site_has_forgotten_how_it_came_is_released_by_its_o
         })
         .await?;
         ensure!(client.start(&vm).await.is_err(), "site a starts it");
+        Ok(())
+    })
+    .await;
+}
+
+/// Connections that the next gateway at a would hold the tunnel for, by a copy of the journal.
+fn noted_flows(scene: &Scene) -> Result<usize> {
+    let copy = tempfile::NamedTempFile::new_in(scene.world.lab.scratch())?;
+    std::fs::copy(scene.a.journal(), copy.path())?;
+    let anchor: Option<Anchor> = Journal::open_copy(copy.path())?.anchor(&VM.parse()?)?;
+    Ok(anchor.context("There is no anchor")?.nics.iter().map(|nic| nic.flows.len()).sum())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_connection_that_ended_before_its_gateway_was_killed_holds_no_tunnel_after_that() {
+    play(slow("ended"), async |scene| {
+        scene.start_guest().await?;
+        let mut plan = TrafficPlan::new(unix_ms());
+        let to = (scene.home()?, RECORD_PORT).into();
+        plan.record = Some(RecordPlan { address: to, through: None, interval_ms: 10, gap_ms: 50 });
+        let mut client = Client::start(&scene.world.client, plan).await?;
+        let id = scene.begin_move().await?;
+        let view = scene.wait_move(&id, Duration::from_secs(180)).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        client.close_old().await?;
+        let record = client.finish().await?.record.context("There is no record connection")?;
+        ensure!(record.content_ok, "{record:?}");
+        let vm = VM.parse()?;
+        let open = |nic: &NicFlows| nic.held_by.flows.tcp_open + nic.held_by.flows.tcp_closing;
+        wait("that to be written down", async || Ok(noted_flows(scene)? == 0)).await?;
+        scene.a.kill()?;
+        scene.a.launch().await?;
+        let after = scene.a.client().flows(&vm).await?;
+        ensure!(after.nics.iter().map(open).sum::<u64>() == 0, "{after:?}");
         Ok(())
     })
     .await;

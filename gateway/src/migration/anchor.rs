@@ -244,6 +244,13 @@ impl Anchor {
         self.tell.retain(|site| !heard.contains(site));
     }
 
+    /// These of its connections are over.
+    pub(super) fn forget_flows(&mut self, ended: &BTreeSet<FlowTuple>) {
+        for nic in &mut self.nics {
+            nic.flows.retain(|flow| !ended.contains(flow));
+        }
+    }
+
     /// Its name is not where the machine is, or its TTL is not what it was.
     pub(super) fn owes_name(&self) -> bool {
         self.name.is_some() && !matches!(self.names, NameState::None | NameState::Settled { .. })

@@ -12,6 +12,7 @@
 //! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s, what one
 //! does by itself `task`'s.
 
+mod ended;
 mod names;
 mod task;
 mod telling;
@@ -354,7 +355,8 @@ async fn start(
     let (noted, heard) = watch::channel(BTreeSet::new());
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
     let epoch = anchor.epoch;
-    let mut task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told, heard };
+    let (edges, views, over) = (edges.clone(), views.clone(), watch::Sender::default());
+    let mut task = AnchorTask { edges, anchor, views, told, heard, over };
     task.attract(begin).await;
     Known { epoch, runs_there, noted, task: tokio::spawn(task.run()) }
 }

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::tunnel::datapath::PortStatus;
+use longhaul_core::tunnel::handover::FlowTuple;
 use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::ended::note_ended;
 use super::telling::{tell_others, unheard};
 use super::{Begin, keep_rest, leave, put, release};
 use crate::api::types::AnchorView;
@@ -29,6 +31,8 @@ pub(super) struct AnchorTask {
     pub told: watch::Receiver<bool>,
     /// The sites that have heard where it is.
     pub heard: watch::Receiver<BTreeSet<SiteName>>,
+    /// Connections of before the move that are over.
+    pub over: watch::Sender<BTreeSet<FlowTuple>>,
 }
 
 /// How long addresses are attracted for sites that have not heard where the machine is.
@@ -47,6 +51,8 @@ impl AnchorTask {
         }
         let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
         let telling = AbortOnDrop(telling);
+        let noting = tokio::spawn(note_ended(self.edges.clone(), self.anchor.clone(), self.over.clone()));
+        let noting = AbortOnDrop(noting);
         self.settle().await;
         if !self.anchor.ended {
             // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for
@@ -56,9 +62,10 @@ impl AnchorTask {
                 self.wait_for_flows().await;
             }
         }
+        drop(noting);
         self.others_have_heard().await;
         drop(telling);
-        self.note_heard();
+        self.note_news();
         keep_rest(&self.edges, &self.anchor);
     }
 
@@ -138,7 +145,7 @@ impl AnchorTask {
             tracing::debug!(vm = %self.anchor.vm, "no old connection is left, and the machine is on its way back");
             return false;
         }
-        self.note_heard();
+        self.note_news();
         leave(&self.edges, &mut self.anchor);
         self.show(|view| {
             view.flows = 0;
@@ -153,13 +160,14 @@ impl AnchorTask {
     }
 
     pub fn write(&mut self) {
-        self.note_heard();
+        self.note_news();
         put(&self.edges, &self.anchor);
     }
 
-    /// Who has heard is not told again, not by the next gateway either.
-    fn note_heard(&mut self) {
+    /// Who has heard is not told again, and for what is over nothing is held: not by the next gateway either.
+    fn note_news(&mut self) {
         self.anchor.forget_told(&self.heard.borrow());
+        self.anchor.forget_flows(&self.over.borrow());
     }
 
     pub fn show(&self, change: impl FnOnce(&mut AnchorView)) {
