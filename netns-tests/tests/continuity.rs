@@ -85,7 +85,7 @@ async fn later(datagrams: &Datagrams) {
 /// Between two datagrams of one flow.
 const BEAT: Duration = Duration::from_millis(20);
 /// What a gateway that is started anew may cost a flow, on a busy machine.
-const RESTART: Duration = Duration::from_secs(5);
+const RESTART: Duration = Duration::from_secs(3);
 
 /// The path between the sites is cut and heals; then both gateways end without warning and are started anew, and each of
 /// that is a short silence of `datagrams`.

@@ -10,7 +10,7 @@ use crate::migration::message::{MigrationMessage, Refusal};
 use crate::migration::step::Step;
 
 impl Source {
-    /// When [`Event::Tick`] is due at the latest.
+    /// When [`super::Event::Tick`] is due at the latest.
     pub fn deadline(&self) -> Option<Duration> {
         let own = match &self.state {
             State::Proposed { .. } | State::Reserving { .. } if self.link_down_since.is_some() => None,
