@@ -4,6 +4,7 @@
 //! that the listing prints. Nothing is changed here.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
@@ -19,6 +20,9 @@ use crate::generation::{arrivals, read_notes};
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::anchor::{Anchor, arriving_images};
 use crate::migration::{MachineRow, moved_name};
+
+/// How long after its release a QEMU may still write: as long as it is given to end, and some more.
+const QEMU_ENDS_MS: u64 = 60_000;
 
 /// The migrations of `vm`, or of every machine, oldest first. `qemu` is what is known of QEMUs here; one that
 /// is not in it was not asked. Without `site` what stands beside disks that came is not looked at.
@@ -100,8 +104,10 @@ pub fn shares_images<'a>(
     rows: impl Iterator<Item = (&'a VmName, &'a MachineRow)> + Clone,
 ) -> bool {
     let Some((_, own)) = rows.clone().find(|(name, _)| *name == vm) else { return false };
+    let real = |image: &PathBuf| image.canonicalize().unwrap_or_else(|_| image.clone());
+    let own: Vec<PathBuf> = own.images.iter().map(real).collect();
     let mut others = rows.filter(|(name, _)| *name != vm);
-    others.any(|(_, row)| row.images.iter().any(|image| own.images.contains(image)))
+    others.any(|(_, row)| row.images.iter().any(|image| own.contains(&real(image))))
 }
 
 /// Whether disks lie here under the names that they had while the machine was here, or was coming. A gateway that is killed
@@ -109,18 +115,29 @@ pub fn shares_images<'a>(
 fn untidied(history: &History, known: &Known<'_>) -> bool {
     let attempt = &history.attempt;
     let Some(Site { pool, .. }) = known.site else { return false };
-    match history.entries.last().map(|entry| &entry.record) {
-        Some(Record::Source(SourceRecord::Released)) if !known.shares_images => {
+    let Some(last) = history.entries.last() else { return false };
+    match &last.record {
+        Record::Source(SourceRecord::Released) if !known.shares_images => {
             let left = matches!(known.owner, Some(Ownership::Away { epoch, .. }) if *epoch == attempt.epoch);
-            let lies = |image: &PathBuf| image.exists() && !moved_name(image, attempt.epoch.0).exists();
+            let lies = |image: &PathBuf| {
+                was_here(image, last.at_unix_ms) && !moved_name(image, attempt.epoch.0).exists()
+            };
             left && known.row.is_some_and(|row| row.images.iter().any(lies))
         }
-        Some(Record::Destination(DestinationRecord::Refused { .. })) => {
+        Record::Destination(DestinationRecord::Refused { .. }) => {
             let mut proposals = history.entries.iter().filter_map(proposal);
             proposals.any(|proposal| arriving_images(pool, attempt, proposal).iter().any(|it| it.exists()))
         }
-        Some(Record::Source(_) | Record::Destination(_)) | None => false,
+        Record::Source(_) | Record::Destination(_) => false,
     }
+}
+
+/// A file that lay there when its machine was released. What was put there after that, when the disk had been set aside and
+/// perhaps deleted, is somebody else's: its change time, which nobody can set back, is later.
+fn was_here(image: &Path, released_unix_ms: u64) -> bool {
+    let Ok(about) = std::fs::symlink_metadata(image) else { return false };
+    let changed_ms = u64::try_from(about.ctime()).unwrap_or(u64::MAX).saturating_mul(1000);
+    about.is_file() && changed_ms <= released_unix_ms.saturating_add(QEMU_ENDS_MS)
 }
 
 /// The epoch of the anchor that stands here for `vm`.
@@ -383,17 +400,20 @@ mod tests {
             handover: None,
             ttl_before_s: None,
         };
-        let released = history(1, 1, Record::Source(SourceRecord::Released));
+        let mut released = history(1, 1, Record::Source(SourceRecord::Released));
         let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
         let a: SiteName = "a".parse().unwrap();
         let site = Some(Site { name: &a, pool: folder.path() });
-        let next = |shares_images| {
+        let judged = |released: &History, shares_images| {
             let (owner, row) = (Some(&away), Some(&row));
             let known = Known { owner, row, shares_images, qemu: Qemu::Gone, anchor: None, site };
-            judge(&released, std::slice::from_ref(&released), &known).unwrap()
+            judge(released, std::slice::from_ref(released), &known).unwrap()
         };
-        assert_eq!(next(false), NextStep::Nothing, "there is none");
+        assert_eq!(judged(&released, false), NextStep::Nothing, "there is none");
         std::fs::write(&image, "").unwrap();
+        assert_eq!(judged(&released, false), NextStep::Nothing, "it was put there since");
+        released.entries[0].at_unix_ms = crate::journal::unix_ms();
+        let next = |shares_images| judged(&released, shares_images);
         assert_eq!(next(false), NextStep::Release);
         assert_eq!(next(true), NextStep::Nothing);
         std::fs::write(moved_name(&image, 1), "").unwrap();

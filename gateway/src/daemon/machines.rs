@@ -134,7 +134,9 @@ impl Daemon {
         let ownership = self.ownership(vm)?;
         expect_forgettable(vm, &ownership, forget)?;
         self.expect_idle(vm)?;
-        if self.machines.get(vm).is_some_and(|machine| machine.silent) {
+        // The monitor of one that was adopted may be its operator's again.
+        let is_silent = |machine: &Machine| machine.silent && machine.row.adopted.is_none();
+        if self.machines.get(vm).is_some_and(is_silent) {
             return Err(silent(vm));
         }
         let running = self.machines.get(vm).is_some_and(|machine| machine.guest.is_some());

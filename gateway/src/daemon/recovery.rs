@@ -116,6 +116,9 @@ impl Daemon {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
+        if row.visits(self.edges.site()) && !matches!(owner, Some(Ownership::Here { .. })) {
+            self.restore_visit(&row).await;
+        }
         let (inbox, outbox) = mpsc::channel(64);
         let options = SourceOptions { without_dns, ..SourceOptions::default() };
         let anchors = self.anchors.clone();
@@ -205,6 +208,15 @@ impl Daemon {
         if let Err(error) = restored {
             let error = chain(&error);
             tracing::error!(vm = %row.definition.name, error, "the machine's network could not be restored");
+        }
+    }
+
+    /// Rules of a visitor that has been given away, or may come back: the tunnel forgot them with the gateway, and can take
+    /// down only what it knows.
+    async fn restore_visit(&self, row: &MachineRow) {
+        if let Err(error) = Stay::of_row(&self.edges, row).restore(&self.edges).await {
+            let error = chain(&error);
+            tracing::warn!(vm = %row.definition.name, error, "the visitor's rules could not be taken up, and may be left behind");
         }
     }
 

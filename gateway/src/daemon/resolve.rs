@@ -7,9 +7,9 @@ use std::time::Duration;
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::message::MigrationMessage;
+use longhaul_core::migration::message::{MigrationMessage, Refusal};
 use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
-use longhaul_core::migration::resolve::{CannotResolve, resolution};
+use longhaul_core::migration::resolve::{CannotResolve, Keep, resolution};
 use longhaul_core::migration::step::Step;
 
 use super::Daemon;
@@ -50,7 +50,7 @@ impl Daemon {
                 .map_err(|why| RequestError::Conflict(why.to_string()))?;
         tracing::warn!(%vm, peer = %attempt.peer, keep = ?request.keep, "an operator decides for the other site");
         inbox.send(Inbound::Resolve(resolution)).await.map_err(|_| nothing())?;
-        Ok(Waits { attempt: attempt.clone(), records: entries.len() })
+        Ok(Waits { attempt: attempt.clone(), records: entries.len(), keep: request.keep })
     }
 
     /// Tells a peer that came back what an operator took back from it.
@@ -158,6 +158,7 @@ impl Daemon {
 struct Waits {
     attempt: Attempt,
     records: usize,
+    keep: Keep,
 }
 
 /// A gateway that dies before the record is durable has decided nothing, whatever was destroyed for it.
@@ -165,15 +166,31 @@ async fn is_written(edges: &Edges, waits: &Waits) -> Result<(), RequestError> {
     let began = tokio::time::Instant::now();
     while began.elapsed() < WRITTEN_LIMIT {
         let entries = edges.journal.entries(waits.attempt.id);
-        if entries.map_err(|error| RequestError::Failed(chain(&error)))?.len() > waits.records {
-            return Ok(());
+        let entries = entries.map_err(|error| RequestError::Failed(chain(&error)))?;
+        match entries.get(waits.records).map(|entry| &entry.record) {
+            Some(record) if is_word(record, waits.keep) => return Ok(()),
+            Some(record) => {
+                let text = format!("Meanwhile something else was decided: {}", record.name());
+                return Err(RequestError::Conflict(text));
+            }
+            None => tokio::time::sleep(LOOK).await,
         }
-        tokio::time::sleep(LOOK).await;
     }
-    let vm = &waits.attempt.vm;
+    let (vm, peer) = (&waits.attempt.vm, &waits.attempt.peer);
     Err(RequestError::Failed(format!(
-        "It is not written down yet; `longhaul journal {vm}` says whether it has been"
+        "Nothing is written down. Site {peer} may not have said that it knows nothing of the move; `longhaul journal {vm}` says how it stands"
     )))
+}
+
+/// The record is what an operator's word becomes.
+fn is_word(record: &Record, keep: Keep) -> bool {
+    match record {
+        Record::Source(SourceRecord::TakenBack { .. })
+        | Record::Destination(DestinationRecord::TakenOver { .. }) => keep == Keep::Here,
+        Record::Source(SourceRecord::Released)
+        | Record::Destination(DestinationRecord::Refused { why: Refusal::Operator }) => keep == Keep::There,
+        Record::Source(_) | Record::Destination(_) => false,
+    }
 }
 
 /// What follows from a peer's word that an operator took a machine back there.
@@ -258,7 +275,6 @@ mod tests {
     use longhaul_core::ids::Epoch;
     use longhaul_core::migration::CommitMode;
     use longhaul_core::migration::message::{Handover, Proposal, Reservation};
-    use longhaul_core::migration::resolve::Keep;
     use tokio::sync::watch;
 
     use super::*;

@@ -214,6 +214,10 @@ async fn heard(
                 // It is known, or none of ours.
                 return say(edges, from, AnchorMessage::Noted { vm, epoch });
             };
+            if anchor.peer == to && epoch <= Epoch::MAX_FROM_PEER {
+                // It is where it is looked for, by whatever way it came there: whoever says so need not go on.
+                return say(edges, from, AnchorMessage::Noted { vm, epoch });
+            }
             if anchor.peer != *from || epoch > Epoch::MAX_FROM_PEER {
                 if anchors.is_first(&vm, from, epoch) {
                     tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");

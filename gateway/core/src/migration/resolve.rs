@@ -185,7 +185,19 @@ mod tests {
     #[test]
     fn a_source_whose_destination_has_forgotten_that_it_runs_the_machine_is_released_by_an_operator() {
         let source = as_source(SourceRecord::Committed { handover: handover() });
-        let theirs = decide_with_a_link(&committed(), Keep::There).unwrap();
+        let (source, _) = source.handle(source::Event::LinkUp, Duration::ZERO);
+        let theirs = || decide_with_a_link(&committed(), Keep::There).unwrap();
+        // It may not have heard of the commitment yet, or be about to refuse.
+        let (source, step) = source.handle(source::Event::Resolved(theirs()), Duration::ZERO);
+        assert_eq!(step.pending_record(), None);
+        let unknown = || source::Event::Peer(MigrationMessage::Unknown);
+        let (source, _) = source.handle(unknown(), Duration::ZERO);
+        let (source, _) = source.handle(source::Event::LinkDown, Duration::ZERO);
+        let (source, _) = source.handle(source::Event::LinkUp, Duration::ZERO);
+        let (source, step) = source.handle(source::Event::Resolved(theirs()), Duration::ZERO);
+        assert_eq!(step.pending_record(), None, "that was another gateway, perhaps");
+        let (source, _) = source.handle(unknown(), Duration::ZERO);
+        let theirs = theirs();
         let (source, step) = source.handle(source::Event::Resolved(theirs), Duration::ZERO);
         assert_eq!(step.pending_record(), Some(&Record::Source(SourceRecord::Released)));
         assert!(matches!(step.after_record()[..], [source::Action::Release]));

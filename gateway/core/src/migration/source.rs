@@ -186,6 +186,8 @@ pub struct Source {
     limits: SourceLimits,
     without_names: bool,
     link_down_since: Option<Duration>,
+    /// On the link that is up the peer has said that it has no record of this attempt.
+    knows_nothing: bool,
     next_repeat: Duration,
     state: State,
 }
@@ -200,7 +202,15 @@ impl Source {
     ) -> (Self, Step<Action>) {
         let next_repeat = now + limits.repeat;
         let state = State::Preflight;
-        let source = Self { attempt, limits, without_names, link_down_since: None, next_repeat, state };
+        let source = Self {
+            attempt,
+            limits,
+            without_names,
+            link_down_since: None,
+            knows_nothing: false,
+            next_repeat,
+            state,
+        };
         (source, Step::act(vec![Action::Preflight]))
     }
 
@@ -216,8 +226,15 @@ impl Source {
         let state = State::Preflight;
         // Only the first record says it, and that is written already.
         let without_names = false;
-        let mut source =
-            Self { attempt, limits, without_names, link_down_since: Some(now), next_repeat: now, state };
+        let mut source = Self {
+            attempt,
+            limits,
+            without_names,
+            link_down_since: Some(now),
+            knows_nothing: false,
+            next_repeat: now,
+            state,
+        };
         let step = match last {
             SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked => {
                 source.abort(Refusal::Restarted(site.clone()))
@@ -312,6 +329,7 @@ impl Source {
         let step = match event {
             Event::LinkUp => self.on_link_up(now),
             Event::LinkDown => {
+                self.knows_nothing = false;
                 self.link_down_since.get_or_insert(now);
                 Step::nothing()
             }
@@ -507,6 +525,7 @@ impl Source {
             let why = Refusal::Other(String::new());
             return self.on_refused(why);
         }
+        self.knows_nothing = true;
         Step::nothing()
     }
 

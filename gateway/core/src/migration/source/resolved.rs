@@ -2,7 +2,7 @@
 //!
 //! Only after `Committed`: with an arbiter the register says first whose the machine is. Either the copy at the
 //! destination is destroyed, as the operator states; a new epoch begins here, so the register is owed nothing. Or it runs
-//! there and its gateway has forgotten how it came: then it is released here as if that gateway had said so.
+//! there and its gateway has forgotten how it came, as it says itself: then it is released here as if it had said so.
 
 use super::{Action, Source, State};
 use crate::migration::message::Refusal;
@@ -18,7 +18,7 @@ impl Source {
                 let actions = self.taken_back().after_record();
                 Step::record(Record::Source(SourceRecord::TakenBack { destroyed }), actions)
             }
-            (State::Committed { .. }, Decided::Theirs) => {
+            (State::Committed { refused: None, .. }, Decided::Theirs) if self.knows_nothing => {
                 self.state = State::Released;
                 Step::record(Record::Source(SourceRecord::Released), vec![Action::Release])
             }
