@@ -35,6 +35,9 @@ mod queue;
 mod round;
 mod sample;
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use crate::units::{Bytes, Rate};
