@@ -172,6 +172,11 @@ impl Congestion {
         self.losses.set_packet_bytes(packet_bytes);
     }
 
+    /// The operator's rate is another one now.
+    pub fn set_cap(&mut self, cap: Rate) {
+        self.settings.cap = cap;
+    }
+
     /// How fast packets may leave: between [`Congestion::min_pace`] and the cap.
     pub fn pace(&self) -> Rate {
         let wanted = match self.bandwidth() {

@@ -150,7 +150,9 @@ impl Sampler {
 
     fn record(&self, sent: Duration) -> Option<Record> {
         let after = self.records.partition_point(|record| record.sent <= sent);
-        after.checked_sub(1).and_then(|index| self.records.get(index)).copied()
+        let before = after.checked_sub(1).and_then(|index| self.records.get(index))?;
+        // Another batch's record would make a round trip of the time between the two.
+        (sent - before.sent < SAME_BATCH).then_some(*before)
     }
 
     fn forget_before(&mut self, sent: Duration) {
@@ -246,6 +248,15 @@ mod tests {
         sampler.handle_acked(Duration::ZERO, 1000);
         let sample = sampler.handle_acks_end(120 * MS, 0, false, Duration::ZERO).unwrap();
         assert_eq!(sample.rtt, 100 * MS);
+    }
+
+    #[test]
+    fn a_packet_that_was_not_announced_gives_no_sample() {
+        let mut sampler = Sampler::new(Duration::ZERO);
+        sampler.handle_sent(Duration::ZERO, 1000, 0);
+        sampler.handle_acked(20 * MS, 1000);
+        assert_eq!(sampler.handle_acks_end(120 * MS, 0, false, Duration::ZERO), None);
+        assert_eq!(sampler.delivered_bytes(), 1000);
     }
 
     #[test]

@@ -13,6 +13,7 @@ enum Event {
     AcksEnd { in_flight_bytes: u64, app_limited: bool },
     Lost { ago_us: u64, bytes: u64 },
     PacketLength(u64),
+    Cap(u64),
 }
 
 fn number() -> impl Strategy<Value = u64> {
@@ -30,6 +31,7 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(in_flight_bytes, app_limited)| Event::AcksEnd { in_flight_bytes, app_limited }),
         2 => (0u64..1_000_000, number()).prop_map(|(ago_us, bytes)| Event::Lost { ago_us, bytes }),
         1 => (0u64..70_000).prop_map(Event::PacketLength),
+        1 => number().prop_map(Event::Cap),
     ]
 }
 
@@ -52,6 +54,7 @@ fn play(congestion: &mut Congestion, now: &mut Duration, event: &Event) {
         }
         Event::Lost { ago_us, bytes } => congestion.handle_lost(*now, ago(*now, ago_us), bytes),
         Event::PacketLength(bytes) => congestion.set_packet_bytes(bytes),
+        Event::Cap(cap) => congestion.set_cap(Rate(cap)),
     }
 }
 
@@ -63,10 +66,14 @@ proptest! {
     ) {
         let mut now = Duration::from_secs(5);
         let mut congestion = Congestion::new(settings, now);
+        let mut cap = settings.cap;
         for event in &events {
+            if let Event::Cap(other) = event {
+                cap = Rate(*other);
+            }
             play(&mut congestion, &mut now, event);
             let (pace, window) = (congestion.pace(), congestion.window());
-            prop_assert!(pace >= congestion.min_pace() && pace <= settings.cap, "{pace} after {event:?}");
+            prop_assert!(pace >= congestion.min_pace() && pace <= cap, "{pace} after {event:?}");
             prop_assert!(window >= congestion.min_window() && window <= congestion.max_window(), "{window}");
         }
     }

@@ -120,8 +120,8 @@ pub struct Bbr {
     delivered_bytes: u64,
     sent: VecDeque<(Duration, u64, Duration)>,
     acked_at: Duration,
-    samples: VecDeque<(u64, f64)>,
-    round: u64,
+    /// The highest rate of each of the last ten rounds.
+    rates: VecDeque<f64>,
     round_ends_at_bytes: u64,
     min_rtt: Duration,
     min_rtt_at: Duration,
@@ -137,14 +137,14 @@ pub struct Bbr {
 
 impl Bbr {
     const GAINS: [f64; 8] = [1.25, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
+    const ROUNDS: usize = 11;
 
     pub fn new(now: Duration) -> Self {
         Self {
             delivered_bytes: 0,
             sent: VecDeque::new(),
             acked_at: now,
-            samples: VecDeque::new(),
-            round: 0,
+            rates: VecDeque::from([0.0]),
             round_ends_at_bytes: 0,
             min_rtt: Duration::MAX,
             min_rtt_at: now,
@@ -160,7 +160,7 @@ impl Bbr {
     }
 
     fn bandwidth(&self) -> f64 {
-        self.samples.iter().map(|(_, rate)| *rate).fold(0.0, f64::max)
+        self.rates.iter().copied().fold(0.0, f64::max)
     }
 
     fn gain(&self) -> f64 {
@@ -176,11 +176,12 @@ impl Bbr {
     }
 
     fn end_round(&mut self) {
-        self.round += 1;
         self.round_ends_at_bytes = self.delivered_bytes;
-        let oldest = self.round.saturating_sub(10);
-        self.samples.retain(|(round, _)| *round >= oldest);
         let now = self.bandwidth();
+        self.rates.push_back(0.0);
+        if self.rates.len() > Self::ROUNDS {
+            self.rates.pop_front();
+        }
         if now >= 1.25 * self.best {
             (self.best, self.flat_rounds) = (now, 0);
         } else {
@@ -229,7 +230,10 @@ impl Sender for Bbr {
         }
         let Some((_, before, acked_before)) = self.sent.front().copied() else { return };
         let interval = (now - acked_before).max(rtt);
-        self.samples.push_back((self.round, (self.delivered_bytes - before) as f64 / interval.as_secs_f64()));
+        let rate = (self.delivered_bytes - before) as f64 / interval.as_secs_f64();
+        if let Some(most) = self.rates.back_mut() {
+            *most = most.max(rate);
+        }
         if before >= self.round_ends_at_bytes {
             self.end_round();
         }
@@ -246,7 +250,7 @@ impl Sender for Bbr {
 
     fn pace(&self) -> Option<Rate> {
         let pace = (self.bandwidth() * self.gain()) as u64;
-        Some(Rate(if self.samples.is_empty() { 200_000 } else { pace.max(10_000) }))
+        Some(Rate(if pace == 0 { 200_000 } else { pace.max(10_000) }))
     }
 
     fn window_bytes(&self) -> u64 {
