@@ -254,6 +254,8 @@ impl Congestion {
             (self.cycle.base, self.cycle.full_rounds) = (seen, 0);
         } else if ended.delivered.is_some() {
             self.cycle.full_rounds += 1;
+        } else {
+            return; // an application that sends little says nothing of the path, nor does a queue that is not its own
         }
         if self.cycle.full_rounds >= FULL_ROUNDS || ended.queued {
             self.enter(now, Phase::Drain);

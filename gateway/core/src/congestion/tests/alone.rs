@@ -146,6 +146,23 @@ fn an_application_that_paused_finds_the_rate_it_left() {
 }
 
 #[test]
+fn an_application_that_sent_little_for_long_still_starts_fast() {
+    let rtt = ms(100);
+    let path = Path::new(Rate::mbit(100), rtt, 1.0, 0.001);
+    let mut network = Network::new(path, vec![ours(Rate::mbit(400), rtt, 1, Duration::ZERO)]);
+    network.flows[0].offered = Some(Rate(20_000));
+    network.run_until(30 * SECOND);
+    network.path.rtt = ms(140); // the route is longer now, or somebody else keeps a queue
+    network.run_until(60 * SECOND);
+    network.flows[0].offered = None;
+    network.run_until(62 * SECOND);
+    network.measure_anew();
+    network.run_until(65 * SECOND);
+    let used = network.used(3 * SECOND);
+    assert!(used > 0.9, "{used:.2}");
+}
+
+#[test]
 fn after_a_cut_the_line_is_full_again_at_once() {
     let rtt = ms(100);
     let path = Path::new(Rate::mbit(100), rtt, 1.0, 0.001);
