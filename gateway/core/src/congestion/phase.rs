@@ -20,6 +20,10 @@ const FULL_ROUNDS: u32 = 3;
 /// In Up a rate that grows less than this per round, in per mille, is all there is.
 const UP_GROWTH_PER_MILLE: u64 = 1030;
 
+/// After so many rounds in which Up found more, the path is a much faster one: it goes on with this pace, in per mille.
+const FAST_ROUNDS: u32 = 3;
+const FAST_PACE_PER_MILLE: u64 = 2000;
+
 /// A rate from this share of the cap on, in per mille, is the cap: there is nothing to probe for.
 const AT_CAP_PER_MILLE: u64 = 960;
 
@@ -96,8 +100,8 @@ pub(super) struct Cycle {
     probe_queue: Duration,
     /// The last probe overflowed the queue.
     overflowed: bool,
-    /// This probe has found more.
-    grew: bool,
+    /// For how many rounds this probe has found more.
+    grew_rounds: u32,
     /// Acknowledgements of what the last probe sent are still to come.
     unjudged: bool,
     /// ProbeRtt has emptied the path.
@@ -114,7 +118,7 @@ impl Cycle {
             full_rounds: 0,
             probe_queue: PROBE_QUEUE,
             overflowed: false,
-            grew: false,
+            grew_rounds: 0,
             unjudged: false,
             emptied: false,
         }
@@ -191,7 +195,7 @@ impl Congestion {
             Phase::Up => {
                 self.cycle.probe_at = now + CRUISE + self.cycle.spread();
                 self.cycle.base = self.max_bandwidth.get().unwrap_or_default();
-                (self.cycle.unjudged, self.cycle.grew) = (true, false);
+                (self.cycle.unjudged, self.cycle.grew_rounds) = (true, 0);
             }
             Phase::ProbeRtt => self.cycle.emptied = false,
             Phase::Startup | Phase::Drain | Phase::Down | Phase::Cruise | Phase::Refill => {}
@@ -208,7 +212,8 @@ impl Congestion {
         let usual = self.phase.usual_pace_per_mille();
         match self.phase {
             Phase::Cruise if self.queue.is_own() => QUEUED_PACE_PER_MILLE,
-            Phase::Up if !self.cycle.grew && !self.queue.is_foreign() => {
+            Phase::Up if self.cycle.grew_rounds >= FAST_ROUNDS => FAST_PACE_PER_MILLE,
+            Phase::Up if self.cycle.grew_rounds == 0 && !self.queue.is_foreign() => {
                 let rtt_us = self.min_rtt.get().unwrap_or_default().as_micros().max(1);
                 let extra = self.cycle.probe_queue.as_micros() * 1000 / rtt_us;
                 let extra = u64::try_from(extra).unwrap_or(u64::MAX).max(LEAST_PROBE_PER_MILLE);
@@ -290,7 +295,7 @@ impl Congestion {
         let grows = seen >= scaled(self.cycle.base, UP_GROWTH_PER_MILLE);
         if judged {
             self.cycle.base = seen;
-            self.cycle.grew |= grows;
+            self.cycle.grew_rounds += u32::from(grows);
         }
         if at_cap || (judged && !grows) {
             self.enter(now, Phase::Down);

@@ -23,6 +23,11 @@ use crate::units::Rate;
 /// A round trip that is longer by this is queued, or by a 32nd if that is more.
 const SHORT_QUEUE: Duration = Duration::from_millis(4);
 
+/// How long a receiver may keep an acknowledgement back (RFC 9000, 18.2: `max_ack_delay`), unless so many packets come.
+/// Where that many take longer, every round trip may be longer by that, and is no queue.
+const ACK_DELAY: Duration = Duration::from_millis(25);
+const ACK_PACKETS: u64 = 10;
+
 /// A queue of a quarter of the round trip, and at least of this, is not waited with until the round ends.
 const LONG_QUEUE: Duration = Duration::from_millis(12);
 
@@ -101,7 +106,13 @@ impl Congestion {
     /// Whether a round trip is so long that something waits.
     pub(super) fn is_queued(&self, rtt: Duration) -> bool {
         let Some(min_rtt) = self.min_rtt.get() else { return false };
-        rtt > min_rtt + (min_rtt / 32).max(SHORT_QUEUE)
+        rtt > min_rtt + (min_rtt / 32).max(SHORT_QUEUE) + self.ack_delay()
+    }
+
+    fn ack_delay(&self) -> Duration {
+        let passes = self.bandwidth().unwrap_or_default().bytes_in(ACK_DELAY).0;
+        let sparse = passes < ACK_PACKETS.saturating_mul(self.settings.packet_bytes);
+        if sparse { ACK_DELAY } else { Duration::ZERO }
     }
 
     /// The last few round trips were all queued.
@@ -115,7 +126,7 @@ impl Congestion {
             return false;
         };
         let known = self.queue.draining || self.queue.foreign;
-        !known && *rtt > min_rtt + (min_rtt / 4).max(LONG_QUEUE)
+        !known && *rtt > min_rtt + (min_rtt / 4).max(LONG_QUEUE) + self.ack_delay()
     }
 
     pub(super) fn end_cruise_round(&mut self, now: Duration, ended: &Ended) {

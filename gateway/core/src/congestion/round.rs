@@ -28,7 +28,7 @@ pub(super) struct Ended {
     pub(super) delivered: Option<Rate>,
     pub(super) min_rtt: Option<Duration>,
     pub(super) most_in_flight_bytes: u64,
-    /// No round trip in it was short.
+    /// No round trip in it was short, and it was more than a few packets.
     pub(super) queued: bool,
     /// It lost more than chance explains.
     pub(super) excess: bool,
@@ -69,7 +69,8 @@ impl Congestion {
             delivered: (!round.app_limited).then(|| rate(delivered_bytes, time)).flatten(),
             min_rtt: round.min_rtt,
             most_in_flight_bytes: round.most_in_flight_bytes,
-            queued: round.min_rtt.is_some_and(|rtt| self.is_queued(rtt)),
+            queued: delivered_bytes >= self.min_window().0
+                && round.min_rtt.is_some_and(|rtt| self.is_queued(rtt)),
             excess: self.losses.is_excess(),
         }
     }

@@ -115,6 +115,22 @@ fn a_path_that_shrinks_to_a_fifth_and_grows_again_is_followed() {
 }
 
 #[test]
+fn from_next_to_nothing_the_whole_line_is_found() {
+    for rtt_ms in RTTS_MS {
+        let rtt = ms(rtt_ms);
+        let path = Path { rate: Rate(40_000), ..Path::new(Rate::mbit(100), rtt, 1.0, 0.0) };
+        let mut network = Network::new(path, vec![ours(Rate::mbit(200), rtt, 1, Duration::ZERO)]);
+        network.run_until(30 * SECOND);
+        network.set_rate(Rate::mbit(100));
+        network.run_until(30 * SECOND + 60 * rtt + 10 * SECOND);
+        network.measure_anew();
+        network.run_until(network.now + 5 * SECOND);
+        let used = network.used(5 * SECOND);
+        assert!(used > 0.9, "{rtt_ms} ms: {used:.3} of the line");
+    }
+}
+
+#[test]
 fn a_path_slower_than_configured_does_not_queue_without_end() {
     for rtt_ms in RTTS_MS {
         let rtt = ms(rtt_ms);
