@@ -253,7 +253,7 @@ impl Congestion {
 
     fn initial_window_bytes(&self) -> u64 {
         let most_bytes = INITIAL_WINDOW_PACKETS.saturating_mul(self.settings.packet_bytes);
-        let share_bytes = self.settings.cap.bytes_in(self.settings.rtt).0 / 16;
+        let share_bytes = self.settings.cap.bytes_in(self.settings.rtt).0 / 8;
         share_bytes.clamp(self.min_window().0, most_bytes)
     }
 

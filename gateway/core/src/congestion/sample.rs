@@ -23,7 +23,8 @@ const NANOS_PER_SECOND: u128 = 1_000_000_000;
 #[derive(Debug, Clone, Copy)]
 struct Record {
     sent: Duration,
-    departed: Duration,
+    /// When the first of it left, if that was told.
+    departed: Option<Duration>,
     delivered_bytes: u64,
     delivered_at: Duration,
     first_sent: Duration,
@@ -89,7 +90,7 @@ impl Sampler {
         }
         self.records.push_back(Record {
             sent: now,
-            departed: now,
+            departed: None,
             delivered_bytes: self.delivered_bytes,
             delivered_at: self.delivered_at,
             first_sent: self.first_sent,
@@ -98,10 +99,11 @@ impl Sampler {
         });
     }
 
-    /// The newest batch was held back before the network and left only now.
+    /// The newest batch was held back before the network and left only now. If several were made at the same moment, the
+    /// first counts: a later one would make the round trips of those before it too short.
     pub(super) fn handle_departed(&mut self, at: Duration) {
         if let Some(last) = self.records.back_mut() {
-            last.departed = last.departed.max(at);
+            last.departed.get_or_insert(at.max(last.sent));
         }
     }
 
@@ -132,7 +134,7 @@ impl Sampler {
         let newest = self.newest_acked.take()?;
         self.delivered_at = now;
         self.first_sent = newest.sent;
-        let rtt = now.saturating_sub(newest.departed);
+        let rtt = now.saturating_sub(newest.departed.unwrap_or(newest.sent));
         let sending = newest.sent.saturating_sub(newest.first_sent);
         let acknowledging = now.saturating_sub(newest.delivered_at);
         let interval = sending.max(acknowledging);
@@ -247,6 +249,18 @@ mod tests {
         sampler.handle_departed(20 * MS);
         sampler.handle_acked(Duration::ZERO, 1000);
         let sample = sampler.handle_acks_end(120 * MS, 0, false, Duration::ZERO).unwrap();
+        assert_eq!(sample.rtt, 100 * MS);
+    }
+
+    #[test]
+    fn of_batches_made_at_once_the_first_to_leave_counts() {
+        let mut sampler = Sampler::new(Duration::ZERO);
+        for departed in [1, 30] {
+            sampler.handle_sent(Duration::ZERO, 1000, 0);
+            sampler.handle_departed(departed * MS);
+        }
+        sampler.handle_acked(Duration::ZERO, 1000);
+        let sample = sampler.handle_acks_end(101 * MS, 1000, false, Duration::ZERO).unwrap();
         assert_eq!(sample.rtt, 100 * MS);
     }
 
