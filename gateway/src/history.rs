@@ -4,20 +4,25 @@
 //! that the listing prints. Nothing is changed here.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::generation::{behind, has_come};
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
+use longhaul_core::migration::message::Proposal;
+use longhaul_core::migration::record::{DestinationRecord, Entry, Record, SourceRecord};
 use longhaul_core::migration::recovery::{Facts, NextStep, Qemu, next_step};
 
 use crate::api::types::{JournalView, RecordView};
 use crate::generation::{arrivals, read_notes};
 use crate::journal::{History, Journal, JournalError};
-use crate::migration::MachineRow;
 use crate::migration::anchor::{Anchor, arriving_images};
+use crate::migration::{MachineRow, moved_name};
+
+/// How long after its release a QEMU may still write: as long as it is given to end, and some more.
+const QEMU_ENDS_MS: u64 = 60_000;
 
 /// The migrations of `vm`, or of every machine, oldest first. `qemu` is what is known of QEMUs here; one that
 /// is not in it was not asked. Without `site` what stands beside disks that came is not looked at.
@@ -36,6 +41,7 @@ pub fn views(
         let known = Known {
             owner: owner.as_ref(),
             row: rows.get(&attempt.vm),
+            shares_images: shares_images(&attempt.vm, rows.iter()),
             qemu: qemu.get(&attempt.vm).copied().unwrap_or(Qemu::Unknown),
             anchor: anchored(journal, &attempt.vm)?,
             site,
@@ -62,6 +68,8 @@ pub struct Known<'a> {
     pub owner: Option<&'a Ownership>,
     /// What this site knows of the machine.
     pub row: Option<&'a MachineRow>,
+    /// A file that it had as a disk is another machine's by now.
+    pub shares_images: bool,
     /// Its QEMU here.
     pub qemu: Qemu,
     /// The epoch of its anchor here.
@@ -81,12 +89,55 @@ pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<Ne
         wanted: wanted(history),
         settled: known.row.is_some_and(|row| row.settled_in == Some(history.attempt.epoch)),
         qemu: known.qemu,
+        untidied: untidied(history, known),
         owes_names: known.row.is_some_and(|row| row.ttl_before_s.is_some()),
         overtaken: is_overtaken(history, all),
         came_again: came_again(history, all),
         stale: is_stale(history, known),
         anchor: known.anchor,
     }))
+}
+
+/// Whether a disk of `vm` stands in another machine's row, too.
+pub fn shares_images<'a>(
+    vm: &VmName,
+    rows: impl Iterator<Item = (&'a VmName, &'a MachineRow)> + Clone,
+) -> bool {
+    let Some((_, own)) = rows.clone().find(|(name, _)| *name == vm) else { return false };
+    let real = |image: &PathBuf| image.canonicalize().unwrap_or_else(|_| image.clone());
+    let own: Vec<PathBuf> = own.images.iter().map(real).collect();
+    let mut others = rows.filter(|(name, _)| *name != vm);
+    others.any(|(_, row)| row.images.iter().any(|image| own.contains(&real(image))))
+}
+
+/// Whether disks lie here under the names that they had while the machine was here, or was coming. A gateway that is killed
+/// while it tidies up leaves them.
+fn untidied(history: &History, known: &Known<'_>) -> bool {
+    let attempt = &history.attempt;
+    let Some(Site { pool, .. }) = known.site else { return false };
+    let Some(last) = history.entries.last() else { return false };
+    match &last.record {
+        Record::Source(SourceRecord::Released) if !known.shares_images => {
+            let left = matches!(known.owner, Some(Ownership::Away { epoch, .. }) if *epoch == attempt.epoch);
+            let lies = |image: &PathBuf| {
+                was_here(image, last.at_unix_ms) && !moved_name(image, attempt.epoch.0).exists()
+            };
+            left && known.row.is_some_and(|row| row.images.iter().any(lies))
+        }
+        Record::Destination(DestinationRecord::Refused { .. }) => {
+            let mut proposals = history.entries.iter().filter_map(proposal);
+            proposals.any(|proposal| arriving_images(pool, attempt, proposal).iter().any(|it| it.exists()))
+        }
+        Record::Source(_) | Record::Destination(_) => false,
+    }
+}
+
+/// A file that lay there when its machine was released. What was put there after that, when the disk had been set aside and
+/// perhaps deleted, is somebody else's: its change time, which nobody can set back, is later.
+fn was_here(image: &Path, released_unix_ms: u64) -> bool {
+    let Ok(about) = std::fs::symlink_metadata(image) else { return false };
+    let changed_ms = u64::try_from(about.ctime()).unwrap_or(u64::MAX).saturating_mul(1000);
+    about.is_file() && changed_ms <= released_unix_ms.saturating_add(QEMU_ENDS_MS)
 }
 
 /// The epoch of the anchor that stands here for `vm`.
@@ -165,12 +216,17 @@ fn has_come_unknown(history: &History, site: Option<Site<'_>>) -> bool {
         ) => true,
     };
     let attempt = &history.attempt;
-    let proposals = history.entries.iter().filter_map(|entry| match &entry.record {
-        Record::Destination(DestinationRecord::Reserved { proposal, .. }) => Some(proposal),
-        Record::Source(_) | Record::Destination(_) => None,
-    });
+    let proposals = history.entries.iter().filter_map(proposal);
     let images: Vec<_> = proposals.flat_map(|proposal| arriving_images(pool, attempt, proposal)).collect();
     before && read_notes(&images).map_or(true, |notes| has_come(&attempt.vm, attempt.epoch, name, &notes))
+}
+
+/// What was proposed to this site.
+fn proposal(entry: &Entry) -> Option<&Proposal> {
+    match &entry.record {
+        Record::Destination(DestinationRecord::Reserved { proposal, .. }) => Some(proposal),
+        Record::Source(_) | Record::Destination(_) => None,
+    }
 }
 
 fn view(history: &History, owner: Option<&Ownership>, next: NextStep) -> JournalView {
@@ -287,7 +343,14 @@ mod tests {
     fn a_view_says_what_was_decided_why_and_what_comes_next() {
         let here = Ownership::Here { epoch: Epoch(3) };
         let history = history(1, 3, refused());
-        let known = Known { owner: Some(&here), row: None, qemu: Qemu::Runs, anchor: None, site: None };
+        let known = Known {
+            owner: Some(&here),
+            row: None,
+            shares_images: false,
+            qemu: Qemu::Runs,
+            anchor: None,
+            site: None,
+        };
         let next = judge(&history, std::slice::from_ref(&history), &known).unwrap();
         let view = view(&history, Some(&here), next);
         assert_eq!((view.role.as_str(), view.next), ("destination", NextStep::Nothing));
@@ -302,7 +365,14 @@ mod tests {
         let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
         let a: SiteName = "a".parse().unwrap();
         let site = Some(Site { name: &a, pool: pool.path() });
-        let known = Known { owner: Some(&away), row: None, qemu: Qemu::Runs, anchor: None, site };
+        let known = Known {
+            owner: Some(&away),
+            row: None,
+            shares_images: false,
+            qemu: Qemu::Runs,
+            anchor: None,
+            site,
+        };
         let next = || judge(&released, std::slice::from_ref(&released), &known).unwrap();
         assert_eq!(next(), NextStep::Release, "what is left of it");
         let image = pool.path().join("web1-root-e2.raw");
@@ -310,6 +380,71 @@ mod tests {
         let note = Generation { vm: "web1".parse().unwrap(), epoch: Epoch(2), owner: a.clone() };
         write_notes(&[image], &note).unwrap();
         assert_eq!(next(), NextStep::Hold, "it is home again, and this journal does not know");
+    }
+
+    #[test]
+    fn a_disk_that_a_killed_gateway_left_under_its_name_is_put_aside_unless_it_is_another_machines_by_now() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("web1.raw");
+        let row = MachineRow {
+            definition: proposal().definition,
+            images: vec![image.clone()],
+            home_site: "a".parse().unwrap(),
+            wanted: true,
+            settled_in: None,
+            adopted: None,
+            came_from: None,
+            care_of: Vec::new(),
+            carried: Vec::new(),
+            over: Vec::new(),
+            handover: None,
+            ttl_before_s: None,
+        };
+        let mut released = history(1, 1, Record::Source(SourceRecord::Released));
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(1) };
+        let a: SiteName = "a".parse().unwrap();
+        let site = Some(Site { name: &a, pool: folder.path() });
+        let judged = |released: &History, shares_images| {
+            let (owner, row) = (Some(&away), Some(&row));
+            let known = Known { owner, row, shares_images, qemu: Qemu::Gone, anchor: None, site };
+            judge(released, std::slice::from_ref(released), &known).unwrap()
+        };
+        assert_eq!(judged(&released, false), NextStep::Nothing, "there is none");
+        std::fs::write(&image, "").unwrap();
+        assert_eq!(judged(&released, false), NextStep::Nothing, "it was put there since");
+        released.entries[0].at_unix_ms = crate::journal::unix_ms();
+        let next = |shares_images| judged(&released, shares_images);
+        assert_eq!(next(false), NextStep::Release);
+        assert_eq!(next(true), NextStep::Nothing);
+        std::fs::write(moved_name(&image, 1), "").unwrap();
+        assert_eq!(next(false), NextStep::Nothing, "it was put aside, and what lies there is something else");
+        let vm = |name: &str| name.parse::<VmName>().unwrap();
+        let rows = BTreeMap::from([(vm("web1"), row.clone()), (vm("web2"), row.clone())]);
+        assert!(shares_images(&vm("web1"), rows.iter()));
+        assert!(!shares_images(&vm("web1"), rows.iter().take(1)));
+    }
+
+    #[test]
+    fn what_came_of_a_refused_attempt_is_discarded_although_its_qemu_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut refused = history(1, 3, refused());
+        let reserved = DestinationRecord::Reserved {
+            peer: "b".parse().unwrap(),
+            proposal: Box::new(proposal()),
+            reservation: Reservation { care_of: Vec::new() },
+        };
+        let first = Entry { record: Record::Destination(reserved), ..refused.entries[0].clone() };
+        refused.entries.insert(0, first);
+        let a: SiteName = "a".parse().unwrap();
+        let next = || {
+            let site = Some(Site { name: &a, pool: folder.path() });
+            let known =
+                Known { owner: None, row: None, shares_images: false, qemu: Qemu::Gone, anchor: None, site };
+            judge(&refused, std::slice::from_ref(&refused), &known).unwrap()
+        };
+        assert_eq!(next(), NextStep::Nothing);
+        std::fs::write(&arriving_images(folder.path(), &refused.attempt, &proposal())[0], "").unwrap();
+        assert_eq!(next(), NextStep::Discard);
     }
 
     #[tokio::test]
@@ -342,10 +477,10 @@ mod tests {
         assert!(std::fs::read(&path).unwrap() == before, "the file was changed");
     }
 
-    fn proposal() -> longhaul_core::migration::message::Proposal {
+    fn proposal() -> Proposal {
         let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
             [[disks]]\nname = \"root\"\nsize_bytes = 1048576\npci = \"03.0\"\n";
-        longhaul_core::migration::message::Proposal {
+        Proposal {
             definition: toml::from_str(definition).unwrap(),
             home_site: "b".parse().unwrap(),
             hypervisor: "7.2".into(),

@@ -257,6 +257,16 @@ impl Journal {
         self.put(MACHINES, vm.as_str(), row)
     }
 
+    /// Changes what this site knows of `vm` in one transaction: whoever else changes something of it meanwhile loses nothing.
+    /// What it is then; `None` if nothing is known of it.
+    pub fn change_machine<T: Serialize + DeserializeOwned>(
+        &self,
+        vm: &VmName,
+        change: impl FnOnce(&mut T),
+    ) -> Result<Option<T>, JournalError> {
+        self.change(MACHINES, vm, change)
+    }
+
     /// The epoch that a machine called `vm` begins with here: after all that one of this name was in or was
     /// to be in, so that no migration of the earlier machine is taken for one of this; 0 if there was none.
     /// Names outside remember it too.
@@ -334,6 +344,15 @@ impl Journal {
         self.put(ANCHORS, vm.as_str(), row)
     }
 
+    /// Changes the anchor of `vm` in one transaction. What it is then; `None` if there is none.
+    pub fn change_anchor<T: Serialize + DeserializeOwned>(
+        &self,
+        vm: &VmName,
+        change: impl FnOnce(&mut T),
+    ) -> Result<Option<T>, JournalError> {
+        self.change(ANCHORS, vm, change)
+    }
+
     /// Forgets an anchor.
     pub fn remove_anchor(&self, vm: &VmName) -> Result<(), JournalError> {
         self.write(|transaction| {
@@ -393,6 +412,25 @@ impl Journal {
             rows.push((name, decode(value.value())?));
         }
         Ok(rows)
+    }
+
+    fn change<T: Serialize + DeserializeOwned>(
+        &self,
+        table: TableDefinition<&str, &[u8]>,
+        vm: &VmName,
+        change: impl FnOnce(&mut T),
+    ) -> Result<Option<T>, JournalError> {
+        let transaction = self.database.begin_write().map_err(store)?;
+        let row = {
+            let mut table = transaction.open_table(table).map_err(store)?;
+            let known = table.get(vm.as_str()).map_err(store)?.map(|value| decode(value.value()));
+            let Some(mut row) = known.transpose()? else { return Ok(None) };
+            change(&mut row);
+            table.insert(vm.as_str(), encode(&row)?.as_slice()).map_err(store)?;
+            row
+        };
+        transaction.commit().map_err(store)?;
+        Ok(Some(row))
     }
 
     fn put<T: Serialize>(

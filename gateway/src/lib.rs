@@ -22,4 +22,6 @@ pub mod memory;
 pub mod metrics;
 pub mod migration;
 mod own_socket;
+#[cfg(test)]
+mod test_site;
 pub mod tunnel;

@@ -39,6 +39,8 @@ pub struct Figures {
     pub machines_crashed: u64,
     /// Migrations under way.
     pub migrations_running: u64,
+    /// Those of them that have something to tell their operator, such as a guest that stands still.
+    pub migrations_with_notices: u64,
     /// Machines whose connections are held here.
     pub anchors: u64,
     /// Name servers that do not have a name that moved yet, for each name.
@@ -76,6 +78,9 @@ pub fn page(figures: &Figures) -> String {
     let crashed = "Machines of this site whose QEMU is gone although nobody stopped them";
     gauge(&mut registry, "machines_crashed", crashed, figures.machines_crashed);
     gauge(&mut registry, "migrations_running", "Migrations under way", figures.migrations_running);
+    let noticed =
+        "Migrations under way that tell their operator something, such as that the guest stands still";
+    gauge(&mut registry, "migrations_with_notices", noticed, figures.migrations_with_notices);
     gauge(&mut registry, "anchors", "Machines that left and whose connections pass here", figures.anchors);
     let behind =
         "Name servers that do not have the new addresses of a machine that moved, for each such machine";

@@ -43,6 +43,40 @@ fn a_qemu_that_hangs_keeps_nobody_else_waiting() {
 }
 
 #[test]
+fn a_qemu_that_hung_while_its_gateway_started_is_not_gone_and_is_taken_up_when_it_answers() {
+    let Some(site) = Site::new() else { return };
+    let gateway = site.serve();
+    site.define("web1");
+    site.longhaul(&["vm", "start", "web1"]).success();
+    drop(gateway);
+    site.longhaul(&["may-run", "web1"]).failure(3);
+    site.signal("web1", Signal::SIGSTOP);
+    let gateway = site.serve();
+    let line = || {
+        let listed = site.longhaul(&["vm", "list"]).success();
+        listed.lines().find(|line| line.contains("web1")).unwrap_or_default().to_owned()
+    };
+    assert!(line().contains("no answer"), "{}", line());
+    let doctor = site.longhaul(&["doctor"]).output();
+    assert!(doctor.contains("is there and does not answer"), "{doctor}");
+    // What cannot be asked is not said to be stopped, and nothing is taken from it.
+    site.longhaul(&["vm", "stop", "web1"]).failure(1);
+    let refused = site.longhaul(&["vm", "undefine", "web1"]).failure(1);
+    assert!(refused.contains("does not answer"), "{refused}");
+    site.signal("web1", Signal::SIGCONT);
+    let began = Instant::now();
+    while !line().contains("running") {
+        assert!(began.elapsed() < LIMIT, "{}", line());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    site.longhaul(&["may-run", "web1"]).success();
+    site.longhaul(&["vm", "stop", "web1"]).success();
+    site.longhaul(&["vm", "undefine", "web1"]).success();
+    site.longhaul(&["may-run", "web1"]).failure(1);
+    drop(gateway);
+}
+
+#[test]
 fn a_configuration_that_this_host_contradicts_is_refused_before_anything_is_made() {
     let Some(site) = Site::new() else { return };
     let right = site.configuration();

@@ -43,6 +43,7 @@ pub const LAB_NEEDS: &[Need] = &[
     need("yadifad", "yadifa", "conformance of dnsupdater"),
     need("etcd", "etcd-server", "the arbiter `etcd`"),
     need("mke2fs", "e2fsprogs", "the guest's root disk"),
+    need("losetup", "mount", "a disk that cannot be read"),
     need("cpio", "cpio", "the guest's first file system"),
     need("dpkg-deb", "dpkg", "unpacking the guest's kernel and web server"),
 ];

@@ -257,7 +257,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
             cleanup::remove_on_signals()?;
             let programs = Programs::build()?;
             let report = runtime()?.block_on(faults::run(&args.options(), &programs))?;
-            Ok(report.failed.is_empty() && report.leftovers == 0)
+            Ok(report.held_everywhere())
         }
         Command::Test { filter } => suite::run(filter.as_deref()),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),

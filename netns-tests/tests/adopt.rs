@@ -18,6 +18,7 @@ use gateway::hypervisor::parse_definition;
 use longhaul_core::machine::Firmware;
 use netns_tests::agent::client::ask;
 use netns_tests::agent::log::LogVerdict;
+use netns_tests::agent::memory::MemoryVerdict;
 use netns_tests::guest::boot::{FAILED, READY};
 use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::options::SceneOptions;
@@ -148,6 +149,11 @@ async fn a_machine_with_a_foreign_tap_is_adopted_and_moves_with_its_connection()
     let log = log.unwrap().unwrap();
     assert!(log.records > 0 && log.missing + log.doubled + log.corrupt == 0, "{log:?}");
     assert_eq!(log.boots, 1);
+    // Before the connection is judged: one that breaks may be the guest's own state that is not what it was.
+    let pages = scene.world.client.run(move || ask::<MemoryVerdict>(home, "/memory/verify", 30 * SECOND));
+    let pages = pages.unwrap().unwrap();
+    scene.keep_logs();
+    assert_eq!(pages.mismatched, 0, "{pages:?}");
     client.close_old().await.unwrap();
     let record = client.finish().await.unwrap().record.unwrap();
     println!("{} records sent, {} received", record.sent, record.received);

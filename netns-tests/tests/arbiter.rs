@@ -150,17 +150,63 @@ async fn the_destination_wins(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// The register answers nobody when the machine is handed over, and the sites hear each other: the source promises it,
+/// and what came is a machine like any other while the register still names the source.
+async fn the_register_is_away(scene: &mut Scene) -> Result<()> {
+    let (vm, monitor) = (VM.parse()?, Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?);
+    let id = scene.begin_move().await?;
+    let stopped = || monitor.events().iter().any(|event| event.name == "STOP");
+    wait("the pause", MOVE, async || Ok(stopped())).await?;
+    let said = scene.names.read(&Scene::name())?;
+    scene.names.stop()?;
+    let took = wait("the guest running at b", MOVE, async || Ok(runs(&scene.b))).await?;
+    println!("b ran {took:.1?} after the guest was stopped, without the register");
+    drop(monitor);
+    wait("a to end its copy", DECIDED, async || Ok(run_state(&scene.a).is_none())).await?;
+    let at_b = scene.b.client();
+    let listed = async || {
+        let machines = at_b.status().await?.machines;
+        Ok(machines.iter().any(|machine| machine.owner == "here" && machine.state == "running"))
+    };
+    wait("b to list what runs there", DECIDED, listed).await?;
+    let refused =
+        scene.begin_move_between("b", "a").await.err().context("It moves on by a silent register")?;
+    ensure!(format!("{refused:#}").contains("register"), "{refused:#}");
+    at_b.stop(&vm).await.context("b does not stop it")?;
+    at_b.start(&vm).await.context("b does not start it again")?;
+    scene.names.start_again(&Scene::name(), &said)?;
+    let care_of: IpAddr = scene.world.site("b")?.spec.address(200).into();
+    let paid = async || Ok(register(scene)?.1 == "b" && addresses(scene)? == [care_of]);
+    wait("the register and the name at b", DECIDED, paid).await?;
+    let view = scene.wait_move(&id, DECIDED).await?;
+    ensure!(view.progressing == Progressing::Moved, "{view:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_partition_in_the_hand_over_is_decided_at_the_name_server_at_either_side() {
-    play(ArbiterChoice::Dns).await.unwrap();
+    let both = async |scene: &mut Scene| {
+        the_source_wins(scene).await.context("the source wins")?;
+        the_destination_wins(scene).await.context("the destination wins")
+    };
+    play(ArbiterChoice::Dns, both).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_partition_in_the_hand_over_is_decided_in_etcd_at_either_side() {
-    play(ArbiterChoice::Etcd).await.unwrap();
+    let both = async |scene: &mut Scene| {
+        the_source_wins(scene).await.context("the source wins")?;
+        the_destination_wins(scene).await.context("the destination wins")
+    };
+    play(ArbiterChoice::Etcd, both).await.unwrap();
 }
 
-async fn play(arbiter: ArbiterChoice) -> Result<()> {
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_name_server_that_is_away_at_the_hand_over_neither_stops_it_nor_hides_the_machine() {
+    play(ArbiterChoice::Dns, the_register_is_away).await.unwrap();
+}
+
+async fn play(arbiter: ArbiterChoice, act: impl AsyncFnOnce(&mut Scene) -> Result<()>) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         println!("skipped: network namespaces need root");
         return Ok(());
@@ -170,11 +216,10 @@ async fn play(arbiter: ArbiterChoice) -> Result<()> {
         return Ok(());
     }
     let programs = Programs::build()?;
-    let scene = Scene::build(options(arbiter), &programs).await?;
+    let mut scene = Scene::build(options(arbiter), &programs).await?;
     let played = async {
         scene.start_guest().await?;
-        the_source_wins(&scene).await.context("the source wins")?;
-        the_destination_wins(&scene).await.context("the destination wins")
+        act(&mut scene).await
     };
     let played = played.await;
     let logs = (scene.a.log_tail(), scene.b.log_tail());

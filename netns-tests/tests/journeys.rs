@@ -265,6 +265,9 @@ async fn a_machine_that_goes_on_to_a_third_site_needs_the_second_for_its_own_con
     all_lived(&scene, vec![("opened at b", second)], &boot_id, 5000).await;
     scene.b.stop().unwrap();
     assert_eq!(boot(&scene, home), boot_id, "b is gone");
+    moved(&scene, "c", "a").await;
+    named(&scene, home).await;
+    assert_eq!(boot(&scene, home), boot_id, "home again, not by the way it came");
     all_lived(&scene, vec![("opened at home", first), ("opened at c", third)], &boot_id, 5000).await;
     close(scene);
 }

@@ -8,6 +8,8 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+#[path = "support/failing.rs"]
+mod failing;
 #[path = "support/scenes.rs"]
 mod scenes;
 
@@ -30,6 +32,7 @@ use netns_tests::scenario::options::{DnsServer, SceneOptions};
 use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
 use serde_json::{Value, json};
 
+use failing::FailingDisk;
 use scenes::{build, close, state, turn, wait};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -204,6 +207,44 @@ async fn a_machine_with_two_disks_and_two_nics_moves_whole() {
         assert_eq!(log.boots, 1, "{path}");
     }
     drop(held);
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_read_to_its_end_keeps_its_machine_at_home_and_says_which() {
+    const TAIL_BYTES: u64 = 16 << 20;
+    let Some(_turn) = turn().await else { return };
+    let migration = vec!["retries = 0".into()];
+    let mut scene = build(SceneOptions { two_of_each: true, migration, ..options("unreadable") }).await;
+    let mount = scene.a.folder.join("disks/failing");
+    std::fs::create_dir(&mount).unwrap();
+    let mut failing = FailingDisk::mount(&mount, 320 << 20);
+    let data = failing.copy(&scene.disks[1], "data.img", TAIL_BYTES);
+    scene.disks[1].clone_from(&data);
+    scene.start_guest().await.unwrap();
+    let home = scene.home().unwrap();
+    let boot = || scene.world.client.run(move || ask::<AgentStatus>(home, "/status", 10 * SECOND)).unwrap();
+    let boot_id = boot().unwrap().boot_id;
+    let untouched = Holdings::of_b(&scene).await;
+    failing.fail(&data, TAIL_BYTES);
+    let reason = reason_to_stay(&scene, &request(VM, "b")).await;
+    println!("stayed: {reason}");
+    assert!(reason.contains("Disk data cannot be read"), "{reason}");
+    assert_eq!(state(&scene.a).as_deref(), Some("running"));
+    // But for what was copied, which is kept for the next attempt.
+    let tidy_until = Instant::now() + 15 * SECOND;
+    loop {
+        let left = Holdings { disks: untouched.disks.clone(), ..Holdings::of_b(&scene).await };
+        if left == untouched {
+            break;
+        }
+        assert!(Instant::now() < tidy_until, "site b holds\n{left:#?}\nbefore\n{untouched:#?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(boot().unwrap().boot_id, boot_id, "the guest runs on");
+    failing.heal();
+    moved(&scene).await;
+    assert_eq!(boot().unwrap().boot_id, boot_id);
     close(scene);
 }
 

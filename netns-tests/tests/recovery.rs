@@ -14,8 +14,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use gateway::api::types::{MachineView, MigrationView, Progressing, ResolveRequest};
+use gateway::api::types::{MachineView, MigrationView, NicFlows, Progressing, ResolveRequest};
 use gateway::generation::write_notes;
+use gateway::journal::Journal;
+use gateway::migration::anchor::Anchor;
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::ledger::Ownership;
@@ -361,6 +363,7 @@ async fn an_operator_takes_a_machine_back_from_a_site_that_is_gone_and_that_site
         let why = client.resolve(&vm, &request).await.err().context("It was decided unasked")?.to_string();
         ensure!(why.contains("--i-have-destroyed-the-other-copy=b") && why.contains("two copies"), "{why}");
         ensure!(run_state(&scene.a).as_deref() == Some("paused"));
+        says_that_it_stands_still(scene).await?;
         request.destroyed = Some("b".parse()?);
         client.resolve(&vm, &request).await?;
         wait("the guest to run at a", async || Ok(run_state(&scene.a).as_deref() == Some("running"))).await?;
@@ -381,6 +384,85 @@ async fn an_operator_takes_a_machine_back_from_a_site_that_is_gone_and_that_site
         ensure!(scene.b.client().start(&vm).await.is_err(), "site b starts it");
         let why = client.resolve(&vm, &request).await.err().context("It was decided twice")?.to_string();
         ensure!(why.contains("waits"), "{why}");
+        Ok(())
+    })
+    .await;
+}
+
+/// Status and the doctor tell of a guest that waits for the other site's word.
+async fn says_that_it_stands_still(scene: &Scene) -> Result<()> {
+    let client = scene.a.client();
+    let noticed = async || {
+        let migrations = client.status().await?.migrations;
+        Ok(migrations.iter().flat_map(|move_| &move_.notices).any(|notice| notice.contains("stands still")))
+    };
+    wait("a notice", noticed).await?;
+    let findings = client.doctor(None).await?;
+    ensure!(
+        findings.iter().any(|finding| !finding.ok && finding.detail.contains("stands still")),
+        "{findings:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_machine_whose_new_site_has_forgotten_how_it_came_is_released_by_its_operator() {
+    play(small("forgotten"), async |scene| {
+        let (definition, images) = (scene.definition()?, scene.disks.clone());
+        stands_still(&mut scene.a, definition, images.clone()).await?;
+        let journals = Written::begin(scene)?;
+        let mut a = journals.open(&scene.a, &images)?;
+        a.source(1, &journals.until_committed()).await?;
+        drop(a);
+        // Site b has the journal of before all this.
+        launch(scene).await?;
+        scene.wait_for_link().await?;
+        says_that_it_stands_still(scene).await?;
+        let (client, vm) = (scene.a.client(), VM.parse()?);
+        let here = ResolveRequest { keep: Keep::Here, destroyed: Some("b".parse()?) };
+        let why = client.resolve(&vm, &here).await.err().context("It was taken beside a link")?.to_string();
+        ensure!(why.contains("can be reached"), "{why}");
+        client.resolve(&vm, &ResolveRequest { keep: Keep::There, destroyed: None }).await?;
+        wait("site a to release it", async || {
+            let left = machine(&scene.a).await?.is_some_and(|seen| seen.owner == "away");
+            Ok(left && run_state(&scene.a).is_none() && !images[0].exists())
+        })
+        .await?;
+        ensure!(client.start(&vm).await.is_err(), "site a starts it");
+        Ok(())
+    })
+    .await;
+}
+
+/// Connections that the next gateway at a would hold the tunnel for, by a copy of the journal.
+fn noted_flows(scene: &Scene) -> Result<usize> {
+    let copy = tempfile::NamedTempFile::new_in(scene.world.lab.scratch())?;
+    std::fs::copy(scene.a.journal(), copy.path())?;
+    let anchor: Option<Anchor> = Journal::open_copy(copy.path())?.anchor(&VM.parse()?)?;
+    Ok(anchor.context("There is no anchor")?.nics.iter().map(|nic| nic.flows.len()).sum())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_connection_that_ended_before_its_gateway_was_killed_holds_no_tunnel_after_that() {
+    play(slow("ended"), async |scene| {
+        scene.start_guest().await?;
+        let mut plan = TrafficPlan::new(unix_ms());
+        let to = (scene.home()?, RECORD_PORT).into();
+        plan.record = Some(RecordPlan { address: to, through: None, interval_ms: 10, gap_ms: 50 });
+        let mut client = Client::start(&scene.world.client, plan).await?;
+        let id = scene.begin_move().await?;
+        let view = scene.wait_move(&id, Duration::from_secs(180)).await?;
+        ensure!(view.progressing == Progressing::Moved, "{view:?}");
+        client.close_old().await?;
+        let record = client.finish().await?.record.context("There is no record connection")?;
+        ensure!(record.content_ok, "{record:?}");
+        let vm = VM.parse()?;
+        let open = |nic: &NicFlows| nic.held_by.flows.tcp_open + nic.held_by.flows.tcp_closing;
+        wait("that to be written down", async || Ok(noted_flows(scene)? == 0)).await?;
+        scene.a.kill()?;
+        scene.a.launch().await?;
+        let after = scene.a.client().flows(&vm).await?;
+        ensure!(after.nics.iter().map(open).sum::<u64>() == 0, "{after:?}");
         Ok(())
     })
     .await;

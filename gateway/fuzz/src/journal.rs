@@ -6,8 +6,9 @@
 use std::fmt::Debug;
 
 use gateway::migration::MachineRow;
-use gateway::migration::anchor::Anchor;
+use gateway::migration::anchor::{Anchor, AnchorNic, NameState};
 use gateway::migration::kept::KeptRow;
+use gateway::tunnel::Leaving;
 use longhaul_core::ids::{Epoch, MigrationId};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::Refusal;
@@ -48,7 +49,23 @@ fn again<T: Serialize + DeserializeOwned + Debug>(row: &[u8]) {
     assert_eq!(format!("{value:?}"), format!("{read:?}"));
 }
 
-/// One row of each kind, and one entry per kind of record that carries something.
+/// A row that can be read.
+pub fn reads(data: &[u8]) -> bool {
+    fn is<T: DeserializeOwned>(row: &[u8]) -> bool {
+        postcard::from_bytes::<T>(row).is_ok()
+    }
+    let Some((kind, row)) = data.split_first() else { return false };
+    match kind % 6 {
+        0 => is::<Entry>(row),
+        1 => is::<Attempt>(row),
+        2 => is::<Ownership>(row),
+        3 => is::<MachineRow>(row),
+        4 => is::<KeptRow>(row),
+        _ => is::<Anchor>(row),
+    }
+}
+
+/// One row of each kind, and one entry per kind of record.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let vm = sample::definition().name;
     let (peer, proposal) = (sample::site("b"), Box::new(sample::proposal()));
@@ -57,25 +74,28 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         |record| row(0, &Entry { vm: vm.clone(), epoch: Epoch(4), at_unix_ms: 1_700_000_000_000, record });
     let source = |record| entry(Record::Source(record));
     let destination = |record| entry(Record::Destination(record));
-    let machine = MachineRow {
-        definition: sample::definition(),
-        images: vec!["/var/lib/longhaul/disks/web1-root.raw".into()],
-        home_site: sample::site("a"),
-        came_from: Some(sample::site("a")),
-        carried: sample::proposal().carried,
-        over: vec![[192, 0, 2, 200].into()],
-        adopted: None,
-        care_of: sample::reservation().care_of,
-        handover: Some(sample::handover()),
-        wanted: true,
-        settled_in: None,
-        ttl_before_s: Some(60),
-    };
     let volume = "root".parse().expect("a name");
     let kept = KeptRow { vm: vm.clone(), volume, epoch: Epoch(3), owner: 200_000 };
     let (reservation, without_names) = (sample::reservation(), true);
     let why = Refusal::Link("601 s".to_owned());
-    vec![
+    let mut seeds = vec![
+        ("source-pre-copy", source(SourceRecord::PreCopy { reservation: reservation.clone() })),
+        ("source-parked", source(SourceRecord::Parked)),
+        ("source-offered", source(SourceRecord::Offered { handover: handover.clone() })),
+        ("source-reclaiming", source(SourceRecord::Reclaiming { handover: handover.clone() })),
+        ("source-promised", source(SourceRecord::Promised { handover: handover.clone() })),
+        ("source-released", source(SourceRecord::Released)),
+        ("source-returned", source(SourceRecord::Returned { why: why.clone() })),
+        ("source-settled", source(SourceRecord::Settled)),
+        ("source-taken-back", source(SourceRecord::TakenBack { destroyed: peer.clone() })),
+        ("destination-loaded", destination(DestinationRecord::Loaded)),
+        ("destination-claiming", destination(DestinationRecord::Claiming { handover: handover.clone() })),
+        ("destination-owned", destination(DestinationRecord::Owned { handover: handover.clone() })),
+        ("destination-handed-back", destination(DestinationRecord::HandedBack { why: why.clone() })),
+        ("destination-overruled", destination(DestinationRecord::Overruled)),
+        ("anchor", row(5, &anchor())),
+    ];
+    seeds.extend([
         (
             "source-reserved",
             source(SourceRecord::Reserved { peer: peer.clone(), proposal: proposal.clone(), without_names }),
@@ -102,9 +122,55 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             ),
         ),
         ("ownership", row(2, &Ownership::Away { site: peer, epoch: Epoch(4) })),
-        ("machine", row(3, &machine)),
+        ("machine", row(3, &machine())),
         ("kept", row(4, &kept)),
-    ]
+    ]);
+    seeds
+}
+
+fn machine() -> MachineRow {
+    MachineRow {
+        definition: sample::definition(),
+        images: vec!["/var/lib/longhaul/disks/web1-root.raw".into()],
+        home_site: sample::site("a"),
+        came_from: Some(sample::site("a")),
+        carried: sample::proposal().carried,
+        over: vec![[192, 0, 2, 200].into()],
+        adopted: None,
+        care_of: sample::reservation().care_of,
+        handover: Some(sample::handover()),
+        wanted: true,
+        settled_in: None,
+        ttl_before_s: Some(60),
+    }
+}
+
+fn anchor() -> Anchor {
+    let (home, care_of) = ([198, 51, 100, 10].into(), [203, 0, 113, 200].into());
+    let nic = AnchorNic {
+        nic: "lan".parse().expect("a name"),
+        mac: sample::definition().nics.first().expect("it has one").mac,
+        from: Leaving::Home,
+        addresses: vec![home],
+        bridge: "br0".to_owned(),
+        port: "lh-web1-lan".to_owned(),
+        flows: Vec::new(),
+    };
+    Anchor {
+        vm: sample::definition().name,
+        epoch: Epoch(4),
+        peer: sample::site("b"),
+        nics: vec![nic],
+        care_of: vec![(home, care_of)],
+        name: Some("web1.vm.example".to_owned()),
+        moves: vec![(home, care_of)],
+        ttl_s: 60,
+        names: NameState::Pending,
+        since_unix_ms: 1_700_000_000_000,
+        tell: vec![sample::site("c")],
+        runs_there: true,
+        ended: false,
+    }
 }
 
 fn row<T: Serialize>(kind: u8, value: &T) -> Vec<u8> {

@@ -17,13 +17,13 @@ use super::proposals::Begun;
 use super::retries::Following;
 use super::{Admitted, Daemon, Ended, Machine, Running};
 use crate::api::RequestError;
-use crate::api::types::{MigrateRequest, Started};
+use crate::api::types::{MigrateRequest, Progressing, Started};
 use crate::config::ArbiterChoice;
 use crate::hypervisor::Guest;
 use crate::journal::{History, Journal, JournalError};
 use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::source::SourceOptions;
-use crate::migration::{DestinationDriver, Inbound, SourceDriver, admission};
+use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
 
 /// Messages that may wait for one driver.
 const INBOX: usize = 64;
@@ -119,6 +119,11 @@ impl Daemon {
         if self.migration_of(vm).is_some() {
             return Err(RequestError::Conflict(format!("Machine {vm} is already moving")));
         }
+        if self.owes_register(vm) {
+            return Err(RequestError::Conflict(format!(
+                "The arbiter's register does not say yet that {vm} is here; it moves on when the register has answered"
+            )));
+        }
         self.expect_idle(vm)?;
         if machine.row.visits(self.edges.site()) && peer.arbiter == ArbiterChoice::Dns {
             let text = format!(
@@ -128,12 +133,23 @@ impl Daemon {
             );
             return Err(RequestError::Conflict(text));
         }
+        if machine.silent {
+            return Err(super::machines::silent(vm));
+        }
         let Some(guest) = machine.guest.clone() else {
             return Err(RequestError::Conflict(format!(
                 "Machine {vm} is not running; start it, or copy its disk"
             )));
         };
         Ok((machine, guest, epoch))
+    }
+
+    /// Its arrival is over, but for the register's word.
+    fn owes_register(&self, vm: &VmName) -> bool {
+        self.migrations.values().any(|running| {
+            let arrives = running.attempt.vm == *vm && running.viewer.current().to == *self.edges.site();
+            arrives && running.inbox.is_some()
+        })
     }
 
     fn owned_epoch(&self, vm: &VmName) -> Result<Epoch, RequestError> {
@@ -162,17 +178,32 @@ impl Daemon {
         guest: watch::Receiver<Option<Guest>>,
         drive: impl Future<Output = Option<JournalError>> + Send + 'static,
     ) {
-        let (id, ended) = (attempt.id, self.ended.clone());
+        let (id, ended, settled) = (attempt.id, self.ended.clone(), self.settled.clone());
+        let mut view = viewer.watch();
         let span = tracing::info_span!("migration", vm = %attempt.vm, id = %attempt.id);
         tokio::spawn(tracing::Instrument::instrument(
             async move {
-                let failed = drive.await;
+                let mut drive = std::pin::pin!(drive);
+                let over = async {
+                    // A view that is gone goes with its driver.
+                    let _ = view.wait_for(|view| view.progressing != Progressing::Running).await;
+                };
+                let failed = tokio::select! {
+                    biased;
+                    failed = &mut drive => failed,
+                    () = over => {
+                        // Its peer, or the register, may still have to be told: nobody waits for that.
+                        let _ = settled.send(id).await;
+                        drive.await
+                    }
+                };
                 // The daemon's task outlives every driver.
                 drop(ended.send(Ended { id, failed }).await);
             },
             span,
         ));
-        self.migrations.insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest });
+        self.migrations
+            .insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest: Some(guest) });
     }
 
     /// A peer said something.
@@ -211,10 +242,10 @@ impl Daemon {
             | MigrationMessage::Reserved(_)
             | MigrationMessage::Loaded { .. } => self.answer_from_journal(id, peer, &message),
             MigrationMessage::TakenBack { .. } => self.on_taken_back(id, &peer).await,
+            MigrationMessage::Activated { .. } => self.on_second_copy(id, &peer),
             // An answer to a driver that has ended, and nothing waits for one to it.
             MigrationMessage::Accept
             | MigrationMessage::Decline(_)
-            | MigrationMessage::Activated { .. }
             | MigrationMessage::Refused { .. }
             | MigrationMessage::Unknown => {}
         }
@@ -243,8 +274,10 @@ impl Daemon {
         if ended.is_empty() {
             return;
         }
-        machine.row.over.extend(ended.iter().map(|carried| carried.addr));
-        if let Err(error) = self.edges.journal.put_machine(vm, &machine.row) {
+        let add = |row: &mut MachineRow| row.over.extend(ended.iter().map(|carried| carried.addr));
+        add(&mut machine.row);
+        // A migration that is under way writes to the same row.
+        if let Err(error) = self.edges.journal.change_machine(vm, add) {
             tracing::warn!(%vm, %error, "the end of an anchor could not be written down");
         }
         for Carried { nic, addr, .. } in ended {
@@ -460,6 +493,8 @@ mod tests {
     use longhaul_core::tunnel::handover::Prefix;
 
     use super::*;
+    use crate::identity::Identity;
+    use crate::test_site::{TestSite, machine_row};
 
     fn history(last: Option<DestinationRecord>) -> History {
         let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n";
@@ -523,6 +558,27 @@ mod tests {
 
     fn site(name: &str) -> SiteName {
         name.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_address_that_ends_during_a_copy_leaves_the_ttl_that_is_to_be_restored() {
+        let key = Identity::generate().unwrap();
+        let site = TestSite::open("a", &key, &[]).await;
+        let (mut daemon, vm) = (Daemon::idle(site.edges.clone()), "web1".parse().unwrap());
+        let (addr, nic) = ("203.0.113.10".parse().unwrap(), "lan".parse().unwrap());
+        let (home, from) = ("198.51.100.10".parse().unwrap(), "b".parse().unwrap());
+        let carried = vec![Carried { nic, home, addr, site: from }];
+        let row = MachineRow { carried, ..machine_row(&site.edges) };
+        daemon
+            .machines
+            .insert(row.definition.name.clone(), Machine { row: row.clone(), guest: None, silent: false });
+        // The copy has begun since the daemon looked.
+        let lowered = MachineRow { ttl_before_s: Some(3600), ..row };
+        site.edges.journal.put_machine(&vm, &lowered).unwrap();
+        daemon.on_anchor_ended(&"b".parse().unwrap(), &vm, &[addr]).await;
+        let written: MachineRow = site.edges.journal.machine(&vm).unwrap().unwrap();
+        assert_eq!((written.over, written.ttl_before_s), (vec![addr], Some(3600)));
+        assert_eq!(*site.asked.borrow(), ["forget_address web1/lan 203.0.113.10"]);
     }
 
     #[tokio::test]

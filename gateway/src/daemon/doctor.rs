@@ -19,7 +19,17 @@ impl Daemon {
     /// Looks in a task of its own: QEMUs and name servers may take long to answer.
     pub(super) fn doctor(&self, vm: Option<VmName>, reply: oneshot::Sender<Vec<Finding>>) {
         let through_here = self.connections_through_here();
-        let doctor = Doctor { edges: self.edges.clone(), machines: self.machines.clone(), through_here };
+        let running = self.migrations.values().filter(|running| running.inbox.is_some());
+        let notices = running.flat_map(|running| {
+            let view = running.viewer.current();
+            view.notices.into_iter().map(move |notice| (view.vm.clone(), notice))
+        });
+        let doctor = Doctor {
+            edges: self.edges.clone(),
+            machines: self.machines.clone(),
+            through_here,
+            notices: notices.collect(),
+        };
         tokio::spawn(async move {
             // An asker that went away needs no answer.
             drop(reply.send(doctor.look(vm).await));
@@ -32,6 +42,8 @@ struct Doctor {
     edges: Edges,
     machines: BTreeMap<VmName, Machine>,
     through_here: Option<(u64, String)>,
+    /// What moves tell their operator.
+    notices: Vec<(VmName, String)>,
 }
 
 impl Doctor {
@@ -42,6 +54,9 @@ impl Doctor {
         findings.extend(self.arbiters().await);
         findings.extend(self.reboot());
         findings.extend(self.unknown());
+        findings.extend(self.notices.iter().map(|(vm, notice)| {
+            bad(&format!("move of {vm}"), notice, "`longhaul status` shows it until that has ended")
+        }));
         for machine in self.machines.values() {
             if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {
                 findings.extend(self.machine(machine).await);
@@ -190,6 +205,10 @@ impl Doctor {
         let check = format!("machine {}", definition.name);
         if let Some(held) = held(&self.edges, &machine.row) {
             return vec![bad(&check, &held.why, &held.remedy)];
+        }
+        if machine.silent {
+            let remedy = "look why it hangs; it is taken up when it answers, or end its process";
+            return vec![bad(&check, "its QEMU is there and does not answer", remedy)];
         }
         if is_crashed(&self.edges, machine) {
             let remedy = "`longhaul vm start` boots it from its disk";

@@ -15,7 +15,7 @@ use crate::api::{Request, RequestError};
 use crate::generation::{NoteError, arrivals, read_note, read_notes};
 use crate::hypervisor::{DiskFormat, Guest, HypervisorError, parse_definition};
 use crate::migration::anchor::{AnchorCommand, tell};
-use crate::migration::{Adopted, Edges, MachineRow};
+use crate::migration::{Adopted, Edges, MachineRow, look};
 
 /// A machine that nothing starts here, and what to do about it.
 pub(super) struct Held {
@@ -46,7 +46,7 @@ impl Daemon {
             Request::MayRun(vm, reply) => drop(reply.send(self.may_run(&vm))),
             Request::Doctor(vm, reply) => self.doctor(vm, reply),
             Request::Journal(vm, reply) => self.journal(vm, reply),
-            Request::Resolve(vm, body, reply) => drop(reply.send(self.resolve(&vm, &body).await)),
+            Request::Resolve(vm, body, reply) => self.resolve(&vm, &body, reply).await,
             Request::Metrics(reply) => drop(reply.send(self.metrics())),
         }
     }
@@ -120,11 +120,12 @@ impl Daemon {
             ttl_before_s: None,
         };
         let failed = |error: crate::journal::JournalError| RequestError::Failed(error.to_string());
-        self.edges.journal.put_machine(&vm, &row).map_err(failed)?;
         let epoch = self.edges.journal.first_epoch(&vm).map_err(failed)?;
+        // First what `vm undefine` asks for: whatever a full disk or a crash leaves of this can be undone by it.
         self.edges.journal.define(&vm, &Ownership::Here { epoch }).map_err(failed)?;
+        self.edges.journal.put_machine(&vm, &row).map_err(failed)?;
         tracing::info!(%vm, "machine defined");
-        self.machines.insert(vm.clone(), Machine { row, guest });
+        self.machines.insert(vm.clone(), Machine { row, guest, silent: false });
         self.watch(&vm);
         Ok(())
     }
@@ -133,11 +134,17 @@ impl Daemon {
         let ownership = self.ownership(vm)?;
         expect_forgettable(vm, &ownership, forget)?;
         self.expect_idle(vm)?;
+        // The monitor of one that was adopted may be its operator's again.
+        let is_silent = |machine: &Machine| machine.silent && machine.row.adopted.is_none();
+        if self.machines.get(vm).is_some_and(is_silent) {
+            return Err(silent(vm));
+        }
         let running = self.machines.get(vm).is_some_and(|machine| machine.guest.is_some());
         if running && matches!(ownership, Ownership::Here { .. }) {
             return Err(RequestError::Conflict(format!("Machine {vm} runs; stop it first")));
         }
         self.forget_restart(vm);
+        self.forget_retries(vm);
         self.end_anchor(vm).await;
         if let Some(row) = self.row(vm) {
             leave_network(&self.edges, &row).await;
@@ -199,32 +206,18 @@ impl Daemon {
             return;
         }
         let Some(row) = self.row(vm) else { return };
-        // A monitor has one client: the handle that exists is kept as long as it works.
-        let known = guest.or_else(|| before.and_then(|machine| machine.guest));
-        let guest = match known.filter(|guest| !guest.qmp().is_closed()) {
-            Some(guest) => Some(guest),
-            None => self.find(&row).await,
+        let known = open([guest, before.and_then(|machine| machine.guest)], |guest| guest.qmp().is_closed());
+        let found = match known {
+            Some(guest) => Ok(Some(guest)),
+            None => self.look_for(&row).await,
         };
-        self.machines.insert(vm.clone(), Machine { row, guest });
-        self.watch(vm);
+        self.take_up(row, found);
     }
 
-    /// The QEMU of a machine, if it runs and answers.
-    pub(super) async fn find(&self, row: &MachineRow) -> Option<Guest> {
-        self.look_for(row).await.unwrap_or_else(|error| {
-            tracing::warn!(vm = %row.definition.name, error = crate::migration::chain(&error), "the machine's QEMU cannot be asked");
-            None
-        })
-    }
-
-    /// The QEMU of a machine, if it runs. An error: there is one that does not answer. Of an adopted one nobody can
-    /// say whether it is there.
+    /// The QEMU of a machine, if it runs. An error: there is one that does not answer.
     pub(super) async fn look_for(&self, row: &MachineRow) -> Result<Option<Guest>, HypervisorError> {
         let vm = &row.definition.name;
-        let found = match &row.adopted {
-            Some(adopted) => self.edges.hypervisor.adopt(&adopted.monitor, &row.definition).await.ok(),
-            None => self.edges.hypervisor.find(vm).await?,
-        };
+        let found = look(&self.edges, row).await?;
         // One that is still coming, or has left, is not meant to run here.
         let ours = matches!(self.edges.journal.ownership(vm), Ok(Some(Ownership::Here { .. })));
         if found.is_none() && row.wanted && ours {
@@ -232,6 +225,12 @@ impl Daemon {
         }
         Ok(found)
     }
+}
+
+/// The handle that works, if there is one. A monitor has one client: the handle that exists is kept as long as it works,
+/// and what a migration used that ended long ago may be of a QEMU that has left since.
+fn open<G>(handles: [Option<G>; 2], is_closed: impl Fn(&G) -> bool) -> Option<G> {
+    handles.into_iter().flatten().find(|handle| !is_closed(handle))
 }
 
 /// No disk is of a machine that another site owns, or newer than what is known here.
@@ -319,6 +318,12 @@ fn expect_forgettable(vm: &VmName, ownership: &Ownership, forget: bool) -> Resul
         ))),
         Ownership::Away { .. } | Ownership::Here { .. } | Ownership::Arriving { .. } => Ok(()),
     }
+}
+
+pub(super) fn silent(vm: &VmName) -> RequestError {
+    RequestError::Conflict(format!(
+        "QEMU of machine {vm} is there and does not answer; it is asked again. If it never does, end its process"
+    ))
 }
 
 pub(super) fn no_machine(vm: &VmName) -> RequestError {

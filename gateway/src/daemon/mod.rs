@@ -27,7 +27,10 @@ mod recovery;
 mod resolve;
 mod restarts;
 mod retries;
+mod silent;
 mod status;
+#[cfg(test)]
+mod test_daemon;
 mod unknown;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,6 +61,7 @@ use crate::migration::{Edges, Inbound, MachineRow, partial};
 use proposals::Proposals;
 use restarts::Watches;
 use retries::PlannedRetry;
+use silent::Answered;
 
 /// Partial disks that are too old are looked for this often.
 const SWEEP: Duration = Duration::from_secs(600);
@@ -96,9 +100,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tokio::spawn(anchors::run(edges.clone(), restored, anchor_commands, anchor_views));
     tokio::spawn(inhibit::run(edges.config.site.shutdown_inhibitor.clone(), edges.tunnel.status()));
     let (ended_tx, mut ended) = mpsc::channel(64);
+    let (settled_tx, mut settled) = mpsc::channel(64);
     let (admitted_tx, mut admitted) = mpsc::channel(64);
     let (worked_tx, mut worked) = mpsc::channel(64);
     let (gone_tx, mut gone) = mpsc::channel(64);
+    let (answered_tx, mut answered) = mpsc::channel(64);
     let mut daemon = Daemon {
         edges,
         machines: BTreeMap::new(),
@@ -108,10 +114,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         anchors: anchor_sender,
         anchor_views: anchor_watch,
         ended: ended_tx,
+        settled: settled_tx,
         admitted: admitted_tx,
         working: BTreeSet::new(),
         worked: worked_tx,
         watches: Watches::new(gone_tx),
+        answered: answered_tx,
     };
     daemon.recover().await.context("Recovery failed; nothing was changed")?;
     let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
@@ -136,25 +144,19 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(event) = link_events.recv() => daemon.on_link(event).await,
             Some(request) = requests.recv() => daemon.on_request(request).await,
             Some(end) = ended.recv() => daemon.on_ended(end).await?,
+            Some(id) = settled.recv() => daemon.on_settled(id).await,
             Some(answer) = admitted.recv() => daemon.on_admitted(answer),
             Some(work) = worked.recv() => daemon.on_worked(work),
             Some(end) = gone.recv() => daemon.on_gone(end),
+            Some(found) = answered.recv() => daemon.on_answered(found),
             ended = &mut api => return Err(api_ended(ended)),
             _ = daily.tick() => daemon.delete_due_disks(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
-    tracing::info!("stopping; machines and tunnels stay");
-    if let Some((flows, machines)) = daemon.connections_through_here() {
-        tracing::warn!(
-            flows,
-            machines,
-            "connections stall until the gateway is back; a reboot of this host breaks them"
-        );
-    }
     api.abort();
-    daemon.edges.link.close().await;
+    daemon.close().await;
     Ok(())
 }
 
@@ -178,11 +180,14 @@ struct Daemon {
     anchors: mpsc::Sender<AnchorCommand>,
     anchor_views: watch::Receiver<BTreeMap<VmName, AnchorView>>,
     ended: mpsc::Sender<Ended>,
+    /// Migrations that are over for the machine, and not yet for their drivers.
+    settled: mpsc::Sender<MigrationId>,
     admitted: mpsc::Sender<Admitted>,
     /// Machines that a task is just starting, stopping or adopting.
     working: BTreeSet<VmName>,
     worked: mpsc::Sender<power::Worked>,
     watches: Watches,
+    answered: mpsc::Sender<Answered>,
 }
 
 /// A machine that this site knows.
@@ -190,6 +195,8 @@ struct Daemon {
 struct Machine {
     row: MachineRow,
     guest: Option<Guest>,
+    /// There is a QEMU, and it does not answer.
+    silent: bool,
 }
 
 impl Machine {
@@ -206,7 +213,8 @@ struct Running {
     /// `None` once it has ended.
     inbox: Option<mpsc::Sender<Inbound>>,
     viewer: Viewer,
-    guest: watch::Receiver<Option<Guest>>,
+    /// `None` once it has ended: a monitor serves one client, and whoever holds the last handle keeps it.
+    guest: Option<watch::Receiver<Option<Guest>>>,
 }
 
 /// A driver has ended.
@@ -224,6 +232,18 @@ struct Admitted {
 }
 
 impl Daemon {
+    async fn close(&self) {
+        tracing::info!("stopping; machines and tunnels stay");
+        if let Some((flows, machines)) = self.connections_through_here() {
+            tracing::warn!(
+                flows,
+                machines,
+                "connections stall until the gateway is back; a reboot of this host breaks them"
+            );
+        }
+        self.edges.link.close().await;
+    }
+
     async fn on_link(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Up { peer, restarted, .. } => {
@@ -256,16 +276,23 @@ impl Daemon {
         }
     }
 
+    /// What the migration did with its machine is done, though its driver may still have something to tell.
+    async fn on_settled(&mut self, id: MigrationId) {
+        let Some(running) = self.migrations.get_mut(&id) else { return };
+        // The second time there is nothing new.
+        let Some(guest) = running.guest.take() else { return };
+        let (vm, guest) = (running.attempt.vm.clone(), guest.borrow().clone());
+        self.refresh(&vm, guest).await;
+        self.after_migration(&vm, id);
+    }
+
     async fn on_ended(&mut self, end: Ended) -> anyhow::Result<()> {
         if let Some(error) = end.failed {
             return Err(error).context("The journal failed; nothing can be decided any more");
         }
+        self.on_settled(end.id).await;
         let Some(running) = self.migrations.get_mut(&end.id) else { return Ok(()) };
         running.inbox = None;
-        let vm = running.attempt.vm.clone();
-        let guest = running.guest.borrow().clone();
-        self.refresh(&vm, guest).await;
-        self.after_migration(&vm, end.id);
         self.plan_retry(end.id);
         let shown: BTreeSet<MigrationId> = self
             .migrations

@@ -20,13 +20,13 @@ use longhaul_core::tunnel::policy::PortKey;
 use longhaul_core::units::Bytes;
 use tokio::sync::mpsc;
 
-use super::machines::{expect_current, failed, format_of, leave_network, no_machine, notes, parse};
+use super::machines::{expect_current, failed, format_of, leave_network, no_machine, notes, parse, silent};
 use super::{Daemon, Machine, image};
 use crate::api::types::{AdoptRequest, DefineRequest};
 use crate::api::{Reply, RequestError};
 use crate::hypervisor::{DiskFile, Guest, Placement, RunState, StartMode};
 use crate::migration::stay::Stay;
-use crate::migration::{Adopted, Edges, MachineRow, end_what_is_left};
+use crate::migration::{Adopted, Edges, MachineRow, end_what_is_left, look};
 use crate::tunnel::TunnelError;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -103,6 +103,7 @@ impl Daemon {
 
     pub(super) fn stop(&mut self, vm: &VmName, reply: Reply<()>) {
         self.forget_restart(vm);
+        self.forget_retries(vm);
         match self.may_stop(vm) {
             Ok((row, guest)) => {
                 let power = self.power();
@@ -118,6 +119,9 @@ impl Daemon {
         let Some(machine) = self.machines.get(vm) else {
             return Err(ownership.permit(vm, None, &[]).err().map_or_else(|| no_machine(vm), Into::into));
         };
+        if machine.silent {
+            return Err(silent(vm));
+        }
         let permit = ownership.permit(vm, None, &notes(&self.edges, &machine.row)?)?;
         Ok((permit, machine.row.clone(), machine.guest.clone()))
     }
@@ -126,7 +130,7 @@ impl Daemon {
         self.expect_idle(vm)?;
         let Some(machine) = self.machines.get(vm) else { return Err(no_machine(vm)) };
         // One that crashed is stopped by not being wanted any more.
-        if machine.guest.is_none() && !machine.row.wanted {
+        if machine.guest.is_none() && !machine.row.wanted && !machine.silent {
             return Err(RequestError::Conflict(format!("Machine {vm} is not running")));
         }
         Ok((machine.row.clone(), machine.guest.clone()))
@@ -166,12 +170,12 @@ impl Daemon {
                 self.know(definition, images, Some(adopted), Some(guest))
             }
             Change::Started(row, guest) => {
-                self.machines.insert(vm.clone(), Machine { row: *row, guest: Some(guest) });
+                self.machines.insert(vm.clone(), Machine { row: *row, guest: Some(guest), silent: false });
                 self.watch(&vm);
                 Ok(())
             }
             Change::Stopped(row) => {
-                self.machines.insert(vm.clone(), Machine { row: *row, guest: None });
+                self.machines.insert(vm.clone(), Machine { row: *row, guest: None, silent: false });
                 Ok(())
             }
         });
@@ -276,18 +280,28 @@ impl Power {
                 }
             },
         };
-        let row = MachineRow { wanted: true, ..row.clone() };
-        if let Err(error) = self.edges.journal.put_machine(vm, &row) {
-            if launched {
-                // Nothing runs that is not written down; what this error says is the cause.
-                drop(guest.quit(QEMU_LIMIT).await);
+        let row = match self.want(&row, true) {
+            Ok(row) => row,
+            Err(error) => {
+                if launched {
+                    // Nothing runs that is not written down; what this error says is the cause.
+                    drop(guest.quit(QEMU_LIMIT).await);
+                }
+                return Err(error);
             }
-            return Err(failed(&error));
-        }
+        };
         guest.resume(permit).await.map_err(|error| failed(&error.why))?;
         Stay::of_row(&self.edges, &row).resumed(&self.edges).await;
         tracing::info!(%vm, "machine started");
         Ok(Change::Started(Box::new(row), guest))
+    }
+
+    /// Writes down whether the machine is to run. What else stands in its row may be newer than what is known here.
+    fn want(&self, row: &MachineRow, wanted: bool) -> Result<MachineRow, RequestError> {
+        let change = |row: &mut MachineRow| row.wanted = wanted;
+        let written = self.edges.journal.change_machine(&row.definition.name, change);
+        let written = written.map_err(|error| failed(&error))?;
+        Ok(written.unwrap_or_else(|| MachineRow { wanted, ..row.clone() }))
     }
 
     /// The machine's QEMU, if there is one that can be resumed.
@@ -337,13 +351,17 @@ impl Power {
 
     async fn stop(&self, row: MachineRow, guest: Option<Guest>) -> Result<Change, RequestError> {
         let vm = &row.definition.name;
-        let stopped = MachineRow { wanted: false, ..row.clone() };
-        self.edges.journal.put_machine(vm, &stopped).map_err(|error| failed(&error))?;
+        // What did not answer once may be there all the same, and is not stopped by being forgotten.
+        let guest = match guest.filter(|guest| !guest.qmp().is_closed()) {
+            Some(guest) => Some(guest),
+            None => look(&self.edges, &row).await.map_err(|error| failed(&error))?,
+        };
+        let stopped = self.want(&row, false)?;
         if let Some(guest) = guest
             && let Err(error) = guest.quit(QEMU_LIMIT).await
         {
-            if let Err(error) = self.edges.journal.put_machine(vm, &row) {
-                tracing::warn!(%vm, error = crate::migration::chain(&error), "the machine is written down as stopped, but was not");
+            if let Err(error) = self.want(&row, row.wanted) {
+                tracing::warn!(%vm, %error, "the machine is written down as stopped, but was not");
             }
             return Err(failed(&error));
         }

@@ -13,11 +13,11 @@ use longhaul_core::migration::recovery::{NextStep, Qemu};
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::mpsc;
 
+use super::Daemon;
 use super::machines::held;
 use super::unknown::unknown;
-use super::{Daemon, Machine};
-use crate::history::{Known, Site, anchored, judge};
-use crate::hypervisor::Guest;
+use crate::history::{Known, Site, anchored, judge, shares_images};
+use crate::hypervisor::{Guest, HypervisorError};
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, tell};
 use crate::migration::source::SourceOptions;
@@ -30,17 +30,16 @@ use crate::tunnel::TunnelError;
 type Found = BTreeMap<VmName, Taken>;
 
 /// A machine's row and its QEMU.
-#[derive(Clone)]
 struct Taken {
     row: MachineRow,
     guest: Option<Guest>,
-    /// There is a QEMU, and it does not answer.
-    hangs: bool,
+    /// Why its QEMU, which is there, could not be asked.
+    silent: Option<HypervisorError>,
 }
 
 impl Taken {
     async fn qemu(&self) -> Qemu {
-        if self.hangs { Qemu::Unknown } else { qemu(self.guest.as_ref()).await }
+        if self.silent.is_some() { Qemu::Unknown } else { qemu(self.guest.as_ref()).await }
     }
 }
 
@@ -49,12 +48,9 @@ impl Daemon {
     pub(super) async fn recover(&mut self) -> anyhow::Result<()> {
         let mut found = Found::new();
         for (vm, row) in self.edges.journal.machines::<MachineRow>()? {
-            let (guest, hangs) = match self.look_for(&row).await {
-                Ok(guest) => (guest, false),
-                Err(error) => {
-                    tracing::error!(%vm, error = chain(&error), "the machine's QEMU cannot be asked");
-                    (None, true)
-                }
+            let (guest, silent) = match self.look_for(&row).await {
+                Ok(guest) => (guest, None),
+                Err(error) => (None, Some(error)),
             };
             let held = held(&self.edges, &row);
             if let Some(held) = &held {
@@ -65,7 +61,7 @@ impl Daemon {
             if ours && held.is_none() {
                 self.restore_network(&row).await;
             }
-            found.insert(vm, Taken { row, guest, hangs });
+            found.insert(vm, Taken { row, guest, silent });
         }
         for lost in unknown(&self.edges)? {
             let (vm, held) = (&lost.note.vm, lost.held());
@@ -81,11 +77,10 @@ impl Daemon {
                 }
             }
         }
-        for (vm, Taken { row, guest, .. }) in found {
+        for (vm, Taken { row, guest, silent }) in found {
             if matches!(self.edges.journal.ownership(&vm)?, Some(Ownership::Here { .. })) {
                 tracing::info!(%vm, runs = guest.is_some(), "machine taken up");
-                self.machines.insert(vm.clone(), Machine { row, guest });
-                self.watch(&vm);
+                self.take_up(row, silent.map_or(Ok(guest), Err));
             }
         }
         Ok(())
@@ -100,12 +95,13 @@ impl Daemon {
     ) {
         let attempt = history.attempt.clone();
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
-        let Some(taken) = found.get(&attempt.vm).cloned() else { return };
+        let Some(taken) = found.get(&attempt.vm) else { return };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
         let (qemu, anchor) = (taken.qemu().await, self.anchored(&attempt.vm));
-        let Taken { row, guest, .. } = taken;
+        let (row, guest) = (taken.row.clone(), taken.guest.clone());
         let site = Some(self.site());
-        let known = Known { owner: owner.as_ref(), row: Some(&row), qemu, anchor, site };
+        let shares_images = shares_images(&attempt.vm, found.iter().map(|(vm, taken)| (vm, &taken.row)));
+        let known = Known { owner: owner.as_ref(), row: Some(&row), shares_images, qemu, anchor, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
             return;
@@ -120,6 +116,9 @@ impl Daemon {
             return;
         }
         tracing::warn!(vm = %attempt.vm, id = %attempt.id, record = last.name(), "migration interrupted, going on");
+        if row.visits(self.edges.site()) && !matches!(owner, Some(Ownership::Here { .. })) {
+            self.restore_visit(&row).await;
+        }
         let (inbox, outbox) = mpsc::channel(64);
         let options = SourceOptions { without_dns, ..SourceOptions::default() };
         let anchors = self.anchors.clone();
@@ -161,7 +160,8 @@ impl Daemon {
         };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
         let (anchor, site) = (self.anchored(&attempt.vm), Some(self.site()));
-        let known = Known { owner: owner.as_ref(), row: taken.map(|taken| &taken.row), qemu, anchor, site };
+        let row = taken.map(|taken| &taken.row);
+        let known = Known { owner: owner.as_ref(), row, shares_images: false, qemu, anchor, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
             tracing::error!(vm = %attempt.vm, id = %attempt.id, text = step.text(&attempt.vm, &attempt.peer), "machine is held");
@@ -208,6 +208,15 @@ impl Daemon {
         if let Err(error) = restored {
             let error = chain(&error);
             tracing::error!(vm = %row.definition.name, error, "the machine's network could not be restored");
+        }
+    }
+
+    /// Rules of a visitor that has been given away, or may come back: the tunnel forgot them with the gateway, and can take
+    /// down only what it knows.
+    async fn restore_visit(&self, row: &MachineRow) {
+        if let Err(error) = Stay::of_row(&self.edges, row).restore(&self.edges).await {
+            let error = chain(&error);
+            tracing::warn!(vm = %row.definition.name, error, "the visitor's rules could not be taken up, and may be left behind");
         }
     }
 

@@ -9,10 +9,13 @@ use longhaul_core::ids::{MigrationId, VmName};
 use tokio::time::Instant;
 
 use super::Daemon;
-use crate::api::types::MigrateRequest;
+use crate::api::types::{MigrateRequest, MigrationView};
+use crate::journal::unix_ms;
 
 /// How often a retry that is due looks for the link.
 const LOOK: Duration = Duration::from_millis(500);
+
+const TOO_LATE: &str = "the link did not come back in time";
 
 /// An attempt that waits for its time.
 pub(super) struct PlannedRetry {
@@ -38,11 +41,15 @@ impl Daemon {
         let (Some(request), Some(retry)) = (&running.request, running.viewer.current().retry) else { return };
         let now = Instant::now();
         let cut_limit = Duration::from_secs(self.edges.config.migration.cut_limit_s);
+        // An attempt that was over may have waited for days until its peer heard of it.
+        let ended_ms = running.viewer.current().ended_ms.unwrap_or_else(unix_ms);
+        let left = time_left(cut_limit, Duration::from_millis(unix_ms().saturating_sub(ended_ms)));
+        let Some(left) = left else { return self.no_retry(id, Some(TOO_LATE)) };
         let planned = PlannedRetry {
             request: request.clone(),
             follows: Following { id, number: retry.number },
             due: now + Duration::from_millis(retry.delay_ms),
-            give_up_at: now + cut_limit,
+            give_up_at: now + left,
         };
         tracing::info!(vm = %request.vm, number = retry.number, of = retry.of, "machine stayed, trying again");
         self.retries.insert(request.vm.clone(), planned);
@@ -67,15 +74,21 @@ impl Daemon {
                 planned.due = now + LOOK;
                 self.retries.insert(vm, planned);
             } else {
-                self.no_retry(planned.follows.id, Some("the link did not come back in time"));
+                self.no_retry(planned.follows.id, Some(TOO_LATE));
             }
         }
     }
 
-    /// An operator moves the machine, or wants it to stay.
+    /// An operator moves the machine, or wants it to stay. Also of an attempt that still has to tell its peer that it is
+    /// over: a retry is planned after that only.
     pub(super) fn forget_retries(&mut self, vm: &VmName) {
-        if let Some(planned) = self.retries.remove(vm) {
-            self.no_retry(planned.follows.id, None);
+        self.retries.remove(vm);
+        let of_vm = self.migrations.iter().filter(|(_, running)| running.attempt.vm == *vm);
+        let waits = |view: &MigrationView| view.retry.as_ref().is_some_and(|retry| retry.id.is_none());
+        let waiting: Vec<MigrationId> =
+            of_vm.filter(|(_, running)| waits(&running.viewer.current())).map(|(id, _)| *id).collect();
+        for id in waiting {
+            self.no_retry(id, None);
         }
     }
 
@@ -113,5 +126,53 @@ impl Daemon {
                 view.reason = Some(format!("{reason}; not tried again: {why}"));
             }
         });
+    }
+}
+
+/// How long a link may still be awaited so long after an attempt has ended; `None` if no longer.
+fn time_left(cut_limit: Duration, ended_ago: Duration) -> Option<Duration> {
+    cut_limit.checked_sub(ended_ago).filter(|left| !left.is_zero())
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::{Attempt, CommitMode};
+
+    use super::*;
+    use crate::api::types::RetryView;
+    use crate::daemon::Running;
+    use crate::identity::Identity;
+    use crate::migration::view::Viewer;
+    use crate::test_site::TestSite;
+
+    #[tokio::test]
+    async fn an_operators_word_also_ends_what_an_attempt_would_plan_that_has_not_told_its_peer_yet() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let mut daemon = Daemon::idle(site.edges.clone());
+        let (id, vm, peer) = (MigrationId(1), "web1".parse::<VmName>().unwrap(), "b".parse().unwrap());
+        let attempt = Attempt { id, vm: vm.clone(), peer, epoch: Epoch(1), commit: CommitMode::Confirmed };
+        let viewer = Viewer::new(&attempt, site.edges.site(), &attempt.peer);
+        viewer.retry(Some(RetryView { number: 1, of: 3, delay_ms: 0, id: None }));
+        let request = MigrateRequest {
+            vm: vm.clone(),
+            to: attempt.peer.clone(),
+            without_dns: false,
+            max_downtime_ms: None,
+        };
+        let running =
+            Running { attempt, request: Some(request), inbox: None, viewer: viewer.clone(), guest: None };
+        daemon.migrations.insert(id, running);
+        daemon.forget_retries(&vm);
+        daemon.plan_retry(id);
+        assert!(daemon.next_retry_at().is_none() && viewer.current().retry.is_none());
+    }
+
+    #[test]
+    fn a_peer_that_hears_of_the_end_days_later_begins_nothing_by_that() {
+        let limit = Duration::from_secs(600);
+        assert_eq!(time_left(limit, Duration::from_secs(60)), Some(Duration::from_secs(540)));
+        assert_eq!(time_left(limit, limit), None);
+        assert_eq!(time_left(limit, Duration::from_secs(86_400 * 3)), None);
     }
 }

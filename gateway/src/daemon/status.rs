@@ -46,6 +46,7 @@ impl Daemon {
         match self.machines.get(vm) {
             Some(machine) if is_crashed(&self.edges, machine) && self.watches.waits(vm) => Look::Restarting,
             Some(machine) if is_crashed(&self.edges, machine) => Look::Crashed,
+            Some(machine) if machine.silent => Look::Silent,
             Some(Machine { guest: Some(guest), .. }) => Look::Ask(guest.clone()),
             Some(Machine { guest: None, .. }) | None => Look::Stopped,
         }
@@ -207,6 +208,12 @@ impl Daemon {
                 .values()
                 .filter(|each| running(&each.viewer.current()))
                 .count() as u64,
+            migrations_with_notices: self
+                .migrations
+                .values()
+                .map(|each| each.viewer.current())
+                .filter(|view| running(view) && !view.notices.is_empty())
+                .count() as u64,
             anchors: sum(|view| view.closed_ms.is_none().into()),
             names_behind: sum(|view| view.names_behind.len() as u64),
             address_conflicts: sum(|view| view.conflicts.len() as u64),
@@ -239,7 +246,10 @@ fn peer_view(peer: &PeerHandle) -> PeerView {
 /// Nobody stopped it, and its QEMU is gone. The machine is this site's: one that left has none here.
 pub(super) fn is_crashed(edges: &Edges, machine: &Machine) -> bool {
     let owner = edges.journal.ownership(&machine.row.definition.name).unwrap_or_default();
-    machine.row.wanted && !machine.has_qemu() && matches!(owner, Some(Ownership::Here { .. }))
+    machine.row.wanted
+        && !machine.silent
+        && !machine.has_qemu()
+        && matches!(owner, Some(Ownership::Here { .. }))
 }
 
 /// Where a machine's state is to be learned.
@@ -247,12 +257,15 @@ enum Look {
     Stopped,
     Crashed,
     Restarting,
+    /// Its QEMU does not answer.
+    Silent,
     Ask(Guest),
 }
 
 /// What the machine's QEMU says of it.
 async fn run_state(look: &Look) -> String {
     let guest = match look {
+        Look::Silent => return "no answer".to_owned(),
         Look::Stopped => return "stopped".to_owned(),
         Look::Crashed => return "crashed".to_owned(),
         Look::Restarting => return "restarting".to_owned(),

@@ -8,8 +8,8 @@
 //!       '------------------------------'  idle, reset, closed, protocol error
 //! ```
 //!
-//! The side with the smaller key dials if it has an address; the other one only after `dial_after`. The
-//! end of a connection is an event: bulk channels wait and go on with the next one. What messages mean
+//! The side with the smaller key dials if it has an address; the other one only after `dial_after`, or when its
+//! gateway has just begun: a peer that still believes in the connection of before dials nobody. The end of a connection is an event: bulk channels wait and go on with the next one. What messages mean
 //! is not known here.
 
 use std::future::{Future, pending};
@@ -127,7 +127,7 @@ impl Peer {
             outbox: Waiting::new(control_queue, bytes),
             event_queue: Waiting::new(control_queue, bytes),
         };
-        peer.schedule_first_dial();
+        peer.dial_in(jittered(backoff / 4));
         peer
     }
 
@@ -394,6 +394,10 @@ impl Peer {
             true => jittered(self.context.config.backoff / 4),
             false => jittered(self.context.config.dial_after),
         };
+        self.dial_in(wait);
+    }
+
+    fn dial_in(&mut self, wait: Duration) {
         self.next_dial = self.context.peer.address.map(|_| Instant::now() + wait);
     }
 

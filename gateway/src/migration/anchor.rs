@@ -20,9 +20,9 @@ use longhaul_core::tunnel::policy::PortKey;
 use longhaul_core::wire::AnchorMessage;
 
 use super::stay::{left_behind, takes_along};
-use super::{Edges, MachineRow};
+use super::{Edges, MachineRow, chain};
 use crate::api::types::AnchorView;
-use crate::journal::unix_ms;
+use crate::journal::{Journal, unix_ms};
 use crate::tunnel::{HoldRequest, Leaving};
 
 /// For how long resolvers may believe an answer whose TTL nobody has said.
@@ -82,11 +82,11 @@ pub struct Anchor {
     pub names: NameState,
     /// Since when.
     pub since_unix_ms: u64,
-    /// Sites that attract other addresses of the machine, and are to hear where it is.
+    /// Sites that attract other addresses of the machine, and are to hear where it is: those that are not known to have.
     pub tell: Vec<SiteName>,
     /// The machine is known to run at its new place: nothing is said of it, and nothing ends, before.
     pub runs_there: bool,
-    /// No connection is left; only the name is followed.
+    /// No connection is left; only the name is followed, and other sites are told where the machine is.
     pub ended: bool,
 }
 
@@ -222,11 +222,38 @@ impl Anchor {
             care_of: ours.copied().collect(),
             moves: moves.to_vec(),
             names,
-            ttl_s: 0,
+            ttl_s: self.owed_ttl_s().unwrap_or(0),
             since_unix_ms: unix_ms(),
             runs_there: true,
             ..self
         }
+    }
+
+    /// The name's TTL before the move, until the name has it again. Asked for meanwhile, the name says the lowered one.
+    pub(super) fn owed_ttl_s(&self) -> Option<u32> {
+        match self.names {
+            NameState::Settled { .. } => None,
+            NameState::None | NameState::Waiting | NameState::Pending | NameState::Moved { .. } => {
+                Some(self.ttl_s).filter(|ttl_s| *ttl_s > 0)
+            }
+        }
+    }
+
+    /// These sites know where it is.
+    pub(super) fn forget_told(&mut self, heard: &BTreeSet<SiteName>) {
+        self.tell.retain(|site| !heard.contains(site));
+    }
+
+    /// These of its connections are over.
+    pub(super) fn forget_flows(&mut self, ended: &BTreeSet<FlowTuple>) {
+        for nic in &mut self.nics {
+            nic.flows.retain(|flow| !ended.contains(flow));
+        }
+    }
+
+    /// Its name is not where the machine is, or its TTL is not what it was.
+    pub(super) fn owes_name(&self) -> bool {
+        self.name.is_some() && !matches!(self.names, NameState::None | NameState::Settled { .. })
     }
 
     /// What the tunnel is asked to hold for it.
@@ -278,9 +305,18 @@ impl Anchor {
             names_error: None,
             names_behind: Vec::new(),
             since_ms: self.since_unix_ms,
-            closed_ms: None,
+            closed_ms: self.ended.then(unix_ms),
         }
     }
+}
+
+/// The TTL that the name of a machine is to have again and does not have yet, as its anchor here knows it.
+pub(super) fn owed_ttl_s(journal: &Journal, vm: &VmName) -> Option<u32> {
+    let anchor: Option<Anchor> = journal.anchor(vm).unwrap_or_else(|error| {
+        tracing::error!(%vm, error = chain(&error), "anchor could not be read");
+        None
+    });
+    anchor?.owed_ttl_s()
 }
 
 /// At the home of a machine that returns: an anchor that gives its name the home addresses again.
@@ -344,4 +380,22 @@ pub(crate) fn arriving_images(pool: &Path, attempt: &Attempt, proposal: &Proposa
         .volumes()
         .map(|volume| pool.join(format!("{name}-{}.{short}.raw", volume.name)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_site::anchor;
+
+    #[test]
+    fn a_machine_that_moves_on_before_its_name_has_settled_keeps_the_names_ttl() {
+        let settled = NameState::Settled { at_unix_ms: 1 };
+        let moved = NameState::Moved { at_unix_ms: 1 };
+        for (names, kept) in
+            [(NameState::Pending, 3600), (NameState::Waiting, 3600), (moved, 3600), (settled, 0)]
+        {
+            let on = Anchor { names, ..anchor("b") }.moved_on(Epoch(2), &"c".parse().unwrap(), &[]);
+            assert_eq!((on.names, on.ttl_s), (NameState::Pending, kept), "{names:?}");
+        }
+    }
 }

@@ -5,22 +5,23 @@
 //!     |   ^                                                                     flow is left
 //!     |   '-- it has moved on, as the site that it left says
 //!     `-- machine runs there --> name moved --> every name server has it --> old answers expired --> TTL restored
-//!                        `-----> other sites that attract an address of it are told
+//!                        `-----> other sites that attract an address of it are told, also after the end
 //! ```
 //!
 //! A gateway that restarts takes its anchors up again before it listens. The name is owed until it has moved: a name
-//! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s.
+//! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s, what one
+//! does by itself `task`'s.
 
+mod ended;
 mod names;
+mod task;
+mod telling;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
 use longhaul_core::migration::generation::behind;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::tunnel::datapath::PortStatus;
-use longhaul_core::tunnel::policy::{PortKey, Role};
 use longhaul_core::wire::{AnchorMessage, Message};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -30,7 +31,8 @@ use super::{Edges, chain};
 use crate::api::types::AnchorView;
 use crate::generation::arrivals;
 use crate::journal::unix_ms;
-use crate::tunnel::{TunnelError, TunnelStatus};
+use crate::tunnel::TunnelError;
+use task::AnchorTask;
 
 /// Takes up every anchor that the journal holds. When it returns their home addresses are attracted, so that
 /// connections stalled for the gateway's absence only.
@@ -43,10 +45,7 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
         Vec::new()
     });
     let mut running = Anchors::default();
-    let owes_name = |anchor: &Anchor| {
-        anchor.name.is_some() && !matches!(anchor.names, NameState::None | NameState::Settled { .. })
-    };
-    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| !anchor.ended || owes_name(anchor)) {
+    for (vm, anchor) in rows.into_iter().filter(|(_, anchor)| has_work(edges, anchor)) {
         if has_come_since(edges, &vm) {
             tracing::error!(%vm, "the journal is older than the machine's last arrival here: nothing of its earlier leave is taken up");
             continue;
@@ -54,6 +53,10 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
         running.insert(vm, start(edges, anchor, Begin::Restored, views).await);
     }
     running
+}
+
+fn has_work(edges: &Edges, anchor: &Anchor) -> bool {
+    !anchor.ended || anchor.owes_name() || telling::is_owed(edges, anchor)
 }
 
 /// A disk in the pool says that the machine has been here in an epoch of which the ledger does not know.
@@ -91,7 +94,8 @@ pub async fn run(
                 views.send_modify(|views| drop(views.remove(&vm)));
                 match names {
                     // In the other's place at once: a crash in between would leave nobody who owes the name.
-                    Some(anchor) => {
+                    Some(mut anchor) => {
+                        anchor.ttl_s = row(&edges, &vm).and_then(|left| left.owed_ttl_s()).unwrap_or(0);
                         put(&edges, &anchor);
                         anchors.insert(vm, start(&edges, *anchor, Begin::Held, &views).await);
                     }
@@ -108,14 +112,7 @@ pub async fn run(
                 heard(&edges, &mut anchors, &views, &from, message).await;
             }
             AnchorCommand::End(vm, done) => {
-                anchors.end(&vm).await;
-                if let Some(anchor) = row(&edges, &vm) {
-                    if !release(&edges, &anchor).await {
-                        tracing::warn!(%vm, "its tunnel is left to the machine, which is on its way back");
-                    }
-                    forget(&edges, &vm);
-                }
-                views.send_modify(|views| drop(views.remove(&vm)));
+                forget_now(&edges, &mut anchors, &views, &vm).await;
                 // Who asked may have gone.
                 let _ = done.send(());
             }
@@ -134,38 +131,67 @@ async fn release_now(
     if !anchors.known.get(vm).is_some_and(|known| *known.runs_there.borrow()) {
         return Released::StillMoving;
     }
-    anchors.end(vm).await;
+    let heard = anchors.end(vm).await;
+    // Its task may have written it again.
+    let mut anchor = row(edges, vm).unwrap_or(anchor);
+    anchor.forget_told(&heard);
     if !release(edges, &anchor).await {
         anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
         return Released::StillMoving;
     }
-    let left = leave(edges, anchor);
+    leave(edges, &mut anchor);
+    tracing::info!(%vm, "released by the operator; its address here is free");
+    if has_work(edges, &anchor) {
+        anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+    }
     views.send_modify(|views| {
         if let Some(view) = views.get_mut(vm) {
             (view.flows, view.closed_ms) = (0, Some(unix_ms()));
         }
     });
-    tracing::info!(%vm, "released by the operator; its address here is free");
-    if let Some(anchor) = left.filter(|anchor| !matches!(anchor.names, NameState::Settled { .. })) {
-        anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
-    }
     Released::Ended
 }
 
-/// Nothing is attracted any more: what is left of an anchor is its name, if it has one, which may have to follow the
-/// machine again.
-fn leave(edges: &Edges, mut anchor: Anchor) -> Option<Anchor> {
-    anchor.ended = true;
-    if anchor.is_of_visit() {
+/// Ends an anchor with its name. Other sites are told where the machine is all the same: they attract what is theirs.
+async fn forget_now(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    vm: &VmName,
+) {
+    let heard = anchors.end(vm).await;
+    if let Some(mut anchor) = row(edges, vm) {
+        if !anchor.ended && !release(edges, &anchor).await {
+            tracing::warn!(%vm, "its tunnel is left to the machine, which is on its way back");
+        }
+        (anchor.name, anchor.names) = (None, NameState::None);
+        anchor.forget_told(&heard);
+        leave(edges, &mut anchor);
+        if has_work(edges, &anchor) {
+            anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+        }
+    }
+    views.send_modify(|views| drop(views.remove(vm)));
+}
+
+/// Nothing is attracted any more.
+fn leave(edges: &Edges, anchor: &mut Anchor) {
+    let was_ended = std::mem::replace(&mut anchor.ended, true);
+    if !was_ended && anchor.is_of_visit() {
         let (vm, addresses) = (anchor.vm.clone(), anchor.addresses());
         say(edges, &anchor.peer, AnchorMessage::Ended { vm, addresses });
     }
+    keep_rest(edges, anchor);
+}
+
+/// What is left of one that attracts nothing: its name, which may have to follow the machine again, and its word for
+/// sites that have not heard it. Without either it is forgotten.
+fn keep_rest(edges: &Edges, anchor: &Anchor) {
     let has_name = anchor.name.is_some() && !anchor.nics.is_empty();
-    match has_name {
-        true => put(edges, &anchor),
+    match has_name || telling::is_owed(edges, anchor) {
+        true => put(edges, anchor),
         false => forget(edges, &anchor.vm),
     }
-    has_name.then_some(anchor)
 }
 
 /// Another site's word about an anchor. `Moved` counts from the site that the machine was at only.
@@ -188,15 +214,28 @@ async fn heard(
                 // It is known, or none of ours.
                 return say(edges, from, AnchorMessage::Noted { vm, epoch });
             };
+            if anchor.peer == to && epoch <= Epoch::MAX_FROM_PEER {
+                // It is where it is looked for, by whatever way it came there: whoever says so need not go on.
+                return say(edges, from, AnchorMessage::Noted { vm, epoch });
+            }
             if anchor.peer != *from || epoch > Epoch::MAX_FROM_PEER {
-                return tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
+                if anchors.is_first(&vm, from, epoch) {
+                    tracing::warn!(%vm, %from, at = %anchor.peer, "word of a machine that is elsewhere ignored");
+                }
+                return;
             }
             if edges.link.peer(&to).is_none() && to != *edges.site() {
                 // Not noted: the site that it left says it again, and passes packets on meanwhile.
-                return tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one; add it as a [[peer]]");
+                if anchors.is_first(&vm, from, epoch) {
+                    tracing::warn!(%vm, %to, "the machine moved to a site that is no peer of this one; add it as a [[peer]]");
+                }
+                return;
             }
             if to != *edges.site() {
-                anchors.end(&vm).await;
+                let heard = anchors.end(&vm).await;
+                // Its task may have written it again.
+                let mut anchor = row(edges, &vm).unwrap_or(anchor);
+                anchor.forget_told(&heard);
                 follow(edges, anchors, views, anchor.moved_on(epoch, &to, &care_of)).await;
             }
             say(edges, from, AnchorMessage::Noted { vm, epoch });
@@ -217,11 +256,12 @@ async fn follow(
             tracing::debug!(%vm, error = chain(&error), "nothing is attracted for it any more");
         }
     }
-    put(edges, &anchor);
     tracing::info!(%vm, %to, "machine has moved on");
-    if !anchor.ended || anchor.name.is_some() {
-        anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
+    if !has_work(edges, &anchor) {
+        return forget(edges, &vm);
     }
+    put(edges, &anchor);
+    anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
 }
 
 fn say(edges: &Edges, to: &SiteName, message: AnchorMessage) {
@@ -248,6 +288,8 @@ fn put(edges: &Edges, anchor: &Anchor) {
 #[derive(Default)]
 pub struct Anchors {
     known: BTreeMap<VmName, Known>,
+    /// The word that was ignored last, by the machine that left.
+    ignored: BTreeMap<VmName, (SiteName, Epoch)>,
 }
 
 struct Known {
@@ -281,12 +323,20 @@ impl Anchors {
         }
     }
 
-    /// Ends the task of an anchor: when this returns it does nothing more. What it changed stays.
-    async fn end(&mut self, vm: &VmName) {
-        let Some(known) = self.known.remove(vm) else { return };
+    /// Whether a word that is ignored has not been just before: it is said again and again.
+    fn is_first(&mut self, vm: &VmName, from: &SiteName, epoch: Epoch) -> bool {
+        let word = (from.clone(), epoch);
+        self.ignored.insert(vm.clone(), word.clone()) != Some(word)
+    }
+
+    /// Ends the task of an anchor: when this returns it does nothing more. What it changed stays. Who has heard where the
+    /// machine is.
+    async fn end(&mut self, vm: &VmName) -> BTreeSet<SiteName> {
+        let Some(known) = self.known.remove(vm) else { return BTreeSet::new() };
         known.task.abort();
         // Only that it has ended matters, not how.
         drop(known.task.await);
+        known.noted.borrow().clone()
     }
 }
 
@@ -309,7 +359,8 @@ async fn start(
     let (noted, heard) = watch::channel(BTreeSet::new());
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
     let epoch = anchor.epoch;
-    let mut task = AnchorTask { edges: edges.clone(), anchor, views: views.clone(), told, heard };
+    let (edges, views, over) = (edges.clone(), views.clone(), watch::Sender::default());
+    let mut task = AnchorTask { edges, anchor, views, told, heard, over };
     task.attract(begin).await;
     Known { epoch, runs_there, noted, task: tokio::spawn(task.run()) }
 }
@@ -334,180 +385,127 @@ fn forget(edges: &Edges, vm: &VmName) {
     }
 }
 
-struct AnchorTask {
-    edges: Edges,
-    anchor: Anchor,
-    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
-    told: watch::Receiver<bool>,
-    heard: watch::Receiver<BTreeSet<SiteName>>,
-}
-
-/// Between the first two tries to tell another site where the machine is.
-const TELL_AGAIN: Duration = Duration::from_secs(1);
-/// How long it is tried after nothing else is left to do.
-const TELL_LIMIT: Duration = Duration::from_secs(3600);
-/// Between two tries at the name server, or at another site, at most.
-const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
-
-impl AnchorTask {
-    async fn run(mut self) {
-        if self.told.wait_for(|runs| *runs).await.is_err() {
-            return;
-        }
-        if !self.anchor.runs_there {
-            self.anchor.runs_there = true;
-            self.write();
-        }
-        let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
-        let mut telling = AbortOnDrop(telling);
-        self.settle().await;
-        // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for ever.
-        let _ = tokio::time::timeout(TELL_LIMIT, &mut telling.0).await;
-        while !self.end().await {
-            self.wait_for_flows().await;
-        }
-    }
-
-    async fn attract(&mut self, begin: Begin) {
-        if self.anchor.ended {
-            return;
-        }
-        let holds = self.anchor.holds();
-        for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
-            let key = hold.key.clone();
-            let tunnel = &self.edges.tunnel;
-            let known = match begin {
-                Begin::Held => tunnel.hold_end_attract(key.clone(), nic.flows.clone()).await,
-                Begin::Restored => Err(TunnelError::Stopped),
-            };
-            // A gateway that was killed before it wrote the anchor down knows of no hold either.
-            let attracted = match known {
-                Ok(()) => Ok(()),
-                Err(_) => match tunnel.hold_begin(hold).await {
-                    // Another host may have taken the address while there was no gateway.
-                    Ok(()) => tunnel.attract_again(key, nic.flows.clone()).await,
-                    Err(error) => Err(error),
-                },
-            };
-            if let Err(error) = attracted {
-                tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
-            }
-        }
-        if !self.anchor.nics.is_empty() {
-            tracing::info!(vm = %self.anchor.vm, to = %self.anchor.peer, "address attracted");
-        }
-    }
-
-    /// Names, then flows: until the tunnel may end.
-    async fn settle(&mut self) {
-        self.move_name().await;
-        self.wait_for_servers().await;
-        self.let_old_answers_expire().await;
-        self.wait_for_flows().await;
-    }
-
-    /// Until no old flow is left and nobody asks for the home address any more.
-    async fn wait_for_flows(&mut self) {
-        let keys = self.keys();
-        if keys.is_empty() || self.anchor.ended {
-            return;
-        }
-        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then, and so does one that
-        // asked a name server which had not heard of that either.
-        let told_ms = self.anchor.since_unix_ms.max(self.anchor.names.moved_unix_ms().unwrap_or(0));
-        let believed_until_ms = told_ms + u64::from(self.anchor.ttl_s) * 1000;
-        let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
-        for key in &keys {
-            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
-                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
-            }
-        }
-        let mut status = self.edges.tunnel.status();
-        loop {
-            let (flows, may_end) = standing(&status.borrow_and_update(), &keys);
-            self.show(|view| view.flows = flows);
-            if may_end || status.changed().await.is_err() {
-                return;
-            }
-        }
-    }
-
-    /// False if the machine is on its way back.
-    async fn end(&mut self) -> bool {
-        if !self.anchor.ended && !release(&self.edges, &self.anchor).await {
-            tracing::debug!(vm = %self.anchor.vm, "no old connection is left, and the machine is on its way back");
-            return false;
-        }
-        leave(&self.edges, self.anchor.clone());
-        self.show(|view| {
-            view.flows = 0;
-            view.closed_ms = Some(unix_ms());
-        });
-        tracing::info!(vm = %self.anchor.vm, "no old connection is left; its address here is free");
-        true
-    }
-
-    fn keys(&self) -> Vec<PortKey> {
-        self.anchor.holds().into_iter().map(|hold| hold.key).collect()
-    }
-
-    fn write(&self) {
-        put(&self.edges, &self.anchor);
-    }
-
-    fn show(&self, change: impl FnOnce(&mut AnchorView)) {
-        self.views.send_modify(|views| {
-            if let Some(view) = views.get_mut(&self.anchor.vm) {
-                change(view);
-            }
-        });
-    }
-}
-
-/// Flows that are held for these NICs, and whether nothing holds their tunnels any more.
-fn standing(status: &TunnelStatus, keys: &[PortKey]) -> (u64, bool) {
-    // Beside it may stand what is passed on for the machine's other addresses.
-    let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
-    let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
-    let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
-    (flows, !ports.is_empty() && ports.iter().all(|port| port.may_end))
-}
-
-/// Says where the machine is until every other site that attracts an address of it has heard.
-async fn tell_others(edges: Edges, anchor: Anchor, mut heard: watch::Receiver<BTreeSet<SiteName>>) {
-    let mut wait = TELL_AGAIN;
-    loop {
-        let left: Vec<SiteName> = {
-            let heard = heard.borrow_and_update();
-            anchor.tell.iter().filter(|site| !heard.contains(*site)).cloned().collect()
-        };
-        if left.is_empty() {
-            return;
-        }
-        for site in left {
-            let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
-            let moved = AnchorMessage::Moved { vm, epoch: anchor.epoch, to, care_of: anchor.moves.clone() };
-            say(&edges, &site, moved);
-        }
-        tokio::select! {
-            changed = heard.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(wait) => wait = (wait * 2).min(AGAIN_AT_MOST),
-        }
-    }
-}
-
-/// A task that ends with its owner.
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use longhaul_core::tunnel::handover::Mac;
+    use tokio::sync::oneshot;
+
     use super::*;
+    use crate::identity::Identity;
+    use crate::migration::anchor::AnchorNic;
+    use crate::test_site::{TestSite, anchor, silent_names};
+    use crate::tunnel::Leaving;
+
+    /// The anchors of a site at work.
+    fn at_work(edges: &Edges) -> mpsc::Sender<AnchorCommand> {
+        let (commands, outbox) = mpsc::channel(4);
+        tokio::spawn(run(edges.clone(), Anchors::default(), outbox, watch::channel(BTreeMap::new()).0));
+        commands
+    }
+
+    /// How an anchor comes to its end before everybody has heard.
+    #[derive(Debug, Clone, Copy)]
+    enum Way {
+        Released,
+        Forgotten,
+        Restarted,
+    }
+
+    /// Of a visit to b that went on to c in epoch 6, while a could not be reached.
+    fn visited() -> Anchor {
+        let nic = AnchorNic {
+            nic: "lan".parse().unwrap(),
+            mac: Mac([0x52, 0x54, 0, 0, 0, 1]),
+            from: Leaving::Visit,
+            addresses: vec!["203.0.113.10".parse().unwrap()],
+            bridge: "br-lan".to_owned(),
+            port: "lh-web1".to_owned(),
+            flows: Vec::new(),
+        };
+        let tell = vec!["a".parse().unwrap(), "nobody".parse().unwrap()];
+        let (name, names) = (None, NameState::None);
+        Anchor { epoch: Epoch(6), nics: vec![nic], name, names, tell, ..anchor("c") }
+    }
+
+    async fn ended(site: &TestSite, way: Way) -> mpsc::Sender<AnchorCommand> {
+        let (vm, edges) = (visited().vm, &site.edges);
+        if let Way::Restarted = way {
+            put(edges, &Anchor { ended: true, ..visited() });
+            let views = watch::channel(BTreeMap::new()).0;
+            let (commands, outbox) = mpsc::channel(4);
+            tokio::spawn(run(edges.clone(), restore(edges, &views).await, outbox, views));
+            return commands;
+        }
+        let commands = at_work(edges);
+        commands.send(AnchorCommand::Attract(Box::new(visited()))).await.unwrap();
+        match way {
+            Way::Released => {
+                let (done, ended) = oneshot::channel();
+                commands.send(AnchorCommand::Release(vm, done)).await.unwrap();
+                assert_eq!(ended.await.unwrap(), Released::Ended);
+            }
+            Way::Forgotten | Way::Restarted => {
+                let (done, ended) = oneshot::channel();
+                commands.send(AnchorCommand::End(vm, done)).await.unwrap();
+                ended.await.unwrap();
+            }
+        }
+        assert!(site.asked.borrow().contains(&"let_go web1/lan".to_owned()), "its address is free");
+        commands
+    }
+
+    #[tokio::test]
+    async fn a_site_that_could_not_be_reached_hears_of_the_move_after_the_anchor_has_ended() {
+        for way in [Way::Released, Way::Forgotten, Way::Restarted] {
+            let [key_a, key_b, key_c] = [(); 3].map(|()| Identity::generate().unwrap());
+            let b = TestSite::open("b", &key_b, &[("a", &key_a, None), ("c", &key_c, None)]).await;
+            let (vm, commands) = (visited().vm, ended(&b, way).await);
+            assert!(row(&b.edges, &vm).is_some_and(|row| row.ended), "{way:?}");
+            let mut a = TestSite::open("a", &key_a, &[("b", &key_b, Some(b.address()))]).await;
+            let (_, message) = a.heard().await;
+            let (epoch, to) = (Epoch(6), "c".parse().unwrap());
+            let moved = AnchorMessage::Moved { vm: vm.clone(), epoch, to, care_of: Vec::new() };
+            assert_eq!(message, Message::Anchor(moved), "{way:?}");
+            let (from, noted) = ("a".parse().unwrap(), AnchorMessage::Noted { vm: vm.clone(), epoch });
+            commands.send(AnchorCommand::Heard { from, message: noted }).await.unwrap();
+            // Who is no peer cannot be told, and is not waited for.
+            while row(&b.edges, &vm).is_some() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_anchor_that_everybody_has_heard_of_ends_when_it_is_released() {
+        let (_a, b) = TestSite::pair().await;
+        let (vm, commands) = (visited().vm, at_work(&b.edges));
+        commands.send(AnchorCommand::Attract(Box::new(visited()))).await.unwrap();
+        let noted = AnchorMessage::Noted { vm: vm.clone(), epoch: Epoch(6) };
+        commands.send(AnchorCommand::Heard { from: "a".parse().unwrap(), message: noted }).await.unwrap();
+        let (done, ended) = oneshot::channel();
+        commands.send(AnchorCommand::Release(vm.clone(), done)).await.unwrap();
+        assert_eq!(ended.await.unwrap(), Released::Ended);
+        assert!(row(&b.edges, &vm).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_name_that_comes_home_before_it_has_settled_keeps_its_ttl() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let edges = Edges { names: Some(Arc::new(silent_names())), ..site.edges.clone() };
+        for (left, kept) in [(NameState::Pending, 3600), (NameState::Settled { at_unix_ms: 1 }, 0)] {
+            let vm: VmName = "web1".parse().unwrap();
+            put(&edges, &Anchor { names: left, ..anchor("b") });
+            let names = Some(Box::new(Anchor { epoch: Epoch(2), ttl_s: 0, ..anchor("a") }));
+            let (done, ended) = oneshot::channel();
+            at_work(&edges).send(AnchorCommand::CameBack { vm: vm.clone(), names, done }).await.unwrap();
+            ended.await.unwrap();
+            let written = row(&edges, &vm).unwrap();
+            assert_eq!((written.epoch, written.ttl_s), (Epoch(2), kept), "{left:?}");
+        }
+    }
 
     fn known(epoch: u64) -> Known {
         let runs_there = watch::Sender::new(false);

@@ -117,6 +117,10 @@ impl DestinationDriver {
                 self.perform(action).await;
             }
             self.leaf.viewer.enter(machine.stage());
+            if machine.is_settled_here() {
+                // The register may still have to be told; for the operator it is over.
+                self.end(&Outcome::Active);
+            }
             if let Some(outcome) = machine.outcome() {
                 let outcome = outcome.clone();
                 self.end(&outcome);

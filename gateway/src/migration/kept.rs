@@ -2,7 +2,7 @@
 //! and which one a machine that comes back is compared with.
 //!
 //! Only what the journal knows as released is touched: the note beside the disk names a machine, and one of its
-//! migrations ended with Released in that epoch. A disk without such a note is nobody's to delete. Disks lie
+//! migrations ended with Released in that epoch, or with Overruled before it. A disk without such a note is nobody's to delete. Disks lie
 //! anywhere, so that the journal has a row for each; those without one are found in the pool. When a disk's time is
 //! over is not decided here.
 
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use longhaul_core::ids::{DeviceName, Epoch, SiteName, VmName};
 use longhaul_core::migration::Attempt;
-use longhaul_core::migration::record::{Record, SourceRecord};
+use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 
 use super::{Edges, MachineRow, chain};
 use crate::disk::Base;
@@ -186,8 +186,8 @@ fn kept(
         .iter()
         .filter_map(|history| {
             let last = history.entries.last()?;
-            let released = matches!(last.record, Record::Source(SourceRecord::Released));
-            released.then(|| ((history.attempt.vm.clone(), history.attempt.epoch.0), last.at_unix_ms))
+            let epoch = elsewhere(history.attempt.epoch, &last.record)?;
+            Some(((history.attempt.vm.clone(), epoch.0), last.at_unix_ms))
         })
         .collect();
     let mut paths: BTreeSet<PathBuf> = folders.iter().flat_map(|folder| files(folder)).collect();
@@ -205,6 +205,37 @@ fn kept(
         Some(KeptDisk { vm: note.vm, epoch: note.epoch, path, bytes, since_ms, row })
     };
     paths.into_iter().filter_map(look).collect()
+}
+
+/// The epoch that began elsewhere when a migration that would create `epoch` ended with `last` here.
+fn elsewhere(epoch: Epoch, last: &Record) -> Option<Epoch> {
+    match last {
+        Record::Source(SourceRecord::Released) => Some(epoch),
+        Record::Destination(DestinationRecord::Overruled) => Some(epoch.next()),
+        Record::Source(
+            SourceRecord::Reserved { .. }
+            | SourceRecord::PreCopy { .. }
+            | SourceRecord::Parked
+            | SourceRecord::Committed { .. }
+            | SourceRecord::Aborted { .. }
+            | SourceRecord::Returned { .. }
+            | SourceRecord::TakenBack { .. }
+            | SourceRecord::Offered { .. }
+            | SourceRecord::Reclaiming { .. }
+            | SourceRecord::Promised { .. }
+            | SourceRecord::Settled,
+        )
+        | Record::Destination(
+            DestinationRecord::Reserved { .. }
+            | DestinationRecord::Loaded
+            | DestinationRecord::Activated { .. }
+            | DestinationRecord::Refused { .. }
+            | DestinationRecord::TakenOver { .. }
+            | DestinationRecord::Claiming { .. }
+            | DestinationRecord::Owned { .. }
+            | DestinationRecord::HandedBack { .. },
+        ) => None,
+    }
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {

@@ -59,8 +59,10 @@ use crate::link::{Link, PeerHandle};
 use crate::tunnel::{Tunnel, TunnelConfig, tap_name};
 
 pub use destination::DestinationDriver;
+pub(crate) use release::{keep_aside, moved_name};
 pub(crate) use rollback::end_what_is_left;
 pub use source::SourceDriver;
+pub(crate) use standing::look;
 use view::Viewer;
 
 /// QEMU opens its taps before it becomes the machine's user.

@@ -24,6 +24,7 @@ use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
 use longhaul_core::units::{Bytes, Rate};
 
+use super::anchor::owed_ttl_s;
 use super::source::SourceLeaf;
 use super::view::round;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
@@ -32,6 +33,7 @@ use crate::disk::{DiskSource, DiskSourceConfig, DiskSourceError};
 use crate::hypervisor::{
     Access, Guest, JobState, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters, SelfStop,
 };
+use crate::journal::JournalError;
 use crate::link::PeerHandle;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle};
 
@@ -240,12 +242,13 @@ async fn lower_ttl(
         return Ok(());
     };
     let found = names.ttl_s(name).await.map_err(names_failed)?;
-    // A name that is low already is so by a move that could not undo it.
-    let before = if found > names.move_ttl_s() { found } else { row.ttl_before_s.unwrap_or(found) };
+    let (journal, vm) = (&leaf.edges.journal, &leaf.attempt.vm);
+    let failed = |error: JournalError| Refusal::Other(Refusal::text(chain(&error)));
+    // A name that is low already is so by a move that could not undo it, or has not settled.
+    let low = || row.ttl_before_s.or(owed_ttl_s(journal, vm)).unwrap_or(found);
+    let before = if found > names.move_ttl_s() { found } else { low() };
     // Known before it is lowered, also to a gateway that is killed meanwhile.
-    let row = MachineRow { ttl_before_s: Some(before), ..row.clone() };
-    let written = leaf.edges.journal.put_machine(&leaf.attempt.vm, &row);
-    written.map_err(|error| Refusal::Other(Refusal::text(chain(&error))))?;
+    journal.change_machine(vm, |row: &mut MachineRow| row.ttl_before_s = Some(before)).map_err(failed)?;
     ttl.send_replace(Some(before));
     names.lower_ttl(name).await.map_err(names_failed)
 }
@@ -264,6 +267,12 @@ async fn ended_early(guest: &Guest, (name, disk): &mut (DeviceName, DiskSource))
         return Refusal::Hypervisor("QEMU of the machine is gone".into());
     }
     let error = disk.ended().await;
+    if let DiskSourceError::Read(error) = &error {
+        return Refusal::Other(Refusal::text(format!(
+            "Disk {name} cannot be read, see whether the device fails that it lies on: {}",
+            chain(error)
+        )));
+    }
     if matches!(error, DiskSourceError::Channel(_)) {
         // The other side knows why it closed its end, and says so.
         tokio::time::sleep(PEER_SAYS).await;

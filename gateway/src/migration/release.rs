@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use longhaul_core::ids::DeviceName;
+use longhaul_core::migration::Attempt;
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::policy::PortKey;
 
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::stay::Stay;
-use super::{MachineRow, chain, kept, standing};
+use super::{Edges, MachineRow, chain, kept, standing};
 use crate::hypervisor::Guest;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -37,16 +38,7 @@ pub(super) async fn run(
     {
         tracing::warn!(%vm, error = chain(&error), "QEMU of the machine that left could not be ended");
     }
-    let aside = images.iter().map(|image| moved_name(image, leaf.attempt.epoch.0));
-    super::note(&leaf.attempt, images.iter().cloned().chain(aside).collect(), &leaf.attempt.peer).await;
-    if row.adopted.is_none()
-        && let Err(error) = leaf.edges.hypervisor.remove_dir(vm)
-    {
-        tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
-    }
-    for (volume, image) in row.definition.volumes().zip(&images) {
-        put_aside(&leaf, &row, volume.name, image);
-    }
+    keep_aside(&leaf.edges, &leaf.attempt, &row, &images).await;
     kept::supersede(&leaf.edges, vm);
     leave_taps(&leaf, &row).await;
     leave_network(&leaf, &row).await;
@@ -57,16 +49,32 @@ pub(super) async fn run(
     Transfer::default()
 }
 
+/// Leaves nothing of a machine that has no QEMU here any more but its disks, renamed, with a note that they are the
+/// peer's of `attempt` since that epoch.
+pub(crate) async fn keep_aside(edges: &Edges, attempt: &Attempt, row: &MachineRow, images: &[PathBuf]) {
+    let vm = &attempt.vm;
+    let aside = images.iter().map(|image| moved_name(image, attempt.epoch.0));
+    super::note(attempt, images.iter().cloned().chain(aside).collect(), &attempt.peer).await;
+    if row.adopted.is_none()
+        && let Err(error) = edges.hypervisor.remove_dir(vm)
+    {
+        tracing::warn!(%vm, error = chain(&error), "the folder of its QEMU could not be removed");
+    }
+    for (volume, image) in row.definition.volumes().zip(images) {
+        put_aside(edges, attempt, row, volume.name, image);
+    }
+}
+
 /// May have been done before a crash: then the disk has its new name.
-fn put_aside(leaf: &SourceLeaf, row: &MachineRow, volume: &DeviceName, image: &Path) {
-    let vm = &leaf.attempt.vm;
-    let aside = moved_name(image, leaf.attempt.epoch.0);
+fn put_aside(edges: &Edges, attempt: &Attempt, row: &MachineRow, volume: &DeviceName, image: &Path) {
+    let vm = &attempt.vm;
+    let aside = moved_name(image, attempt.epoch.0);
     match std::fs::rename(image, &aside) {
         Ok(()) => tracing::info!(%vm, kept = %aside.display(), "disk kept aside"),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!(%vm, image = %image.display(), %error, "disk could not be renamed"),
     }
-    kept::remember(&leaf.edges, &leaf.attempt, volume, &aside, row.adopted.is_some());
+    kept::remember(edges, attempt, volume, &aside, row.adopted.is_some());
 }
 
 /// The machine's images. Something else may have put an adopted machine on other files since.

@@ -187,8 +187,8 @@ async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, before_s: Option<u32>)
         tracing::warn!(vm = %leaf.attempt.vm, name, ttl_s, error = chain(&error), "TTL could not be restored; set it by hand");
         return;
     }
-    let row = MachineRow { ttl_before_s: None, ..row.clone() };
-    if let Err(error) = leaf.edges.journal.put_machine(&leaf.attempt.vm, &row) {
+    let restored = |row: &mut MachineRow| row.ttl_before_s = None;
+    if let Err(error) = leaf.edges.journal.change_machine(&leaf.attempt.vm, restored) {
         tracing::warn!(vm = %leaf.attempt.vm, error = chain(&error), "the restored TTL could not be written down");
     }
 }

@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use longhaul_core::migration::Attempt;
 use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Refusal, Reservation};
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::migration::record::{Record, SourceRecord};
 use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
+use longhaul_core::migration::{Attempt, Stage};
 
 use super::arbitrate::{Questions, Register};
 use super::precopy::Transfer;
@@ -63,7 +63,12 @@ pub struct SourceDriver {
     questions: Option<Questions>,
     /// The operator wants no attempt to follow.
     ended_by_operator: bool,
+    /// Since when the guest stands still for a word from elsewhere.
+    waits_since: Option<Duration>,
 }
+
+/// A hand-over takes round trips; what waits longer than this wants looking at.
+const WAITS_LONG: Duration = Duration::from_secs(5);
 
 impl SourceDriver {
     /// A driver for a guest that runs here; `None` after a restart that did not find it. `anchors` is told
@@ -95,6 +100,7 @@ impl SourceDriver {
             wan_before,
             questions: None,
             ended_by_operator: false,
+            waits_since: None,
         }
     }
 
@@ -150,6 +156,7 @@ impl SourceDriver {
                 }
             }
             self.show(&machine);
+            self.alarm(&machine);
             if let Some(outcome) = machine.outcome() {
                 let outcome = outcome.clone();
                 self.end(&outcome);
@@ -308,6 +315,28 @@ impl SourceDriver {
             follows.then_some(ttl_before_s.or(self.row.definition.dns_ttl_s)).map(Option::unwrap_or_default),
         );
         AnchorCommand::Attract(Box::new(anchor))
+    }
+
+    /// Tells the operator of a guest that stands still for the other site's word, or the register's, and goes on doing so.
+    fn alarm(&mut self, machine: &Source) {
+        if machine.stage() != Stage::Commitment || machine.aborting().is_some() {
+            self.waits_since = None;
+            return;
+        }
+        let now = self.leaf.edges.now();
+        if now < *self.waits_since.get_or_insert(now) + WAITS_LONG {
+            return;
+        }
+        let (vm, peer) = (&self.leaf.attempt.vm, &self.leaf.attempt.peer);
+        let notice = format!(
+            "{vm} stands still: nobody has said yet that it runs at site {peer}. It is asked again and again; look at site \
+             {peer}, and at `longhaul journal {vm}`. If that site is gone for good, or runs it and has lost its journal, \
+             `longhaul resolve {vm}` decides"
+        );
+        if !self.leaf.viewer.current().notices.contains(&notice) {
+            tracing::warn!(%vm, %peer, "machine stands still, waiting for the word of the other site");
+            self.leaf.viewer.notice_once(notice);
+        }
     }
 
     fn show(&mut self, machine: &Source) {

@@ -121,6 +121,9 @@ impl Viewer {
     /// It is over.
     pub fn end(&self, how: Progressing, reason: Option<String>) {
         self.change(|view| {
+            if view.progressing != Progressing::Running {
+                return;
+            }
             let now = unix_ms();
             if let Some(last) = view.stages.last_mut() {
                 last.end_ms = Some(now);

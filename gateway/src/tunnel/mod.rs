@@ -34,6 +34,8 @@ mod duplicates;
 mod error;
 mod mover;
 mod nft;
+#[cfg(test)]
+mod noted;
 mod plan;
 mod routers;
 mod routes;

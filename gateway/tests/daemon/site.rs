@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const LONGHAUL: &str = env!("CARGO_BIN_EXE_longhaul");
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Site {
     folder: tempfile::TempDir,
@@ -165,6 +165,11 @@ impl Said {
     pub fn failure(&self, code: i32) -> String {
         assert_eq!(self.0.status.code(), Some(code), "{}", self.errors());
         self.errors()
+    }
+
+    /// What it printed, however it ended.
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&self.0.stdout).into_owned()
     }
 
     fn errors(&self) -> String {

@@ -191,7 +191,7 @@ fn keep(arena: &Arena, marks: &[usize; 2], folder: &Path, reasons: &str) -> Resu
 }
 
 fn print(report: &FaultReport, folder: &Path) {
-    println!("\n{}", report.table());
+    println!("\n{}\n{}", report.table(), report.endings_table());
     println!(
         "{} cases, {} held, {} missed; {} moved, {} stayed, {} guests crashed, {} on hold; {} double runs, \
          {} machines lost, {} lost confirmed writes, {} left something behind; seed {}, {:.0} s",

@@ -51,6 +51,12 @@ pub enum Fault {
     Reboot,
     /// The guest powers itself off.
     PowerOff,
+    /// A host dies: SIGKILL of its gateway and of the machine's QEMU there, and a restart of the gateway.
+    Host(Place),
+    /// The WAN carries a fortieth of its rate.
+    Narrow,
+    /// The WAN puts packets in another order, doubles some, and damages others.
+    Mangle,
 }
 
 /// When it strikes, seen at the source gateway's API.
@@ -106,21 +112,42 @@ impl Fault {
             Self::Stall(place) => format!("stall-{}", place.name()),
             Self::Reboot => "reboot".to_owned(),
             Self::PowerOff => "power-off".to_owned(),
+            Self::Host(place) => format!("host-{}", place.name()),
+            Self::Narrow => "narrow".to_owned(),
+            Self::Mangle => "mangle".to_owned(),
         }
     }
 
     /// The machine must move all the same, if the fault strikes in stages 0 to 2.
     pub fn only_delays(self) -> bool {
         match self {
-            Self::Cut(_, seconds) => seconds <= 10,
-            Self::Loss | Self::Reboot => true,
+            Self::Cut(..) | Self::Loss | Self::Reboot | Self::Narrow | Self::Mangle => true,
             Self::Gateway(_)
             | Self::Qemu(_)
             | Self::Names
             | Self::OldJournal(_)
             | Self::Hang(_)
             | Self::Stall(_)
-            | Self::PowerOff => false,
+            | Self::PowerOff
+            | Self::Host(_) => false,
+        }
+    }
+
+    /// The QEMU at a site is killed by it.
+    pub fn kills_qemu(self, at: Place) -> bool {
+        match self {
+            Self::Qemu(place) | Self::Host(place) => place == at,
+            Self::Gateway(_)
+            | Self::Cut(..)
+            | Self::Loss
+            | Self::Names
+            | Self::OldJournal(_)
+            | Self::Hang(_)
+            | Self::Stall(_)
+            | Self::Reboot
+            | Self::PowerOff
+            | Self::Narrow
+            | Self::Mangle => false,
         }
     }
 
@@ -139,7 +166,10 @@ impl Fault {
                 | Self::Hang(_)
                 | Self::Stall(_)
                 | Self::Reboot
-                | Self::PowerOff,
+                | Self::PowerOff
+                | Self::Host(_)
+                | Self::Narrow
+                | Self::Mangle,
                 Point::Stage(_) | Point::After | Point::Random,
             ) => true,
         }
@@ -195,6 +225,9 @@ const STANDSTILLS: [Fault; 6] = [
     Fault::PowerOff,
 ];
 
+/// What takes a whole host, or spoils the WAN without cutting it. These come last.
+const ROUGH: [Fault; 4] = [Fault::Host(Place::A), Fault::Host(Place::B), Fault::Narrow, Fault::Mangle];
+
 /// One round: every cell of the matrix once, in an order of its own.
 fn cells(seed: u64, round: u64) -> Vec<(Fault, Point)> {
     let of = |faults: &[Fault]| {
@@ -208,6 +241,9 @@ fn cells(seed: u64, round: u64) -> Vec<(Fault, Point)> {
     let mut standstills = of(&STANDSTILLS);
     standstills.shuffle(&mut random);
     cells.extend(standstills);
+    let mut rough = of(&ROUGH);
+    rough.shuffle(&mut random);
+    cells.extend(rough);
     cells
 }
 
@@ -218,16 +254,18 @@ pub fn case(seed: u64, number: u64) -> Case {
     let mut random = StdRng::seed_from_u64(seed.rotate_left(16) ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut between = |least: u64, most: u64| Duration::from_millis(random.random_range(least..=most));
     let moment = match point {
-        // The others are short: later than at once is another stage.
+        // The others are short: later than at once is another stage. The last one is over when the site that the machine
+        // left has heard of it.
         Point::Stage(Stage::PreCopy) => Moment::Stage(Stage::PreCopy, between(0, 2500)),
+        Point::Stage(Stage::Activation) => Moment::Stage(Stage::Activation, between(0, 60) / 2),
         Point::Stage(stage) => Moment::Stage(stage, between(0, 60)),
         Point::After => Moment::After(between(0, 3000)),
         Point::Random => Moment::Random(between(0, 8000)),
     };
     let lasts = match fault {
         Fault::Cut(_, seconds) => Duration::from_secs(seconds),
-        Fault::Loss | Fault::Names => between(3000, 8000),
-        Fault::Gateway(_) | Fault::Qemu(_) | Fault::OldJournal(_) => between(100, 2500),
+        Fault::Loss | Fault::Names | Fault::Narrow | Fault::Mangle => between(3000, 8000),
+        Fault::Gateway(_) | Fault::Qemu(_) | Fault::OldJournal(_) | Fault::Host(_) => between(100, 2500),
         // Longer than a gateway waits for QEMU's answer or a link for a sign of life, or not.
         Fault::Hang(_) | Fault::Stall(_) => between(500, 15_000),
         Fault::Reboot | Fault::PowerOff => Duration::ZERO,
@@ -241,6 +279,20 @@ mod tests {
 
     use super::*;
 
+    /// Cases of a round.
+    const ROUND: u64 = 191;
+
+    #[test]
+    fn what_was_added_to_a_round_came_after_what_was_there() {
+        let later = |number| {
+            let fault = case(1, number).fault;
+            (STANDSTILLS.contains(&fault), ROUGH.contains(&fault))
+        };
+        assert!((0..113).all(|number| later(number) == (false, false)));
+        assert!((113..159).all(|number| later(number) == (true, false)));
+        assert!((159..ROUND).all(|number| later(number) == (false, true)));
+    }
+
     #[test]
     fn a_case_is_the_same_whenever_it_is_asked_for_and_another_seed_gives_another_order() {
         assert_eq!(case(7, 113), case(7, 113));
@@ -250,9 +302,9 @@ mod tests {
 
     #[test]
     fn one_round_holds_every_fault_and_few_of_the_long_ones() {
-        let round: Vec<Case> = (0..159).map(|number| case(1, number)).collect();
+        let round: Vec<Case> = (0..ROUND).map(|number| case(1, number)).collect();
         let names: BTreeSet<String> = round.iter().map(|case| case.fault.name()).collect();
-        assert_eq!(names.len(), FAULTS.len() + LONG.len() + STANDSTILLS.len());
+        assert_eq!(names.len(), FAULTS.len() + LONG.len() + STANDSTILLS.len() + ROUGH.len());
         let long = round.iter().filter(|case| case.lasts >= Duration::from_secs(60)).count();
         assert_eq!(long, LONG.len());
     }

@@ -156,7 +156,7 @@ async fn stands_still(arena: &Arena, case: &Case, owners: &[Place], played: &mut
         played.flaws.push(flaw);
         return Ok(false);
     }
-    if !old_journal && !switched_off && case.fault != Fault::Qemu(owner) {
+    if !old_journal && !switched_off && !case.fault.kills_qemu(owner) {
         let text = format!("it stands still at its owner, site {}", arena.setting.site(owner));
         played.flaws.push(Flaw::Unsettled(text));
         return Ok(false);

@@ -23,6 +23,21 @@ pub struct Tally {
     pub held: u64,
 }
 
+/// How the cases of a fault ended. One that came to no end is counted nowhere.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endings {
+    /// The machine is where it was to go.
+    pub moved: u64,
+    /// It is where it was.
+    pub stayed: u64,
+    /// The QEMU that owned it was killed, and it was booted again.
+    pub guest_crashed: u64,
+    /// Its guest powered itself off, and was started again.
+    pub was_off: u64,
+    /// Only an operator may start it.
+    pub on_hold: u64,
+}
+
 /// A case that did not hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failed {
@@ -63,6 +78,9 @@ pub struct FaultReport {
     pub by_stage: BTreeMap<String, Tally>,
     /// By fault and stage.
     pub by_cell: BTreeMap<String, BTreeMap<String, Tally>>,
+    /// How the cases of each fault ended.
+    #[serde(default)]
+    pub endings: BTreeMap<String, Endings>,
     /// How often two copies ran at one time.
     pub double_runs: u64,
     /// Cases in which the QEMU that owned the machine was killed, and the machine was booted again.
@@ -111,14 +129,16 @@ impl FaultReport {
         }
         self.cases += 1;
         self.held += u64::from(flaws.is_empty());
-        match played.map_or(Ending::Unclear, |played| played.ending) {
-            Ending::Stayed => self.stayed += 1,
-            Ending::Moved => self.moved += 1,
-            Ending::Crashed(_) => self.guest_crashed += 1,
-            Ending::WasOff(_) => self.was_off += 1,
-            Ending::Held => self.on_hold += 1,
-            Ending::Unclear => {}
-        }
+        let endings = self.endings.entry(fault.clone()).or_default();
+        let (of_fault, of_all) = match played.map_or(Ending::Unclear, |played| played.ending) {
+            Ending::Stayed => (&mut endings.stayed, &mut self.stayed),
+            Ending::Moved => (&mut endings.moved, &mut self.moved),
+            Ending::Crashed(_) => (&mut endings.guest_crashed, &mut self.guest_crashed),
+            Ending::WasOff(_) => (&mut endings.was_off, &mut self.was_off),
+            Ending::Held => (&mut endings.on_hold, &mut self.on_hold),
+            Ending::Unclear => (&mut 0, &mut 0),
+        };
+        (*of_fault, *of_all) = (*of_fault + 1, *of_all + 1);
         self.count_flaws(flaws);
         if !flaws.is_empty() {
             self.failed.push(Failed {
@@ -148,6 +168,26 @@ impl FaultReport {
     pub fn write(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder)?;
         Ok(std::fs::write(folder.join("report.json"), serde_json::to_vec_pretty(self)?)?)
+    }
+
+    /// Nothing did not hold, and enough was played to say so.
+    pub fn held_everywhere(&self) -> bool {
+        let enough = self.held > 0 && self.missed * 5 <= self.cases;
+        enough && self.failed.is_empty() && self.leftovers == 0
+    }
+
+    /// How the cases of each fault ended.
+    pub fn endings_table(&self) -> String {
+        let mut text = format!(
+            "{:<16}{:>8}{:>8}{:>8}{:>8}{:>8}\n",
+            "fault", "moved", "stayed", "crashed", "off", "on hold"
+        );
+        for (fault, of) in &self.endings {
+            let (moved, stayed, crashed, off, held) =
+                (of.moved, of.stayed, of.guest_crashed, of.was_off, of.on_hold);
+            text.push_str(&format!("{fault:<16}{moved:>8}{stayed:>8}{crashed:>8}{off:>8}{held:>8}\n"));
+        }
+        text
     }
 
     /// Faults by stages, each cell `held/cases`.
@@ -221,7 +261,31 @@ mod tests {
         assert_eq!((report.by_fault[&case.fault.name()], report.by_stage["after"]), (expected, expected));
         assert_eq!((report.double_runs, report.lost_confirmed_writes, report.guest_crashed), (2, 1, 2));
         assert_eq!((report.missed, report.failed.len()), (1, 1));
+        assert_eq!(report.endings[&case.fault.name()], Endings { guest_crashed: 2, ..Endings::default() });
+        assert!(report.endings_table().contains(&case.fault.name()));
         assert_eq!(report.failed[0].replay, "cargo lab faults --seed 3 --only 0");
         assert!(report.table().contains("1/2"), "{}", report.table());
+    }
+
+    #[test]
+    fn a_run_in_which_nothing_was_struck_has_shown_nothing() {
+        let case = plan::case(3, 0);
+        let played = |struck| Played {
+            spot: Spot::After,
+            struck,
+            ending: Ending::Moved,
+            flaws: Vec::new(),
+            took: Duration::ZERO,
+        };
+        let mut report = FaultReport::new(3, Setting::default());
+        assert!(!report.held_everywhere());
+        report.count(&case, Some(&played(false)), &[]);
+        assert!(!report.held_everywhere());
+        for _ in 0..5 {
+            report.count(&case, Some(&played(true)), &[]);
+        }
+        assert!(report.held_everywhere());
+        report.leftovers = 1;
+        assert!(!report.held_everywhere());
     }
 }

@@ -12,7 +12,9 @@ use super::arena::Arena;
 use super::plan::{Case, Fault, Moment, Place};
 use crate::agent::control::AgentStatus;
 use crate::scenario::Scene;
+use crate::scenario::gateway::PORT;
 use crate::scenario::traces::{kill_qemu, qemus};
+use crate::wan::WanProfile;
 
 /// A whole move, on a busy machine.
 const MOVE: Duration = Duration::from_secs(180);
@@ -21,6 +23,8 @@ const LOOK: Duration = Duration::from_millis(3);
 const BOOTING: Duration = Duration::from_millis(300);
 /// A share of packets.
 const LOSS: f64 = 0.05;
+/// So many packets in a thousand are damaged on the way.
+const DAMAGED: u32 = 20;
 
 /// Where the move was when the fault struck.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,6 +34,9 @@ pub enum Spot {
     /// The machine had moved.
     After,
 }
+
+/// What a narrow WAN carries, in Mbit/s.
+const NARROW_MBIT: f64 = 5.0;
 
 impl Spot {
     /// The name in reports.
@@ -52,6 +59,7 @@ impl Spot {
 /// Waits until the case's moment has come.
 pub async fn moment(arena: &Arena, case: &Case, id: &str) -> Result<Spot> {
     let delay = match case.moment {
+        Moment::Stage(Stage::Activation, delay) => return activation(arena, id, delay).await,
         Moment::Stage(stage, delay) => {
             reach(arena, id, |spot| spot >= Spot::Stage(stage)).await?;
             delay
@@ -67,6 +75,30 @@ pub async fn moment(arena: &Arena, case: &Case, id: &str) -> Result<Spot> {
         reach(arena, id, |spot| !qemus(arena.gateway(Place::B)).is_empty() || spot == Spot::After).await?;
     }
     Spot::of(&arena.gateway(Place::A).client().migration(id).await?)
+}
+
+/// The last stage begins where the machine goes, and the site that it left knows only when it is over.
+async fn activation(arena: &Arena, id: &str, delay: Duration) -> Result<Spot> {
+    let deadline = Instant::now() + MOVE;
+    let here = arena.gateway(Place::A).client();
+    loop {
+        // It does not know the move before it has agreed to it.
+        let there = arena.gateway(Place::B).client().migration(id).await.ok();
+        if there.is_some_and(|view| view.stage == Stage::Activation) {
+            break;
+        }
+        let view = here.migration(id).await?;
+        if Spot::of(&view)? == Spot::After {
+            return Ok(Spot::After);
+        }
+        if Instant::now() > deadline {
+            bail!("The move does not get on: {view:?}");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    tokio::time::sleep(delay).await;
+    let spot = Spot::of(&here.migration(id).await?)?;
+    Ok(if spot == Spot::After { Spot::After } else { Spot::Stage(Stage::Activation) })
 }
 
 async fn reach(arena: &Arena, id: &str, there: impl Fn(Spot) -> bool) -> Result<()> {
@@ -97,16 +129,28 @@ pub async fn strike(arena: &mut Arena, case: &Case) -> Result<bool> {
             }
             kill_qemu(arena.gateway(place))?;
         }
+        Fault::Host(place) => {
+            arena.gateway_mut(place).kill()?;
+            if !qemus(arena.gateway(place)).is_empty() {
+                kill_qemu(arena.gateway(place))?;
+            }
+            tokio::time::sleep(case.lasts).await;
+            arena.gateway_mut(place).launch().await?;
+        }
         Fault::Cut(way, _) => {
             arena.cut(way)?;
             tokio::time::sleep(case.lasts).await;
             arena.heal()?;
         }
-        Fault::Loss => {
-            let rtt = rtt(arena, case);
-            arena.wan(rtt, LOSS)?;
+        Fault::Loss | Fault::Narrow | Fault::Mangle => {
+            let spoilt = spoilt(arena, case);
+            arena.scene.world.wan.set_profile(&spoilt)?;
+            if case.fault == Fault::Mangle {
+                arena.scene.world.damage(PORT, DAMAGED)?;
+            }
             tokio::time::sleep(case.lasts).await;
-            arena.wan(rtt, 0.0)?;
+            arena.scene.world.damage(PORT, 0)?;
+            arena.wan(rtt(arena, case), 0.0)?;
         }
         Fault::Names => {
             let said = arena.scene.names.read(&Scene::name())?;
@@ -135,6 +179,34 @@ pub async fn strike(arena: &mut Arena, case: &Case) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// The WAN that a case's fault makes.
+fn spoilt(arena: &Arena, case: &Case) -> WanProfile {
+    let rtt = rtt(arena, case);
+    let profile = |rate_mbit, loss| WanProfile::symmetric(rate_mbit, rtt, loss);
+    let whole = arena.scene.options.rate_mbit;
+    match case.fault {
+        Fault::Loss => profile(whole, LOSS),
+        Fault::Narrow => profile(NARROW_MBIT, 0.0),
+        Fault::Mangle => {
+            let mut mangled = profile(whole, 0.0);
+            for path in [&mut mangled.to_far, &mut mangled.to_near] {
+                (path.reorder, path.duplicate) = (0.05, 0.02);
+            }
+            mangled
+        }
+        Fault::Gateway(_)
+        | Fault::Qemu(_)
+        | Fault::Cut(..)
+        | Fault::Names
+        | Fault::OldJournal(_)
+        | Fault::Hang(_)
+        | Fault::Stall(_)
+        | Fault::Reboot
+        | Fault::PowerOff
+        | Fault::Host(_) => profile(whole, 0.0),
+    }
 }
 
 async fn hang(arena: &Arena, place: Place, lasts: Duration) -> Result<bool> {

@@ -70,6 +70,17 @@ impl World {
         Ok(Watched { name: watch.name.clone(), place: watch.place.clone() })
     }
 
+    /// From now on the core changes a byte in so many of a thousand datagrams to this port, and makes their checksums fit:
+    /// only who authenticates what it reads can tell. 0 ends it.
+    pub fn damage(&self, port: u16, per_mille: u32) -> Result<()> {
+        let rule = format!("udp dport {port} numgen random mod 1000 < {per_mille} @th,256,8 set 0xee");
+        let chain = format!("chain spoil {{\n  type filter hook forward priority -40;\n  {rule}\n }}");
+        let chain = if per_mille > 0 { chain } else { String::new() };
+        self.net.nft(&format!(
+            "table inet lab_damage\ndelete table inet lab_damage\ntable inet lab_damage {{\n {chain}\n}}\n"
+        ))
+    }
+
     /// Counts packets to or from `address` that a site's router forwards between its LAN and the internet.
     pub fn watch_router(&self, site: &str, name: &str, packets: PacketMatch) -> Result<Watched> {
         let place = self.site(site)?.router.clone();

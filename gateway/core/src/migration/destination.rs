@@ -239,6 +239,11 @@ impl Destination {
         &self.attempt
     }
 
+    /// The machine has come and runs here, even while the register still has to name this side.
+    pub fn is_settled_here(&self) -> bool {
+        matches!(self.state, State::Settling | State::Done(Outcome::Active))
+    }
+
     /// The stage for people.
     pub fn stage(&self) -> Stage {
         match &self.state {

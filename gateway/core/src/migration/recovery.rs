@@ -40,6 +40,9 @@ pub struct Facts<'a> {
     pub settled: bool,
     /// Its QEMU here.
     pub qemu: Qemu,
+    /// Disks of it lie here under the names that they had while it was here, or coming: what was to follow the end of
+    /// its QEMU was not done.
+    pub untidied: bool,
     /// Something besides the guest is to be put back, such as its name's TTL.
     pub owes_names: bool,
     /// Another attempt of the same machine came later and was not refused.
@@ -95,6 +98,13 @@ pub fn next_step(facts: &Facts<'_>) -> NextStep {
     }
 }
 
+impl Facts<'_> {
+    /// Something of the machine is still here.
+    fn is_left(&self) -> bool {
+        self.qemu != Qemu::Gone || self.untidied
+    }
+}
+
 impl NextStep {
     /// A driver goes on with it when the gateway starts.
     pub fn is_owed(self) -> bool {
@@ -147,7 +157,7 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
         }
         SourceRecord::Committed { .. } => NextStep::AskDestination,
         // One that is here was defined again under the same name, whatever its epoch.
-        SourceRecord::Released if is_latest && !here && !facts.came_again && facts.qemu != Qemu::Gone => {
+        SourceRecord::Released if is_latest && !here && !facts.came_again && facts.is_left() => {
             NextStep::Release
         }
         SourceRecord::Released => NextStep::Nothing,
@@ -198,8 +208,11 @@ fn of_destination(last: &DestinationRecord, facts: &Facts<'_>) -> NextStep {
         }
         // A QEMU of this name belongs to whatever came later.
         DestinationRecord::Refused { .. } => {
-            let left = facts.qemu != Qemu::Gone;
-            if is_latest && !ours && !facts.overtaken && left { NextStep::Discard } else { NextStep::Nothing }
+            if is_latest && !ours && !facts.overtaken && facts.is_left() {
+                NextStep::Discard
+            } else {
+                NextStep::Nothing
+            }
         }
     }
 }
@@ -225,6 +238,7 @@ mod tests {
         let epoch = Epoch(5);
         let (arbitrated, wanted, owes_names) = (false, true, false);
         let (overtaken, came_again, stale, settled) = (false, false, false, false);
+        let untidied = false;
         let (owner, anchor) = (Some(owner), None);
         Facts {
             last,
@@ -234,11 +248,30 @@ mod tests {
             wanted,
             settled,
             qemu,
+            untidied,
             owes_names,
             overtaken,
             came_again,
             stale,
             anchor,
+        }
+    }
+
+    #[test]
+    fn what_a_killed_gateway_did_not_tidy_up_is_tidied_up_although_its_qemu_is_gone() {
+        let released = source(SourceRecord::Released);
+        let refused = destination(DestinationRecord::Refused { why: Refusal::Operator });
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(5) };
+        let arriving = Ownership::Arriving { epoch: Epoch(5) };
+        for (last, owner, next) in
+            [(&released, &away, NextStep::Release), (&refused, &arriving, NextStep::Discard)]
+        {
+            let gone = facts(last, owner, Qemu::Gone);
+            assert_eq!(next_step(&gone), NextStep::Nothing);
+            assert_eq!(next_step(&Facts { untidied: true, ..gone }), next);
+            let here = Ownership::Here { epoch: Epoch(6) };
+            let again = Facts { untidied: true, ..facts(last, &here, Qemu::Gone) };
+            assert_eq!(next_step(&again), NextStep::Nothing, "the disks are of what is here now");
         }
     }
 

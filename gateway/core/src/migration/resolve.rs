@@ -74,9 +74,14 @@ pub enum CannotResolve {
         /// The other site.
         peer: SiteName,
     },
+    /// The gateways see each other, and it is not about what only an operator can see.
+    #[error("Site {0} can be reached: the two gateways settle it themselves, and nobody need decide")]
+    PeerAnswers(SiteName),
     /// It was given to the peer; giving it again decides nothing.
     #[error(
-        "{vm} is site {peer}'s already: nothing starts it here; it is released when site {peer} says that it runs"
+        "{vm} is site {peer}'s already: nothing starts it here; it is released when site {peer} says that it runs. If \
+         site {peer} can be reached, runs it and has forgotten that it came (its journal was restored from a backup), say \
+         the same again once the link is up"
     )]
     TheirsAlready {
         /// The machine.
@@ -92,16 +97,25 @@ impl Resolution {
     }
 }
 
-/// What an operator's word decides about a migration with `peer` whose last record is `last`.
+/// What an operator's word decides about a migration with `peer` whose last record is `last`. A peer that can be
+/// `reached` settles it, but for what its journal may have forgotten: that the machine runs there, and that this site
+/// holds one for it.
 pub fn resolution(
     last: &Record,
     keep: Keep,
     destroyed: Option<&SiteName>,
     vm: &VmName,
     peer: &SiteName,
+    reached: bool,
 ) -> Result<Resolution, CannotResolve> {
     let (vm, peer) = (vm.clone(), peer.clone());
+    if reached && keep == Keep::Here {
+        return Err(CannotResolve::PeerAnswers(peer));
+    }
     let risk = match last {
+        Record::Source(SourceRecord::Committed { .. }) if keep == Keep::There && reached => {
+            return Ok(Resolution(Decided::Theirs));
+        }
         Record::Source(SourceRecord::Committed { .. }) if keep == Keep::There => {
             return Err(CannotResolve::TheirsAlready { vm, peer });
         }
@@ -149,7 +163,51 @@ mod tests {
 
     fn decide(last: &Record, keep: Keep, destroyed: Option<&str>) -> Result<Resolution, CannotResolve> {
         let destroyed = destroyed.map(|site| site.parse().unwrap());
-        resolution(last, keep, destroyed.as_ref(), &"web1".parse().unwrap(), &"b".parse().unwrap())
+        resolution(last, keep, destroyed.as_ref(), &"web1".parse().unwrap(), &"b".parse().unwrap(), false)
+    }
+
+    fn decide_with_a_link(last: &Record, keep: Keep) -> Result<Resolution, CannotResolve> {
+        let (vm, peer) = ("web1".parse().unwrap(), "b".parse().unwrap());
+        resolution(last, keep, Some(&peer), &vm, &peer, true)
+    }
+
+    #[test]
+    fn with_a_link_an_operator_gives_the_machine_up_here_and_takes_nothing() {
+        for last in [committed(), Record::Destination(DestinationRecord::Loaded)] {
+            let refused = decide_with_a_link(&last, Keep::Here).unwrap_err();
+            assert!(matches!(refused, CannotResolve::PeerAnswers(_)), "{refused}");
+        }
+        let theirs =
+            decide_with_a_link(&Record::Destination(DestinationRecord::Loaded), Keep::There).unwrap();
+        assert_eq!(theirs, Resolution(Decided::Theirs));
+    }
+
+    #[test]
+    fn a_source_whose_destination_has_forgotten_that_it_runs_the_machine_is_released_by_an_operator() {
+        let source = as_source(SourceRecord::Committed { handover: handover() });
+        let (source, _) = source.handle(source::Event::LinkUp, Duration::ZERO);
+        let theirs = || decide_with_a_link(&committed(), Keep::There).unwrap();
+        // It may not have heard of the commitment yet, or be about to refuse.
+        let (source, step) = source.handle(source::Event::Resolved(theirs()), Duration::ZERO);
+        assert_eq!(step.pending_record(), None);
+        let unknown = || source::Event::Peer(MigrationMessage::Unknown);
+        let (source, _) = source.handle(unknown(), Duration::ZERO);
+        let (source, _) = source.handle(source::Event::LinkDown, Duration::ZERO);
+        let (source, _) = source.handle(source::Event::LinkUp, Duration::ZERO);
+        let (source, step) = source.handle(source::Event::Resolved(theirs()), Duration::ZERO);
+        assert_eq!(step.pending_record(), None, "that was another gateway, perhaps");
+        let (source, _) = source.handle(unknown(), Duration::ZERO);
+        let theirs = theirs();
+        let (source, step) = source.handle(source::Event::Resolved(theirs), Duration::ZERO);
+        assert_eq!(step.pending_record(), Some(&Record::Source(SourceRecord::Released)));
+        assert!(matches!(step.after_record()[..], [source::Action::Release]));
+        let (source, _) = source.handle(source::Event::TidiedUp, Duration::ZERO);
+        assert_eq!(source.outcome(), Some(&source::Outcome::Moved));
+        let refused = decide(&committed(), Keep::There, None).unwrap_err();
+        assert!(
+            matches!(refused, CannotResolve::TheirsAlready { .. }),
+            "without a link nobody can have looked: {refused}"
+        );
     }
 
     #[test]

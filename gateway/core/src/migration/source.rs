@@ -18,6 +18,7 @@
 //! * with an arbiter `Offered` stands before `Committed`: see `arbitrated`.
 
 mod arbitrated;
+mod deadlines;
 mod resolved;
 
 use std::time::Duration;
@@ -185,6 +186,8 @@ pub struct Source {
     limits: SourceLimits,
     without_names: bool,
     link_down_since: Option<Duration>,
+    /// On the link that is up the peer has said that it has no record of this attempt.
+    knows_nothing: bool,
     next_repeat: Duration,
     state: State,
 }
@@ -199,7 +202,15 @@ impl Source {
     ) -> (Self, Step<Action>) {
         let next_repeat = now + limits.repeat;
         let state = State::Preflight;
-        let source = Self { attempt, limits, without_names, link_down_since: None, next_repeat, state };
+        let source = Self {
+            attempt,
+            limits,
+            without_names,
+            link_down_since: None,
+            knows_nothing: false,
+            next_repeat,
+            state,
+        };
         (source, Step::act(vec![Action::Preflight]))
     }
 
@@ -215,8 +226,15 @@ impl Source {
         let state = State::Preflight;
         // Only the first record says it, and that is written already.
         let without_names = false;
-        let mut source =
-            Self { attempt, limits, without_names, link_down_since: Some(now), next_repeat: now, state };
+        let mut source = Self {
+            attempt,
+            limits,
+            without_names,
+            link_down_since: Some(now),
+            knows_nothing: false,
+            next_repeat: now,
+            state,
+        };
         let step = match last {
             SourceRecord::Reserved { .. } | SourceRecord::PreCopy { .. } | SourceRecord::Parked => {
                 source.abort(Refusal::Restarted(site.clone()))
@@ -306,40 +324,12 @@ impl Source {
         matches!(self.state, State::Done(_) | State::Aborting { rolled_back: true, owes: false, .. })
     }
 
-    /// When [`Event::Tick`] is due at the latest.
-    pub fn deadline(&self) -> Option<Duration> {
-        let own = match &self.state {
-            State::Proposed { give_up_at, .. }
-            | State::Reserving { give_up_at }
-            | State::Parked { give_up_at, .. } => Some((*give_up_at).min(self.next_repeat)),
-            State::Parking { stopped_at, predicted, .. } => {
-                stopped_at.map(|at| self.pause_deadline(at, *predicted))
-            }
-            State::Offered { .. }
-            | State::Reclaiming { .. }
-            | State::Promised { .. }
-            | State::Committed { .. }
-            | State::Aborting { told: false, .. }
-            | State::Aborting { owes: true, .. } => Some(self.next_repeat),
-            State::Preflight
-            | State::PreCopy { .. }
-            | State::Released
-            | State::Aborting { told: true, owes: false, .. }
-            | State::Done(_) => None,
-        };
-        let cut = self.link_down_since.filter(|_| self.ends_by_a_cut());
-        let cut = cut.map(|since| since + self.limits.cut_limit);
-        [own, cut].into_iter().flatten().min()
-    }
-
     /// Takes one event.
     pub fn handle(mut self, event: Event, now: Duration) -> (Self, Step<Action>) {
         let step = match event {
-            Event::LinkUp => {
-                self.link_down_since = None;
-                self.repeat(now)
-            }
+            Event::LinkUp => self.on_link_up(now),
             Event::LinkDown => {
+                self.knows_nothing = false;
                 self.link_down_since.get_or_insert(now);
                 Step::nothing()
             }
@@ -535,6 +525,7 @@ impl Source {
             let why = Refusal::Other(String::new());
             return self.on_refused(why);
         }
+        self.knows_nothing = true;
         Step::nothing()
     }
 
@@ -598,94 +589,6 @@ impl Source {
             Record::Source(SourceRecord::Aborted { why }),
             vec![Action::Rollback(permit), Action::Send(tell)],
         )
-    }
-
-    fn on_tick(&mut self, now: Duration) -> Step<Action> {
-        if let Some(since) = self.link_down_since
-            && now >= since + self.limits.cut_limit
-            && self.ends_by_a_cut()
-        {
-            return self.give_up(Refusal::Link(format!("{} s", (now - since).as_secs())));
-        }
-        match &self.state {
-            State::Proposed { give_up_at, .. } | State::Reserving { give_up_at }
-                if now >= *give_up_at && self.link_down_since.is_none() =>
-            {
-                self.give_up(Refusal::Other("The other site did not answer in time".into()))
-            }
-            State::Parking { stopped_at: Some(at), predicted, .. }
-                if now >= self.pause_deadline(*at, *predicted) =>
-            {
-                self.give_up(Refusal::PauseBudget)
-            }
-            State::Parked { give_up_at, .. } if now >= *give_up_at => self.give_up(Refusal::PauseBudget),
-            State::Preflight
-            | State::Proposed { .. }
-            | State::Reserving { .. }
-            | State::PreCopy { .. }
-            | State::Parking { .. }
-            | State::Parked { .. }
-            | State::Offered { .. }
-            | State::Reclaiming { .. }
-            | State::Promised { .. }
-            | State::Committed { .. }
-            | State::Released
-            | State::Aborting { .. }
-            | State::Done(_) => self.repeat_if_due(now),
-        }
-    }
-
-    fn ends_by_a_cut(&self) -> bool {
-        matches!(self.state, State::Proposed { .. } | State::Reserving { .. } | State::PreCopy { .. })
-    }
-
-    fn repeat_if_due(&mut self, now: Duration) -> Step<Action> {
-        if now < self.next_repeat {
-            return Step::nothing();
-        }
-        if self.link_down_since.is_some() {
-            // Nobody would hear it; the register may.
-            self.next_repeat = now + self.limits.repeat;
-            return Step::act(self.question().into_iter().collect());
-        }
-        self.repeat(now)
-    }
-
-    /// Says again what is not answered yet.
-    fn repeat(&mut self, now: Duration) -> Step<Action> {
-        self.next_repeat = now + self.limits.repeat;
-        let said = self.unanswered().map(Action::Send);
-        Step::act(said.into_iter().chain(self.question()).collect())
-    }
-
-    fn unanswered(&self) -> Option<MigrationMessage> {
-        Some(match &self.state {
-            State::Proposed { proposal, .. } => MigrationMessage::Propose(proposal.clone()),
-            // Past the reservation it asks whether that still holds: a destination that lost it while the
-            // link was down has nobody left who would say so unasked.
-            State::Reserving { .. }
-            | State::PreCopy { .. }
-            | State::Parking { .. }
-            | State::Parked { .. } => MigrationMessage::Reserve { epoch: self.attempt.epoch },
-            State::Offered { handover, .. } => {
-                MigrationMessage::Offer { epoch: self.attempt.epoch, handover: handover.clone() }
-            }
-            State::Promised { handover } | State::Committed { handover, .. } => {
-                MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() }
-            }
-            State::Aborting { told: false, why, .. } => {
-                MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() }
-            }
-            State::Preflight
-            | State::Reclaiming { .. }
-            | State::Released
-            | State::Aborting { told: true, .. }
-            | State::Done(_) => return None,
-        })
-    }
-
-    fn pause_deadline(&self, stopped_at: Duration, predicted: Duration) -> Duration {
-        stopped_at + predicted * 2 + self.limits.pause_budget
     }
 
     /// Called only where neither `Committed` nor `Offered` was ever written, the peer durably refused, or the

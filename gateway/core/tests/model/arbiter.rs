@@ -21,6 +21,8 @@ pub enum Mutant {
     GrantAfterAbort,
     /// The destination refuses although its request may still be on its way.
     RefusesWhileClaiming,
+    /// The source does not tell the register that it runs.
+    NeverPays,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -90,11 +92,22 @@ pub enum Needs {
     Nobody,
     Wan,
     Arbiter,
+    WanAndArbiter,
 }
 
 /// A move's name and whom it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label(pub &'static str, pub Needs);
+
+impl Label {
+    /// With these out of reach for ever.
+    pub fn is_possible_without(self, away: &[Needs]) -> bool {
+        match self.1 {
+            Needs::WanAndArbiter => away.is_empty(),
+            Needs::Nobody | Needs::Wan | Needs::Arbiter => !away.contains(&self.1),
+        }
+    }
+}
 
 pub struct Arbiter {
     pub mutant: Option<Mutant>,
@@ -160,12 +173,23 @@ impl Model for Arbiter {
         both.then_some("never_two_running")
     }
 
+    /// One copy runs, and a register that was asked to decide names it: names follow the register.
     fn is_settled(&self, state: &State) -> bool {
-        (state.source_guest == Guest::Running) != (state.destination_guest == Guest::Running)
+        let runs = |guest: Guest| guest == Guest::Running;
+        let named = match state.register {
+            Register::SourceBefore => !state.sent.offer,
+            Register::SourceAfter => runs(state.source_guest),
+            Register::DestinationAfter => runs(state.destination_guest),
+        };
+        runs(state.source_guest) != runs(state.destination_guest) && named
     }
 
+    /// The copy that ran was lost with its host; or the source's was, and its word with it. A copy that was loaded and
+    /// never ran is no loss while the source has its own.
     fn is_lost(&self, state: &State) -> bool {
-        state.source_guest == Guest::Gone || state.destination_guest == Guest::Gone
+        let source = state.source_guest == Guest::Gone && state.source != Source::Done;
+        let destination = state.destination_guest == Guest::Gone && state.destination == Destination::Ran;
+        source || destination
     }
 }
 
@@ -212,7 +236,8 @@ impl Arbiter {
         let owes = matches!(s.source, Source::Resumed | Source::ResumedUnsettled)
             && s.source_guest == Guest::Running
             && s.sent.offer
-            && s.register != Register::SourceAfter;
+            && s.register != Register::SourceAfter
+            && !self.is(Mutant::NeverPays);
         moves.add(owes, "source: pays its debt to the register", Needs::Arbiter, |s| {
             s.register = Register::SourceAfter;
         });
@@ -257,7 +282,7 @@ impl Arbiter {
             s.sent.cancel = true;
         });
         let back = gone && s.sent.refuse && s.register != Register::SourceBefore;
-        moves.add(back, "source: refused after all, takes it back", Needs::Arbiter, |s| {
+        moves.add(back, "source: refused after all, takes it back", Needs::WanAndArbiter, |s| {
             s.register = Register::SourceAfter;
             s.source = Source::Resumed;
             resume(&mut s.source_guest);

@@ -35,6 +35,9 @@ impl World {
 
     /// It is here again: at its home its name comes back, too.
     pub fn came_back(&mut self, site: usize, id: Id) {
+        if self.broken == Some(Broken::KeepsItsAnchor) {
+            return;
+        }
         let epoch = self.moves[&id].epoch;
         let names_alone = Anchor { epoch, peer: site, runs_there: true, names: Names::Owed };
         self.put_anchor(site, (site == A).then_some(names_alone));
@@ -105,7 +108,10 @@ impl World {
         }
         if place != site {
             let names = if anchor.names == Names::None { Names::None } else { Names::Owed };
+            // Who has heard from here that it went to the site which moves it on hears the rest from that one.
+            let noted = std::mem::take(&mut self.sites[site].noted);
             self.put_anchor(site, Some(Anchor { epoch, peer: place, runs_there: true, names }));
+            self.sites[site].noted = noted;
         }
         self.notes(site, from, epoch);
     }

@@ -259,7 +259,10 @@ impl World {
         }
         let (before, peer) = (state.journal.owner.as_ref(), name(attempt.peer_of(site)));
         state.journal.owner = Ownership::after(before, &record, attempt.epoch, peer);
-        if let Record::Destination(DestinationRecord::Activated { .. }) = record {
+        if let Record::Destination(
+            DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. },
+        ) = record
+        {
             // What was held is the machine's own now.
             state.held.remove(&id);
         }
@@ -356,5 +359,8 @@ impl World {
         );
         self.sites[site].destinations.insert(id, DestinationDriver::new(machine));
         self.destination_step(id, step);
+        if self.noticed_down[site][attempt.source] {
+            self.destination(id, destination::Event::LinkDown);
+        }
     }
 }

@@ -63,7 +63,7 @@ impl World {
     }
 
     /// How every attempt stands at both its sites.
-    fn last_records(&self) -> impl Iterator<Item = (usize, Id, &Record)> {
+    pub fn last_records(&self) -> impl Iterator<Item = (usize, Id, &Record)> {
         let sites = self.sites.iter().enumerate();
         sites.flat_map(|(at, site)| {
             let records = site.journal.records.iter();
@@ -71,13 +71,14 @@ impl World {
         })
     }
 
-    fn refused(&self, id: Id) -> bool {
-        matches!(
+    pub fn refused(&self, id: Id) -> bool {
+        let durably = matches!(
             self.sites[self.moves[&id].destination].journal.last(id),
             Some(Record::Destination(
                 DestinationRecord::Refused { .. } | DestinationRecord::HandedBack { .. }
             ))
-        )
+        );
+        durably || self.refused_before.contains(&id)
     }
 
     /// With an arbiter: its register gave the attempt's epoch to `site`, whatever came after.
@@ -149,11 +150,23 @@ impl World {
         self.must("no_resume_without_permit", here, || format!("site {site}, epoch {epoch}"))
     }
 
-    /// A machine whose memory is known to be lost here is not taken: the source still has it.
+    /// A machine whose memory is known to be lost here is not taken, nor asked for: the other side has it still.
     pub fn takes_what_is_there(&self, site: usize, record: &Record) -> Result<(), Violation> {
-        let takes = matches!(record, Record::Destination(DestinationRecord::Activated { .. }));
-        let lost = takes && self.sites[site].found_dead;
-        self.must("no_lost_memory_is_taken", !lost, || "activated without a QEMU".into())
+        let takes = matches!(
+            record,
+            Record::Destination(DestinationRecord::Activated { .. })
+                | Record::Source(SourceRecord::Reclaiming { .. })
+        );
+        let lost = takes && self.sites[site].found_dead && self.sites[site].guest == Guest::Dead;
+        self.must("no_lost_memory_is_taken", !lost, || format!("{} without a QEMU", record.name()))
+    }
+
+    /// A register that is behind what `site` has seen in it is not changed by it.
+    pub fn believes_nothing_older(&self, site: usize, held: Epoch, changed: bool) -> Result<(), Violation> {
+        let seen = self.sites[site].journal.seen;
+        self.must("a_register_put_back_decides_nothing", held >= seen || !changed, || {
+            format!("site {site} changed epoch {held}, and has seen {seen}")
+        })
     }
 
     pub fn rolled_back(&self, id: Id) -> Result<(), Violation> {
@@ -180,14 +193,22 @@ impl World {
             MigrationMessage::Abort { .. } => matches!(
                 last,
                 Some(Record::Source(
-                    SourceRecord::Aborted { .. } | SourceRecord::Returned { .. } | SourceRecord::Settled
+                    SourceRecord::Aborted { .. }
+                        | SourceRecord::Returned { .. }
+                        | SourceRecord::Settled
+                        | SourceRecord::TakenBack { .. }
                 ))
             ),
             MigrationMessage::Loaded { .. } => {
                 matches!(last, Some(Record::Destination(DestinationRecord::Loaded)))
             }
             MigrationMessage::Activated { .. } => {
-                matches!(last, Some(Record::Destination(DestinationRecord::Activated { .. })))
+                matches!(
+                    last,
+                    Some(Record::Destination(
+                        DestinationRecord::Activated { .. } | DestinationRecord::TakenOver { .. }
+                    ))
+                )
             }
             MigrationMessage::Refused { .. } => {
                 matches!(

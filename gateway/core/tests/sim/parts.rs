@@ -116,6 +116,8 @@ pub struct Journal {
     pub records: BTreeMap<Id, Vec<Record>>,
     pub owner: Option<Ownership>,
     pub anchor: Option<Anchor>,
+    /// The highest epoch ever seen in the arbiter's register.
+    pub seen: Epoch,
 }
 
 impl Journal {

@@ -65,7 +65,10 @@ impl World {
         let came_again = others.any(|(other, records)| {
             self.moves[other].epoch > attempt.epoch && matches!(records.last(), Some(Record::Destination(_)))
         });
+        let looks = self.broken != Some(Broken::OverlooksItsAnchor);
+        let anchor = journal.anchor.as_ref().filter(|_| looks);
         next_step(&Facts {
+            untidied: false,
             last,
             epoch: attempt.epoch,
             owner: journal.owner.as_ref(),
@@ -77,7 +80,7 @@ impl World {
             overtaken,
             came_again,
             stale: false,
-            anchor: journal.anchor.as_ref().map(|anchor| anchor.epoch),
+            anchor: anchor.map(|anchor| anchor.epoch),
         })
     }
 

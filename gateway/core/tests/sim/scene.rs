@@ -36,13 +36,36 @@ pub struct Scene {
     pub leavers: &'static [usize],
     /// Moves that are asked for at most.
     pub moves: Id,
+    /// An operator decides where a site is gone for good.
+    pub operator: bool,
 }
 
-pub static TWO: Scene =
-    Scene { prefix: "", sites: 2, routes: &[route(A, B, CommitMode::Confirmed)], leavers: &[A], moves: 3 };
+pub static TWO: Scene = Scene {
+    prefix: "",
+    sites: 2,
+    routes: &[route(A, B, CommitMode::Confirmed)],
+    leavers: &[A],
+    moves: 3,
+    operator: false,
+};
 
-pub static TWO_ARBITRATED: Scene =
-    Scene { prefix: "arbitrated-", sites: 2, routes: &[route(A, B, DNS)], leavers: &[A], moves: 3 };
+pub static TWO_RESOLVED: Scene = Scene {
+    prefix: "resolved-",
+    sites: 2,
+    routes: &[route(A, B, CommitMode::Confirmed)],
+    leavers: &[A],
+    moves: 3,
+    operator: true,
+};
+
+pub static TWO_ARBITRATED: Scene = Scene {
+    prefix: "arbitrated-",
+    sites: 2,
+    routes: &[route(A, B, DNS)],
+    leavers: &[A],
+    moves: 3,
+    operator: false,
+};
 
 pub static THREE: Scene = Scene {
     prefix: "three-",
@@ -50,10 +73,17 @@ pub static THREE: Scene = Scene {
     routes: &everywhere(CommitMode::Confirmed),
     leavers: &[A, B, C],
     moves: 6,
+    operator: false,
 };
 
-pub static THREE_ETCD: Scene =
-    Scene { prefix: "three-etcd-", sites: 3, routes: &everywhere(ETCD), leavers: &[A, B, C], moves: 6 };
+pub static THREE_ETCD: Scene = Scene {
+    prefix: "three-etcd-",
+    sites: 3,
+    routes: &everywhere(ETCD),
+    leavers: &[A, B, C],
+    moves: 6,
+    operator: false,
+};
 
 /// The name server arbitrates for the home alone; on a link without an arbiter a visitor may move on.
 pub static THREE_DNS: Scene = Scene {
@@ -67,9 +97,10 @@ pub static THREE_DNS: Scene = Scene {
     ],
     leavers: &[A, B, C],
     moves: 6,
+    operator: false,
 };
 
-pub static SCENES: [&Scene; 5] = [&TWO, &TWO_ARBITRATED, &THREE, &THREE_ETCD, &THREE_DNS];
+pub static SCENES: [&Scene; 6] = [&TWO, &TWO_RESOLVED, &TWO_ARBITRATED, &THREE, &THREE_ETCD, &THREE_DNS];
 
 impl Scene {
     /// The scene of a kept schedule.
@@ -78,9 +109,16 @@ impl Scene {
         of_it.max_by_key(|scene| scene.prefix.len()).expect("a prefix may be empty")
     }
 
-    /// Some moves ask an arbiter.
+    /// Whom some moves ask, or all.
+    pub fn arbiter(&self) -> Option<Arbiter> {
+        self.routes.iter().find_map(|route| match route.commit {
+            CommitMode::Confirmed => None,
+            CommitMode::Arbitrated(of) => Some(of),
+        })
+    }
+
     pub fn has_arbiter(&self) -> bool {
-        self.routes.iter().any(|route| route.commit != CommitMode::Confirmed)
+        self.arbiter().is_some()
     }
 
     /// Each site with each other.

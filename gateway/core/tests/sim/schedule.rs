@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::scene::{A, B, C};
+use crate::scene::{A, B, C, Scene};
 
 /// What happens, by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +32,15 @@ pub enum Kind {
     NameServer,
     /// Everybody gets on with what he can do.
     Calm,
+    /// The arbiter's register comes back in an older state.
+    PutBack,
+    /// An operator decides for a site that is gone for good.
+    Resolve,
 }
 
 /// Each kind and how often it comes, out of the sum. What only a third site can have happen stands last, so that a seed
 /// means the same to two sites as ever.
-const WEIGHTS: [(Kind, u64); 30] = [
+const WEIGHTS: [(Kind, u64); 32] = [
     (Kind::Deliver, 160),
     (Kind::Double, 20),
     (Kind::Lose, 20),
@@ -68,10 +72,40 @@ const WEIGHTS: [(Kind, u64); 30] = [
     (Kind::KillGuest(C), 2),
     // A machine that has moved moves on: without it hardly one would come so far.
     (Kind::Calm, 60),
+    // Where there is an arbiter, or an operator.
+    (Kind::PutBack, 20),
+    (Kind::Resolve, 20),
 ];
 
 /// How many of them there are for two sites.
 const OF_TWO: usize = 22;
+
+/// Which of them happen in a scene.
+fn happens(scene: &Scene, at: usize) -> bool {
+    match WEIGHTS[at].0 {
+        Kind::PutBack => scene.has_arbiter(),
+        Kind::Resolve => scene.operator,
+        Kind::Deliver
+        | Kind::Double
+        | Kind::Lose
+        | Kind::Work
+        | Kind::WorkFails
+        | Kind::Sync
+        | Kind::Wait
+        | Kind::Cut(..)
+        | Kind::Mend
+        | Kind::NoticeLink
+        | Kind::Crash(_)
+        | Kind::Restart
+        | Kind::PowerLoss(_)
+        | Kind::KillGuest(_)
+        | Kind::Boot
+        | Kind::Migrate
+        | Kind::Abort
+        | Kind::NameServer
+        | Kind::Calm => scene.sites > 2 || at < OF_TWO,
+    }
+}
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -95,7 +129,9 @@ impl fmt::Display for Kind {
             | Self::Migrate
             | Self::Abort
             | Self::NameServer
-            | Self::Calm => write!(f, "{self:?}"),
+            | Self::Calm
+            | Self::PutBack
+            | Self::Resolve => write!(f, "{self:?}"),
         }
     }
 }
@@ -138,13 +174,14 @@ impl Random {
 }
 
 /// The schedule of a seed. Each seed leaves some kinds of faults out, so that rare ones meet.
-pub fn of_seed(seed: u64, sites: usize) -> Vec<Event> {
+pub fn of_seed(seed: u64, scene: &Scene) -> Vec<Event> {
     let mut random = Random(seed);
     let swarm = random.next();
-    let kinds = if sites == 2 { OF_TWO } else { WEIGHTS.len() };
-    let weights: Vec<(Kind, u64)> = WEIGHTS[..kinds]
+    let sites = scene.sites;
+    let weights: Vec<(Kind, u64)> = WEIGHTS
         .iter()
         .enumerate()
+        .filter(|(at, _)| happens(scene, *at))
         .map(|(at, (kind, weight))| {
             let steady = matches!(
                 kind,

@@ -1,9 +1,8 @@
-//! What the gateways of the simulation are busy with, done: copies, guests, questions to arbiters.
+//! What the gateways of the simulation are busy with, done: copies and guests. Questions to arbiters are asked elsewhere.
 
 use longhaul_core::ids::Epoch;
-use longhaul_core::migration::arbiter::{Request, Verdict};
 use longhaul_core::migration::message::Refusal;
-use longhaul_core::migration::{CommitMode, destination, source};
+use longhaul_core::migration::{destination, source};
 
 use crate::broken::Broken;
 use crate::invariants::Violation;
@@ -32,7 +31,13 @@ impl World {
             Work::Copy => {
                 // Until it is stopped it reports again and again.
                 self.sources_work(id, Work::Copy);
-                source::Event::Progress(support::converged())
+                if id.is_multiple_of(2) {
+                    // An idle guest is stopped by its QEMU, not by its gateway.
+                    self.sites[site].guest = Guest::Still;
+                    source::Event::SwitchoverReached
+                } else {
+                    source::Event::Progress(support::converged())
+                }
             }
             Work::StopGuest => {
                 self.sites[site].guest = Guest::Still;
@@ -55,11 +60,21 @@ impl World {
                 self.sites[site].guest = Guest::Gone;
                 source::Event::TidiedUp
             }
-            Work::Ask(request) => source::Event::Arbiter(self.arbitrates(site, id, request)),
+            Work::Ask(request) => {
+                self.looks_for_what_was_offered(id, guest);
+                source::Event::Arbiter(self.arbitrates(site, id, request)?)
+            }
             Work::Prepare | Work::Load | Work::Activate(_) | Work::Discard | Work::Check => return Ok(()),
         };
         self.source(id, event);
         Ok(())
+    }
+
+    /// What is asked with a dead guest must not bring it back from a destination that has it whole.
+    fn looks_for_what_was_offered(&mut self, id: Id, guest: Guest) {
+        if guest == Guest::Dead && self.broken != Some(Broken::AsksForTheDead) {
+            self.source(id, source::Event::GuestLost);
+        }
     }
 
     /// Before anything is proposed: the name is at its home and can be moved, and so can the arbiter's register.
@@ -72,8 +87,9 @@ impl World {
         if attempt.source == A && (!name_is_here || is_owed) {
             return source::Event::Failed(Refusal::Names("it does not point at the machine".into()));
         }
-        if self.arbiter(attempt.commit).is_some_and(|register| register.epoch >= attempt.epoch) {
-            return source::Event::Failed(Refusal::Other("the register is not older".into()));
+        let seen = self.sites[attempt.source].journal.seen;
+        if self.arbiter(attempt.commit).is_some_and(|it| it.epoch >= attempt.epoch || it.epoch < seen) {
+            return source::Event::Failed(Refusal::Other("the register cannot decide".into()));
         }
         source::Event::PreflightPassed(proposal(Epoch(attempt.epoch.0 - 1), attempt.commit))
     }
@@ -115,7 +131,7 @@ impl World {
             }
             Work::Check if state.guest == Guest::Still => destination::Event::Stands,
             Work::Check => destination::Event::Failed(Refusal::Hypervisor("QEMU is gone".into())),
-            Work::Ask(request) => destination::Event::Arbiter(self.arbitrates(site, id, request)),
+            Work::Ask(request) => destination::Event::Arbiter(self.arbitrates(site, id, request)?),
             Work::Preflight
             | Work::Copy
             | Work::StopGuest
@@ -127,27 +143,5 @@ impl World {
         };
         self.destination(id, event);
         Ok(())
-    }
-
-    fn arbitrates(&mut self, site: usize, id: Id, request: Request) -> Verdict {
-        let attempt = self.moves[&id];
-        if self.broken == Some(Broken::NeverPays) && request == Request::BackToSource {
-            return Verdict::Source;
-        }
-        if site == attempt.destination && self.broken == Some(Broken::TwoPrimaries) {
-            return self.second_primary.ask(request, &attempt).0;
-        }
-        let CommitMode::Arbitrated(of) = attempt.commit else { return Verdict::Unknown };
-        let (verdict, under_way) = self.register(of).ask(request, &attempt);
-        self.under_way.extend(under_way.map(|change| (of, change)));
-        let hopes = match self.broken {
-            Some(Broken::ClaimsWithoutAnAnswer) => Some((Request::ForDestination, Verdict::Destination)),
-            Some(Broken::TakesBackWithoutAnAnswer) => Some((Request::ForSource, Verdict::Source)),
-            Some(_) | None => None,
-        };
-        match (verdict, hopes) {
-            (Verdict::Unknown, Some((hoped, won))) if hoped == request => won,
-            (verdict, _) => verdict,
-        }
     }
 }

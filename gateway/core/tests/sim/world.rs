@@ -1,7 +1,7 @@
 //! The sites, the WAN between them, a name server, an arbiter and a clock of its own; one event at a time, and the way
 //! back to health.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use longhaul_core::ids::Epoch;
@@ -41,6 +41,8 @@ pub struct World {
     pub all_sent: BTreeMap<Id, u64>,
     /// The newest write that the guest was told is durable.
     pub flushed: u64,
+    /// What a site had durably refused that was destroyed since.
+    pub refused_before: BTreeSet<Id>,
     pub broken: Option<Broken>,
     pub only: Option<&'static str>,
     /// Details of what is violated are not wanted: it may hold in a while.
@@ -71,6 +73,7 @@ impl World {
             moves: BTreeMap::new(),
             all_sent: BTreeMap::new(),
             flushed: 0,
+            refused_before: BTreeSet::new(),
             broken,
             only,
             terse: false,
@@ -166,6 +169,8 @@ impl World {
                     self.register(of).apply(late);
                 }
             }
+            Kind::PutBack => self.put_back(number),
+            Kind::Resolve => return self.resolve(number),
             Kind::Calm => return (0..number % 4).try_for_each(|_| self.goes_on()),
             Kind::Lose => {}
         }
@@ -286,7 +291,7 @@ impl World {
     }
 
     /// A gateway dies; of what it had not synced, each record is there or not.
-    fn crash(&mut self, site: usize, number: usize) -> Result<(), Violation> {
+    pub fn crash(&mut self, site: usize, number: usize) -> Result<(), Violation> {
         if !self.sites[site].up {
             return Ok(());
         }
@@ -371,7 +376,10 @@ impl World {
     }
 
     fn gateways_and_names_are_well(&mut self) {
-        (self.name_server.mood, self.etcd.mood) = (Mood::Answers, Mood::Answers);
+        for register in [&mut self.name_server, &mut self.etcd] {
+            register.mood = Mood::Answers;
+            register.repair();
+        }
         for site in 0..self.scene.sites {
             self.restart(site);
         }

@@ -115,6 +115,16 @@ async fn a_gateway_that_crashed_and_returns_replaces_its_dead_connection() {
 }
 
 #[tokio::test]
+async fn a_gateway_that_has_just_begun_dials_at_once_whichever_key_is_the_smaller() {
+    let never = |config: &mut LinkConfig| config.dial_after = Duration::from_secs(3600);
+    // Keys are random: one of each kind is all but certain to be among these.
+    for _ in 0..8 {
+        let (mut a, mut b) = pair_with(never, never, |address| address).await;
+        settle(&mut a, &mut b).await;
+    }
+}
+
+#[tokio::test]
 async fn two_sites_that_dial_each_other_end_with_one_connection() {
     for _ in 0..5 {
         let (key_a, key_b) = (Identity::generate().unwrap(), Identity::generate().unwrap());

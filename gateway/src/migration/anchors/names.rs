@@ -15,7 +15,7 @@ use std::time::Duration;
 use longhaul_core::migration::spread::{Lagging, Spread};
 use tokio::time::Instant;
 
-use super::{AGAIN_AT_MOST, AnchorTask, standing};
+use super::task::{AGAIN_AT_MOST, AnchorTask, standing};
 use crate::config::DnsConfig;
 use crate::dns::{NameMove, Names, NamesError};
 use crate::journal::unix_ms;

@@ -1,7 +1,8 @@
 //! The source whose destination is gone for good: an operator's word stands in for the peer's.
 //!
-//! Only after `Committed`: with an arbiter the register says first whose the machine is. The copy at the
-//! destination is destroyed, as the operator states; a new epoch begins here, so the register is owed nothing.
+//! Only after `Committed`: with an arbiter the register says first whose the machine is. Either the copy at the
+//! destination is destroyed, as the operator states; a new epoch begins here, so the register is owed nothing. Or it runs
+//! there and its gateway has forgotten how it came, as it says itself: then it is released here as if it had said so.
 
 use super::{Action, Source, State};
 use crate::migration::message::Refusal;
@@ -16,6 +17,10 @@ impl Source {
             (State::Committed { .. }, Decided::Ours { destroyed }) => {
                 let actions = self.taken_back().after_record();
                 Step::record(Record::Source(SourceRecord::TakenBack { destroyed }), actions)
+            }
+            (State::Committed { refused: None, .. }, Decided::Theirs) if self.knows_nothing => {
+                self.state = State::Released;
+                Step::record(Record::Source(SourceRecord::Released), vec![Action::Release])
             }
             (_, Decided::Ours { .. } | Decided::Theirs) => Step::nothing(),
         }

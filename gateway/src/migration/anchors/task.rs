@@ -1,0 +1,198 @@
+//! One anchor at work: it attracts, moves the name, waits until nobody needs it any more, and ends; then only its word is
+//! owed to sites that have not heard it.
+//!
+//! Where an anchor comes from and who may speak of it is [`super`]'s; how the name gets to its servers is [`super::names`]'.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use longhaul_core::ids::{SiteName, VmName};
+use longhaul_core::tunnel::datapath::PortStatus;
+use longhaul_core::tunnel::handover::FlowTuple;
+use longhaul_core::tunnel::policy::{PortKey, Role};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::ended::note_ended;
+use super::telling::{tell_others, unheard};
+use super::{Begin, keep_rest, leave, put, release};
+use crate::api::types::AnchorView;
+use crate::journal::unix_ms;
+use crate::migration::anchor::Anchor;
+use crate::migration::{Edges, chain};
+use crate::tunnel::{TunnelError, TunnelStatus};
+
+/// What it works with.
+pub(super) struct AnchorTask {
+    pub edges: Edges,
+    pub anchor: Anchor,
+    pub views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+    /// The machine runs at its new place.
+    pub told: watch::Receiver<bool>,
+    /// The sites that have heard where it is.
+    pub heard: watch::Receiver<BTreeSet<SiteName>>,
+    /// Connections of before the move that are over.
+    pub over: watch::Sender<BTreeSet<FlowTuple>>,
+}
+
+/// How long addresses are attracted for sites that have not heard where the machine is.
+const TELL_LIMIT: Duration = Duration::from_secs(3600);
+/// Between two tries at the name server, or at another site, at most.
+pub(super) const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
+
+impl AnchorTask {
+    pub async fn run(mut self) {
+        if self.told.wait_for(|runs| *runs).await.is_err() {
+            return;
+        }
+        if !self.anchor.runs_there {
+            self.anchor.runs_there = true;
+            self.write();
+        }
+        let telling = tokio::spawn(tell_others(self.edges.clone(), self.anchor.clone(), self.heard.clone()));
+        let telling = AbortOnDrop(telling);
+        let noting = tokio::spawn(note_ended(self.edges.clone(), self.anchor.clone(), self.over.clone()));
+        let noting = AbortOnDrop(noting);
+        self.settle().await;
+        if !self.anchor.ended {
+            // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for
+            // ever.
+            let _ = tokio::time::timeout(TELL_LIMIT, self.others_have_heard()).await;
+            while !self.end().await {
+                self.wait_for_flows().await;
+            }
+        }
+        drop(noting);
+        self.others_have_heard().await;
+        drop(telling);
+        self.note_news();
+        keep_rest(&self.edges, &self.anchor);
+    }
+
+    async fn others_have_heard(&mut self) {
+        let (edges, anchor) = (&self.edges, &self.anchor);
+        // Who hears for it has ended only with this task.
+        let _ = self.heard.wait_for(|heard| unheard(edges, anchor, heard).is_empty()).await;
+    }
+
+    pub async fn attract(&mut self, begin: Begin) {
+        if self.anchor.ended {
+            return;
+        }
+        let holds = self.anchor.holds();
+        for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
+            let key = hold.key.clone();
+            let tunnel = &self.edges.tunnel;
+            let known = match begin {
+                Begin::Held => tunnel.hold_end_attract(key.clone(), nic.flows.clone()).await,
+                Begin::Restored => Err(TunnelError::Stopped),
+            };
+            // A gateway that was killed before it wrote the anchor down knows of no hold either.
+            let attracted = match known {
+                Ok(()) => Ok(()),
+                Err(_) => match tunnel.hold_begin(hold).await {
+                    // Another host may have taken the address while there was no gateway.
+                    Ok(()) => tunnel.attract_again(key, nic.flows.clone()).await,
+                    Err(error) => Err(error),
+                },
+            };
+            if let Err(error) = attracted {
+                tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
+            }
+        }
+        if !self.anchor.nics.is_empty() {
+            tracing::info!(vm = %self.anchor.vm, to = %self.anchor.peer, "address attracted");
+        }
+    }
+
+    /// Names, then flows: until the tunnel may end.
+    async fn settle(&mut self) {
+        self.move_name().await;
+        self.wait_for_servers().await;
+        self.let_old_answers_expire().await;
+        self.wait_for_flows().await;
+    }
+
+    /// Until no old flow is left and nobody asks for the home address any more.
+    async fn wait_for_flows(&mut self) {
+        let keys = self.keys();
+        if keys.is_empty() || self.anchor.ended {
+            return;
+        }
+        // A resolver that asked before the TTL was lowered believes its answer for the TTL of then, and so does one that
+        // asked a name server which had not heard of that either.
+        let told_ms = self.anchor.since_unix_ms.max(self.anchor.names.moved_unix_ms().unwrap_or(0));
+        let believed_until_ms = told_ms + u64::from(self.anchor.ttl_s) * 1000;
+        let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
+        for key in &keys {
+            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
+                tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
+            }
+        }
+        let mut status = self.edges.tunnel.status();
+        loop {
+            let (flows, may_end) = standing(&status.borrow_and_update(), &keys);
+            self.show(|view| view.flows = flows);
+            if may_end || status.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// False if the machine is on its way back.
+    async fn end(&mut self) -> bool {
+        if !release(&self.edges, &self.anchor).await {
+            tracing::debug!(vm = %self.anchor.vm, "no old connection is left, and the machine is on its way back");
+            return false;
+        }
+        self.note_news();
+        leave(&self.edges, &mut self.anchor);
+        self.show(|view| {
+            view.flows = 0;
+            view.closed_ms = Some(unix_ms());
+        });
+        tracing::info!(vm = %self.anchor.vm, "no old connection is left; its address here is free");
+        true
+    }
+
+    pub fn keys(&self) -> Vec<PortKey> {
+        self.anchor.holds().into_iter().map(|hold| hold.key).collect()
+    }
+
+    pub fn write(&mut self) {
+        self.note_news();
+        put(&self.edges, &self.anchor);
+    }
+
+    /// Who has heard is not told again, and for what is over nothing is held: not by the next gateway either.
+    fn note_news(&mut self) {
+        self.anchor.forget_told(&self.heard.borrow());
+        self.anchor.forget_flows(&self.over.borrow());
+    }
+
+    pub fn show(&self, change: impl FnOnce(&mut AnchorView)) {
+        self.views.send_modify(|views| {
+            if let Some(view) = views.get_mut(&self.anchor.vm) {
+                change(view);
+            }
+        });
+    }
+}
+
+/// Flows that are held for these NICs, and whether nothing holds their tunnels any more.
+pub(super) fn standing(status: &TunnelStatus, keys: &[PortKey]) -> (u64, bool) {
+    // Beside it may stand what is passed on for the machine's other addresses.
+    let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
+    let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
+    let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+    (flows, !ports.is_empty() && ports.iter().all(|port| port.may_end))
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
