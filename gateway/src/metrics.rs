@@ -18,6 +18,10 @@ pub struct LinkFigures {
     pub up: bool,
     /// Round-trip time in seconds.
     pub rtt_s: f64,
+    /// The shortest round-trip time of late in seconds.
+    pub min_rtt_s: f64,
+    /// What the path is believed to carry, in bytes of UDP payload per second; zero if unknown.
+    pub bandwidth: u64,
     /// UDP payload sent.
     pub sent_bytes: u64,
     /// UDP payload received.
@@ -102,17 +106,24 @@ pub fn page(figures: &Figures) -> String {
     gauge(&mut registry, "tunnel_packets_dropped", "Guests' packets dropped", figures.tunnel_dropped);
     let up = Family::<Peer, Gauge>::default();
     let rtt = Family::<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
+    let min_rtt = Family::<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
+    let bandwidth = Family::<Peer, Gauge>::default();
     let sent = Family::<Peer, Gauge>::default();
     let received = Family::<Peer, Gauge>::default();
     for link in &figures.links {
         let peer = Peer { peer: link.peer.clone() };
         up.get_or_create(&peer).set(link.up.into());
         rtt.get_or_create(&peer).set(link.rtt_s);
+        min_rtt.get_or_create(&peer).set(link.min_rtt_s);
+        bandwidth.get_or_create(&peer).set(link.bandwidth as i64);
         sent.get_or_create(&peer).set(link.sent_bytes as i64);
         received.get_or_create(&peer).set(link.received_bytes as i64);
     }
     registry.register("link_up", "1 while a connection to the peer is up", up);
     registry.register("link_rtt_seconds", "Round-trip time to the peer", rtt);
+    registry.register("link_min_rtt_seconds", "Shortest round-trip time to the peer of late", min_rtt);
+    let estimated = "What the path to the peer is believed to carry; 0 while that is unknown";
+    registry.register("link_estimated_bytes_per_second", estimated, bandwidth);
     registry.register("link_sent_bytes", "UDP payload sent to the peer since the start", sent);
     registry.register("link_received_bytes", "UDP payload received from the peer since the start", received);
     let mut text = String::new();
@@ -134,11 +145,22 @@ mod tests {
 
     #[test]
     fn the_page_names_unit_and_peer() {
-        let link = LinkFigures { peer: "b".into(), up: true, rtt_s: 0.1, sent_bytes: 7, received_bytes: 9 };
+        let link = LinkFigures {
+            peer: "b".into(),
+            up: true,
+            rtt_s: 0.1,
+            min_rtt_s: 0.09,
+            bandwidth: 12_000_000,
+            sent_bytes: 7,
+            received_bytes: 9,
+        };
         let over_share = vec![("web1".to_owned(), 3)];
         let text = page(&Figures { links: vec![link], anchors: 2, over_share, ..Figures::default() });
         assert!(text.contains("longhaul_tunnel_packets_over_share{machine=\"web1\"} 3"), "{text}");
         assert!(text.contains("longhaul_link_rtt_seconds{peer=\"b\"} 0.1"), "{text}");
+        let estimated = "longhaul_link_estimated_bytes_per_second{peer=\"b\"} 12000000";
+        assert!(text.contains(estimated), "{text}");
+        assert!(text.contains("longhaul_link_min_rtt_seconds{peer=\"b\"} 0.09"), "{text}");
         assert!(text.contains("longhaul_anchors 2") && text.ends_with("# EOF\n"), "{text}");
     }
 }

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use gateway::config::ArbiterChoice;
 use netns_tests::bench::{
     self,
+    link::{LinkEndArguments, LinkOptions, link_end_main},
     tunnel::{BenchOptions, EndArguments, end_main},
 };
 use netns_tests::faults::setting::{Leg, Setting};
@@ -52,6 +53,9 @@ enum Command {
     /// One end of the benchmark's own tunnel
     #[command(hide = true)]
     BenchEnd(EndArguments),
+    /// One end of the benchmark of links
+    #[command(hide = true)]
+    BenchLinkEnd(LinkEndArguments),
     /// The client of the laboratory
     #[command(hide = true)]
     Traffic(ClientArguments),
@@ -113,6 +117,37 @@ impl DemoArgs {
 enum BenchCommand {
     /// This tunnel, plain routing, and user-space tunnels of the package registries
     Tunnel(BenchTunnelArgs),
+    /// This link, kernel TCP and quinn's congestion controllers on an emulated WAN
+    Link(BenchLinkArgs),
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct BenchLinkArgs {
+    /// Length of one measurement, after the time to find the rate; three times that for pairs
+    #[arg(long, default_value_t = 8)]
+    seconds: u64,
+    /// How often each measurement is repeated
+    #[arg(long, default_value_t = 1)]
+    rounds: u32,
+    /// Two paths only
+    #[arg(long)]
+    quick: bool,
+    /// Every combination of rate, round trip, loss and queue: hours
+    #[arg(long, conflicts_with = "quick")]
+    full: bool,
+    /// Only the sender of this name; may be given more than once
+    #[arg(long)]
+    only: Vec<String>,
+    /// Only pairs that share a path
+    #[arg(long)]
+    shared_only: bool,
+}
+
+impl BenchLinkArgs {
+    fn options(self) -> LinkOptions {
+        let Self { seconds, rounds, quick, full, only, shared_only } = self;
+        LinkOptions { seconds, rounds, quick, full, only, shared_only }
+    }
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -206,6 +241,10 @@ fn run(command: Command) -> anyhow::Result<bool> {
         end_main(arguments)?;
         return Ok(true);
     }
+    if let Command::BenchLinkEnd(arguments) = &command {
+        link_end_main(arguments)?;
+        return Ok(true);
+    }
     install::ensure_root();
     install::ensure(install::LAB_NEEDS)?;
     match command {
@@ -233,7 +272,13 @@ fn run(command: Command) -> anyhow::Result<bool> {
             bench::tunnel::run(&args.options())?;
             Ok(true)
         }
-        Command::BenchEnd(_) | Command::Traffic(_) => Ok(true),
+        Command::Bench(BenchCommand::Link(args)) => {
+            bench::ensure_release()?;
+            cleanup::remove_on_signals()?;
+            bench::link::run(&args.options())?;
+            Ok(true)
+        }
+        Command::BenchEnd(_) | Command::BenchLinkEnd(_) | Command::Traffic(_) => Ok(true),
     }
 }
 

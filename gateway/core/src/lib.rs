@@ -5,6 +5,7 @@
 //! parameter. Maps are ordered and every queue has a bound, so that a run can be replayed exactly.
 
 pub mod bulk;
+pub mod congestion;
 pub mod disk;
 pub mod ids;
 pub mod machine;

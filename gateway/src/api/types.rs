@@ -63,6 +63,12 @@ pub struct PeerView {
     pub up: bool,
     /// Its round-trip time, while it is.
     pub rtt_ms: Option<f64>,
+    /// The shortest round-trip time of late: what is more, waits in queues.
+    #[serde(default)]
+    pub min_rtt_ms: Option<f64>,
+    /// What the path to it is believed to carry, once that was measured.
+    #[serde(default)]
+    pub estimated_mbit: Option<f64>,
 }
 
 /// A machine this site knows.

@@ -9,7 +9,7 @@ use longhaul_core::units::Bytes;
 
 use super::journal::utc;
 use crate::api::client::{Client, ClientError};
-use crate::api::types::{AnchorView, MigrationView, Progressing, RetryView, StatusView};
+use crate::api::types::{AnchorView, MigrationView, PeerView, Progressing, RetryView, StatusView};
 
 /// `longhaul status`.
 pub async fn status(client: &Client, json: bool) -> Result<ExitCode, ClientError> {
@@ -55,11 +55,15 @@ pub async fn doctor(client: &Client, vm: Option<&VmName>, json: bool) -> Result<
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+fn estimate(peer: &PeerView) -> String {
+    peer.estimated_mbit.map_or_else(String::new, |mbit| format!(", about {mbit:.0} Mbit/s"))
+}
+
 fn page(view: &StatusView) -> String {
     let mut page = format!("site {}\n", view.site);
     for peer in &view.peers {
         let state = match (peer.up, peer.rtt_ms) {
-            (true, Some(rtt)) => format!("up, {rtt:.1} ms"),
+            (true, Some(rtt)) => format!("up, {rtt:.1} ms{}", estimate(peer)),
             (true, None) => "up".to_owned(),
             (false, _) => "DOWN".to_owned(),
         };

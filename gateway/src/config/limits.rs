@@ -192,6 +192,7 @@ mod tests {
             ("storage", "keep_free_gib = 1048577", "storage.keep_free_gib"),
             ("link", "rate_mbit = 0", "link.rate_mbit"),
             ("link", "rate_mbit = 1000001", "link.rate_mbit"),
+            ("link", "congestion = \"cubic\"", "link.congestion"),
             ("link", "mtu_bytes = 1199", "link.mtu_bytes"),
             ("link", "listen = \"0.0.0.0:0\"", "link.listen"),
             ("hypervisor", "uid_base = 999", "hypervisor.uid_base"),

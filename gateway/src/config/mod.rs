@@ -19,8 +19,8 @@ use serde::Deserialize;
 pub use etcd::{Endpoint, EtcdConfig, InvalidEndpoint};
 pub(crate) use limits::{UIDS, parse_prefix};
 pub use sections::{
-    ArbiterChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection, MigrationSection,
-    PeerConfig, SiteConfig, StorageConfig, TunnelSection,
+    ArbiterChoice, CongestionChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection,
+    MigrationSection, PeerConfig, SiteConfig, StorageConfig, TunnelSection,
 };
 
 /// A whole configuration file.

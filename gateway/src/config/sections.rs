@@ -58,9 +58,13 @@ impl SiteConfig {
 pub struct LinkSection {
     /// The address and port to listen on and to dial from (default `0.0.0.0:4789`).
     pub listen: SocketAddr,
-    /// What the path to a peer carries, in Mbit/s (default 100). Bulk data is paced to it: too high fills
-    /// queues on the way and hurts others, too low leaves the link unused.
+    /// The most that is sent to a peer, in Mbit/s (default 100). Too low leaves the link unused. What the path
+    /// carries at present is found within it, so that too high does no harm unless `congestion` is `"fixed"`.
     pub rate_mbit: u64,
+    /// How that is found (default `"model"`: from what the path delivers, like BBR). `"fixed"` sends at
+    /// `rate_mbit` whatever happens, for a path that carries exactly that and nothing else: on another one it fills
+    /// queues and hurts others.
+    pub congestion: CongestionChoice,
     /// The largest UDP payload the path carries unfragmented, in bytes (default 1400). Too high and nothing
     /// passes at all.
     pub mtu_bytes: u16,
@@ -78,12 +82,24 @@ impl Default for LinkSection {
         Self {
             listen: SocketAddr::from(([0, 0, 0, 0], 4789)),
             rate_mbit: 100,
+            congestion: CongestionChoice::default(),
             mtu_bytes: 1400,
             window_mib: 4,
             socket_buffer_mib: 8,
             idle_timeout_s: 10,
         }
     }
+}
+
+/// `link.congestion`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CongestionChoice {
+    /// What the path carries at present is estimated.
+    #[default]
+    Model,
+    /// It is `rate_mbit`.
+    Fixed,
 }
 
 /// `[lan.NAME]`: a network that machines are connected to.

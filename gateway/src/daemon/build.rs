@@ -14,13 +14,13 @@ use longhaul_core::tunnel::repair::{Incarnation, Treatment};
 use longhaul_core::units::Rate;
 
 use crate::api::server::ApiSocket;
-use crate::config::{Config, UIDS};
+use crate::config::{Config, CongestionChoice, UIDS};
 use crate::dns::Names;
 use crate::etcd::Registers;
 use crate::hypervisor::{AcceleratorChoice, Hypervisor, HypervisorConfig, KernelPaths, UidRange};
 use crate::identity::Identity;
 use crate::journal::Journal;
-use crate::link::{DatagramSender, Link, LinkConfig, LinkEvent, PeerConfig};
+use crate::link::{CongestionControl, DatagramSender, Link, LinkConfig, LinkEvent, PeerConfig};
 use crate::migration::Edges;
 use crate::tunnel::{DatagramPath, Tunnel, TunnelConfig};
 
@@ -145,6 +145,10 @@ fn link(config: &Config) -> anyhow::Result<LinkConfig> {
     }
     let mut link = LinkConfig::new(config.site.name.clone(), section.listen, peers);
     link.rate = Rate::mbit(section.rate_mbit);
+    link.congestion = match section.congestion {
+        CongestionChoice::Model => CongestionControl::Model,
+        CongestionChoice::Fixed => CongestionControl::Fixed,
+    };
     link.mtu_bytes = section.mtu_bytes;
     link.udp_buffer_bytes = (section.socket_buffer_mib << 20) as usize;
     link.idle_timeout = Duration::from_secs(section.idle_timeout_s);

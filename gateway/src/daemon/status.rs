@@ -19,6 +19,7 @@ use crate::api::types::{
 use crate::api::{Reply, RequestError};
 use crate::history::{self, Site};
 use crate::hypervisor::{Guest, QmpError};
+use crate::link::PeerHandle;
 use crate::metrics::{Figures, LinkFigures, page};
 use crate::migration::partial::{self, Partial};
 use crate::migration::{Edges, Inbound, MachineRow};
@@ -54,16 +55,7 @@ impl Daemon {
     fn view(&self, machines: Vec<MachineView>) -> StatusView {
         StatusView {
             site: self.edges.site().clone(),
-            peers: self
-                .edges
-                .link
-                .peers()
-                .map(|peer| {
-                    let up = peer.is_up();
-                    let rtt_ms = up.then(|| peer.stats().rtt.as_secs_f64() * 1e3);
-                    PeerView { name: peer.name().clone(), up, rtt_ms }
-                })
-                .collect(),
+            peers: self.edges.link.peers().map(peer_view).collect(),
             machines,
             migrations: self.migration_views(),
             anchors: self.anchor_views(),
@@ -197,6 +189,8 @@ impl Daemon {
                 peer: peer.name().to_string(),
                 up: stats.up,
                 rtt_s: stats.rtt.as_secs_f64(),
+                min_rtt_s: stats.min_rtt.as_secs_f64(),
+                bandwidth: stats.bandwidth.unwrap_or_default().0,
                 sent_bytes: stats.udp_sent.payload_bytes,
                 received_bytes: stats.udp_received.payload_bytes,
             }
@@ -234,6 +228,18 @@ impl Daemon {
             tunnel_packets_in: tunnel.packets_in,
             tunnel_dropped: tunnel.dropped,
         })
+    }
+}
+
+fn peer_view(peer: &PeerHandle) -> PeerView {
+    let stats = peer.stats();
+    let in_ms = |time: Duration| stats.up.then_some(time.as_secs_f64() * 1e3);
+    PeerView {
+        name: peer.name().clone(),
+        up: stats.up,
+        rtt_ms: in_ms(stats.rtt),
+        min_rtt_ms: in_ms(stats.min_rtt),
+        estimated_mbit: stats.bandwidth.map(|rate| rate.0 as f64 * 8.0 / 1e6),
     }
 }
 

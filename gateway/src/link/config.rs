@@ -16,6 +16,16 @@ use crate::identity::PublicKey;
 /// The smallest UDP payload that QUIC allows, in bytes (RFC 9000, section 14).
 pub const MIN_MTU_BYTES: u16 = 1200;
 
+/// How the rate within the operator's is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CongestionControl {
+    /// What the path carries at present is estimated, and followed.
+    #[default]
+    Model,
+    /// The operator's rate is what the path carries, whatever happens.
+    Fixed,
+}
+
 /// One site this gateway links with.
 #[derive(Debug, Clone)]
 pub struct PeerConfig {
@@ -36,9 +46,11 @@ pub struct LinkConfig {
     pub listen: SocketAddr,
     /// The sites to link with.
     pub peers: Vec<PeerConfig>,
-    /// How fast to send to each peer at most, in IP bytes. Default 100 Mbit/s. Above the path's own rate
-    /// the difference is lost and sent again; below it the path is not filled.
+    /// How fast to send to each peer at most, in IP bytes. Default 100 Mbit/s. Below the path's own rate the path is not
+    /// filled. Above it nothing is lost with [`CongestionControl::Model`]; with `Fixed` the difference is lost and sent again.
     pub rate: Rate,
+    /// How the rate within that is found. Default `Model`. `Fixed` needs no time to find it, and yields to nobody.
+    pub congestion: CongestionControl,
     /// The round trip to expect before one was measured; windows are computed from it. Default 100 ms.
     /// Too low limits the rate to `window_bytes` per true round trip; too high costs memory.
     pub rtt: Duration,
@@ -99,6 +111,7 @@ impl LinkConfig {
             listen,
             peers,
             rate: Rate::mbit(100),
+            congestion: CongestionControl::default(),
             rtt: Duration::from_millis(100),
             window_bytes: None,
             udp_buffer_bytes: 8 << 20,

@@ -1,4 +1,4 @@
-//! The congestion controller: a window from the configured rate and the measured round trip.
+//! The congestion controller of `congestion = "fixed"`: a window from the configured rate and the measured round trip.
 //!
 //! ```text
 //!   window = rate * (1.25 * shortest round trip + 10 ms)
@@ -6,8 +6,8 @@
 //!
 //! How fast packets leave is decided by [`super::pacing`], not here; this only sees to it that enough
 //! is in flight to keep that pace, and not so much that a path slower than configured queues without
-//! end. There is no slow start: the pace is known. Losses are no signal: on a long path random loss would otherwise decide the rate. It does not
-//! estimate the path's rate; the operator gives it.
+//! end. There is no slow start: the pace is known. Losses are no signal: on a long path random loss would otherwise decide
+//! the rate. It does not estimate the path's rate, [`super::model`] does; the operator gives it.
 
 use std::any::Any;
 use std::sync::Arc;

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::bulk::{BulkReceiver, BulkSender};
 use super::channels::BulkError;
+use super::model::Pace;
 use super::stats::{Counters, Kind, LinkStats, PastConnections};
 use crate::identity::PublicKey;
 
@@ -59,6 +60,8 @@ pub(super) struct Current {
     pub(super) version: Version,
     pub(super) remote: SocketAddr,
     pub(super) max_datagram_len: usize,
+    /// What its controller estimates, if it does.
+    pub(super) pace: Option<Arc<Pace>>,
 }
 
 /// What the peer's task publishes.
@@ -176,7 +179,7 @@ impl PeerHandle {
     /// The figures so far.
     pub fn stats(&self) -> LinkStats {
         let state = self.state.borrow().clone();
-        self.counters.stats(&state.past, state.current.as_ref().map(|current| &current.connection))
+        self.counters.stats(&state.past, state.current.as_ref())
     }
 
     async fn ask(&self, command: Command) -> Result<(), BulkError> {

@@ -12,7 +12,7 @@
 //! |---|---|
 //! | `config` | what may be set, defaults, costs |
 //! | `acceptor`, `tls`, `handshake` | who may dial, who a peer is, and the version both speak |
-//! | `transport`, `pacing`, `controller` | quinn made fit for a long path |
+//! | `transport`, `pacing`, `model`, `controller` | quinn made fit for a long path |
 //! | `peer`, `connection`, `channels`, `waiting` | a peer's task, the tasks of a connection, its bulk channels, what waits |
 //! | `handle`, `bulk`, `stats` | what the rest of the gateway sees |
 //!
@@ -27,6 +27,7 @@ mod connection;
 mod controller;
 mod handle;
 mod handshake;
+mod model;
 mod pacing;
 mod peer;
 mod stats;
@@ -53,13 +54,14 @@ use acceptor::Acceptor;
 use channels::Channels;
 use handle::LinkState;
 use handshake::{CloseCode, Established, Introduction};
+use pacing::Paths;
 use peer::{Peer, PeerContext, PeerInputs};
 use stats::Counters;
 use tls::{RefusedKey, Tls};
 
 pub use bulk::{BulkReceiver, BulkSender, ReceiveEnd};
 pub use channels::BulkError;
-pub use config::{LinkConfig, MIN_MTU_BYTES, PeerConfig};
+pub use config::{CongestionControl, LinkConfig, MIN_MTU_BYTES, PeerConfig};
 pub use handle::{DatagramDropped, DatagramSender, NotConnected, PeerHandle, Unsent};
 pub use stats::{LinkStats, Traffic, UdpTraffic};
 
@@ -220,7 +222,8 @@ impl Link {
         let tls = Tls::new(identity, refused)?;
         let transport = transport::transport_config(&config)?;
         let keys = config.peers.iter().map(|peer| peer.key).collect();
-        let endpoint = transport::open(&config, identity, tls.server(keys)?, &transport)?;
+        let paths = Paths::new(config.rate);
+        let endpoint = transport::open(&config, identity, tls.server(keys)?, &transport, &paths)?;
         let introduction = introduction(&config)?;
         let (events, event_receiver) = mpsc::channel(EVENT_QUEUE);
         let stop = CancellationToken::new();
@@ -235,6 +238,7 @@ impl Link {
                 peer: peer.clone(),
                 dials_first: identity.public_key() < peer.key,
                 endpoint: endpoint.clone(),
+                paths: paths.clone(),
                 client: transport::client_config(tls.client(peer.key)?, &transport),
                 introduction: introduction.clone(),
                 counters: Arc::new(Counters::default()),

@@ -31,12 +31,14 @@ use super::config::{LinkConfig, PeerConfig};
 use super::connection::{ConnectionEvent, ProtocolError, Running, Verdict, stream_bytes};
 use super::handle::{Command, Current, LinkState};
 use super::handshake::{CloseCode, Established, HandshakeError, Introduction};
+use super::model::Pace;
+use super::pacing::Paths;
 use super::stats::Counters;
 use super::waiting::{Waiting, message_bytes};
 use super::{DownReason, LinkEvent};
 
-/// How often the length of datagrams that fit is looked up again.
-const MTU_REFRESH: Duration = Duration::from_secs(1);
+/// How often what a connection may change by itself is looked up again: the length of datagrams that fit, and its path.
+const REFRESH: Duration = Duration::from_secs(1);
 
 /// What a peer's task is made of: fixed things.
 pub(super) struct PeerContext {
@@ -45,6 +47,7 @@ pub(super) struct PeerContext {
     /// This side's key is the smaller one: it dials first.
     pub(super) dials_first: bool,
     pub(super) endpoint: Endpoint,
+    pub(super) paths: Arc<Paths>,
     pub(super) client: quinn::ClientConfig,
     pub(super) introduction: Introduction,
     pub(super) counters: Arc<Counters>,
@@ -130,7 +133,7 @@ impl Peer {
 
     /// Runs until `stop`.
     pub(super) async fn run(mut self, mut inputs: PeerInputs, stop: CancellationToken) {
-        let mut refresh = tokio::time::interval(MTU_REFRESH);
+        let mut refresh = tokio::time::interval(REFRESH);
         loop {
             let input = self.next_input(&mut inputs, &mut refresh, &stop).await;
             match input {
@@ -149,7 +152,10 @@ impl Peer {
                         slot.send(event);
                     }
                 }
-                Input::Refresh => self.refresh_max_datagram_len(),
+                Input::Refresh => {
+                    self.refresh_max_datagram_len();
+                    self.follow_path();
+                }
             }
             self.transmit();
         }
@@ -222,8 +228,9 @@ impl Peer {
         let remote = connection.remote_address();
         let max_datagram_len = connection.max_datagram_size().unwrap_or(0);
         self.state.send_modify(|state| {
-            state.current = Some(Current { connection, version, remote, max_datagram_len });
+            state.current = Some(Current { connection, version, remote, max_datagram_len, pace: None });
         });
+        self.follow_path();
         self.channels.handle_connected();
         self.next_dial = None;
         self.backoff = self.context.config.backoff;
@@ -236,6 +243,7 @@ impl Peer {
     fn disconnect(&mut self, reason: DownReason) {
         let Some(link) = self.link.take() else { return };
         let stats = link.running.connection.stats();
+        self.context.paths.follow(link.running.connection.remote_address(), None);
         self.state.send_modify(|state| {
             state.current = None;
             state.past.add(&stats);
@@ -441,6 +449,21 @@ impl Peer {
             let changed = max_len != current.max_datagram_len;
             current.max_datagram_len = max_len;
             changed
+        });
+    }
+
+    /// Lets the connection's controller pace the address it sends to. A peer behind a NAT can get another address, and a
+    /// controller that knows nothing, at any time.
+    fn follow_path(&mut self) {
+        let Some(link) = &self.link else { return };
+        let connection = &link.running.connection;
+        let pace = Pace::of(connection.congestion_state());
+        self.context.paths.follow(connection.remote_address(), pace.clone());
+        self.state.send_if_modified(|state| {
+            if let Some(current) = &mut state.current {
+                current.pace = pace;
+            }
+            false // nobody waits for that
         });
     }
 

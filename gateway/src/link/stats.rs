@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use longhaul_core::bulk::Channel;
-use quinn::{Connection, ConnectionStats};
+use longhaul_core::units::Rate;
+use quinn::ConnectionStats;
+
+use super::handle::Current;
 
 /// Bytes by what they were for. Without QUIC's own headers and without what was sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,8 +71,11 @@ pub struct LinkStats {
     pub connections: u64,
     /// The smoothed round trip; zero while down.
     pub rtt: Duration,
-    /// The shortest round trip of this connection; zero while down.
+    /// The shortest round trip of late, or of this connection where that is not estimated; zero while down.
     pub min_rtt: Duration,
+    /// What the path is believed to carry, in UDP payload; `None` while down, before it was measured, and where it is not
+    /// estimated.
+    pub bandwidth: Option<Rate>,
     /// Payload sent.
     pub sent: Traffic,
     /// Payload received.
@@ -126,16 +132,19 @@ impl Counters {
     }
 
     /// The figures, with `past` connections and the one there is now.
-    pub(super) fn stats(&self, past: &PastConnections, now: Option<&Connection>) -> LinkStats {
+    pub(super) fn stats(&self, past: &PastConnections, now: Option<&Current>) -> LinkStats {
         let mut total = *past;
-        if let Some(connection) = now {
-            total.add(&connection.stats());
+        if let Some(current) = now {
+            total.add(&current.connection.stats());
         }
+        let pace = now.and_then(|current| current.pace.as_ref());
+        let shortest = |current: &Current| current.connection.min_rtt();
         LinkStats {
             up: now.is_some(),
             connections: total.connections,
-            rtt: now.map_or(Duration::ZERO, Connection::rtt),
-            min_rtt: now.map_or(Duration::ZERO, Connection::min_rtt),
+            rtt: now.map_or(Duration::ZERO, |current| current.connection.rtt()),
+            min_rtt: pace.and_then(|pace| pace.min_rtt()).or(now.map(shortest)).unwrap_or_default(),
+            bandwidth: pace.and_then(|pace| pace.bandwidth()),
             sent: traffic(&self.sent),
             received: traffic(&self.received),
             udp_sent: total.udp_sent,

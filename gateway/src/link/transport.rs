@@ -1,8 +1,8 @@
 //! The QUIC endpoint: one UDP socket with large buffers, paced, and transport settings for a long path.
 //!
 //! What makes quinn slow or deadly on such a path, and what is set against it: windows of two round
-//! trips instead of 1.25 MB; chunks in streams of their own instead of one long stream; a controller that
-//! does not take loss for congestion; a provisioned packet size, so that a burst of loss is not taken
+//! trips instead of 1.25 MB; chunks in streams of their own instead of one long stream; controllers that
+//! do not take random loss for congestion; a provisioned packet size, so that a burst of loss is not taken
 //! for a black hole. Who connects to whom is not decided here.
 
 use std::net::{SocketAddr, UdpSocket};
@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use longhaul_core::bulk::{ChunkHeader, MAX_CHUNK_BYTES};
 use nix::sys::socket::{setsockopt, sockopt};
+use quinn::congestion::ControllerFactory;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     AckFrequencyConfig, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime,
@@ -18,9 +19,10 @@ use quinn::{
 use ring::hmac;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::config::{LinkConfig, MIN_MTU_BYTES};
+use super::config::{CongestionControl, LinkConfig, MIN_MTU_BYTES};
 use super::controller::RateWindow;
-use super::pacing::PacedSocket;
+use super::model::Model;
+use super::pacing::{PacedSocket, Paths};
 use super::{LinkError, handshake};
 use crate::identity::Identity;
 
@@ -36,13 +38,14 @@ pub(super) fn open(
     identity: &Identity,
     server: QuicServerConfig,
     transport: &Arc<TransportConfig>,
+    paths: &Arc<Paths>,
 ) -> Result<Endpoint, LinkError> {
     let mut server = ServerConfig::with_crypto(Arc::new(server));
     server.transport_config(transport.clone()).migration(true).max_incoming(config.handshake_limit);
     let socket = TokioRuntime
         .wrap_udp_socket(bind(config)?)
         .map_err(|source| LinkError::Bind { address: config.listen, source })?;
-    let socket = Arc::new(PacedSocket::new(socket, config.rate));
+    let socket = Arc::new(PacedSocket::new(socket, paths.clone()));
     Endpoint::new_with_abstract_socket(
         endpoint_config(config, identity)?,
         Some(server),
@@ -71,7 +74,7 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
 
     let mut transport = TransportConfig::default();
     transport
-        .congestion_controller_factory(Arc::new(RateWindow { rate: config.rate, rtt: config.rtt }))
+        .congestion_controller_factory(controller(config))
         .initial_rtt(config.rtt)
         .max_concurrent_bidi_streams(VarInt::from_u32(handshake::CONTROL_STREAMS))
         .max_concurrent_uni_streams(VarInt::from_u32(config.stream_limit))
@@ -86,6 +89,13 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
         .initial_mtu(config.mtu_bytes)
         .mtu_discovery_config(mtu_discovery(config));
     Ok(Arc::new(transport))
+}
+
+fn controller(config: &LinkConfig) -> Arc<dyn ControllerFactory + Send + Sync> {
+    match config.congestion {
+        CongestionControl::Model => Arc::new(Model { cap: config.rate, rtt: config.rtt }),
+        CongestionControl::Fixed => Arc::new(RateWindow { rate: config.rate, rtt: config.rtt }),
+    }
 }
 
 fn mtu_discovery(config: &LinkConfig) -> Option<MtuDiscoveryConfig> {

@@ -20,6 +20,14 @@ use rustls::{DigitallySignedStruct, Error, PeerIncompatible, SignatureScheme, ve
 /// # Errors
 /// There is no randomness for a key, or the socket does not do.
 pub fn listen(socket: std::net::UdpSocket) -> Result<Endpoint> {
+    Ok(Endpoint::new(EndpointConfig::default(), Some(server_config()?), socket, Arc::new(TokioRuntime))?)
+}
+
+/// How to answer, with a key made now.
+///
+/// # Errors
+/// There is no randomness for a key.
+pub fn server_config() -> Result<ServerConfig> {
     let randomness = ring::rand::SystemRandom::new();
     let key = Ed25519KeyPair::generate_pkcs8(&randomness).ok().context("There is no randomness")?;
     let key = PrivatePkcs8KeyDer::from(key.as_ref().to_vec());
@@ -30,8 +38,7 @@ pub fn listen(socket: std::net::UdpSocket) -> Result<Endpoint> {
         .with_protocol_versions(&[&version::TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(certified))));
-    let server = ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config)?));
-    Ok(Endpoint::new(EndpointConfig::default(), Some(server), socket, Arc::new(TokioRuntime))?)
+    Ok(ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config)?)))
 }
 
 /// How to dial an echo, whoever it is.

@@ -1,6 +1,7 @@
 //! Benchmarks against what others have built. Each compares in one run, on the same namespaces, taking turns;
 //! what cannot be installed is named with the reason. Nothing here is a test: a slow machine fails nothing.
 
+pub mod link;
 pub mod tunnel;
 
 use std::os::unix::process::CommandExt;

@@ -277,7 +277,7 @@ pub(super) async fn dial_raw(to: &Site, identity: &Identity) -> Established {
     let config = config("b", Vec::new());
     let transport = transport::transport_config(&config).unwrap();
     let server = tls.server(BTreeSet::new()).unwrap();
-    let endpoint = transport::open(&config, identity, server, &transport).unwrap();
+    let endpoint = transport::open(&config, identity, server, &transport, &Paths::new(config.rate)).unwrap();
     let client = transport::client_config(tls.client(to.identity.public_key()).unwrap(), &transport);
     introduction(&config).unwrap().dial(endpoint, client, to.address(), to.name.clone()).await.unwrap()
 }

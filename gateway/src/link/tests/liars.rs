@@ -283,7 +283,8 @@ async fn handshakes_that_are_begun_and_left_keep_nobody_else_out() {
     let liars = config("b", Vec::new());
     let transport = transport::transport_config(&liars).unwrap();
     let server = tls.server(BTreeSet::new()).unwrap();
-    let endpoint = transport::open(&liars, &scene.identity, server, &transport).unwrap();
+    let endpoint =
+        transport::open(&liars, &scene.identity, server, &transport, &Paths::new(liars.rate)).unwrap();
     let mut begun = Vec::new();
     let mut refused = 0;
     for _ in 0..20 {

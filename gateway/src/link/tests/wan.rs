@@ -42,9 +42,23 @@ struct Figures {
 
 /// Sends chunks over a path of that shape, with the link configured for it.
 async fn transfer(shape: Shape, chunks: u64, chunk_bytes: usize) -> Figures {
+    transfer_with(shape, chunks, chunk_bytes, |_config| {}).await
+}
+
+/// The same with a changed configuration.
+async fn transfer_with(
+    shape: Shape,
+    chunks: u64,
+    chunk_bytes: usize,
+    change: impl Fn(&mut LinkConfig),
+) -> Figures {
     let mut path = None;
     let via = |address| path.insert(Path::to(address, shape)).address;
-    let (a, b) = pair_with(|a| fit(a, &shape), |b| fit(b, &shape), via).await;
+    let fit_and_change = |config: &mut LinkConfig| {
+        fit(config, &shape);
+        change(config);
+    };
+    let (a, b) = pair_with(&fit_and_change, &fit_and_change, via).await;
     let path = path.unwrap();
     let id = bulk_id(1, Channel::Memory);
     let window_bytes = (3 * shape.rate.bytes_in(2 * shape.one_way).0).max(2 << 20);
@@ -61,6 +75,7 @@ async fn transfer(shape: Shape, chunks: u64, chunk_bytes: usize) -> Figures {
         let received = timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap();
         assert_eq!(received.len(), chunk_bytes);
     }
+    let stats = a.peer("b").stats();
     let total_bytes = chunks as usize * chunk_bytes;
     let goodput_mbit = mbit_per_second(total_bytes, began.elapsed());
     assert_eq!(timeout(PATIENCE, receiver.recv()).await.ok(), Some(None));
@@ -70,7 +85,7 @@ async fn transfer(shape: Shape, chunks: u64, chunk_bytes: usize) -> Figures {
         longest_queue: Duration::from_micros(path.back.longest_queue_us.load(Ordering::Relaxed)),
         dropped: path.back.dropped.load(Ordering::Relaxed),
         seen_bytes: path.back.bytes.load(Ordering::Relaxed),
-        stats: a.peer("b").stats(),
+        stats,
     };
     println!("{figures:#?}");
     figures
@@ -82,7 +97,7 @@ async fn a_long_lossy_path_is_filled_without_a_queue_and_the_counters_are_right(
     let mut best_mbit: f64 = 0.0;
     for _ in 0..TRIES {
         let Figures { goodput_mbit, dropped, seen_bytes, stats, .. } =
-            transfer(wan(), 160, CHUNK_BYTES).await;
+            transfer(wan(), 320, CHUNK_BYTES).await;
         assert!(dropped > 0, "the path loses packets");
         assert!(stats.rtt < Duration::from_millis(150), "{:?}", stats.rtt);
         let difference = stats.udp_sent.payload_bytes.abs_diff(seen_bytes) as f64 / seen_bytes as f64;
@@ -93,6 +108,56 @@ async fn a_long_lossy_path_is_filled_without_a_queue_and_the_counters_are_right(
         }
     }
     panic!("goodput {best_mbit:.1} of 100 Mbit/s at best");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fixed_rate_fills_the_path_it_is_right_for() {
+    let _turn = TURN.lock().await;
+    let mut best_mbit: f64 = 0.0;
+    for _ in 0..TRIES {
+        let fixed = |config: &mut LinkConfig| config.congestion = CongestionControl::Fixed;
+        let Figures { goodput_mbit, stats, .. } = transfer_with(wan(), 160, CHUNK_BYTES, fixed).await;
+        assert_eq!(stats.bandwidth, None, "nothing is estimated");
+        best_mbit = best_mbit.max(goodput_mbit);
+        if best_mbit > 80.0 {
+            return;
+        }
+    }
+    panic!("goodput {best_mbit:.1} of 100 Mbit/s at best");
+}
+
+/// A fifth of what the operator believes, with a queue of a second.
+async fn overrated(congestion: CongestionControl) -> Figures {
+    let shape = Shape { rate: Rate::mbit(20), queue: Duration::from_secs(1), loss: 0.001, ..wan() };
+    let overrate = |config: &mut LinkConfig| {
+        config.rate = Rate::mbit(100);
+        config.congestion = congestion;
+    };
+    transfer_with(shape, 160, 64 << 10, overrate).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_rate_of_a_slower_path_is_found_and_its_queue_stays_short() {
+    let _turn = TURN.lock().await;
+    let mut best = None;
+    for _ in 0..TRIES {
+        let figures = overrated(CongestionControl::Model).await;
+        let bandwidth = figures.stats.bandwidth.expect("it was measured");
+        assert!(bandwidth < Rate::mbit(24), "{bandwidth}");
+        assert!(figures.stats.rtt < Duration::from_millis(200), "{:?}", figures.stats.rtt);
+        if figures.goodput_mbit > 15.0 && bandwidth > Rate::mbit(16) {
+            return;
+        }
+        best = Some(figures);
+    }
+    panic!("the path is not filled: {best:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fixed_rate_above_the_paths_fills_its_queue() {
+    let _turn = TURN.lock().await;
+    let figures = overrated(CongestionControl::Fixed).await;
+    assert!(figures.longest_queue > Duration::from_millis(300), "{:?}", figures.longest_queue);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
