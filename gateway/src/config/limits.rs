@@ -11,6 +11,7 @@ use super::check::{Conflict, expect};
 
 /// Many times the memory or disk of any host; beyond it, a number of bytes does not fit.
 const MAX_MIB: u64 = 1 << 24;
+const MAX_DESCRIPTORS: u64 = 1 << 20;
 const MAX_GIB: u64 = 1 << 20;
 /// A week.
 const MAX_S: u64 = 7 * 24 * 3600;
@@ -33,6 +34,7 @@ impl Config {
         expect(site.run_dir.is_absolute(), "site.run_dir", "a path that begins with '/'")?;
         expect(self.storage.pool.is_absolute(), "storage.pool", "a path that begins with '/'")?;
         within(site.journal_free_mib, 0, MAX_MIB, "site.journal_free_mib")?;
+        within(site.descriptors_free, 0, MAX_DESCRIPTORS, "site.descriptors_free")?;
         within(self.storage.keep_free_gib, 0, MAX_GIB, "storage.keep_free_gib")?;
         within(self.hypervisor.keep_free_mib, 0, MAX_MIB, "hypervisor.keep_free_mib")?;
         within(self.hypervisor.restart_starts.into(), 0, 1000, "hypervisor.restart_starts")?;
@@ -188,11 +190,11 @@ mod tests {
             ("site", "run_dir = \"run\"", "site.run_dir"),
             ("site", "state_dir = \"state\"", "site.state_dir"),
             ("site", "journal_free_mib = 16777217", "site.journal_free_mib"),
+            ("site", "descriptors_free = 1048577", "site.descriptors_free"),
             ("storage", "pool = \"disks\"", "storage.pool"),
             ("storage", "keep_free_gib = 1048577", "storage.keep_free_gib"),
             ("link", "rate_mbit = 0", "link.rate_mbit"),
             ("link", "rate_mbit = 1000001", "link.rate_mbit"),
-            ("link", "congestion = \"cubic\"", "link.congestion"),
             ("link", "mtu_bytes = 1199", "link.mtu_bytes"),
             ("link", "listen = \"0.0.0.0:0\"", "link.listen"),
             ("hypervisor", "uid_base = 999", "hypervisor.uid_base"),
@@ -247,6 +249,13 @@ mod tests {
             let message = error(table, line);
             assert!(message.starts_with(&format!("t.toml:5: {key}: ")), "{line}: {message}");
         }
+    }
+
+    #[test]
+    fn a_word_that_is_none_of_a_keys_is_named_with_those_that_are() {
+        let message = error("link", "congestion = \"cubic\"");
+        assert!(message.starts_with("t.toml:5: congestion: "), "{message}");
+        assert!(message.contains("`model` or `fixed`"), "{message}");
     }
 
     #[test]

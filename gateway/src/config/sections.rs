@@ -33,6 +33,10 @@ pub struct SiteConfig {
     /// none). Records that cannot be written stop a migration in the middle.
     #[serde(default = "default_journal_free")]
     pub journal_free_mib: u64,
+    /// How many files and sockets the gateway must still be allowed to open before a migration begins (default 256; 0 asks
+    /// for none). Without descriptors what runs already breaks.
+    #[serde(default = "default_descriptors_free")]
+    pub descriptors_free: u64,
     /// Sockets and pid files (default `/run/longhaul`). Empty after a reboot.
     #[serde(default = "default_run")]
     pub run_dir: PathBuf,
@@ -505,6 +509,10 @@ fn default_reserve() -> u64 {
 
 fn default_journal_free() -> u64 {
     64
+}
+
+fn default_descriptors_free() -> u64 {
+    256
 }
 
 fn default_max_arriving() -> u32 {

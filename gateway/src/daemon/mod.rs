@@ -57,7 +57,7 @@ use crate::link::LinkEvent;
 use crate::migration::anchor::AnchorCommand;
 use crate::migration::anchors;
 use crate::migration::view::Viewer;
-use crate::migration::{Edges, Inbound, MachineRow, partial};
+use crate::migration::{Edges, Inbound, MachineRow, descriptors, partial};
 use proposals::Proposals;
 use restarts::Watches;
 use retries::PlannedRetry;
@@ -88,6 +88,9 @@ pub fn logs(json: bool) {
 
 /// Runs the daemon until it is told to stop.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    if let Err(error) = descriptors::raise_limit() {
+        tracing::warn!(%error, "the limit on open files stays what it is; moves are refused when it comes near");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(config))
 }

@@ -15,7 +15,7 @@ use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Carried, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
 
-use super::{Edges, MachineRow, host, journal_room, partial};
+use super::{Edges, MachineRow, descriptors, host, journal_room, partial};
 use crate::config::Config;
 
 /// What this host has left.
@@ -238,6 +238,7 @@ pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Resul
     check_policy(&edges.config, peer, proposal)?;
     check_arbiter(&edges.config, peer, proposal)?;
     journal_room::check(&edges.config)?;
+    descriptors::check(&edges.config)?;
     proposal.check_nics()?;
     let known = edges.journal.machine(&proposal.definition.name);
     let known = known.map_err(|error| Refusal::Other(Refusal::text(super::chain(&error))))?;

@@ -15,7 +15,7 @@ use super::anchor::{Anchor, NameState};
 use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
 use super::stay::takes_along;
-use super::{MachineRow, chain, host, hypervisor_failed, journal_room};
+use super::{MachineRow, chain, descriptors, host, hypervisor_failed, journal_room};
 use crate::hypervisor::Guest;
 
 /// Checks, and reports what is to be proposed.
@@ -34,6 +34,7 @@ async fn check(
     options: &SourceOptions,
 ) -> Result<Proposal, Refusal> {
     journal_room::check(&leaf.edges.config)?;
+    descriptors::check(&leaf.edges.config)?;
     let travel = guest.what_cannot_travel().await.map_err(hypervisor_failed)?;
     if let Some(first) = travel.obstacles.first() {
         return Err(Refusal::CannotTravel(Refusal::text(first.to_string())));
