@@ -14,16 +14,21 @@ use tokio::sync::watch;
 use crate::migration::anchor::Anchor;
 use crate::migration::{Edges, chain};
 
-/// How often it is looked.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often it is looked while few are left, and while many are: what ends in between and is followed by the gateway's
+/// death holds the tunnel for its idle time.
+const LOOK: Duration = Duration::from_millis(100);
+const LOOK_AT_MANY: Duration = Duration::from_secs(1);
+/// How many are many.
+const FEW_FLOWS: usize = 256;
 /// Connections of one NIC that are looked at; of a NIC with more of them none is noted, for a look costs as much as they are.
 const MAX_FLOWS: usize = 10_000;
 
 /// Notes what has ended in the row, and in `ended` for whoever writes the row as a whole.
 pub(super) async fn note_ended(edges: Edges, anchor: Anchor, ended: watch::Sender<BTreeSet<FlowTuple>>) {
     loop {
-        tokio::time::sleep(LOOK).await;
         let known = ended.borrow().clone();
+        let Some(pause) = pause(&anchor, &known) else { return };
+        tokio::time::sleep(pause).await;
         let mut news = BTreeSet::new();
         for nic in &anchor.nics {
             let left: Vec<&FlowTuple> = nic.flows.iter().filter(|flow| !known.contains(flow)).collect();
@@ -41,6 +46,13 @@ pub(super) async fn note_ended(edges: Edges, anchor: Anchor, ended: watch::Sende
             tracing::warn!(vm = %anchor.vm, error = chain(&error), "the end of connections could not be written down");
         }
     }
+}
+
+/// Until the next look; `None` if there is nothing left to look at.
+fn pause(anchor: &Anchor, ended: &BTreeSet<FlowTuple>) -> Option<Duration> {
+    let flows = anchor.nics.iter().flat_map(|nic| &nic.flows);
+    let left = flows.filter(|flow| !ended.contains(flow)).count();
+    (left > 0).then_some(if left <= FEW_FLOWS { LOOK } else { LOOK_AT_MANY })
 }
 
 /// The connections of a NIC that are not over; `None` if nobody can say, or nobody asks.
