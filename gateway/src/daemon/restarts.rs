@@ -144,7 +144,7 @@ impl Daemon {
             Verdict::StaysDown => {
                 tracing::warn!(%vm, ?end, "machine is down; `longhaul vm start` boots it");
             }
-            Verdict::WantsToBeOff => self.powered_off(row),
+            Verdict::WantsToBeOff => self.powered_off(&vm),
             Verdict::GivenUp => {
                 tracing::error!(%vm, starts = most, "machine crashes again and again and stays down; `longhaul vm start` boots it");
             }
@@ -158,16 +158,19 @@ impl Daemon {
         }
     }
 
-    /// A guest that has switched itself off is not meant to run.
-    fn powered_off(&mut self, row: MachineRow) {
-        let vm = row.definition.name.clone();
-        let row = MachineRow { wanted: false, ..row };
-        if let Err(error) = self.edges.journal.put_machine(&vm, &row) {
-            tracing::warn!(%vm, error = chain(&error), "the machine is written down as running, but its guest powered itself off");
-            return;
-        }
+    /// A guest that has switched itself off is not meant to run. What else its row says by now stays.
+    fn powered_off(&mut self, vm: &VmName) {
+        let stays_off = |row: &mut MachineRow| row.wanted = false;
+        let row = match self.edges.journal.change_machine(vm, stays_off) {
+            Ok(Some(row)) => row,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!(%vm, error = chain(&error), "the machine is written down as running, but its guest powered itself off");
+                return;
+            }
+        };
         tracing::info!(%vm, "guest powered itself off");
-        if let Some(machine) = self.machines.get_mut(&vm) {
+        if let Some(machine) = self.machines.get_mut(vm) {
             machine.row = row;
             machine.guest = None;
         }
