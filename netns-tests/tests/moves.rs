@@ -496,8 +496,9 @@ async fn a_refused_move_names_the_reason_and_leaves_both_sites_untouched() {
     let home = scene.home().unwrap().to_string();
     let pool = care_of_line(&original);
     let home_in_pool = pool.replace("= [", &format!("= [\"{home}\", "));
-    let cases: [(&str, &str, &str, &[&str]); 4] = [
+    let cases: [(&str, &str, &str, &[&str]); 5] = [
         ("full disk", "keep_free_gib = 0", "keep_free_gib = 900000", &["disk space"]),
+        ("descriptors", "[site]\n", "[site]\ndescriptors_free = 1048576\n", &["site.descriptors_free"]),
         ("policy", "may_send = [\"*\"]", "may_send = [\"db*\"]", &["peer.a.may_send", VM]),
         ("no address", &pool, "care_of = []", &["care-of addresses"]),
         ("home address in use", &pool, &home_in_pool, &[&home, "pool of care-of addresses"]),
@@ -542,6 +543,15 @@ async fn a_second_move_is_refused_and_an_aborted_first_one_leaves_nothing_at_the
     let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
     assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
     assert_untouched(&scene, &before, "aborted").await;
+
+    // The other site's operator can, too: what a source has forgotten would else be held there for ever.
+    let id = scene.begin_move().await.unwrap();
+    wait("a disk at site b", 20 * SECOND, || std::fs::read_dir(&disks).ok()?.next().map(drop)).await;
+    scene.b.client().abort(&id).await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
+    assert!(view.reason.as_deref().is_some_and(|why| why.contains("Aborted by the operator")), "{view:?}");
+    assert_untouched(&scene, &before, "aborted at b").await;
     close(scene);
 }
 

@@ -121,6 +121,24 @@ fn is_empty<A>(step: Step<A>) -> bool {
 }
 
 #[test]
+fn an_operator_of_the_destination_ends_an_arrival_until_it_is_loaded_and_not_after_that() {
+    let receiving = reserved().handle(destination::Event::Prepared, NOW).0;
+    for machine in [reserved(), receiving] {
+        let (machine, step) = machine.handle(destination::Event::AbortRequested, NOW);
+        let refused = DestinationRecord::Refused { why: Refusal::Operator };
+        assert_eq!(step.pending_record(), Some(&Record::Destination(refused)));
+        assert!(step.after_record().contains(&destination::Action::Discard));
+        assert!(!activates(machine.handle(destination::Event::Peer(commit(EPOCH)), NOW).1));
+    }
+    // The source may have given it away by now.
+    let (machine, step) = loaded().handle(destination::Event::AbortRequested, NOW);
+    assert!(is_empty(step));
+    let (machine, step) = machine.handle(destination::Event::Peer(commit(EPOCH)), NOW);
+    assert!(activates(step));
+    assert!(is_empty(machine.handle(destination::Event::AbortRequested, NOW).1));
+}
+
+#[test]
 fn a_commit_before_the_machine_is_loaded_is_refused_durably() {
     for prepared in [false, true] {
         let machine = reserved();

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::join_all;
 use longhaul_core::ids::{MigrationId, VmName};
+use longhaul_core::migration::Stage;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::recovery::Qemu;
 use tokio::sync::oneshot;
@@ -170,8 +171,12 @@ impl Daemon {
             }
             return Err(RequestError::Conflict(format!("Migration {id} is over")));
         };
-        if running.viewer.current().from != *self.edges.site() {
-            return Err(RequestError::Conflict("Only the site that a machine leaves can abort".into()));
+        let view = running.viewer.current();
+        if view.to == *self.edges.site() && view.stage >= Stage::Commitment {
+            return Err(RequestError::Conflict(format!(
+                "Machine {} is loaded here, and site {} may have given it away; abort at that site, or see `longhaul resolve --help`",
+                view.vm, view.from
+            )));
         }
         // A driver that ends at this moment has nothing to abort any more.
         drop(inbox.send(Inbound::Abort).await);

@@ -136,24 +136,21 @@ impl DestinationDriver {
     async fn select(&mut self, deadline: Option<Duration>) -> Event {
         let now = self.leaf.edges.now();
         let wait = deadline.map_or(Duration::from_secs(3600), |at| at.saturating_sub(now));
-        loop {
-            tokio::select! {
-                biased;
-                Some(inbound) = self.inbox.recv() => match inbound {
-                    Inbound::LinkUp => return Event::LinkUp,
-                    Inbound::LinkDown => return Event::LinkDown,
-                    Inbound::Message(message) => return Event::Peer(message),
-                    // The source decides whether an attempt ends.
-                    Inbound::Abort => {}
-                    // Its flows went with the source; its neighbours are known.
-                    Inbound::Resolve(resolution) => {
-                        let handover = Handover { nics: self.proposal.nics.clone() };
-                        return Event::Resolved(resolution, Box::new(handover));
-                    }
-                },
-                Some(event) = self.events.recv() => return event,
-                () = tokio::time::sleep(wait) => return Event::Tick,
-            }
+        tokio::select! {
+            biased;
+            Some(inbound) = self.inbox.recv() => match inbound {
+                Inbound::LinkUp => Event::LinkUp,
+                Inbound::LinkDown => Event::LinkDown,
+                Inbound::Message(message) => Event::Peer(message),
+                Inbound::Abort => Event::AbortRequested,
+                // Its flows went with the source; its neighbours are known.
+                Inbound::Resolve(resolution) => {
+                    let handover = Handover { nics: self.proposal.nics.clone() };
+                    Event::Resolved(resolution, Box::new(handover))
+                }
+            },
+            Some(event) = self.events.recv() => event,
+            () = tokio::time::sleep(wait) => Event::Tick,
         }
     }
 

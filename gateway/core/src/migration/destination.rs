@@ -70,6 +70,9 @@ pub enum Event {
     Arbiter(Verdict),
     /// An operator decided for a source that is gone for good; what is known of connections.
     Resolved(Resolution, Box<Handover>),
+    /// An operator of this site wants the attempt to end. Once the machine is loaded only the source may: it may have given
+    /// it away.
+    AbortRequested,
     /// A deadline may have passed.
     Tick,
 }
@@ -307,6 +310,7 @@ impl Destination {
             Event::Stands => self.on_stands(),
             Event::Arbiter(verdict) => self.on_verdict(verdict),
             Event::Resolved(resolution, handover) => self.on_resolved(resolution, handover),
+            Event::AbortRequested => self.on_abort_requested(),
             Event::Tick => self.on_tick(now),
         };
         (self, step)
@@ -473,6 +477,20 @@ impl Destination {
             State::Owned { .. } => self.hand_back(why),
             // The machine is ours: a failure here is ours to repair, never the source's to undo.
             State::Activating { .. }
+            | State::Settling
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => Step::nothing(),
+        }
+    }
+
+    fn on_abort_requested(&mut self) -> Step<Action> {
+        match &self.state {
+            State::Preparing | State::Receiving => self.refuse(Refusal::Operator),
+            State::Loaded
+            | State::Claiming { .. }
+            | State::Owned { .. }
+            | State::Activating { .. }
             | State::Settling
             | State::Refusing { .. }
             | State::HandingBack { .. }

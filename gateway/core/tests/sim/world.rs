@@ -338,8 +338,9 @@ impl World {
 
     fn abort(&mut self) {
         for site in 0..self.scene.sites {
-            let (sources, _) = self.drivers(site);
+            let (sources, destinations) = self.drivers(site);
             sources.into_iter().for_each(|id| self.source(id, source::Event::AbortRequested));
+            destinations.into_iter().for_each(|id| self.destination(id, destination::Event::AbortRequested));
         }
     }
 
