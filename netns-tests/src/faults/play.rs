@@ -194,11 +194,14 @@ async fn served(
         return;
     }
     played.flaws.extend(judge::content(arena, place, confirmed, booted).await);
-    // An old journal ends in the right copy or none; what it leaves of the move is the operator's to decide.
-    if !played.flaws.is_empty() || matches!(case.fault, Fault::OldJournal(_)) {
+    if !played.flaws.is_empty() {
         return;
     }
+    // An old journal ends in the right copy or none; what else it leaves of the move is the operator's to decide.
+    let old_journal = matches!(case.fault, Fault::OldJournal(_));
     let judged = match place {
+        Place::A if old_journal => judge::disk_at_a(arena, confirmed).await,
+        Place::B if old_journal => judge::disk_at_b(arena, id, confirmed, true).await,
         Place::A => at_a(arena, confirmed).await,
         Place::B => at_b(arena, id, confirmed, booted).await,
     };
