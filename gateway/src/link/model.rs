@@ -38,7 +38,7 @@ pub(super) struct Model {
 pub(super) struct Pace {
     since: Instant,
     bytes_per_second: AtomicU64,
-    /// When a batch left last, in microseconds after `since`; zero when the controller knows.
+    /// When the batch left that the controller was told of last, in microseconds after `since`; zero when it knows.
     departed_us: AtomicU64,
     /// The estimate, in bytes per second; zero before there is one.
     bandwidth: AtomicU64,
@@ -61,10 +61,12 @@ impl Pace {
         Rate(self.bytes_per_second.load(Ordering::Relaxed))
     }
 
-    /// A batch left.
+    /// Something left for the address. The first counts that leaves after the controller has looked: what others send there,
+    /// another connection's handshake or a reset, may then lengthen a round trip, and never shorten one.
     pub(super) fn handle_departed(&self, now: Instant) {
-        let departed = now.saturating_duration_since(self.since);
-        self.departed_us.store(micros(departed), Ordering::Relaxed);
+        let departed_us = micros(now.saturating_duration_since(self.since));
+        // It fails where one is known already.
+        let _ = self.departed_us.compare_exchange(0, departed_us, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// What the path is believed to carry, in UDP payload; `None` before it was measured.
@@ -253,6 +255,21 @@ mod tests {
         let mut controller = build(began);
         drive(&mut controller, began, Duration::from_micros(900));
         assert_eq!(controller.pace.min_rtt(), Some(Duration::from_micros(49_100)));
+    }
+
+    #[test]
+    fn what_others_send_to_the_address_shortens_no_round_trip() {
+        let began = Instant::now();
+        let mut controller = build(began);
+        for step in 0..100u32 {
+            let now = began + 100 * MS * step;
+            controller.on_sent(now, 1400, step.into());
+            controller.pace.handle_departed(now + MS);
+            controller.pace.handle_departed(now + 45 * MS);
+            controller.handle_acked(now, 1400);
+            controller.on_end_acks(now + 50 * MS, 0, true, None);
+        }
+        assert_eq!(controller.pace.min_rtt(), Some(49 * MS));
     }
 
     #[test]

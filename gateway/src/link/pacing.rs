@@ -181,6 +181,11 @@ impl Bucket {
     }
 }
 
+fn unmarked<'a>(transmit: &Transmit<'a>) -> Transmit<'a> {
+    let Transmit { destination, ecn: _, contents, segment_size, src_ip } = *transmit;
+    Transmit { destination, ecn: None, contents, segment_size, src_ip }
+}
+
 fn burst_bytes(bytes_per_second: f64) -> f64 {
     (bytes_per_second * BURST_TIME.as_secs_f64()).max(MIN_BURST_BYTES)
 }
@@ -208,7 +213,8 @@ impl AsyncUdpSocket for PacedSocket {
             REFUSED_UNTIL.set(Some(until));
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        self.inner.try_send(transmit)?;
+        // No controller here heeds marks, so packets must not ask for them instead of being dropped (RFC 9000, section 13.4).
+        self.inner.try_send(&unmarked(transmit))?;
         self.paths.spend(transmit, now);
         Ok(())
     }

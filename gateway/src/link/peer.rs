@@ -13,6 +13,7 @@
 //! is not known here.
 
 use std::future::{Future, pending};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,6 +87,8 @@ struct Up {
     dialled_by_smaller: bool,
     instance: u64,
     under_way: [UnderWay; 2],
+    /// The address that its controller paces.
+    paced: SocketAddr,
 }
 
 /// Bulk data handed to QUIC and not done with, per class.
@@ -217,6 +220,7 @@ impl Peer {
         let connection = established.connection.clone();
         let (peer, version) = (established.peer.clone(), established.version);
         let dialled_by_smaller = established.dialled == self.context.dials_first;
+        let remote = connection.remote_address();
         let running = Running::start(established, &self.context.counters, self.context.datagrams.clone());
         self.link = Some(Up {
             running,
@@ -224,8 +228,8 @@ impl Peer {
             dialled_by_smaller,
             instance: peer.instance,
             under_way: [UnderWay::default(); 2],
+            paced: remote,
         });
-        let remote = connection.remote_address();
         let max_datagram_len = connection.max_datagram_size().unwrap_or(0);
         self.state.send_modify(|state| {
             state.current = Some(Current { connection, version, remote, max_datagram_len, pace: None });
@@ -243,7 +247,7 @@ impl Peer {
     fn disconnect(&mut self, reason: DownReason) {
         let Some(link) = self.link.take() else { return };
         let stats = link.running.connection.stats();
-        self.context.paths.follow(link.running.connection.remote_address(), None);
+        self.context.paths.follow(link.paced, None);
         self.state.send_modify(|state| {
             state.current = None;
             state.past.add(&stats);
@@ -455,10 +459,14 @@ impl Peer {
     /// Lets the connection's controller pace the address it sends to. A peer behind a NAT can get another address, and a
     /// controller that knows nothing, at any time.
     fn follow_path(&mut self) {
-        let Some(link) = &self.link else { return };
+        let Some(link) = &mut self.link else { return };
         let connection = &link.running.connection;
         let pace = Pace::of(connection.congestion_state());
-        self.context.paths.follow(connection.remote_address(), pace.clone());
+        let left = std::mem::replace(&mut link.paced, connection.remote_address());
+        if left != link.paced {
+            self.context.paths.follow(left, None);
+        }
+        self.context.paths.follow(link.paced, pace.clone());
         self.state.send_if_modified(|state| {
             if let Some(current) = &mut state.current {
                 current.pace = pace;
