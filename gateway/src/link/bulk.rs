@@ -4,10 +4,13 @@
 //! windows of the channels, since a producer waits for room and a consumer reports each chunk once.
 //! [`BulkSender::absorb`] alone goes beyond, on purpose. Nothing here knows whether the link is up.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use longhaul_core::bulk::{Acknowledged, BulkId, SendWindow};
 use tokio::sync::{mpsc, watch};
 
+use super::handle::{LinkState, PeerHandle};
 use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK};
 
 /// What an end of a channel tells the peer's task.
@@ -41,12 +44,32 @@ pub struct BulkSender {
     pub(super) window: SendWindow,
     pub(super) acknowledged: watch::Receiver<Acknowledged>,
     pub(super) commands: mpsc::UnboundedSender<BulkCommand>,
+    /// The path that no more than a few times its content may wait for, if that is wanted.
+    pub(super) path: Option<watch::Receiver<LinkState>>,
 }
+
+/// How many times what the path holds may wait in a channel that is kept short: enough to keep it full and to find that it
+/// carries more.
+const AHEAD: u64 = 3;
+/// At least this much may wait in it, in bytes, and for this long: acknowledgements come late, and an estimate is low at first.
+const LEAST_AHEAD_BYTES: u64 = 256 << 10;
+const SLACK: Duration = Duration::from_millis(10);
 
 impl BulkSender {
     /// The channel.
     pub fn id(&self) -> BulkId {
         self.id
+    }
+
+    /// From now on no more waits in it than a few times what the path to `peer` is believed to hold, for data of which what
+    /// waits costs time in the end. Where nothing is estimated its window is the only bound.
+    pub fn keep_short(&mut self, peer: &PeerHandle) {
+        self.path = Some(peer.state.clone());
+    }
+
+    fn bound_bytes(&self) -> u64 {
+        let held = self.path.as_ref().and_then(|path| path.borrow().current.as_ref()?.held(SLACK));
+        held.map_or(u64::MAX, |held| held.0.saturating_mul(AHEAD).max(LEAST_AHEAD_BYTES))
     }
 
     /// Waits until all that was queued is acknowledged: taken by the consumer at the other site.
@@ -69,7 +92,7 @@ impl BulkSender {
 impl ChunkSend for BulkSender {
     async fn send(&mut self, chunk: Bytes) -> Result<(), ChunkClosed> {
         self.refresh()?;
-        while !self.window.has_room(chunk.len() as u64) {
+        while !self.window.has_room_within(chunk.len() as u64, self.bound_bytes()) {
             self.acknowledged.changed().await.map_err(|_closed| ChunkClosed)?;
             self.refresh()?;
         }

@@ -136,7 +136,7 @@ impl Channels {
             self.handle_open(id, announced);
         }
         let window = SendWindow::new(window_bytes);
-        Ok(BulkSender { id, window, acknowledged: watched, commands: self.commands.clone() })
+        Ok(BulkSender { id, window, acknowledged: watched, commands: self.commands.clone(), path: None })
     }
 
     /// Opens a receiving end and announces it.

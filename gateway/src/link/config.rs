@@ -47,7 +47,7 @@ pub struct LinkConfig {
     /// The sites to link with.
     pub peers: Vec<PeerConfig>,
     /// How fast to send to each peer at most, in IP bytes. Default 100 Mbit/s. Below the path's own rate the path is not
-    /// filled. Above it nothing is lost with [`CongestionControl::Model`]; with `Fixed` the difference is lost and sent again.
+    /// filled. Above it [`CongestionControl::Model`] sends what the path carries; with `Fixed` the difference is lost and sent again.
     pub rate: Rate,
     /// How the rate within that is found. Default `Model`. `Fixed` needs no time to find it, and yields to nobody.
     pub congestion: CongestionControl,

@@ -64,6 +64,14 @@ pub(super) struct Current {
     pub(super) pace: Option<Arc<Pace>>,
 }
 
+impl Current {
+    /// What the path is believed to hold, with so much more time than its shortest round trip; `None` where that is not known.
+    pub(super) fn held(&self, slack: Duration) -> Option<longhaul_core::units::Bytes> {
+        let pace = self.pace.as_ref()?;
+        Some(pace.bandwidth()?.bytes_in(pace.min_rtt()? + slack))
+    }
+}
+
 /// What the peer's task publishes.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LinkState {

@@ -213,12 +213,13 @@ async fn start_memory(
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
     let id = BulkId { migration: leaf.attempt.id, channel: Channel::Memory };
-    // Three times what is on the way at the configured rate: enough to keep the link full, no more, because
-    // what waits here when the guest stops lengthens its pause.
+    // Three times what is on the way at the configured rate, or at the one that is found: enough to keep the link full, no
+    // more, because what waits here when the guest stops lengthens its pause.
     let config = &leaf.edges.config.link;
     let on_the_way = Rate::mbit(config.rate_mbit).bytes_in(peer.stats().rtt).0;
     let window = (on_the_way * 3).clamp(256 << 10, config.window_mib << 20);
-    let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+    let mut channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+    channel.keep_short(peer);
     let path = socket_dir(leaf)?.join("memory.sock");
     remove_stale(&path).map_err(socket_failed)?;
     let source = MemorySource::bind(&path, SourceConfig::default()).map_err(memory_failed)?;

@@ -41,9 +41,14 @@ impl SendWindow {
 
     /// Whether a chunk may be queued now. Into an empty window a chunk of any size may.
     pub fn has_room(&self, length_bytes: u64) -> bool {
+        self.has_room_within(length_bytes, self.window_bytes)
+    }
+
+    /// The same in a window that is at present no larger than `bound_bytes`.
+    pub fn has_room_within(&self, length_bytes: u64, bound_bytes: u64) -> bool {
         let chunks = self.queued.chunks - self.acknowledged.chunks;
         let used = self.unacknowledged_bytes() + cost(0) * chunks;
-        chunks == 0 || used + cost(length_bytes) <= self.window_bytes
+        chunks == 0 || used + cost(length_bytes) <= self.window_bytes.min(bound_bytes)
     }
 
     /// Counts a chunk that was queued, with room or without.

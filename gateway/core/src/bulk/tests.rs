@@ -228,6 +228,10 @@ fn the_producers_window_ends_exactly_where_it_says() {
     window.handle_queued(1000);
     assert!(window.has_room(1000));
     assert!(!window.has_room(1001));
+    assert!(
+        window.has_room_within(999, 2 * cost(1000) - 1) && !window.has_room_within(1000, 2 * cost(1000) - 1)
+    );
+    assert!(!window.has_room_within(1001, u64::MAX), "a bound makes no window larger");
     window.handle_queued(1000);
     assert!(!window.has_room(0));
     window.handle_acknowledged(Acknowledged { chunks: 2, bytes: 2000 });

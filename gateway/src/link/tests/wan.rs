@@ -177,6 +177,41 @@ async fn a_slow_path_is_filled_too() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_is_kept_short_holds_what_a_slower_path_needs_and_fills_it() {
+    let _turn = TURN.lock().await;
+    let shape = Shape { rate: Rate::mbit(20), queue: Duration::from_secs(1), loss: 0.0, ..wan() };
+    let overrate = |config: &mut LinkConfig| {
+        fit(config, &shape);
+        config.rate = Rate::mbit(400);
+    };
+    let mut path = None;
+    let via = |address| path.insert(Path::to(address, shape)).address;
+    let (a, b) = pair_with(overrate, overrate, via).await;
+    let id = bulk_id(1, Channel::Memory);
+    let mut receiver = b.peer("a").bulk_receiver(id, 8 << 20).await.unwrap();
+    let mut sender = a.peer("b").bulk_sender(id, 8 << 20).await.unwrap();
+    sender.keep_short(&a.peer("b"));
+    let received = tokio::spawn(async move { while receiver.recv().await.is_some() {} });
+    let (mut began, mut longest, chunks, unmeasured) = (Instant::now(), 0, 300, 100);
+    for number in 0..chunks {
+        sender.send(chunk(number, 64 << 10)).await.unwrap();
+        if number == unmeasured {
+            began = Instant::now();
+        }
+        if number > unmeasured {
+            longest = longest.max(sender.unacknowledged());
+        }
+    }
+    let goodput_mbit = mbit_per_second((chunks - unmeasured) as usize * (64 << 10), began.elapsed());
+    println!("{goodput_mbit:.1} Mbit/s, {longest} bytes at most wait");
+    // Three times 20 Mbit/s for 110 ms and a little more while it probes.
+    assert!(longest < 1_250_000, "{longest} bytes wait");
+    assert!(goodput_mbit > 14.0, "{goodput_mbit:.1} Mbit/s");
+    drop(sender);
+    timeout(PATIENCE, received).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_urgent_message_does_not_wait_for_a_chunk_that_has_begun() {
     let _turn = TURN.lock().await;
     let mut path = None;
