@@ -183,10 +183,27 @@ async fn the_register_is_away(scene: &mut Scene) -> Result<()> {
     Ok(())
 }
 
+/// The zone is put back to what it was before the machine was ever given away: nothing is decided by that, and the guest
+/// runs on.
+async fn the_zone_is_put_back(scene: &mut Scene) -> Result<()> {
+    let said = scene.names.read(&Scene::name())?;
+    let home = scene.home()?;
+    scene.names.start_anew(&Scene::name(), home.into(), 5)?;
+    let id = scene.begin_move().await?;
+    let view = scene.wait_move(&id, DECIDED).await?;
+    println!("the zone was put back: {:?}", view.reason);
+    ensure!(view.progressing == Progressing::Stayed && view.stage == Stage::PreMigration, "{view:?}");
+    ensure!(view.reason.as_deref().is_some_and(|why| why.contains("an older state")), "{view:?}");
+    ensure!(runs(&scene.a), "a register that was put back stops a guest");
+    scene.names.stop()?;
+    scene.names.start_again(&Scene::name(), &said)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_partition_in_the_hand_over_is_decided_at_the_name_server_at_either_side() {
     let both = async |scene: &mut Scene| {
         the_source_wins(scene).await.context("the source wins")?;
+        the_zone_is_put_back(scene).await.context("the zone is put back")?;
         the_destination_wins(scene).await.context("the destination wins")
     };
     play(ArbiterChoice::Dns, both).await.unwrap();
