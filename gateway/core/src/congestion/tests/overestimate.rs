@@ -1,0 +1,56 @@
+//! A path that carries less than is believed: what was once measured is forgotten.
+
+use super::*;
+
+/// One flow of ours on a path that becomes slower after ten seconds, 30 s after that.
+fn slowed(path: Path, cap: Rate, to: Rate) -> Network {
+    let mut network = Network::new(path, vec![ours(cap, path.rtt, 1, Duration::ZERO)]);
+    network.run_until(10 * SECOND);
+    network.set_rate(to);
+    network.run_until(40 * SECOND);
+    network
+}
+
+/// Measures for 40 s; gives the share of the line that was used and the share of the packets that were lost.
+fn measured(network: &mut Network) -> (f64, f64) {
+    network.measure_anew();
+    network.run_until(network.now + 40 * SECOND);
+    (network.used(40 * SECOND), network.flows[0].lost())
+}
+
+fn drops_little(case: &str, mut network: Network, least_used: f64, most_lost: f64) {
+    let (used, lost) = measured(&mut network);
+    assert!(used >= least_used && lost <= most_lost, "{case}: {used:.3} of the line, {lost:.3} lost");
+}
+
+#[test]
+fn a_policer_that_lets_a_burst_pass_is_not_taken_for_a_fast_path() {
+    for (mbit, rtt_ms) in [(20, 20), (20, 100), (20, 300), (100, 20)] {
+        let path = Path::policed(Rate::mbit(mbit), ms(rtt_ms), 200_000);
+        let mut network = Network::new(path, vec![ours(Rate::mbit(5 * mbit), ms(rtt_ms), 1, Duration::ZERO)]);
+        network.run_until(20 * SECOND);
+        drops_little(&format!("{mbit} Mbit/s, {rtt_ms} ms"), network, 0.8, 0.08);
+    }
+}
+
+#[test]
+fn a_policer_that_becomes_slower_is_followed() {
+    for rtt_ms in [20, 100, 300, 600] {
+        let path = Path::policed(Rate::mbit(20), ms(rtt_ms), 15_000);
+        let network = slowed(path, Rate::mbit(100), Rate::mbit(4));
+        drops_little(&format!("{rtt_ms} ms"), network, 0.8, 0.08);
+    }
+}
+
+#[test]
+fn a_queue_of_a_few_packets_does_not_hide_that_the_path_became_slower() {
+    for (from_mbit, to_mbit, packets) in [(20, 4, 4), (50, 10, 12)] {
+        for rtt_ms in [20, 100, 300, 600] {
+            let path = Path::new(Rate::mbit(from_mbit), ms(rtt_ms), 0.0, 0.0);
+            let path = Path { queue_bytes: packets * PACKET_BYTES, ..path };
+            let network = slowed(path, Rate::mbit(100), Rate::mbit(to_mbit));
+            let case = format!("{from_mbit} to {to_mbit} Mbit/s, {packets} packets, {rtt_ms} ms");
+            drops_little(&case, network, 0.8, 0.08);
+        }
+    }
+}
