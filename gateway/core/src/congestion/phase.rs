@@ -256,7 +256,7 @@ impl Congestion {
         self.round = Round::new(now, self.sampler.delivered_bytes());
         match self.phase {
             Phase::Startup => self.end_startup_round(now, &ended),
-            Phase::Drain => {}
+            Phase::Drain => self.end_undrained_round(&ended),
             Phase::Down => self.end_down_round(now, &ended),
             Phase::Cruise => {
                 self.judge_probe();
@@ -326,6 +326,9 @@ impl Congestion {
     }
 
     fn end_probe_rtt_round(&mut self, now: Duration, ended: &Ended) {
+        if !self.cycle.emptied {
+            self.end_undrained_round(ended);
+        }
         if self.cycle.emptied || self.cycle.rounds >= MAX_DRAIN_ROUNDS {
             self.min_rtt.handle_probed(now, ended.min_rtt);
             self.refill(now);
