@@ -110,3 +110,16 @@ fn run_until_startup_ends(network: &mut Network) {
         network.run_until(network.now + ms(5));
     }
 }
+
+#[test]
+fn what_is_lost_at_random_beyond_the_bearable_costs_rate() {
+    for (loss, least) in [(0.05, 0.9), (0.08, 0.8), (0.12, 0.3), (0.2, 0.06)] {
+        for rtt_ms in [20, 100] {
+            let path = Path::new(Rate::mbit(20), ms(rtt_ms), 1.0, loss);
+            let mut network = Network::new(path, vec![ours(Rate::mbit(100), ms(rtt_ms), 1, Duration::ZERO)]);
+            network.run_until(20 * SECOND);
+            let (used, _) = measured(&mut network);
+            assert!(used >= least, "{loss}, {rtt_ms} ms: {used:.2} of the line");
+        }
+    }
+}
