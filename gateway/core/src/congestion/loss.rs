@@ -2,8 +2,12 @@
 //!
 //! A long path loses packets at random, and slowing down does not help. A full queue loses more than that, and all at
 //! once. So losses of a round count only when they exceed what the path loses while its queue is empty, plus 2 %
-//! (draft-ietf-ccwg-bbr's threshold), plus four standard deviations: a round of ten packets loses one or two by chance. What is done about
-//! it is not decided here.
+//! (draft-ietf-ccwg-bbr's threshold), plus four standard deviations: a round of ten packets loses one or two by chance.
+//! What is done about it is not decided here.
+//!
+//! At most 5 % is taken for usual, so random loss is borne up to about 8 %. Beyond that it passes for a full path, and the
+//! rate falls. Seen on simulated paths of 20 Mbit/s, at round trips of 20 and 100 ms (`tests/overestimate.rs`): with 5 %
+//! lost 18.5 and 18.9 Mbit/s arrive, with 8 % 17.2 and 17.6, with 12 % 10.3 and 6.8, with 20 % 3.8 and 1.6.
 
 /// Loss beyond what is usual, in per mille, that is no accident.
 const THRESHOLD_PER_MILLE: u64 = 20;

@@ -9,7 +9,7 @@
 //!      |         '------------ a queue, see `queue` --------'   | 2 to 3 s
 //!      | a queue, loss, the cap,                                v
 //!     Up <--------------------- a round ---------------------- Refill <----------- ProbeRtt
-//!        or nothing gained                                            two rounds   ^
+//!        or nothing gained                 Down <---- loss ------'    two rounds   ^
 //!                                  any but Startup: no short round trip for 8 s ---'
 //! ```
 //!

@@ -39,6 +39,10 @@ const LEAST_PROBE_PER_MILLE: u64 = 40;
 const CRUISE: Duration = Duration::from_secs(2);
 const CRUISE_SPREAD_MS: u64 = 1000;
 
+/// After loss in Refill also so many round trips at least: an estimate that is far too high is lowered round by round, and
+/// only a Refill without loss, from the lower rate, leads to the probe that ends its cycle.
+const LOWERING_ROUNDS: u32 = 8;
+
 /// After so many rounds Down and ProbeRtt end, drained or not.
 const MAX_DRAIN_ROUNDS: u32 = 6;
 
@@ -182,12 +186,20 @@ impl Congestion {
         match self.phase {
             Phase::Startup => self.enter(now, Phase::Drain),
             Phase::Refill | Phase::Up => {
+                if self.phase == Phase::Refill {
+                    self.cruise_longer(now);
+                }
                 self.cycle.probe_queue = (self.cycle.probe_queue / 2).max(LEAST_PROBE_QUEUE);
                 self.cycle.overflowed = true;
                 self.enter(now, Phase::Down);
             }
             Phase::Drain | Phase::Down | Phase::Cruise | Phase::ProbeRtt => {}
         }
+    }
+
+    fn cruise_longer(&mut self, now: Duration) {
+        let lowering = LOWERING_ROUNDS * self.min_rtt.get().unwrap_or_default();
+        self.cycle.probe_at = now + CRUISE.max(lowering) + self.cycle.spread();
     }
 
     pub(super) fn enter(&mut self, now: Duration, phase: Phase) {
@@ -244,9 +256,12 @@ impl Congestion {
         self.round = Round::new(now, self.sampler.delivered_bytes());
         match self.phase {
             Phase::Startup => self.end_startup_round(now, &ended),
-            Phase::Drain => {}
+            Phase::Drain => self.end_undrained_round(&ended),
             Phase::Down => self.end_down_round(now, &ended),
-            Phase::Cruise => self.end_cruise_round(now, &ended),
+            Phase::Cruise => {
+                self.judge_probe();
+                self.end_cruise_round(now, &ended);
+            }
             Phase::Refill => self.enter(now, Phase::Up),
             Phase::Up => self.end_up_round(now, &ended),
             Phase::ProbeRtt => self.end_probe_rtt_round(now, &ended),
@@ -268,18 +283,26 @@ impl Congestion {
     }
 
     fn end_down_round(&mut self, now: Duration, ended: &Ended) {
-        if std::mem::take(&mut self.cycle.unjudged) {
-            self.max_bandwidth.end_cycle();
-            if !std::mem::take(&mut self.cycle.overflowed) {
-                self.cycle.probe_queue = (self.cycle.probe_queue * 5 / 4).min(PROBE_QUEUE);
-            }
-        } else {
+        if !self.judge_probe() {
             self.end_draining_round(ended);
         }
         if self.cycle.rounds >= MAX_DRAIN_ROUNDS {
             self.handle_undrained(ended);
             self.enter(now, Phase::Cruise);
         }
+    }
+
+    /// What the last probe sent is acknowledged: its cycle ends. Says whether that was still to be done. Where the probe
+    /// queued nothing, Down is over before its first round is; then it is done in Cruise.
+    fn judge_probe(&mut self) -> bool {
+        let unjudged = std::mem::take(&mut self.cycle.unjudged);
+        if unjudged {
+            self.max_bandwidth.end_cycle();
+            if !std::mem::take(&mut self.cycle.overflowed) {
+                self.cycle.probe_queue = (self.cycle.probe_queue * 5 / 4).min(PROBE_QUEUE);
+            }
+        }
+        unjudged
     }
 
     fn end_up_round(&mut self, now: Duration, ended: &Ended) {
@@ -303,6 +326,9 @@ impl Congestion {
     }
 
     fn end_probe_rtt_round(&mut self, now: Duration, ended: &Ended) {
+        if !self.cycle.emptied {
+            self.end_undrained_round(ended);
+        }
         if self.cycle.emptied || self.cycle.rounds >= MAX_DRAIN_ROUNDS {
             self.min_rtt.handle_probed(now, ended.min_rtt);
             self.refill(now);

@@ -9,6 +9,9 @@
 //!      '-------- no queue for 3 s -------- beside somebody's queue <--------------'
 //! ```
 //!
+//! Drain and ProbeRtt send half of what is believed. If less than that is delivered, the path carries less than half, and
+//! nothing drains: then what is delivered is believed. Without this the queue would pass for the path's round trip.
+//!
 //! Beside somebody else's queue giving way leads to nothing but starving: CUBIC takes whatever is left and fills the queue all
 //! the same. There the rate falls to what is delivered, but not far, and the next probe wins it back. Probes are made in
 //! `phase`, not here.
@@ -164,6 +167,19 @@ impl Congestion {
     pub(super) fn end_draining_round(&mut self, ended: &Ended) {
         if self.queue.draining && ended.queued || ended.excess {
             self.lower(ended);
+        }
+    }
+
+    /// A round of Drain or ProbeRtt ends, and the path is not empty yet. Nor will it be, if less is delivered than is sent.
+    pub(super) fn end_undrained_round(&mut self, ended: &Ended) {
+        let Some(seen) = ended.delivered else { return };
+        let sent = self.pace();
+        // Somebody who sends more, to probe, takes a little of what is delivered.
+        let least = if self.queue.foreign { scaled(sent, FALLING_PER_MILLE) } else { sent };
+        // What the first round delivered was sent before it.
+        if self.cycle.rounds >= 2 && ended.queued && seen < least {
+            self.max_bandwidth.replace(seen);
+            self.bandwidth_lo = None;
         }
     }
 

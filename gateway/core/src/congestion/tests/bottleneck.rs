@@ -1,4 +1,5 @@
 //! A bottleneck in virtual time: one line of a rate with a drop-tail queue, random loss, delay, and senders that share it.
+//! Or a policer: it drops what exceeds the rate by more than a burst, and delays nothing.
 //!
 //! Receivers acknowledge every eighth packet, at a gap, or after 25 ms, as the gateways ask of each other. Packets are lost
 //! for a sender when three later ones have arrived, or when nothing was heard for a while. There is no reordering and no jitter.
@@ -33,12 +34,18 @@ pub struct Path {
     pub rtt: Duration,
     pub queue_bytes: u64,
     pub loss: f64,
+    /// The burst of a policer, which has no queue.
+    pub policer_bytes: Option<u64>,
 }
 
 impl Path {
     pub fn new(rate: Rate, rtt: Duration, queue_in_held: f64, loss: f64) -> Self {
         let queue_bytes = (rate.bytes_in(rtt).0 as f64 * queue_in_held) as u64;
-        Self { rate, rtt, queue_bytes: queue_bytes.max(4 * PACKET_BYTES), loss }
+        Self { rate, rtt, queue_bytes: queue_bytes.max(4 * PACKET_BYTES), loss, policer_bytes: None }
+    }
+
+    pub fn policed(rate: Rate, rtt: Duration, burst_bytes: u64) -> Self {
+        Self { rate, rtt, queue_bytes: 0, loss: 0.0, policer_bytes: Some(burst_bytes) }
     }
 }
 
@@ -95,6 +102,12 @@ impl Flow {
             delivered_bytes: 0,
             lost_packets: 0,
         }
+    }
+
+    /// Of what was acknowledged or given up, the share that was lost.
+    pub fn lost(&self) -> f64 {
+        let lost_bytes = (self.lost_packets * PACKET_BYTES) as f64;
+        lost_bytes / (lost_bytes + self.delivered_bytes as f64).max(1.0)
     }
 
     fn may_send(&self) -> bool {
@@ -203,6 +216,9 @@ pub struct Network {
     pub queue: Queue,
     pub carried_bytes: u64,
     free_at: Duration,
+    /// What the policer lets pass at once, as of a time.
+    tokens_bytes: f64,
+    tokens_at: Duration,
     random: u64,
 }
 
@@ -215,12 +231,15 @@ impl Network {
             queue: Queue::default(),
             carried_bytes: 0,
             free_at: Duration::ZERO,
+            tokens_bytes: path.policer_bytes.unwrap_or_default() as f64,
+            tokens_at: Duration::ZERO,
             random: 0x9e37_79b9_7f4a_7c15,
         }
     }
 
     /// From now on the line has another rate; what waits takes as much longer or shorter.
     pub fn set_rate(&mut self, rate: Rate) {
+        self.refill_tokens();
         let waits = self.free_at.saturating_sub(self.now);
         self.free_at = self.now + waits.mul_f64(self.path.rate.0 as f64 / rate.0 as f64);
         self.path.rate = rate;
@@ -230,7 +249,9 @@ impl Network {
     pub fn measure_anew(&mut self) {
         self.queue = Queue::default();
         self.carried_bytes = 0;
-        self.flows.iter_mut().for_each(|flow| flow.delivered_bytes = 0);
+        for flow in &mut self.flows {
+            (flow.delivered_bytes, flow.lost_packets) = (0, 0);
+        }
     }
 
     /// The share of the line that was used since the measurement began `time` ago.
@@ -288,24 +309,46 @@ impl Network {
     }
 
     fn send_packet(&mut self, index: usize) {
-        let waits = self.free_at.saturating_sub(self.now);
-        self.queue.waits_ms.push(waits.as_secs_f64() * 1e3);
-        let full = self.path.rate.bytes_in(waits).0 + PACKET_BYTES > self.path.queue_bytes + PACKET_BYTES;
-        let arrives = self.random() >= self.path.loss && !full;
+        let reached = self.pass();
         let flow = &mut self.flows[index];
         flow.next_number += 1;
         let number = flow.next_number;
         if flow.in_flight.is_empty() {
             flow.last_heard = self.now;
         }
-        flow.in_flight.push_back(Packet { number, sent: self.now, arrives });
+        flow.in_flight.push_back(Packet { number, sent: self.now, arrives: reached.is_some() });
         flow.in_flight_bytes += PACKET_BYTES;
-        if arrives {
-            let takes = self.path.rate.time_for(Bytes(PACKET_BYTES)).unwrap_or(Duration::MAX);
-            self.free_at = self.free_at.max(self.now) + takes;
+        if let Some(at) = reached {
             self.carried_bytes += PACKET_BYTES;
-            flow.arrive(number, self.free_at + self.path.rtt / 2, self.path.rtt);
+            flow.arrive(number, at + self.path.rtt / 2, self.path.rtt);
         }
+    }
+
+    /// When a packet that comes now is through the bottleneck; `None` if it is lost there.
+    fn pass(&mut self) -> Option<Duration> {
+        let survives = self.random() >= self.path.loss;
+        if self.path.policer_bytes.is_some() {
+            self.refill_tokens();
+            let passes = survives && self.tokens_bytes >= PACKET_BYTES as f64;
+            self.tokens_bytes -= if passes { PACKET_BYTES as f64 } else { 0.0 };
+            return passes.then_some(self.now);
+        }
+        let waits = self.free_at.saturating_sub(self.now);
+        self.queue.waits_ms.push(waits.as_secs_f64() * 1e3);
+        let full = self.path.rate.bytes_in(waits).0 + PACKET_BYTES > self.path.queue_bytes + PACKET_BYTES;
+        if !survives || full {
+            return None;
+        }
+        let takes = self.path.rate.time_for(Bytes(PACKET_BYTES)).unwrap_or(Duration::MAX);
+        self.free_at = self.free_at.max(self.now) + takes;
+        Some(self.free_at)
+    }
+
+    fn refill_tokens(&mut self) {
+        let Some(burst_bytes) = self.path.policer_bytes else { return };
+        let added_bytes = (self.now - self.tokens_at).as_secs_f64() * self.path.rate.0 as f64;
+        self.tokens_bytes = (self.tokens_bytes + added_bytes).min(burst_bytes as f64);
+        self.tokens_at = self.now;
     }
 
     fn random(&mut self) -> f64 {

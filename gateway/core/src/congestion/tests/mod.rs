@@ -3,6 +3,7 @@
 mod alone;
 mod bottleneck;
 mod bounds;
+mod overestimate;
 mod senders;
 mod sharing;
 
