@@ -547,6 +547,10 @@ async fn a_second_move_is_refused_and_an_aborted_first_one_leaves_nothing_at_the
     // The other site's operator can, too: what a source has forgotten would else be held there for ever.
     let id = scene.begin_move().await.unwrap();
     wait("a disk at site b", 20 * SECOND, || std::fs::read_dir(&disks).ok()?.next().map(drop)).await;
+    scene.a.client().limit_migration(&id, Some(1)).await.unwrap();
+    assert_eq!(scene.a.client().migration(&id).await.unwrap().limit_mbit, Some(1));
+    let error = scene.b.client().limit_migration(&id, None).await.unwrap_err().to_string();
+    assert!(error.contains("limit it there"), "{error}");
     scene.b.client().abort(&id).await.unwrap();
     let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
     assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
@@ -593,6 +597,22 @@ async fn status_and_doctor_tell_what_is_there_and_what_is_wrong() {
     println!("{page}");
     for word in ["site a", "peer b", "up", VM, "here", "running", "128.0 MiB", "512.0 MiB", "tunnel:"] {
         assert!(page.contains(word), "{word:?} is missing in\n{page}");
+    }
+    assert!(longhaul(&scene, &["limit", "--peer", "b", "--mbit", "7"]).status.success());
+    let page = text(&longhaul(&scene, &["status"]).stdout);
+    assert!(page.contains("limited to 7 Mbit/s"), "{page}");
+    assert!(longhaul(&scene, &["limit", "--peer", "b", "--none"]).status.success());
+    let page = text(&longhaul(&scene, &["status"]).stdout);
+    assert!(!page.contains("limited"), "{page}");
+    for (wrong, code) in [
+        (&["limit", "--peer", "mars", "--mbit", "7"][..], 1),
+        (&["limit", "--peer", "b", "--mbit", "0"], 2),
+        (&["limit", "--peer", "b"], 2),
+        (&["limit", "12ab", "--none"], 1),
+    ] {
+        let refused = longhaul(&scene, wrong);
+        println!("{wrong:?}: {}", text(&refused.stderr));
+        assert_eq!(refused.status.code(), Some(code), "{wrong:?}");
     }
     let alone = Command::new(&scene.programs.longhaul)
         .args(["--socket", "/nonexistent/api.sock", "status"])

@@ -10,11 +10,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{SiteName, VmName};
 
 use super::types::{
-    AdoptRequest, DefineRequest, ErrorBody, Finding, FlowsView, JournalView, MigrateRequest, MigrationView,
-    ResolveRequest, Started, StatusView,
+    AdoptRequest, DefineRequest, ErrorBody, Finding, FlowsView, JournalView, LimitRequest, MigrateRequest,
+    MigrationView, ResolveRequest, Started, StatusView,
 };
 
 /// Why there is no answer, or not the one hoped for.
@@ -139,6 +139,16 @@ impl Client {
     /// Ends a migration that has not committed.
     pub async fn abort(&self, id: &str) -> Result<(), ClientError> {
         self.ask(Method::DELETE, &format!("/v1/migrations/{id}"), &()).await
+    }
+
+    /// Limits what a migration sends from this site, in Mbit/s, or no longer.
+    pub async fn limit_migration(&self, id: &str, rate_mbit: Option<u64>) -> Result<(), ClientError> {
+        self.ask(Method::PUT, &format!("/v1/migrations/{id}/limit"), &LimitRequest { rate_mbit }).await
+    }
+
+    /// Limits what is sent to a peer, in Mbit/s, or no longer.
+    pub async fn limit_peer(&self, peer: &SiteName, rate_mbit: Option<u64>) -> Result<(), ClientError> {
+        self.ask(Method::PUT, &format!("/v1/peers/{peer}/limit"), &LimitRequest { rate_mbit }).await
     }
 
     async fn ask<T: DeserializeOwned>(

@@ -9,12 +9,12 @@ pub mod types;
 
 use tokio::sync::oneshot;
 
-use longhaul_core::ids::{MigrationId, VmName};
+use longhaul_core::ids::{MigrationId, SiteName, VmName};
 use longhaul_core::migration::ledger::MayNotRun;
 
 use types::{
-    AdoptRequest, DefineRequest, Finding, FlowsView, JournalView, MigrateRequest, MigrationView,
-    ResolveRequest, Started, StatusView,
+    AdoptRequest, DefineRequest, Finding, FlowsView, JournalView, LimitRequest, MigrateRequest,
+    MigrationView, ResolveRequest, Started, StatusView,
 };
 
 /// A request to the daemon's task, with the way back for the answer.
@@ -44,6 +44,10 @@ pub enum Request {
     Migration(MigrationId, Reply<MigrationView>),
     /// Ends a migration that has not committed.
     Abort(MigrationId, Reply<()>),
+    /// Limits what is sent to a peer.
+    LimitPeer(SiteName, LimitRequest, Reply<()>),
+    /// Limits what a migration sends from here.
+    LimitMigration(MigrationId, LimitRequest, Reply<()>),
     /// Decides a move that waits for a peer that is gone for good.
     Resolve(VmName, ResolveRequest, Reply<()>),
     /// Whether a machine may be started here by something else (a start gate).

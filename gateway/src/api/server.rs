@@ -8,14 +8,14 @@ use axum::Router;
 use axum::extract::{Json, Path as UrlPath, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
-use longhaul_core::ids::{MigrationId, VmName};
+use longhaul_core::ids::{MigrationId, SiteName, VmName};
 
-use super::types::{AdoptRequest, DefineRequest, ErrorBody, MigrateRequest, ResolveRequest};
+use super::types::{AdoptRequest, DefineRequest, ErrorBody, LimitRequest, MigrateRequest, ResolveRequest};
 use super::{Reply, Request, RequestError};
 
 /// The API's socket: bound, not answered yet. It is removed with this value, for a socket that nobody answers
@@ -81,6 +81,8 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/partials/{name}", axum::routing::delete(discard))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
+        .route("/v1/migrations/{id}/limit", put(limit_migration))
+        .route("/v1/peers/{name}/limit", put(limit_peer))
         .with_state(Daemon(requests))
 }
 
@@ -205,6 +207,25 @@ async fn abort(State(daemon): State<Daemon>, UrlPath(id): UrlPath<String>) -> Re
         Some(id) => daemon.ask(|reply| Request::Abort(id, reply)).await,
         None => no_such_migration(&id),
     }
+}
+
+async fn limit_migration(
+    State(daemon): State<Daemon>,
+    UrlPath(id): UrlPath<String>,
+    Json(body): Json<LimitRequest>,
+) -> Response {
+    match parse_id(&id) {
+        Some(id) => daemon.ask(|reply| Request::LimitMigration(id, body, reply)).await,
+        None => no_such_migration(&id),
+    }
+}
+
+async fn limit_peer(
+    State(daemon): State<Daemon>,
+    UrlPath(peer): UrlPath<SiteName>,
+    Json(body): Json<LimitRequest>,
+) -> Response {
+    daemon.ask(|reply| Request::LimitPeer(peer, body, reply)).await
 }
 
 fn parse_id(text: &str) -> Option<MigrationId> {

@@ -69,6 +69,9 @@ pub struct PeerView {
     /// What the path to it is believed to carry, once that was measured.
     #[serde(default)]
     pub estimated_mbit: Option<f64>,
+    /// What an operator lets be sent to it at most, in Mbit/s.
+    #[serde(default)]
+    pub limit_mbit: Option<f64>,
 }
 
 /// A machine this site knows.
@@ -194,6 +197,9 @@ pub struct MigrationView {
     pub round: u64,
     /// How fast the guest dirties memory.
     pub dirty_rate: u64,
+    /// What an operator lets memory and disks take of the link, in Mbit/s, until the guest is stopped.
+    #[serde(default)]
+    pub limit_mbit: Option<u64>,
     /// Seconds to the pause at this rate.
     pub eta_s: Option<u64>,
     /// Rounds so far.
@@ -383,6 +389,13 @@ pub struct ResolveRequest {
     /// The site whose copy is destroyed, typed by the operator.
     #[serde(default)]
     pub destroyed: Option<SiteName>,
+}
+
+/// Limits what is sent, or no longer.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct LimitRequest {
+    /// In Mbit/s; nothing is no limit but the configured one.
+    pub rate_mbit: Option<u64>,
 }
 
 /// A migration that began.

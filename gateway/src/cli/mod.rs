@@ -112,11 +112,30 @@ enum Command {
         #[arg(long, value_name = "SITE")]
         i_have_destroyed_the_other_copy: Option<SiteName>,
     },
+    /// Limit what is sent while it is sent: all that goes to a peer, or one migration's memory and disks until its guest is
+    /// stopped. Holds until it is changed or the gateway begins anew
+    Limit(LimitArgs),
     /// End a migration that has not committed
     Abort {
         /// The migration's id
         id: String,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct LimitArgs {
+    /// The migration's id, at the site that the machine leaves
+    #[arg(required_unless_present = "peer")]
+    id: Option<String>,
+    /// Limit all that is sent to this site instead
+    #[arg(long, conflicts_with = "id")]
+    peer: Option<SiteName>,
+    /// Mbit/s
+    #[arg(long, required_unless_present = "none")]
+    mbit: Option<u64>,
+    /// No limit but the configured one
+    #[arg(long, conflicts_with = "mbit")]
+    none: bool,
 }
 
 /// A place, as it is typed.
@@ -161,6 +180,7 @@ pub fn run(cli: Cli) -> ExitCode {
         | Command::Journal { file: None, .. }
         | Command::MayRun { .. }
         | Command::Resolve { .. }
+        | Command::Limit(_)
         | Command::Abort { .. } => {}
     }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -204,6 +224,14 @@ async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> 
             };
             client.resolve(&vm, &ResolveRequest { keep, destroyed }).await?;
             println!("decided; `longhaul journal {vm}` shows it");
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Limit(LimitArgs { id, peer, mbit, none: _ }) => {
+            match (id, peer) {
+                (Some(id), _) => client.limit_migration(&id, mbit).await?,
+                (None, Some(peer)) => client.limit_peer(&peer, mbit).await?,
+                (None, None) => {} // the command line asks for one of them
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Abort { id } => {

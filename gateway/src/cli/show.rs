@@ -56,7 +56,9 @@ pub async fn doctor(client: &Client, vm: Option<&VmName>, json: bool) -> Result<
 }
 
 fn estimate(peer: &PeerView) -> String {
-    peer.estimated_mbit.map_or_else(String::new, |mbit| format!(", about {mbit:.0} Mbit/s"))
+    let estimate = peer.estimated_mbit.map_or_else(String::new, |mbit| format!(", about {mbit:.0} Mbit/s"));
+    let limit = peer.limit_mbit.map_or_else(String::new, |mbit| format!(", limited to {mbit:.0} Mbit/s"));
+    estimate + &limit
 }
 
 fn page(view: &StatusView) -> String {
@@ -142,7 +144,11 @@ fn machine_lines(view: &StatusView) -> String {
 
 fn migration_line(migration: &MigrationView) -> String {
     let state = match migration.progressing {
-        Progressing::Running => format!("{} {:.0} %", migration.stage.name(), migration.percent),
+        Progressing::Running => {
+            let limit =
+                migration.limit_mbit.map_or_else(String::new, |mbit| format!(", limited to {mbit} Mbit/s"));
+            format!("{} {:.0} %{limit}", migration.stage.name(), migration.percent)
+        }
         Progressing::Moved => match migration.pause_ms {
             Some(pause) => format!("moved, paused {pause:.0} ms"),
             None => "moved".to_owned(),

@@ -10,6 +10,8 @@ use super::Config;
 use super::check::{Conflict, expect};
 
 /// Many times the memory or disk of any host; beyond it, a number of bytes does not fit.
+/// The highest rate of a link, in Mbit/s.
+pub const MAX_RATE_MBIT: u64 = 1_000_000;
 const MAX_MIB: u64 = 1 << 24;
 const MAX_DESCRIPTORS: u64 = 1 << 20;
 const MAX_GIB: u64 = 1 << 20;
@@ -44,7 +46,7 @@ impl Config {
         let last = u32::MAX - 1 - UIDS;
         let text = format!("0, or 1000 to {last}: {UIDS} user ids that nobody else has");
         expect(first == 0 || (1000..=last).contains(&first), "hypervisor.uid_base", &text)?;
-        within(self.link.rate_mbit, 1, 1_000_000, "link.rate_mbit")?;
+        within(self.link.rate_mbit, 1, MAX_RATE_MBIT, "link.rate_mbit")?;
         expect(self.link.listen.port() > 0, "link.listen", "ADDRESS:PORT with a port that is not 0")
     }
 

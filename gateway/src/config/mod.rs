@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 pub use etcd::{Endpoint, EtcdConfig, InvalidEndpoint};
+pub use limits::MAX_RATE_MBIT;
 pub(crate) use limits::{UIDS, parse_prefix};
 pub use sections::{
     ArbiterChoice, CongestionChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection,

@@ -43,6 +43,10 @@ impl Daemon {
             Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),
+            Request::LimitPeer(peer, body, reply) => drop(reply.send(self.limit_peer(&peer, body).await)),
+            Request::LimitMigration(id, body, reply) => {
+                drop(reply.send(self.limit_migration(id, body).await))
+            }
             Request::MayRun(vm, reply) => drop(reply.send(self.may_run(&vm))),
             Request::Doctor(vm, reply) => self.doctor(vm, reply),
             Request::Journal(vm, reply) => self.journal(vm, reply),

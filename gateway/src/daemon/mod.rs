@@ -20,6 +20,7 @@ mod flows;
 mod image;
 mod inhibit;
 mod kept;
+mod limits;
 mod machines;
 mod power;
 mod proposals;

@@ -8,6 +8,7 @@ use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::recovery::Qemu;
+use longhaul_core::units::Rate;
 use tokio::sync::oneshot;
 
 use super::machines::held;
@@ -157,13 +158,13 @@ impl Daemon {
     pub(super) fn migration(&self, id: MigrationId) -> Result<MigrationView, RequestError> {
         match self.migrations.get(&id) {
             Some(running) => Ok(running.viewer.current()),
-            None => Err(RequestError::NotFound(format!("No migration {id}; `longhaul status` lists them"))),
+            None => Err(no_such_migration(id)),
         }
     }
 
     pub(super) async fn abort(&mut self, id: MigrationId) -> Result<(), RequestError> {
         let Some(running) = self.migrations.get(&id) else {
-            return Err(RequestError::NotFound(format!("No migration {id}; `longhaul status` lists them")));
+            return Err(no_such_migration(id));
         };
         let Some(inbox) = &running.inbox else {
             if self.forget_retry_after(id) {
@@ -236,7 +237,13 @@ impl Daemon {
     }
 }
 
+/// What somebody asked for by a wrong id.
+pub(super) fn no_such_migration(id: MigrationId) -> RequestError {
+    RequestError::NotFound(format!("No migration {id}; `longhaul status` lists them"))
+}
+
 fn peer_view(peer: &PeerHandle) -> PeerView {
+    let in_mbit = |rate: Rate| rate.0 as f64 * 8.0 / 1e6;
     let stats = peer.stats();
     let in_ms = |time: Duration| stats.up.then_some(time.as_secs_f64() * 1e3);
     PeerView {
@@ -244,7 +251,8 @@ fn peer_view(peer: &PeerHandle) -> PeerView {
         up: stats.up,
         rtt_ms: in_ms(stats.rtt),
         min_rtt_ms: in_ms(stats.min_rtt),
-        estimated_mbit: stats.bandwidth.map(|rate| rate.0 as f64 * 8.0 / 1e6),
+        estimated_mbit: stats.bandwidth.map(in_mbit),
+        limit_mbit: peer.limited_to().map(in_mbit),
     }
 }
 

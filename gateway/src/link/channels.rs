@@ -12,13 +12,15 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
+use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_core::bulk::{
     Acknowledged, Admission, BulkId, Channel, ChunkHeader, Delivery, ReceiveError, Receiver, SendWindow,
-    Sender,
+    Sender, Throttle,
 };
 use longhaul_core::ids::MigrationId;
+use longhaul_core::units::{Bytes as Amount, Rate};
 use longhaul_core::wire::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -73,6 +75,8 @@ pub(super) struct Channels {
     messages: VecDeque<Message>,
     acks: BTreeSet<BulkId>,
     last_served: Option<BulkId>,
+    /// What somebody limited, by migration; as many as have channels at most.
+    throttles: BTreeMap<MigrationId, Throttle>,
     connected: bool,
 }
 
@@ -121,6 +125,7 @@ impl Channels {
             messages: VecDeque::new(),
             acks: BTreeSet::new(),
             last_served: None,
+            throttles: BTreeMap::new(),
             connected: false,
         }
     }
@@ -150,8 +155,29 @@ impl Channels {
         Ok(BulkReceiver { id, chunks, commands, received: 0, reported: 0, end: ReceiveEnd::Open })
     }
 
+    /// Lets the bulk data of a migration leave no faster than `rate`, or as fast as the link is. Forgotten when its channels
+    /// are closed.
+    pub(super) fn limit(&mut self, migration: MigrationId, rate: Option<Rate>, now: Duration) {
+        let has_room = self.throttles.len() < self.limit || self.throttles.contains_key(&migration);
+        match rate.filter(|_| has_room) {
+            Some(rate) => {
+                self.throttles
+                    .entry(migration)
+                    .and_modify(|throttle| throttle.set_rate(rate, now))
+                    .or_insert_with(|| Throttle::new(rate, now));
+            }
+            None => drop(self.throttles.remove(&migration)),
+        }
+    }
+
+    /// When a migration that is limited may send again, if one may not now.
+    pub(super) fn throttled_until(&self, now: Duration) -> Option<Duration> {
+        self.throttles.values().filter_map(|throttle| throttle.refused_until(now)).min()
+    }
+
     /// Closes all channels of a migration at once, here and at the peer.
     pub(super) fn close_migration(&mut self, migration: MigrationId) {
+        self.throttles.remove(&migration);
         let of_it = |id: &&BulkId| id.migration == migration;
         let ids: BTreeSet<BulkId> =
             self.senders.keys().filter(of_it).chain(self.receivers.keys().filter(of_it)).copied().collect();
@@ -309,16 +335,23 @@ impl Channels {
         None
     }
 
-    /// The next chunk of this class, channel after channel.
-    pub(super) fn poll_transmit(&mut self, class: Class) -> Option<Transmit> {
+    /// The next chunk of this class, channel after channel, of migrations that may send now.
+    pub(super) fn poll_transmit(&mut self, class: Class, now: Duration) -> Option<Transmit> {
         let after = self.last_served.map_or(Bound::Unbounded, Bound::Excluded);
         let later: Vec<BulkId> = self.senders.range((after, Bound::Unbounded)).map(|(id, _)| *id).collect();
         let earlier = self.senders.keys().copied().take(self.senders.len() - later.len());
         let turn: Vec<BulkId> = later.iter().copied().chain(earlier).collect();
         for id in turn.into_iter().filter(|id| Class::of(id.channel) == class) {
+            let throttle = self.throttles.get_mut(&id.migration);
+            if throttle.as_ref().is_some_and(|throttle| throttle.refused_until(now).is_some()) {
+                continue;
+            }
             let Some(side) = self.senders.get_mut(&id) else { continue };
             let Some(outgoing) = side.sender.poll_transmit() else { continue };
             self.last_served = Some(id);
+            if let Some(throttle) = throttle {
+                throttle.handle_sent(Amount(outgoing.bytes.len() as u64), now);
+            }
             let length_bytes = outgoing.bytes.len() as u32;
             let header = ChunkHeader { id, number: outgoing.number, length_bytes, end: outgoing.end };
             return Some(Transmit { header, bytes: outgoing.bytes, closed: side.closed.clone() });

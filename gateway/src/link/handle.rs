@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use longhaul_core::bulk::BulkId;
 use longhaul_core::ids::{MigrationId, SiteName};
+use longhaul_core::units::{Bytes as Amount, Rate};
 use longhaul_core::wire::{Message, Version};
 use quinn::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -66,7 +67,7 @@ pub(super) struct Current {
 
 impl Current {
     /// What the path is believed to hold, with so much more time than its shortest round trip; `None` where that is not known.
-    pub(super) fn held(&self, slack: Duration) -> Option<longhaul_core::units::Bytes> {
+    pub(super) fn held(&self, slack: Duration) -> Option<Amount> {
         let pace = self.pace.as_ref()?;
         Some(pace.bandwidth()?.bytes_in(pace.min_rtt()? + slack))
     }
@@ -77,6 +78,8 @@ impl Current {
 pub(super) struct LinkState {
     pub(super) current: Option<Current>,
     pub(super) past: PastConnections,
+    /// What an operator lets be sent to the peer at most, below what is configured.
+    pub(super) limit: Option<Rate>,
 }
 
 /// What handles ask of the peer's task.
@@ -85,6 +88,8 @@ pub(super) enum Command {
     OpenSender { id: BulkId, window_bytes: u64, reply: oneshot::Sender<Result<BulkSender, BulkError>> },
     OpenReceiver { id: BulkId, window_bytes: u64, reply: oneshot::Sender<Result<BulkReceiver, BulkError>> },
     CloseBulk { migration: MigrationId, reply: oneshot::Sender<()> },
+    LimitMigration { migration: MigrationId, rate: Option<Rate> },
+    Limit { rate: Option<Rate> },
 }
 
 /// One peer.
@@ -170,6 +175,23 @@ impl PeerHandle {
         if self.ask(Command::CloseBulk { migration, reply }).await.is_ok() {
             let _ = done.await; // a closed link has no channels
         }
+    }
+
+    /// From now on no more is sent to the peer than `rate`, everything counted, or than is configured. The data of guests'
+    /// connections goes first all the same.
+    pub async fn limit(&self, rate: Option<Rate>) -> Result<(), BulkError> {
+        self.ask(Command::Limit { rate }).await
+    }
+
+    /// From now on the memory and disks of a migration leave this site no faster than `rate`, or as fast as the link is,
+    /// until its channels are closed.
+    pub async fn limit_migration(&self, migration: MigrationId, rate: Option<Rate>) -> Result<(), BulkError> {
+        self.ask(Command::LimitMigration { migration, rate }).await
+    }
+
+    /// The limit that [`PeerHandle::limit`] set.
+    pub fn limited_to(&self) -> Option<Rate> {
+        self.state.borrow().limit
     }
 
     /// A handle for sending datagrams.

@@ -76,6 +76,8 @@ pub(super) struct Paths {
 #[derive(Debug)]
 struct Buckets {
     cap: Bucket,
+    /// What an operator allows at present, if that is less than the configured rate.
+    limit: Option<Rate>,
     steered: Option<(Arc<Pace>, Bucket)>,
 }
 
@@ -102,6 +104,14 @@ impl Paths {
         }
     }
 
+    /// `to` is sent to no faster than `limit`, until that is changed.
+    pub(super) fn limit(&self, to: SocketAddr, limit: Option<Rate>) {
+        let now = Instant::now();
+        let cap_per_second = self.cap_per_second();
+        let mut buckets = self.lock();
+        buckets.entry(to).or_insert_with(|| Buckets::new(now, cap_per_second)).limit = limit;
+    }
+
     fn cap_per_second(&self) -> f64 {
         self.cap.0 as f64 * UTILISATION
     }
@@ -117,7 +127,8 @@ impl Paths {
             return None; // strangers' handshakes: the handshake limit bounds what they are answered
         }
         let path = buckets.entry(to).or_insert_with(|| Buckets::new(now, cap_per_second));
-        let capped_until = path.cap.refused_until(now, cap_per_second);
+        let limit_per_second = path.limit.map_or(cap_per_second, |limit| cap_per_second.min(limit.0 as f64));
+        let capped_until = path.cap.refused_until(now, limit_per_second);
         let paced_until = path.steered.as_mut().and_then(|(pace, bucket)| {
             let per_second = pace.rate().0 as f64;
             bucket.refused_until(now, per_second)
@@ -157,7 +168,8 @@ impl PacedSocket {
 
 impl Buckets {
     fn new(now: Instant, cap_per_second: f64) -> Self {
-        Self { cap: Bucket { tokens_bytes: burst_bytes(cap_per_second), filled: now }, steered: None }
+        let cap = Bucket { tokens_bytes: burst_bytes(cap_per_second), filled: now };
+        Self { cap, limit: None, steered: None }
     }
 
     /// Whether something is forgotten with it.

@@ -68,6 +68,7 @@ type Dial = Pin<Box<dyn Future<Output = Result<Established, HandshakeError>> + S
 
 /// The task's state.
 pub(super) struct Peer {
+    began: Instant,
     context: PeerContext,
     state: watch::Sender<LinkState>,
     channels: Channels,
@@ -105,6 +106,7 @@ enum Input {
     Connection(ConnectionEvent),
     ConnectionEnded(ConnectionError),
     ControlReady,
+    Unthrottled,
     Message(Message),
     Command(Command),
     Bulk(BulkCommand),
@@ -118,6 +120,7 @@ impl Peer {
         let backoff = context.config.backoff;
         let (control_queue, bytes) = (context.config.control_queue, context.config.control_queue_bytes);
         let mut peer = Self {
+            began: Instant::now(),
             context,
             state,
             channels,
@@ -146,7 +149,7 @@ impl Peer {
                 Input::DialNow => self.dial(),
                 Input::Connection(event) => self.handle_connection_event(event),
                 Input::ConnectionEnded(error) => self.disconnect(DownReason::from(error)),
-                Input::ControlReady => {}
+                Input::ControlReady | Input::Unthrottled => {}
                 Input::Message(message) => self.queue_message(message),
                 Input::Command(command) => self.handle_command(command),
                 Input::Bulk(command) => self.channels.handle_command(command),
@@ -178,11 +181,13 @@ impl Peer {
         let has_message = !self.outbox.is_empty() || self.channels.has_message();
         let next_dial = self.next_dial.filter(|_| self.dialing.is_none());
         let events = self.context.events.clone();
+        let throttled_until = self.channels.throttled_until(self.began.elapsed()).map(|at| self.began + at);
         tokio::select! {
             () = stop.cancelled() => Input::Stop,
             Some(established) = inputs.accepted.recv() => Input::Accepted(established),
             result = dialled(&mut self.dialing) => Input::Dialled(result),
             () = sleep_until(next_dial) => Input::DialNow,
+            () = sleep_until(throttled_until) => Input::Unthrottled,
             input = connection_input(&mut self.link, has_message) => input,
             Some(message) = inputs.messages.recv(), if outbox_has_room => Input::Message(message),
             Some(command) = inputs.commands.recv() => Input::Command(command),
@@ -368,6 +373,13 @@ impl Peer {
                 self.channels.close_migration(migration);
                 let _ = reply.send(());
             }
+            Command::LimitMigration { migration, rate } => {
+                self.channels.limit(migration, rate, self.began.elapsed());
+            }
+            Command::Limit { rate } => {
+                self.state.send_modify(|state| state.limit = rate);
+                self.follow_path();
+            }
         }
     }
 
@@ -380,12 +392,13 @@ impl Peer {
             };
             slot.send(message);
         }
+        let now = self.began.elapsed();
         let window_bytes = self.context.config.window_bytes();
         let stream_limit = self.context.config.stream_limit.div_ceil(2);
         for class in Class::BY_URGENCY {
             let under_way = &mut link.under_way[class as usize];
             while under_way.streams < stream_limit && under_way.bytes < window_bytes {
-                let Some(chunk) = self.channels.poll_transmit(class) else { break };
+                let Some(chunk) = self.channels.poll_transmit(class, now) else { break };
                 under_way.streams += 1;
                 under_way.bytes += stream_bytes(&chunk.bytes);
                 link.running.send_chunk(chunk.header, chunk.bytes, chunk.closed);
@@ -467,6 +480,7 @@ impl Peer {
             self.context.paths.follow(left, None);
         }
         self.context.paths.follow(link.paced, pace.clone());
+        self.context.paths.limit(link.paced, self.state.borrow().limit);
         self.state.send_if_modified(|state| {
             if let Some(current) = &mut state.current {
                 current.pace = pace;

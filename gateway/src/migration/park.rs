@@ -44,6 +44,15 @@ pub(super) async fn run(
     transfer
 }
 
+/// A limit is for the copy: in the pause it would cost the guest's users more than it spares others.
+async fn unlimit(leaf: &SourceLeaf) {
+    if let Some(peer) = leaf.edges.link.peer(&leaf.attempt.peer) {
+        // A link that is closed sends nothing.
+        let _ = peer.limit_migration(leaf.attempt.id, None).await;
+    }
+    leaf.viewer.change(|view| view.limit_mbit = None);
+}
+
 async fn park(
     leaf: &SourceLeaf,
     guest: &Guest,
@@ -63,6 +72,7 @@ async fn park(
     guest.stop().await.map_err(hypervisor_failed)?;
     leaf.viewer.paused_for(stopped_for(&mut events).await);
     guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
+    unlimit(leaf).await;
     let waiting = |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover;
     expect(guest, waiting, MigrationStatus::PreSwitchover).await?;
     for (name, disk) in &mut transfer.disks {

@@ -14,6 +14,7 @@
 
 mod receiver;
 mod sender;
+mod throttle;
 
 use std::fmt;
 
@@ -23,6 +24,7 @@ use crate::ids::MigrationId;
 
 pub use receiver::{Admission, Delivery, ReceiveError, Receiver};
 pub use sender::{Acknowledged, Outgoing, SendError, SendWindow, Sender};
+pub use throttle::Throttle;
 
 /// The largest chunk in bytes. With its header it stays below 1 MiB, so that it fits one short QUIC
 /// stream that cannot hold the 1024 gaps at which quinn-proto gives a connection up

@@ -3,6 +3,7 @@
 mod bulk;
 mod connecting;
 mod liars;
+mod limits;
 mod path;
 mod wan;
 

@@ -25,7 +25,7 @@ fn fit(config: &mut LinkConfig, shape: &Shape) {
 }
 
 /// These tests take turns: beside one another they would measure the machine.
-static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+pub(super) static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// How often a figure may be taken: a busy machine spoils some.
 const TRIES: usize = 3;
