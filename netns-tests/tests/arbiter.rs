@@ -188,7 +188,7 @@ async fn the_register_is_away(scene: &mut Scene) -> Result<()> {
 async fn the_zone_is_put_back(scene: &mut Scene) -> Result<()> {
     let said = scene.names.read(&Scene::name())?;
     let home = scene.home()?;
-    scene.names.start_anew(&Scene::name(), home.into(), 5)?;
+    scene.names.start_anew(&Scene::name(), home, 5)?;
     let id = scene.begin_move().await?;
     let view = scene.wait_move(&id, DECIDED).await?;
     println!("the zone was put back: {:?}", view.reason);
