@@ -157,17 +157,22 @@ impl Channels {
 
     /// Lets the bulk data of a migration leave no faster than `rate`, or as fast as the link is. Forgotten when its channels
     /// are closed.
-    pub(super) fn limit(&mut self, migration: MigrationId, rate: Option<Rate>, now: Duration) {
-        let has_room = self.throttles.len() < self.limit || self.throttles.contains_key(&migration);
-        match rate.filter(|_| has_room) {
-            Some(rate) => {
-                self.throttles
-                    .entry(migration)
-                    .and_modify(|throttle| throttle.set_rate(rate, now))
-                    .or_insert_with(|| Throttle::new(rate, now));
-            }
-            None => drop(self.throttles.remove(&migration)),
+    pub(super) fn limit(
+        &mut self,
+        migration: MigrationId,
+        rate: Option<Rate>,
+        now: Duration,
+    ) -> Result<(), BulkError> {
+        let Some(rate) = rate else {
+            self.throttles.remove(&migration);
+            return Ok(());
+        };
+        if self.throttles.len() >= self.limit && !self.throttles.contains_key(&migration) {
+            return Err(BulkError::TooMany(self.limit));
         }
+        let throttle = self.throttles.entry(migration).or_insert_with(|| Throttle::new(rate, now));
+        throttle.set_rate(rate, now);
+        Ok(())
     }
 
     /// When a migration that is limited may send again, if one may not now.

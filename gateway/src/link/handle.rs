@@ -85,11 +85,28 @@ pub(super) struct LinkState {
 /// What handles ask of the peer's task.
 #[derive(Debug)]
 pub(super) enum Command {
-    OpenSender { id: BulkId, window_bytes: u64, reply: oneshot::Sender<Result<BulkSender, BulkError>> },
-    OpenReceiver { id: BulkId, window_bytes: u64, reply: oneshot::Sender<Result<BulkReceiver, BulkError>> },
-    CloseBulk { migration: MigrationId, reply: oneshot::Sender<()> },
-    LimitMigration { migration: MigrationId, rate: Option<Rate> },
-    Limit { rate: Option<Rate> },
+    OpenSender {
+        id: BulkId,
+        window_bytes: u64,
+        reply: oneshot::Sender<Result<BulkSender, BulkError>>,
+    },
+    OpenReceiver {
+        id: BulkId,
+        window_bytes: u64,
+        reply: oneshot::Sender<Result<BulkReceiver, BulkError>>,
+    },
+    CloseBulk {
+        migration: MigrationId,
+        reply: oneshot::Sender<()>,
+    },
+    LimitMigration {
+        migration: MigrationId,
+        rate: Option<Rate>,
+        reply: oneshot::Sender<Result<(), BulkError>>,
+    },
+    Limit {
+        rate: Option<Rate>,
+    },
 }
 
 /// One peer.
@@ -186,7 +203,9 @@ impl PeerHandle {
     /// From now on the memory and disks of a migration leave this site no faster than `rate`, or as fast as the link is,
     /// until its channels are closed.
     pub async fn limit_migration(&self, migration: MigrationId, rate: Option<Rate>) -> Result<(), BulkError> {
-        self.ask(Command::LimitMigration { migration, rate }).await
+        let (reply, answer) = oneshot::channel();
+        self.ask(Command::LimitMigration { migration, rate, reply }).await?;
+        answer.await.map_err(|_closed| BulkError::LinkClosed)?
     }
 
     /// The limit that [`PeerHandle::limit`] set.

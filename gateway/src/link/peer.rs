@@ -373,8 +373,8 @@ impl Peer {
                 self.channels.close_migration(migration);
                 let _ = reply.send(());
             }
-            Command::LimitMigration { migration, rate } => {
-                self.channels.limit(migration, rate, self.began.elapsed());
+            Command::LimitMigration { migration, rate, reply } => {
+                let _ = reply.send(self.channels.limit(migration, rate, self.began.elapsed()));
             }
             Command::Limit { rate } => {
                 self.state.send_modify(|state| state.limit = rate);

@@ -58,7 +58,8 @@ async fn a_limited_peer_is_sent_no_more_and_a_guests_packet_passes_first() {
     wait_until(|| peer.limited_to() == Some(Rate::mbit(8))).await;
     let mut datagrams = b.peer("a").take_datagrams();
     let datagram = async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        // The bucket is overdrawn, and more waits behind it than it lets go in a second.
+        wait_until(|| peer.stats().sent.memory_bytes >= 512 << 10).await;
         let sent = Instant::now();
         peer.datagram_sender().try_send(Bytes::from_static(b"a guest's packet")).unwrap();
         timeout(PATIENCE, datagrams.recv()).await.unwrap().unwrap();
