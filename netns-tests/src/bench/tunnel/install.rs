@@ -13,8 +13,10 @@ use crate::install::{self, need};
 /// A program of crates.io.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pin {
-    /// The crate and the program in it.
+    /// The crate.
     pub name: &'static str,
+    /// The program in it.
+    pub program: &'static str,
     /// Exactly this version.
     pub version: &'static str,
 }
@@ -40,7 +42,7 @@ pub(super) fn wireguard_go() -> Result<(PathBuf, String)> {
 /// Builds a program of crates.io unless it is there in this version; its path.
 pub(super) fn program(pin: Pin) -> Result<PathBuf> {
     let root = lab_folder().join("peers").join(format!("{}-{}", pin.name, pin.version));
-    let program = root.join("bin").join(pin.name);
+    let program = root.join("bin").join(pin.program);
     if program.exists() {
         return Ok(program);
     }
@@ -48,7 +50,7 @@ pub(super) fn program(pin: Pin) -> Result<PathBuf> {
     let log = lab_folder().join("peers").join(format!("{}.log", pin.name));
     build(pin, &root, &log).with_context(|| format!("{} says why", log.display()))?;
     if !program.exists() {
-        bail!("{} {} has no program of that name", pin.name, pin.version);
+        bail!("{} {} has no program {}", pin.name, pin.version, pin.program);
     }
     Ok(program)
 }

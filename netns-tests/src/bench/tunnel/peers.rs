@@ -19,10 +19,10 @@ const START_TIME: Duration = Duration::from_secs(20);
 /// Where WireGuard's user-space programs listen for their configuration (`wg(8)`).
 const WIREGUARD_SOCKETS: &str = "/var/run/wireguard";
 
-const BORINGTUN: Pin = Pin { name: "boringtun-cli", version: "0.7.1" };
-const GOTATUN: Pin = Pin { name: "gotatun-cli", version: "0.10.2" };
-const QUINCY_SERVER: Pin = Pin { name: "quincy-server", version: "3.1.1" };
-const QUINCY_CLIENT: Pin = Pin { name: "quincy-client", version: "3.1.1" };
+const BORINGTUN: Pin = Pin { name: "boringtun-cli", program: "boringtun-cli", version: "0.7.1" };
+const GOTATUN: Pin = Pin { name: "gotatun-cli", program: "gotatun", version: "0.10.2" };
+const QUINCY_SERVER: Pin = Pin { name: "quincy-server", program: "quincy-server", version: "3.1.1" };
+const QUINCY_CLIENT: Pin = Pin { name: "quincy-client", program: "quincy-client", version: "3.1.1" };
 
 /// One of the tunnels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
