@@ -158,6 +158,11 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         assert_only_what_the_guest_held_is_missing(&missing, &view);
     }
 
+    let answered = pings.answered();
+    wait("pings after the move", 20 * SECOND, || (pings.answered() > answered + 3).then_some(())).await;
+    println!("pings were silent for {:?} at most", pings.longest_silence());
+    assert!(pings.longest_silence() < RESTART, "{:?}", pings.longest_silence());
+
     beside.goes_on(&scene, "b", home, care_of).await;
     beside.goes_on(&scene, "b", care_of, care_of).await;
 

@@ -130,24 +130,35 @@ fn receive_numbered(socket: &UdpSocket, bytes: usize, state: &Mutex<Exchange>, q
 pub struct Pings {
     child: Child,
     answered: Arc<AtomicU64>,
+    silent_ms: Arc<AtomicU64>,
 }
 
 impl Pings {
     pub fn start(from: &Namespace, to: std::net::IpAddr) -> Self {
         let mut command = Command::new("ping");
-        command.args(["-n", "-i", "0.2", "-M", "do", "-s", "1200", &to.to_string()]);
+        // With the time before each line, and a line for each that was not answered (`-D`, `-O`).
+        command.args(["-n", "-D", "-O", "-i", "0.2", "-M", "do", "-s", "1200", &to.to_string()]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = from.spawn(&mut command).unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let answered = Arc::<AtomicU64>::default();
-        let counter = answered.clone();
+        let silent_ms = Arc::<AtomicU64>::default();
+        let (counter, silence) = (answered.clone(), silent_ms.clone());
         std::thread::spawn(move || {
             let answers = lines.map_while(Result::ok).filter(|line| line.contains("time="));
+            let mut last = Instant::now();
             for _answer in answers {
                 counter.fetch_add(1, Ordering::Relaxed);
+                silence.fetch_max(last.elapsed().as_millis() as u64, Ordering::Relaxed);
+                last = Instant::now();
             }
         });
-        Self { child, answered }
+        Self { child, answered, silent_ms }
+    }
+
+    /// The longest time between two answers so far.
+    pub fn longest_silence(&self) -> Duration {
+        Duration::from_millis(self.silent_ms.load(Ordering::Relaxed))
     }
 
     pub fn answered(&self) -> u64 {

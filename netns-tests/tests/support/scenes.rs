@@ -27,8 +27,12 @@ pub async fn build(options: SceneOptions) -> Scene {
     Scene::build(options, programs).await.unwrap()
 }
 
-/// Takes it down.
+/// Takes it down. In all that was done no site sent anything under an address that is not its own.
 pub fn close(scene: Scene) {
+    for site in &scene.world.sites {
+        let foreign = scene.world.foreign_dropped(&site.spec.name).unwrap();
+        assert_eq!(foreign.packets, 0, "site {} sent under foreign addresses", site.spec.name);
+    }
     let left = scene.close();
     assert!(left.is_empty(), "left behind: {left:?}");
 }
