@@ -461,6 +461,33 @@ async fn the_sampler_lists_open_flows_and_not_closed_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn short_connections_leave_the_sampler_room_for_long_ones() {
+    let lab = lab_or_skip!();
+    serve_echo(&lab, "vm");
+    // Twelve that come and go and eight that stay: more than there is room for, if those that went were kept.
+    let config = TunnelConfig { max_flows: 16, ..TunnelConfig::default() };
+    let sites = lab.start_sites(config).await;
+    sites.a.tunnel.sample_begin(key(), "tapa".to_owned()).await.unwrap();
+    let long = lab.within("c", || {
+        for _ in 0..12 {
+            exchange(&mut connect(server(HOME)).unwrap(), 2);
+        }
+        // The kernel collects what was deleted once a second (`gc-interval`); until then it counts.
+        std::thread::sleep(Duration::from_millis(2500));
+        let mut long: Vec<_> = (0..8).map(|_| connect(server(HOME)).unwrap()).collect();
+        long.iter_mut().for_each(|stream| exchange(stream, 2));
+        long
+    });
+    let long = long.join().unwrap();
+    let flows = sites.a.tunnel.sample(key()).await.unwrap();
+    let mut expected: Vec<_> = long.iter().map(|stream| stream.local_addr().unwrap().port()).collect();
+    let mut listed: Vec<_> = flows.iter().map(|flow| flow.remote_port).collect();
+    expected.sort_unstable();
+    listed.sort_unstable();
+    assert_eq!(listed, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_that_comes_home_keeps_its_connections() {
     let lab = lab_or_skip!();
     serve_echo(&lab, "vm");

@@ -103,6 +103,7 @@ fn tunnel(config: &Config) -> TunnelConfig {
     let mut tunnel = TunnelConfig { device: section.device.clone(), ..TunnelConfig::default() };
     tunnel.switches_file = Some(config.site.run_dir.join("tunnel-switches"));
     tunnel.tcp_flow_timeout = Duration::from_secs(section.idle_s);
+    tunnel.max_flows = section.max_flows;
     tunnel.udp_flow_timeout = Duration::from_secs(section.udp_idle_s);
     tunnel.duplicate_silent = Duration::from_secs(section.duplicate_silent_s);
     tunnel.datapath.share.rate = Rate::mbit(section.machine_mbit);

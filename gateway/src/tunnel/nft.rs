@@ -110,23 +110,33 @@ fn sampling_sets(config: &TunnelConfig, tag: &str) -> String {
     sets
 }
 
-/// The rules that fill them, with what fulfils `condition`.
+/// The rules that fill them, with what fulfils `condition`. A server's short connections must not fill a set that its
+/// long ones need: what has ended leaves `open` at once and `closed` soon. A connection of which only the guest's SYN was seen
+/// may be one that is silent for hours: it stays, and whoever sends SYNs under foreign addresses can fill the set.
 fn sampling_rules(config: &TunnelConfig, tag: &str, condition: &str) -> String {
     let (tcp, udp) = (config.tcp_flow_timeout.as_secs(), config.udp_flow_timeout.as_secs());
     let mut rules = String::new();
     for (version, ip) in [(4, "ip"), (6, "ip6")] {
         let key = format!("meta l4proto . {ip} saddr . th sport . {ip} daddr . th dport");
         let (family, set) = (format!("{condition}meta protocol {ip}"), format!("{tag}{version}"));
+        let tcp_rule = format!("{family} meta l4proto tcp");
         let _ = write!(
             rules,
-            "\t\t{family} meta l4proto tcp tcp flags & syn == syn delete @closed{set} {{ {key} }}\n\
-             \t\t{family} meta l4proto tcp tcp flags & (fin | rst) != 0 update @closed{set} {{ {key} timeout {tcp}s }}\n\
-             \t\t{family} meta l4proto tcp update @open{set} {{ {key} timeout {tcp}s }}\n\
+            "\t\t{tcp_rule} tcp flags & syn == syn delete @closed{set} {{ {key} }}\n\
+             \t\t{tcp_rule} tcp flags & (fin | rst) != 0 delete @open{set} {{ {key} }}\n\
+             \t\t{tcp_rule} tcp flags & (fin | rst) != 0 update @closed{set} {{ {key} timeout {CLOSED_S}s }}\n\
+             \t\t{tcp_rule} tcp flags & (fin | rst) != 0 return\n\
+             \t\t{tcp_rule} {key} @closed{set} update @closed{set} {{ {key} timeout {CLOSED_S}s }} return\n\
+             \t\t{tcp_rule} update @open{set} {{ {key} timeout {tcp}s }}\n\
              \t\t{family} meta l4proto udp update @open{set} {{ {key} timeout {udp}s }}\n",
         );
     }
     rules
 }
+
+/// How long it is remembered that a connection has ended: Linux says its last word within this (TIME-WAIT). A set of 65,536
+/// holds those of a thousand connections a second.
+const CLOSED_S: u64 = 60;
 
 /// The name of a sampler's table.
 pub(super) fn sampler_name(config: &TunnelConfig, id: &str) -> String {

@@ -251,7 +251,7 @@ impl Datapath {
         let slot = self.slot(key, Role::Visiting).ok_or_else(|| UnknownPort(key.clone()))?;
         self.policy.change(slot, |grant| {
             grant.role = Role::Relay;
-            grant.also = Some(onward);
+            (grant.also, grant.also_until) = (Some(onward), None);
         });
         let port = self.port_mut(key, Role::Visiting)?;
         (port.role, port.onward) = (Role::Relay, Some(onward));
@@ -259,16 +259,12 @@ impl Datapath {
         Ok(())
     }
 
-    /// A machine that is away is at `peer` now. The place that it left is believed for a while as well: what it sent
-    /// from there may still be under way.
+    /// A machine that is away is at `peer` now. The place that it left is believed as well until a moment after the new one has
+    /// spoken.
     pub fn retarget(&mut self, key: &PortKey, peer: &SiteName) -> Result<(), UnknownPort> {
         let peer = self.peer_slot(peer);
         let slot = self.slot(key, Role::Away).ok_or_else(|| UnknownPort(key.clone()))?;
-        self.policy.change(slot, |grant| {
-            if grant.peer != peer {
-                (grant.peer, grant.also) = (peer, Some(grant.peer));
-            }
-        });
+        self.policy.change(slot, |grant| grant.move_to(peer));
         self.port_mut(key, Role::Away)?.peer = peer;
         Ok(())
     }
@@ -526,6 +522,7 @@ impl Datapath {
 
     /// Every tunnel's state. Forgets what time has ended.
     pub fn handle_status(&mut self, now: Duration) -> Vec<PortStatus> {
+        self.policy.expire(now);
         for peer in self.peers.values_mut() {
             let abandoned = peer.reassembly.abandoned();
             peer.reassembly.expire(now);
@@ -556,7 +553,7 @@ impl Datapath {
         let known = self.ports.get(&port).is_some_and(|known| known.peer == peer);
         self.policy.forget(port);
         for (address, peer, also) in routes {
-            self.policy.allow(Grant { port, peer: *peer, also: *also, role }, *address);
+            self.policy.allow(Grant { port, peer: *peer, also: *also, also_until: None, role }, *address);
         }
         if known {
             return Ok(());
@@ -604,12 +601,15 @@ impl Datapath {
         match judged {
             Inbound::ToMachine(grant) => {
                 if grant.peer != peer {
-                    self.policy.turn_to(view.destination(), peer);
+                    self.policy.turn_to(now, view.destination(), peer);
                 }
                 let kept = port.keep(packet, &mut self.counters);
                 Ok((!kept).then_some(Way::Device))
             }
-            Inbound::FromMachine(_) => {
+            Inbound::FromMachine(grant) => {
+                if grant.also.is_some() && grant.also_until.is_none() {
+                    self.policy.heard_from(now, view.source(), peer);
+                }
                 let flows = port.flows.as_mut().ok_or(DropReason::NotHandedOver)?;
                 flows.handle_packet(now, &view, Side::Guest);
                 Ok(Some(Way::Device))

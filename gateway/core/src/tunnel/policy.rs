@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -119,8 +120,31 @@ pub struct Grant {
     /// Another peer that may speak for it: while a machine moves on, both its old and its new place do. For a relay, where
     /// the machine is now.
     pub also: Option<PeerSlot>,
+    /// When the other one is not believed any more; nothing until the one that stays has spoken.
+    pub also_until: Option<Duration>,
     /// Which end we are.
     pub role: Role,
+}
+
+/// How long a place that a machine left, or packets came by, is still believed: what it sent may be on its way, repeated
+/// by the tunnel and late.
+const BELIEVED: Duration = Duration::from_secs(10);
+
+impl Grant {
+    /// `peer` is at the other end from now on; the one before is believed as well, until the new one has spoken: it may
+    /// send by way of the other one until it hears that it need not.
+    pub fn move_to(&mut self, peer: PeerSlot) {
+        if self.peer != peer {
+            (self.peer, self.also, self.also_until) = (peer, Some(self.peer), None);
+        }
+    }
+
+    /// `peer` has spoken. If it is the one at the other end, whoever was there before is believed for a moment more.
+    fn heard(&mut self, now: Duration, peer: PeerSlot) {
+        if self.peer == peer && self.also.is_some() && self.also_until.is_none() {
+            self.also_until = Some(now + BELIEVED);
+        }
+    }
 }
 
 /// What becomes of a packet that a peer sent.
@@ -191,12 +215,31 @@ impl Policy {
         self.grants.values_mut().filter(|grant| grant.port == port).for_each(change);
     }
 
-    /// A machine's address is reached by way of `peer` from now on, which spoke for it.
-    pub fn turn_to(&mut self, address: IpAddr, peer: PeerSlot) {
+    /// A machine's address is reached by way of `peer` from now on, which spoke for it. Only once: the place that it
+    /// left sends what was on its way for a moment more, and must not turn the address back.
+    pub fn turn_to(&mut self, now: Duration, address: IpAddr, peer: PeerSlot) {
         if let Some(grant) = self.grants.get_mut(&address)
             && grant.also == Some(peer)
+            && grant.also_until.is_none()
         {
-            (grant.peer, grant.also) = (peer, Some(grant.peer));
+            grant.move_to(peer);
+            grant.heard(now, peer);
+        }
+    }
+
+    /// A machine's packet under this address came from `peer`, which may speak for it.
+    pub fn heard_from(&mut self, now: Duration, address: IpAddr, peer: PeerSlot) {
+        if let Some(grant) = self.grants.get_mut(&address) {
+            grant.heard(now, peer);
+        }
+    }
+
+    /// Forgets who is not believed any more.
+    pub fn expire(&mut self, now: Duration) {
+        for grant in
+            self.grants.values_mut().filter(|grant| grant.also_until.is_some_and(|until| until <= now))
+        {
+            (grant.also, grant.also_until) = (None, None);
         }
     }
 
@@ -298,7 +341,7 @@ mod tests {
 
     fn policy(role: Role) -> Policy {
         let mut policy = Policy::default();
-        let grant = Grant { port: PortSlot(1), peer: PeerSlot(1), also: None, role };
+        let grant = Grant { port: PortSlot(1), peer: PeerSlot(1), also: None, also_until: None, role };
         policy.allow(grant, IpAddr::from(HOME));
         policy
     }
@@ -325,8 +368,13 @@ mod tests {
 
     fn relay() -> (Policy, Grant) {
         let mut policy = Policy::default();
-        let grant =
-            Grant { port: PortSlot(1), peer: PeerSlot(1), also: Some(PeerSlot(2)), role: Role::Relay };
+        let grant = Grant {
+            port: PortSlot(1),
+            peer: PeerSlot(1),
+            also: Some(PeerSlot(2)),
+            also_until: None,
+            role: Role::Relay,
+        };
         policy.allow(grant, IpAddr::from(HOME));
         (policy, grant)
     }
@@ -355,16 +403,49 @@ mod tests {
     #[test]
     fn a_machine_is_spoken_for_by_its_old_and_its_new_place_while_it_moves_on() {
         let mut policy = Policy::default();
-        let grant = Grant { port: PortSlot(1), peer: PeerSlot(1), also: Some(PeerSlot(2)), role: Role::Away };
+        let grant = Grant {
+            port: PortSlot(1),
+            peer: PeerSlot(1),
+            also: Some(PeerSlot(2)),
+            also_until: None,
+            role: Role::Away,
+        };
         policy.allow(grant, IpAddr::from(HOME));
         assert!(inbound(&policy, HOME, CLIENT, 1).is_ok() && inbound(&policy, HOME, CLIENT, 2).is_ok());
         assert_eq!(inbound(&policy, HOME, CLIENT, 3), Err(DropReason::WrongPeer));
         policy.change(PortSlot(1), |grant| grant.role = Role::Visiting);
-        policy.turn_to(HOME.into(), PeerSlot(3));
-        assert_eq!(policy.grant(HOME.into(), Role::Visiting).unwrap().peer, PeerSlot(1), "a stranger");
-        policy.turn_to(HOME.into(), PeerSlot(2));
-        let turned = policy.grant(HOME.into(), Role::Visiting).unwrap();
-        assert_eq!((turned.peer, turned.also), (PeerSlot(2), Some(PeerSlot(1))));
+        let by = |policy: &Policy| {
+            let grant = policy.grant(HOME.into(), Role::Visiting).unwrap();
+            (grant.peer, grant.also)
+        };
+        let at = Duration::from_secs;
+        policy.turn_to(at(5), HOME.into(), PeerSlot(3));
+        assert_eq!(by(&policy).0, PeerSlot(1), "a stranger");
+        policy.expire(at(5) + BELIEVED * 100);
+        assert_eq!(by(&policy), (PeerSlot(1), Some(PeerSlot(2))), "neither has spoken");
+        policy.turn_to(at(5), HOME.into(), PeerSlot(2));
+        assert_eq!(by(&policy), (PeerSlot(2), Some(PeerSlot(1))));
+        policy.turn_to(at(6), HOME.into(), PeerSlot(1));
+        assert_eq!(by(&policy).0, PeerSlot(2), "what was on its way turns nothing back");
+        policy.expire(at(5) + BELIEVED);
+        assert_eq!(by(&policy), (PeerSlot(2), None), "a place that it left speaks for it no more");
+        assert_eq!(inbound(&policy, CLIENT, HOME, 1), Err(DropReason::WrongPeer));
+    }
+
+    #[test]
+    fn the_place_that_a_machine_left_is_believed_until_a_moment_after_the_new_one_has_spoken() {
+        let mut policy = policy(Role::Away);
+        let at = Duration::from_secs;
+        policy.change(PortSlot(1), |grant| grant.move_to(PeerSlot(2)));
+        policy.heard_from(at(1), HOME.into(), PeerSlot(1));
+        policy.expire(at(1) + BELIEVED * 100);
+        assert!(inbound(&policy, HOME, CLIENT, 1).is_ok(), "the new place sends by way of the old one");
+        policy.heard_from(at(2), HOME.into(), PeerSlot(2));
+        policy.expire(at(1) + BELIEVED);
+        assert!(inbound(&policy, HOME, CLIENT, 1).is_ok(), "on its way");
+        policy.expire(at(2) + BELIEVED);
+        assert_eq!(inbound(&policy, HOME, CLIENT, 1), Err(DropReason::WrongPeer));
+        assert!(inbound(&policy, HOME, CLIENT, 2).is_ok());
     }
 
     #[test]
