@@ -8,6 +8,7 @@ use gateway::config::ArbiterChoice;
 use netns_tests::bench::{
     self,
     link::{LinkEndArguments, LinkOptions, link_end_main},
+    migrate::{RaceArguments, RunArguments},
     tunnel::{BenchOptions, EndArguments, end_main},
 };
 use netns_tests::faults::setting::{Leg, Setting};
@@ -56,6 +57,9 @@ enum Command {
     /// One end of the benchmark of links
     #[command(hide = true)]
     BenchLinkEnd(LinkEndArguments),
+    /// One run of the benchmark of moves
+    #[command(hide = true)]
+    BenchMigrateRun(RunArguments),
     /// The client of the laboratory
     #[command(hide = true)]
     Traffic(ClientArguments),
@@ -119,6 +123,8 @@ enum BenchCommand {
     Tunnel(BenchTunnelArgs),
     /// This link, kernel TCP and quinn's congestion controllers on an emulated WAN
     Link(BenchLinkArgs),
+    /// Moves of a whole machine: this gateway, and QEMU as operators use it today
+    Migrate(RaceArguments),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -276,6 +282,17 @@ fn run(command: Command) -> anyhow::Result<bool> {
             bench::ensure_release()?;
             cleanup::remove_on_signals()?;
             bench::link::run(&args.options())?;
+            Ok(true)
+        }
+        Command::Bench(BenchCommand::Migrate(args)) => {
+            bench::ensure_release()?;
+            cleanup::remove_on_signals()?;
+            bench::migrate::run(&args)?;
+            Ok(true)
+        }
+        Command::BenchMigrateRun(args) => {
+            cleanup::remove_on_signals()?;
+            runtime()?.block_on(bench::migrate::run_main(&args))?;
             Ok(true)
         }
         Command::BenchEnd(_) | Command::BenchLinkEnd(_) | Command::Traffic(_) => Ok(true),

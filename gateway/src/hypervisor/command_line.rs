@@ -193,7 +193,8 @@ impl Line {
     ) -> Result<(), CommandLineError> {
         self.0.extend(["-nodefaults", "-no-user-config", "-S"].map(str::to_owned));
         self.add("-display", "none");
-        self.add("-name", definition.name.as_str());
+        // Its threads have names then, which tell an operator who uses the processors: the guest or QEMU.
+        self.add("-name", format!("{},debug-threads=on", definition.name));
         let mut machine = format!("{},accel={}", definition.machine, host.accelerator.as_str());
         if let Firmware::Uefi(uefi) = &definition.firmware {
             machine += &format!(",pflash0=uefi-code,pflash1={}", node_name(&uefi.vars));

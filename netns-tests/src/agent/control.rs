@@ -8,6 +8,7 @@
 //! | `/disk/verify` | [`super::dirt::DirtVerdict`] |
 //! | `/memory/verify` | [`super::memory::MemoryVerdict`] |
 //! | `/set?log_per_s=&disk_kib_per_s=&memory_kib_per_s=` | changes rates; 0 rests |
+//! | `/write?runs=N&blocks=M` | rewrites N runs of M blocks of 4 KiB; answers [`AgentStatus`] when they are on the disk |
 //! | `/poweroff`, `/reboot` | the guest ends cleanly |
 
 use std::io;
@@ -110,6 +111,12 @@ impl Control {
             "/disk/verify" => json(&self.disk.ask(|task| task.dirt.verify()).await??),
             "/memory/verify" => json(&self.memory.ask(|task| task.region.verify()).await?),
             "/set" => self.set(request).await,
+            "/write" => {
+                let number = |name| u32::try_from(request.number(name).unwrap_or(1)).unwrap_or(u32::MAX);
+                let (runs, blocks) = (number("runs"), number("blocks"));
+                self.disk.ask(move |task| task.dirt.rewrite_runs(runs, blocks)).await??;
+                json(&self.status().await?)
+            }
             "/poweroff" => order("poweroff"),
             "/reboot" => order("reboot"),
             _ => Ok(None),

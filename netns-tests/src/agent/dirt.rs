@@ -15,6 +15,7 @@
 //! index: magic u32 | blocks u32 | zeros up to 4096 | per block: version u32 | batch u32       (little endian)
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -101,6 +102,8 @@ pub fn create(folder: &Path, bytes: u64) -> io::Result<()> {
 }
 
 const NEVER: u32 = u32::MAX;
+/// Runs in one batch: what a crash may leave half done.
+const RUNS_AT_ONCE: usize = 100;
 
 impl Dirt {
     /// Opens the pair and finishes a batch that a crash interrupted.
@@ -131,7 +134,7 @@ impl Dirt {
     /// The disk fails.
     pub fn rewrite(&mut self, budget_bytes: u64) -> io::Result<u64> {
         let before = self.written_bytes;
-        let (mut chosen, mut touched) = (Vec::<u32>::new(), Vec::<usize>::new());
+        let (mut chosen, mut touched) = (Vec::<u32>::new(), BTreeSet::new());
         let budget_blocks = (budget_bytes / BLOCK_BYTES as u64).max(2);
         while (chosen.len() + touched.len()) < budget_blocks as usize && chosen.len() < self.entries.len() / 2
         {
@@ -140,21 +143,44 @@ impl Dirt {
                 continue;
             }
             chosen.push(block);
-            let index_block = block as usize / ENTRIES_PER_BLOCK;
-            if !touched.contains(&index_block) {
-                touched.push(index_block);
-            }
+            touched.insert(block as usize / ENTRIES_PER_BLOCK);
         }
+        self.write_batch(&chosen)?;
+        Ok(self.written_bytes - before)
+    }
+
+    fn write_batch(&mut self, blocks: &[u32]) -> io::Result<()> {
         self.batch += 1;
-        for block in &chosen {
+        for block in blocks {
             let entry = &mut self.entries[*block as usize];
             *entry = Entry { version: entry.version + 1, batch: self.batch };
         }
+        let touched: BTreeSet<usize> =
+            blocks.iter().map(|block| *block as usize / ENTRIES_PER_BLOCK).collect();
         for index_block in touched {
             self.write_index_block(index_block)?;
         }
         self.index_file.sync_data()?;
-        self.write_blocks(&chosen)?;
+        self.write_blocks(blocks)
+    }
+
+    /// Rewrites `runs` runs of `blocks_each` adjacent blocks, spread evenly over the file: what has changed after a long
+    /// time, written in a short one. As many runs as there is room for, if it is less.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn rewrite_runs(&mut self, runs: u32, blocks_each: u32) -> io::Result<u64> {
+        let before = self.written_bytes;
+        let places = u64::from(self.blocks() / blocks_each.max(1));
+        let runs = u64::from(runs).min(places);
+        let begins_run = |place: &u64| place * runs / places != (place + 1) * runs / places;
+        let chosen: Vec<u64> = (0..places).filter(begins_run).collect();
+        for some in chosen.chunks(RUNS_AT_ONCE) {
+            let first = |place: &u64| u32::try_from(place * u64::from(blocks_each)).unwrap_or(u32::MAX);
+            let blocks: Vec<u32> =
+                some.iter().flat_map(|place| first(place)..first(place) + blocks_each).collect();
+            self.write_batch(&blocks)?;
+        }
         Ok(self.written_bytes - before)
     }
 
@@ -280,6 +306,22 @@ mod tests {
         let verdict = dirt.verify().unwrap();
         assert!(verdict.sound());
         assert!(verdict.rewritten > 40 && verdict.last_batch == 5);
+    }
+
+    #[test]
+    fn runs_are_spread_over_the_whole_file_and_rewritten_once() {
+        let (_folder, mut dirt) = fresh();
+        dirt.rewrite_runs(100, 5).unwrap();
+        let verdict = dirt.verify().unwrap();
+        assert!(verdict.sound());
+        assert_eq!(verdict.rewritten, 500);
+        let changed: Vec<u32> =
+            (0..dirt.blocks()).filter(|block| dirt.entries[*block as usize].version == 1).collect();
+        assert!(changed[0] < 20 && changed[499] > dirt.blocks() - 20, "{} to {}", changed[0], changed[499]);
+        assert_eq!(
+            dirt.rewrite_runs(u32::MAX, 512).unwrap(),
+            (1024 * BLOCK_BYTES) as u64 + 2 * BLOCK_BYTES as u64
+        );
     }
 
     #[test]

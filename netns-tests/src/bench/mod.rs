@@ -2,6 +2,7 @@
 //! what cannot be installed is named with the reason. Nothing here is a test: a slow machine fails nothing.
 
 pub mod link;
+pub mod migrate;
 pub mod tunnel;
 
 use std::os::unix::process::CommandExt;

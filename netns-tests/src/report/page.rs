@@ -6,7 +6,8 @@ use super::chart::{bytes, duration, escape, number};
 use super::figures::{Window, rounds, timeline, wan_bytes};
 use super::{Report, Series};
 
-const STYLE: &str = include_str!("style.css");
+/// The look of every page.
+pub const STYLE: &str = include_str!("style.css");
 
 /// The whole page.
 #[must_use]

@@ -24,17 +24,21 @@ impl Programs {
         command.args(["build", "--quiet", "--package", "gateway", "--bin", "longhaul"]);
         command.args(["--package", "netns-tests", "--bin", "guest-agent"]);
         command.current_dir(&root);
-        let profile = profile();
-        if profile == "release" {
+        if profile() == "release" {
             command.arg("--release");
         }
         let status = command.status().context("Cannot run cargo to build the gateway")?;
         if !status.success() {
             bail!("The gateway does not build");
         }
+        Self::find()
+    }
+
+    /// Says where those are that were built before.
+    pub fn find() -> Result<Self> {
         let folder = crate::guest::image::lab_folder()
             .parent()
-            .map(|target| target.join(profile))
+            .map(|target| target.join(profile()))
             .context("There is no target folder")?;
         let programs = Self { longhaul: folder.join("longhaul"), guest_agent: folder.join("guest-agent") };
         for path in [&programs.longhaul, &programs.guest_agent] {

@@ -75,7 +75,7 @@ impl Scene {
         })?;
         let emulator = Emulator::detect()?;
         let mut spec = WorldSpec::two_sites(options.wan(), emulator, PORT);
-        spec.open_tcp_ports = vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT, RELAY_PORT];
+        spec.open_tcp_ports = guest_ports();
         spec.open_udp_ports = vec![UDP_PORT, QUIC_PORT];
         spec.behind_nat = options.behind_nat.clone();
         spec.mute_icmp = options.mute_icmp;
@@ -190,20 +190,10 @@ impl Scene {
         client.define(&DefineRequest { definition, disks }).await?;
         let started = Instant::now();
         client.start(&vm.parse()?).await?;
-        let console = self.a.console(vm);
-        let limit = Duration::from_secs(120);
-        loop {
-            let text = std::fs::read_to_string(&console).unwrap_or_default();
-            if text.contains(READY) {
-                return Ok(started.elapsed());
-            }
-            let late = (started.elapsed() > limit).then_some("it is not ready in time");
-            if let Some(why) = failure(&text).or(late) {
-                let (console, gateway) = (last_lines(&text), self.a.log_tail());
-                bail!("The guest does not come up: {why}\nits console:\n{console}\ngateway a:\n{gateway}");
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        console_ready(&self.a.console(vm), Duration::from_secs(120))
+            .await
+            .with_context(|| format!("gateway a:\n{}", self.a.log_tail()))?;
+        Ok(started.elapsed())
     }
 
     /// The guest's definition, as its operator writes it.
@@ -333,6 +323,7 @@ impl Scene {
             to: to.parse()?,
             without_dns: vm == SECOND_VM,
             max_downtime_ms: None,
+            no_throttle: false,
         };
         Ok(self.gateway(from)?.client().migrate(&request).await?.id)
     }
@@ -378,6 +369,27 @@ impl Scene {
         let Self { world, names, etcd, .. } = self;
         drop((names, etcd));
         world.close()
+    }
+}
+
+/// TCP ports of the guest that the sites' firewalls admit.
+pub fn guest_ports() -> Vec<u16> {
+    vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT, RELAY_PORT]
+}
+
+/// Waits until a guest's console says that it serves.
+pub async fn console_ready(console: &Path, limit: Duration) -> Result<()> {
+    let started = Instant::now();
+    loop {
+        let text = std::fs::read_to_string(console).unwrap_or_default();
+        if text.contains(READY) {
+            return Ok(());
+        }
+        let late = (started.elapsed() > limit).then_some("it is not ready in time");
+        if let Some(why) = failure(&text).or(late) {
+            bail!("The guest does not come up: {why}\nits console:\n{}", last_lines(&text));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
