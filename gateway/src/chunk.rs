@@ -5,8 +5,11 @@
 //! QUIC, so that pumps are tested against a queue.
 
 use std::future::Future;
+use std::time::Duration;
 
 use bytes::Bytes;
+use longhaul_core::wan::Effort;
+use tokio::time::Instant;
 
 /// The largest chunk in bytes. Below 1 MiB, so that chunk and header fit one short QUIC stream that
 /// can never hold more than the 1024 gaps at which quinn gives a connection up.
@@ -35,4 +38,48 @@ pub trait ChunkRecv: Send + 'static {
     /// The next chunk in order; `None` when the channel was closed. Taking a chunk acknowledges the
     /// one before it, so at most the window plus one chunk is held here.
     fn recv(&mut self) -> impl Future<Output = Option<Bytes>> + Send;
+}
+
+/// What a pump's time is spent with, by which it is decided how hard to pack.
+#[derive(Debug)]
+pub struct PackingSeen {
+    since: Instant,
+    packing: Duration,
+    /// The channel was full.
+    pub waiting: Duration,
+}
+
+/// How often it is decided.
+const JUDGED_EVERY: Duration = Duration::from_millis(100);
+
+impl PackingSeen {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self { since: Instant::now(), packing: Duration::ZERO, waiting: Duration::ZERO }
+    }
+
+    /// Does what packs.
+    pub fn while_packing<T>(&mut self, pack: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let packed = pack();
+        self.packing += begun.elapsed();
+        packed
+    }
+
+    /// The level from now on, if it was long enough since it was asked for.
+    pub fn judge(&mut self, effort: &mut Effort) -> Option<i32> {
+        let interval = self.since.elapsed();
+        if interval < JUDGED_EVERY {
+            return None;
+        }
+        let level = effort.handle_interval(interval, self.packing, self.waiting);
+        *self = Self::new();
+        Some(level)
+    }
+}
+
+impl Default for PackingSeen {
+    fn default() -> Self {
+        Self::new()
+    }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_core::disk::{
-    Existing, MAX_BODY, MAX_RECORDS, MirrorSource, MirrorTarget, SourceConfig, Step, TargetConfig,
-    decode_chunk,
+    ChunkReader, Existing, MAX_BODY, MAX_RECORDS, MirrorSource, MirrorTarget, SourceConfig, Step,
+    TargetConfig,
 };
 
 use crate::input::Input;
@@ -22,10 +22,11 @@ pub fn run(data: &[u8]) {
 
 fn run_on(mut target: MirrorTarget, data: &[u8]) {
     let mut input = Input(data);
+    let mut reader = ChunkReader::new(TargetConfig::default().max_window_log);
     while !input.is_empty() {
         let len = usize::from(input.u16());
         let chunk = Bytes::copy_from_slice(input.take(len));
-        if let Ok(decoded) = decode_chunk(chunk.clone()) {
+        if let Ok(decoded) = reader.read(chunk.clone()) {
             assert!(decoded.records.len() <= MAX_RECORDS);
             assert!(decoded.records.iter().map(|record| record.encoded_len()).sum::<usize>() <= MAX_BODY);
         }

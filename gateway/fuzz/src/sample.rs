@@ -103,7 +103,11 @@ pub fn proposal() -> Proposal {
 /// What is held for it.
 pub fn reservation() -> Reservation {
     let nic = definition().nics.remove(0);
-    Reservation { care_of: vec![CareOf { nic: nic.name, home: nic.home[0], addr: [203, 0, 113, 20].into() }] }
+    Reservation {
+        care_of: vec![CareOf { nic: nic.name, home: nic.home[0], addr: [203, 0, 113, 20].into() }],
+        shadow_pages: 1 << 18,
+        disk_window_log: 26,
+    }
 }
 
 /// What travels with the commitment.

@@ -4,19 +4,21 @@
 
 use bytes::Bytes;
 use longhaul_core::wan::{
-    Decoded, EncoderConfig, MAX_CONTENTS, MAX_OPS, MAX_RECORDS, StreamDecoder, StreamEncoder,
+    Decoded, EncoderConfig, MAX_CONTENTS, MAX_KNOWN_PAGES, MAX_OPS, MAX_RECORDS, StreamDecoder, StreamEncoder,
 };
 
 use crate::input::Input;
 use crate::sample;
 
 /// The most that one batch becomes.
-const MAX_BATCH: usize = MAX_CONTENTS + MAX_OPS + 9 * MAX_RECORDS as usize;
+const MAX_BATCH: usize = MAX_CONTENTS + MAX_OPS + 9 * MAX_RECORDS as usize + 4096 * MAX_KNOWN_PAGES as usize;
+/// Pages that may be remembered.
+const SHADOW_PAGES: u32 = 16;
 
 /// Decodes `data` as chunks, each behind its length in two bytes.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
-    let Ok(mut decoder) = StreamDecoder::new() else { return };
+    let Ok(mut decoder) = StreamDecoder::new(SHADOW_PAGES) else { return };
     let mut failed = false;
     while !input.is_empty() {
         let len = usize::from(input.u16());
@@ -37,7 +39,10 @@ pub fn run(data: &[u8]) {
 
 /// A stream that was encoded, as it is and with its last byte changed.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let config = EncoderConfig::for_chunks_of(EncoderConfig::MIN_CHUNK);
+    let config = EncoderConfig {
+        shadow_pages: SHADOW_PAGES,
+        ..EncoderConfig::for_chunks_of(EncoderConfig::MIN_CHUNK)
+    };
     let mut encoder = StreamEncoder::new(config).expect("zstd starts");
     encoder.handle_bytes(&sample::memory_stream(4));
     encoder.handle_end();

@@ -51,7 +51,7 @@ impl DiskMap {
 
     /// Tells what can be put from a kept copy onto a disk that was made just now.
     pub fn of_copy_beside_new_disk<C: ChunkSend>(base: Base, channel: C) -> Self {
-        let map = MapWriter::of_copy_beside_new_disk(base.size());
+        let map = MapWriter::of_copy_beside_new_disk(base.size(), rand::random());
         Self { task: tokio::spawn(say_failure(Telling { map, channel }.tell_copy(base))) }
     }
 
@@ -63,7 +63,7 @@ impl DiskMap {
         base: Option<Base>,
         channel: C,
     ) -> Self {
-        let map = MapWriter::new(disk.size());
+        let map = MapWriter::new(disk.size(), rand::random());
         Self { task: tokio::spawn(say_failure(Telling { map, channel }.tell(image, disk, base))) }
     }
 }
@@ -107,7 +107,7 @@ impl<C: ChunkSend> Telling<C> {
                     Content::Zero(len) => self.tell_range(base.as_ref(), at, at + len).await?,
                     Content::Data(data) => {
                         for content in data.chunks(BLOCK as usize) {
-                            self.map.tell(blake3::hash(content).as_bytes());
+                            self.map.tell(content);
                         }
                     }
                 }
@@ -131,7 +131,7 @@ impl<C: ChunkSend> Telling<C> {
                 for content in base.read(at, len as u32).await?.chunks(BLOCK as usize) {
                     match content.iter().all(|byte| *byte == 0) {
                         true => self.map.skip(1),
-                        false => self.map.tell(blake3::hash(content).as_bytes()),
+                        false => self.map.tell(content),
                     }
                 }
                 at += len;

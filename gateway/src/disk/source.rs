@@ -21,11 +21,13 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use longhaul_core::disk::{
     BLOCK, Barrier, Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError,
 };
+use longhaul_core::wan::Effort;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::nbd::{Extent, GuestChange, NbdClient, NbdError, NbdExport};
-use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK};
+use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK, PackingSeen};
 
 /// Data read by one request of ours, in bytes.
 pub(super) const READ_UNIT: u64 = 1 << 20;
@@ -149,6 +151,8 @@ impl DiskSource {
             reads: FuturesUnordered::new(),
             run_bytes: READ_UNIT,
             chunk: None,
+            effort: Effort::default(),
+            seen: PackingSeen::new(),
             finishing: None,
         };
         let task = tokio::spawn(task.run());
@@ -231,6 +235,9 @@ struct Task<C, M> {
     run_bytes: u64,
     /// The chunk that is being sent.
     chunk: Option<Bytes>,
+    /// How hard chunks are packed, and what that was judged by.
+    effort: Effort,
+    seen: PackingSeen,
     finishing: Option<oneshot::Sender<Barrier>>,
 }
 
@@ -242,9 +249,11 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
                 self.absorb_all()?;
             }
             if self.chunk.is_none() {
-                self.chunk = self.mirror.poll_chunk();
+                self.chunk = self.seen.while_packing(|| self.mirror.poll_chunk());
             }
+            self.weigh();
             self.publish();
+            let (full, since) = (self.chunk.is_some(), Instant::now());
             let sending = self.chunk.clone();
             tokio::select! {
                 Some(change) = self.changes.recv() => self.take_change(change)?,
@@ -261,6 +270,16 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
                 // Acknowledgements arrive at the channel alone: look at it now and then.
                 () = tokio::time::sleep(LOOK_AGAIN), if self.channel.unacknowledged() > 0 => {}
             }
+            if full {
+                self.seen.waiting += since.elapsed();
+            }
+        }
+    }
+
+    /// Packs harder from now on, or less hard.
+    fn weigh(&mut self) {
+        if let Some(level) = self.seen.judge(&mut self.effort) {
+            self.mirror.set_level(level);
         }
     }
 

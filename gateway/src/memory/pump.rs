@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use longhaul_core::memory::StreamPhase;
 use longhaul_core::units::Bytes;
-use longhaul_core::wan::{StreamEncoder, StreamEnd};
+use longhaul_core::wan::{Effort, StreamEncoder, StreamEnd};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 use super::outlet::Outlet;
 use super::progress::{Meter, SourceProgress};
 use super::source::{MemorySource, SourceConfig, SourceError, SourceMode};
-use crate::chunk::{ChunkClosed, ChunkSend};
+use crate::chunk::{ChunkClosed, ChunkSend, PackingSeen};
 
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
@@ -31,6 +31,9 @@ pub(super) struct Pump<S> {
     config: SourceConfig,
     buffer: BytesMut,
     encoder: StreamEncoder,
+    /// How hard to pack, and what that is judged by.
+    effort: Effort,
+    seen: PackingSeen,
     outlet: Outlet<S>,
     mode: watch::Receiver<SourceMode>,
     progress: watch::Sender<SourceProgress>,
@@ -98,6 +101,8 @@ impl<S: ChunkSend> Pump<S> {
             config,
             buffer: BytesMut::new(),
             encoder: StreamEncoder::new(config.encoder).map_err(SourceError::Encoder)?,
+            effort: Effort::default(),
+            seen: PackingSeen::new(),
             outlet: Outlet::new(channel),
             mode: mode.clone(),
             progress,
@@ -113,7 +118,11 @@ impl<S: ChunkSend> Pump<S> {
         let mut tick = interval(PROGRESS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let (full, since) = (!self.outlet.has_room(), Instant::now());
             let event = self.event(&mut tick).await;
+            if full {
+                self.seen.waiting += since.elapsed();
+            }
             self.apply(event)?;
             self.dispatch()?;
             if let Some(end) = self.end.filter(|_| self.outlet.is_drained()) {
@@ -151,13 +160,16 @@ impl<S: ChunkSend> Pump<S> {
                 self.encoder.handle_flush();
                 self.collect();
             }
-            Event::Tick => self.publish(),
+            Event::Tick => {
+                self.weigh();
+                self.publish();
+            }
         }
         Ok(())
     }
 
     fn take_buffer(&mut self) {
-        self.encoder.handle_bytes(&self.buffer);
+        self.seen.while_packing(|| self.encoder.handle_bytes(&self.buffer));
         self.buffer.clear();
         self.collect();
         self.meter.observe(self.began.elapsed(), &self.encoder.counters(), self.encoder.phase());
@@ -218,6 +230,15 @@ impl<S: ChunkSend> Pump<S> {
 
     fn taken(&self) -> Bytes {
         Bytes(self.encoder.counters().stream.bytes)
+    }
+
+    /// Packs harder from now on, or less hard.
+    fn weigh(&mut self) {
+        let Some(level) = self.seen.judge(&mut self.effort) else { return };
+        if level != self.encoder.memory_level() {
+            debug!(level, "Memory is packed at another level");
+            self.encoder.set_memory_level(level);
+        }
     }
 
     fn publish(&mut self) {

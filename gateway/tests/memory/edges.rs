@@ -65,7 +65,7 @@ async fn write_until_it_blocks(qemu: &mut UnixStream, bytes: &[u8]) -> usize {
 }
 
 async fn decoded(recv: &mut QueueRecv, len: usize) -> Vec<u8> {
-    let mut decoder = StreamDecoder::new().expect("zstd starts");
+    let mut decoder = StreamDecoder::new(1 << 12).expect("zstd starts");
     let mut stream = Vec::new();
     while stream.len() < len {
         let chunk = timeout(PATIENCE, recv.recv()).await.expect("in time").expect("a chunk");
@@ -176,7 +176,11 @@ async fn a_socket_left_by_a_crash_is_replaced_and_a_file_is_not() {
 
 /// The chunks of a stream, and the stream's end.
 fn chunks_of(stream: &[u8]) -> Vec<Bytes> {
-    let mut encoder = StreamEncoder::new(EncoderConfig::for_chunks_of(MAX_CHUNK)).expect("zstd starts");
+    let mut encoder = StreamEncoder::new(EncoderConfig {
+        shadow_pages: 1 << 12,
+        ..EncoderConfig::for_chunks_of(MAX_CHUNK)
+    })
+    .expect("zstd starts");
     encoder.handle_bytes(stream);
     encoder.handle_flush();
     encoder.handle_end();

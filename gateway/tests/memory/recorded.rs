@@ -28,7 +28,11 @@ fn megabytes_per_second(bytes: usize, time: Duration) -> f64 {
 }
 
 fn encode(stream: &[u8]) -> Vec<Bytes> {
-    let mut encoder = StreamEncoder::new(EncoderConfig::for_chunks_of(MAX_CHUNK)).expect("zstd starts");
+    let mut encoder = StreamEncoder::new(EncoderConfig {
+        shadow_pages: 1 << 12,
+        ..EncoderConfig::for_chunks_of(MAX_CHUNK)
+    })
+    .expect("zstd starts");
     let mut chunks = Vec::new();
     for part in stream.chunks(READ) {
         encoder.handle_bytes(part);
@@ -43,7 +47,7 @@ fn encode(stream: &[u8]) -> Vec<Bytes> {
 
 /// Decodes and compares.
 fn decode(chunks: &[Bytes], mut expected: &[u8]) {
-    let mut decoder = StreamDecoder::new().expect("zstd starts");
+    let mut decoder = StreamDecoder::new(1 << 12).expect("zstd starts");
     let mut proven = false;
     for chunk in chunks {
         decoder.handle_chunk(chunk.clone());

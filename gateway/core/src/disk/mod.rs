@@ -13,6 +13,7 @@ mod bitmap;
 mod map;
 #[cfg(test)]
 mod model_tests;
+mod pack;
 mod queue;
 mod record;
 mod source;
@@ -20,7 +21,8 @@ mod target;
 
 pub use bitmap::Bitmap;
 pub use map::{MapError, MapWriter};
-pub use record::{Barrier, Chunk, ChunkError, MAX_BODY, MAX_RECORDS, Record, RunningDigest, decode_chunk};
+pub use pack::{ChunkReader, DEFAULT_WINDOW_LOG, MAX_BODY, MAX_RECORDS};
+pub use record::{Barrier, Chunk, ChunkError, Record, RunningDigest};
 pub use source::{
     Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError, TargetDisk,
 };

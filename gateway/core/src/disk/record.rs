@@ -1,7 +1,6 @@
-//! The mirror's records on the wire: numbered, several to a chunk, compressed where it helps.
+//! The mirror's records on the wire: numbered, several to a chunk. How a chunk is packed is [`super::pack`]'s.
 //!
 //! ```text
-//!  chunk  = version u8 | flags u8 | first number u64 | records u32 | body length u32 | body
 //!  record = kind u8 | write: offset u64, length u32, payload
 //!                   | zero: offset u64, length u64
 //!                   | same: offset u64, length u32, hash [32]
@@ -9,22 +8,14 @@
 //!                   | barrier: records u64, last number u64, digest [32]
 //! ```
 //!
-//! Integers are little-endian; flag 1 says that the body is one zstd frame and the length is that of
-//! the body before compression. Offsets are not checked against a disk here: [`super::MirrorTarget`]
+//! Integers are little-endian. Offsets are not checked against a disk here: [`super::MirrorTarget`]
 //! does that. The digest covers records, not chunks, so packing and compression do not change it.
 
 use bytes::{Buf, Bytes};
 
-/// The longest body of a chunk in bytes, before compression. Bounds what a receiver allocates.
-pub const MAX_BODY: usize = 1 << 20;
-/// The most records in one chunk.
-pub const MAX_RECORDS: usize = 16 << 10;
+use super::pack::VERSION;
 
-const VERSION: u8 = 1;
-const FLAG_ZSTD: u8 = 1;
-const CHUNK_HEADER: usize = 18;
-const WRITE_HEADER: usize = 13;
-const LEVEL: i32 = 1;
+pub(super) const WRITE_HEADER: usize = 13;
 
 /// One change of the disk, or a mark in the sequence of changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,7 +150,7 @@ impl Record {
         }
     }
 
-    fn encode(&self, body: &mut Vec<u8>) {
+    pub(super) fn encode(&self, body: &mut Vec<u8>) {
         let (kind, offset, len) = self.header();
         body.push(kind);
         match self {
@@ -182,7 +173,7 @@ impl Record {
         }
     }
 
-    fn decode(body: &mut Bytes) -> Result<Self, ChunkError> {
+    pub(super) fn decode(body: &mut Bytes) -> Result<Self, ChunkError> {
         match body.try_get_u8().map_err(|_| ChunkError::Short)? {
             1 => {
                 let offset = u64_from(body)?;
@@ -249,87 +240,6 @@ impl RunningDigest {
     }
 }
 
-/// Packs records into chunks of bounded size.
-pub(super) struct ChunkPacker {
-    compressor: Option<zstd::bulk::Compressor<'static>>,
-    body: Vec<u8>,
-    records: u32,
-    max_body: usize,
-}
-
-impl ChunkPacker {
-    /// A packer of chunks of at most `max_chunk` bytes.
-    pub(super) fn new(max_chunk: usize) -> Self {
-        // A context that cannot be allocated only costs the compression.
-        let compressor = zstd::bulk::Compressor::new(LEVEL).ok();
-        let max_body = max_chunk.saturating_sub(CHUNK_HEADER).min(MAX_BODY);
-        Self { compressor, body: Vec::new(), records: 0, max_body }
-    }
-
-    /// Whether `record` still fits. One record always fits an empty chunk of reasonable size.
-    pub(super) fn fits(&self, record: &Record) -> bool {
-        self.body.len() + record.encoded_len() <= self.max_body && (self.records as usize) < MAX_RECORDS
-    }
-
-    /// Appends a record that [`Self::fits`].
-    pub(super) fn push(&mut self, record: &Record) {
-        record.encode(&mut self.body);
-        self.records += 1;
-    }
-
-    /// The chunk of all records since the last call; the first of them has `first_number`.
-    pub(super) fn finish(&mut self, first_number: u64) -> Bytes {
-        let packed = self.compressor.as_mut().and_then(|zstd| zstd.compress(&self.body).ok());
-        let packed = packed.filter(|packed| packed.len() < self.body.len());
-        let body = packed.as_deref().unwrap_or(&self.body);
-        let mut chunk = Vec::with_capacity(CHUNK_HEADER + body.len());
-        chunk.extend([VERSION, if packed.is_some() { FLAG_ZSTD } else { 0 }]);
-        chunk.extend(first_number.to_le_bytes());
-        chunk.extend(self.records.to_le_bytes());
-        chunk.extend((self.body.len() as u32).to_le_bytes());
-        chunk.extend_from_slice(body);
-        self.body.clear();
-        self.records = 0;
-        chunk.into()
-    }
-}
-
-/// Takes a chunk apart. Allocates at most [`MAX_BODY`] bytes and [`MAX_RECORDS`] records, whatever
-/// the bytes say.
-pub fn decode_chunk(mut chunk: Bytes) -> Result<Chunk, ChunkError> {
-    if chunk.len() < CHUNK_HEADER {
-        return Err(ChunkError::Short);
-    }
-    let (version, flags) = (chunk.get_u8(), chunk.get_u8());
-    if version != VERSION {
-        return Err(ChunkError::Version(version));
-    }
-    let first_number = chunk.get_u64_le();
-    let (count, body_len) = (chunk.get_u32_le(), chunk.get_u32_le());
-    if count as usize > MAX_RECORDS || body_len as usize > MAX_BODY {
-        return Err(ChunkError::TooLarge { records: count, body: body_len });
-    }
-    let mut body = match flags {
-        0 => chunk,
-        FLAG_ZSTD => zstd::bulk::decompress(&chunk, body_len as usize).map_err(|_| ChunkError::Zstd)?.into(),
-        flags => return Err(ChunkError::Flags(flags)),
-    };
-    if body.len() < body_len as usize {
-        return Err(ChunkError::Short);
-    }
-    if body.len() > body_len as usize {
-        return Err(ChunkError::Trailing(body.len() - body_len as usize));
-    }
-    let mut records = Vec::with_capacity((count as usize).min(body.len()));
-    for _ in 0..count {
-        records.push(Record::decode(&mut body)?);
-    }
-    match body.len() {
-        0 => Ok(Chunk { first_number, records }),
-        trailing => Err(ChunkError::Trailing(trailing)),
-    }
-}
-
 fn u64_from(body: &mut Bytes) -> Result<u64, ChunkError> {
     body.try_get_u64_le().map_err(|_| ChunkError::Short)
 }
@@ -341,12 +251,12 @@ fn hash_from(body: &mut Bytes) -> Result<[u8; 32], ChunkError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    pub(crate) fn any_record() -> impl Strategy<Value = Record> {
+    pub(in crate::disk) fn any_record() -> impl Strategy<Value = Record> {
         let noise = prop::collection::vec(any::<u8>(), 0..3000);
         let same = (any::<u8>(), 0..70_000usize).prop_map(|(byte, len)| vec![byte; len]);
         let barrier = (any::<u64>(), any::<u64>(), any::<[u8; 32]>());
@@ -361,63 +271,6 @@ mod tests {
                 Record::Barrier(Barrier { records, last_number, digest })
             }),
         ]
-    }
-
-    fn pack(records: &[Record], max_chunk: usize) -> Vec<Bytes> {
-        let (mut packer, mut chunks, mut first, mut next) = (ChunkPacker::new(max_chunk), vec![], 1, 1);
-        for record in records {
-            if !packer.fits(record) {
-                chunks.push(packer.finish(first));
-                first = next;
-            }
-            packer.push(record);
-            next += 1;
-        }
-        chunks.push(packer.finish(first));
-        chunks
-    }
-
-    proptest! {
-        #[test]
-        fn records_come_back_bit_exact(records in prop::collection::vec(any_record(), 0..40)) {
-            let max_chunk = 100_000;
-            let (mut next, mut back) = (1, Vec::new());
-            for chunk in pack(&records, max_chunk) {
-                prop_assert!(chunk.len() <= max_chunk);
-                let chunk = decode_chunk(chunk).unwrap();
-                prop_assert_eq!(chunk.first_number, next);
-                next += chunk.records.len() as u64;
-                back.extend(chunk.records);
-            }
-            prop_assert_eq!(back, records);
-        }
-
-        #[test]
-        fn garbage_is_an_error(mut bytes in prop::collection::vec(any::<u8>(), 0..300), fix in any::<bool>()) {
-            if fix && bytes.len() > 18 {
-                let body = (bytes.len() - 18) as u32;
-                bytes[..2].copy_from_slice(&[VERSION, 0]);
-                bytes[10..14].copy_from_slice(&3u32.to_le_bytes());
-                bytes[14..18].copy_from_slice(&body.to_le_bytes());
-            }
-            let _ = decode_chunk(bytes.into());
-        }
-
-        #[test]
-        fn a_damaged_chunk_never_panics(
-            records in prop::collection::vec(any_record(), 1..5),
-            at in any::<prop::sample::Index>(),
-            flip in 1..=255u8,
-            cut in any::<bool>(),
-        ) {
-            let mut bytes = pack(&records, MAX_BODY)[0].to_vec();
-            let at = at.index(bytes.len());
-            bytes[at] ^= flip;
-            if cut {
-                bytes.truncate(at);
-            }
-            let _ = decode_chunk(bytes.into());
-        }
     }
 
     #[test]
@@ -435,29 +288,6 @@ mod tests {
         expected.extend([5, 4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0]);
         expected.extend([6; 32]);
         assert_eq!(body, expected);
-    }
-
-    #[test]
-    fn compressible_bodies_shrink_and_others_travel_raw() {
-        let same = Record::Write { offset: 0, data: vec![7; 60_000].into() };
-        let mut noise = vec![0; 60_000];
-        blake3::Hasher::new().finalize_xof().fill(&mut noise);
-        let noise = Record::Write { offset: 0, data: noise.into() };
-        assert!(pack(&[same], MAX_BODY)[0].len() < 200);
-        let raw = &pack(&[noise], MAX_BODY)[0];
-        assert_eq!((raw[1], raw.len()), (0, CHUNK_HEADER + WRITE_HEADER + 60_000));
-    }
-
-    #[test]
-    fn a_bomb_is_refused_before_it_is_unpacked() {
-        let frame = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
-        let mut chunk = vec![VERSION, FLAG_ZSTD];
-        chunk.extend([0; 12]);
-        chunk.extend((MAX_BODY as u32).to_le_bytes());
-        chunk.extend(frame);
-        assert_eq!(decode_chunk(chunk.clone().into()), Err(ChunkError::Zstd));
-        chunk[14..18].copy_from_slice(&(MAX_BODY as u32 + 1).to_le_bytes());
-        assert!(matches!(decode_chunk(chunk.into()), Err(ChunkError::TooLarge { .. })));
     }
 
     #[test]

@@ -19,7 +19,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::BLOCK;
-use super::record::{Barrier, ChunkError, Record, RunningDigest, decode_chunk};
+use super::pack::{ChunkReader, DEFAULT_WINDOW_LOG};
+use super::record::{Barrier, ChunkError, Record, RunningDigest};
 
 /// Limits of one mirror at the destination.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +34,8 @@ pub struct TargetConfig {
     pub flush_bytes: u64,
     /// The disk is flushed at least this often while there is something to flush.
     pub flush_interval: Duration,
+    /// How far back what came is remembered at most, as the exponent of two: memory.
+    pub max_window_log: u32,
 }
 
 impl Default for TargetConfig {
@@ -42,6 +45,7 @@ impl Default for TargetConfig {
             max_in_flight: 64,
             flush_bytes: 4 << 20,
             flush_interval: Duration::from_millis(100),
+            max_window_log: DEFAULT_WINDOW_LOG,
         }
     }
 }
@@ -180,10 +184,11 @@ struct InFlight {
 }
 
 /// The state of one disk's mirror at the destination.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct MirrorTarget {
     size: u64,
     config: TargetConfig,
+    reader: ChunkReader,
     digest: RunningDigest,
     queue: VecDeque<(u64, Record)>,
     in_flight: BTreeMap<u64, InFlight>,
@@ -207,6 +212,7 @@ impl MirrorTarget {
     pub fn new(size: u64, config: TargetConfig) -> Self {
         Self {
             size,
+            reader: ChunkReader::new(config.max_window_log),
             config,
             digest: RunningDigest::default(),
             queue: VecDeque::new(),
@@ -237,7 +243,7 @@ impl MirrorTarget {
 
     /// A chunk arrived. After an error the mirror is over: nothing of this chunk is applied.
     pub fn handle_chunk(&mut self, chunk: Bytes) -> Result<(), TargetError> {
-        let chunk = decode_chunk(chunk)?;
+        let chunk = self.reader.read(chunk)?;
         let expected = self.digest.records() + 1;
         if chunk.first_number != expected {
             return Err(TargetError::Number { expected, found: chunk.first_number });
@@ -430,7 +436,7 @@ impl MirrorTarget {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::ChunkPacker;
+    use super::super::pack::ChunkPacker;
     use super::*;
 
     const SIZE: u64 = 1 << 20;
@@ -441,7 +447,7 @@ mod tests {
     }
 
     fn chunk(first: u64, records: &[Record]) -> Bytes {
-        let mut packer = ChunkPacker::new(1 << 20);
+        let mut packer = ChunkPacker::stored(1 << 20);
         records.iter().for_each(|record| packer.push(record));
         packer.finish(first)
     }
@@ -487,7 +493,7 @@ mod tests {
 
     #[test]
     fn a_flush_that_is_asked_for_before_a_barrier_does_not_wait_for_its_interval() {
-        let mut packer = ChunkPacker::new(1 << 20);
+        let mut packer = ChunkPacker::stored(1 << 20);
         let mut digest = RunningDigest::default();
         for record in [write(0, 1), Record::Flush] {
             digest.add(&record);
@@ -506,14 +512,18 @@ mod tests {
     #[test]
     fn a_block_that_is_not_what_the_source_has_is_refused() {
         let same = |hash| Record::Same { offset: 0, len: 4096, hash };
-        let mut target = target();
-        target.handle_chunk(chunk(1, &[write(0, 1), same([7; 32])])).unwrap();
-        assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
-        assert_eq!(target.poll_step(NOW), None, "it must not be read while it is written");
-        target.handle_applied(1);
-        assert_eq!(target.poll_step(NOW), Some(Step::Hash { number: 2, offset: 0, len: 4096 }));
+        let asking = || {
+            let mut target = target();
+            target.handle_chunk(chunk(1, &[write(0, 1), same([7; 32])])).unwrap();
+            assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
+            assert_eq!(target.poll_step(NOW), None, "it must not be read while it is written");
+            target.handle_applied(1);
+            assert_eq!(target.poll_step(NOW), Some(Step::Hash { number: 2, offset: 0, len: 4096 }));
+            target
+        };
         let differs = TargetError::Differs { offset: 0, len: 4096 };
-        assert_eq!(target.clone().handle_hashed(2, [8; 32]), Err(differs));
+        assert_eq!(asking().handle_hashed(2, [8; 32]), Err(differs));
+        let mut target = asking();
         target.handle_hashed(2, [7; 32]).unwrap();
         assert_eq!((target.counters().same_bytes, target.counters().applied_bytes), (4096, 8192));
         let long = Record::Same { offset: 0, len: BLOCK as u32 + 1, hash: [0; 32] };
@@ -527,17 +537,22 @@ mod tests {
         let hash = *blake3::hash(&content).as_bytes();
         let records = [Record::Same { offset: 0, len: 4096, hash }];
         let barrier = barrier_behind(&records);
-        let mut target = target().with_base();
-        target.handle_chunk(chunk(1, &[records.to_vec(), vec![barrier]].concat())).unwrap();
-        assert_eq!(target.poll_step(NOW), Some(Step::Fetch { number: 1, offset: 0, len: 4096 }));
-        assert_eq!(target.poll_step(NOW), None);
+        let fetching = || {
+            let mut target = target().with_base();
+            target.handle_chunk(chunk(1, &[records.to_vec(), vec![barrier.clone()]].concat())).unwrap();
+            assert_eq!(target.poll_step(NOW), Some(Step::Fetch { number: 1, offset: 0, len: 4096 }));
+            assert_eq!(target.poll_step(NOW), None);
+            target
+        };
         for not_it in [None, Some((content.slice(1..), hash)), Some((content.clone(), [1; 32]))] {
-            let mut other = target.clone();
-            other.handle_fetched(1, not_it);
-            assert_eq!(other.poll_step(NOW), Some(Step::Hash { number: 1, offset: 0, len: 4096 }));
-            other.clone().handle_hashed(1, hash).unwrap();
-            assert!(matches!(other.handle_hashed(1, [1; 32]), Err(TargetError::Differs { .. })));
+            for (found, is_it) in [(hash, true), ([1; 32], false)] {
+                let mut target = fetching();
+                target.handle_fetched(1, not_it.clone());
+                assert_eq!(target.poll_step(NOW), Some(Step::Hash { number: 1, offset: 0, len: 4096 }));
+                assert_eq!(target.handle_hashed(1, found).is_ok(), is_it);
+            }
         }
+        let mut target = fetching();
         target.handle_fetched(1, Some((content.clone(), hash)));
         assert_eq!(target.poll_step(NOW), Some(Step::Write { number: 1, offset: 0, data: content }));
         assert!(!target.is_idle());

@@ -7,9 +7,10 @@ use bytes::{Buf, Bytes};
 use zstd::bulk::Decompressor;
 
 use super::ops::replay;
+use super::shadow::{Blocks, Shadow};
 use super::{
     BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_END,
-    MAX_CONTENTS, MAX_OPS, StreamDigest, StreamEnd,
+    FRAME_SHADOW, MAX_CONTENTS, MAX_OPS, SHADOW_FRAME_BYTES, StreamDigest, StreamEnd,
 };
 use crate::units::Bytes as ByteCount;
 
@@ -37,6 +38,19 @@ pub enum DecodeError {
     /// A batch's program does not fit its contents.
     #[error("A batch's program is damaged")]
     Program,
+    /// A page is told by one that is not remembered.
+    #[error("A page is told by another one that is not remembered here")]
+    NotRemembered,
+    /// The source wants more pages remembered than this site said that it allows, or says so too late.
+    #[error(
+        "The source wants {asked} pages remembered; this site allows {allowed}, from the stream's beginning on"
+    )]
+    Shadow {
+        /// Pages it asks for.
+        asked: u32,
+        /// Pages allowed here.
+        allowed: u32,
+    },
     /// Something follows the end of the stream.
     #[error("Data follows the end of the stream, or an earlier error")]
     AfterEnd,
@@ -66,22 +80,30 @@ pub struct StreamDecoder {
     made_bytes: u64,
     decompressor: Decompressor<'static>,
     scratch: Vec<u8>,
+    blocks: Blocks,
+    shadow: Shadow,
+    max_shadow_pages: u32,
+    begun: bool,
     closed: bool,
 }
 
 impl StreamDecoder {
-    /// A decoder at the beginning of a stream.
+    /// A decoder at the beginning of a stream that remembers up to so many pages, if the source wants it.
     ///
     /// # Errors
     ///
     /// When zstd has no memory for its state.
-    pub fn new() -> std::io::Result<Self> {
+    pub fn new(max_shadow_pages: u32) -> std::io::Result<Self> {
         Ok(Self {
             chunk: Bytes::new(),
             hasher: blake3::Hasher::new(),
             made_bytes: 0,
             decompressor: Decompressor::new()?,
             scratch: Vec::new(),
+            blocks: Blocks::default(),
+            shadow: Shadow::new(0),
+            max_shadow_pages,
+            begun: false,
             closed: false,
         })
     }
@@ -92,7 +114,7 @@ impl StreamDecoder {
         self.chunk = chunk;
     }
 
-    /// What comes next; `None` until the next chunk. Holds one batch at a time: at most 3.5 MiB.
+    /// What comes next; `None` until the next chunk. Holds one batch at a time, at most 7.5 MiB, and what is remembered.
     ///
     /// # Errors
     ///
@@ -104,6 +126,13 @@ impl StreamDecoder {
         if self.closed {
             return Err(DecodeError::AfterEnd);
         }
+        if self.chunk[0] == FRAME_SHADOW {
+            let agreed = self.agree();
+            self.closed |= agreed.is_err();
+            agreed?;
+            return self.poll_decoded();
+        }
+        self.begun = true;
         let decoded = match self.chunk[0] {
             FRAME_BATCH => self.batch(),
             FRAME_END => self.end(),
@@ -113,9 +142,29 @@ impl StreamDecoder {
         decoded.map(Some)
     }
 
+    #[cfg(test)]
+    pub(super) fn shadow(&self) -> &Shadow {
+        &self.shadow
+    }
+
     /// How many bytes of the stream were made so far.
     pub fn made(&self) -> ByteCount {
         ByteCount(self.made_bytes)
+    }
+
+    /// Once, and first: so that it cannot recurse for long either.
+    fn agree(&mut self) -> Result<(), DecodeError> {
+        if self.chunk.len() < SHADOW_FRAME_BYTES {
+            return Err(DecodeError::Truncated);
+        }
+        let mut frame = self.chunk.split_to(SHADOW_FRAME_BYTES);
+        frame.advance(1);
+        let (asked, allowed) = (frame.get_u32(), self.max_shadow_pages);
+        if asked > allowed || std::mem::replace(&mut self.begun, true) {
+            return Err(DecodeError::Shadow { asked, allowed });
+        }
+        self.shadow = Shadow::new(asked);
+        Ok(())
     }
 
     fn batch(&mut self) -> Result<Decoded, DecodeError> {
@@ -143,7 +192,7 @@ impl StreamDecoder {
             other => return Err(DecodeError::UnknownEncoding(other)),
         };
         let (contents, ops) = unpacked.split_at(contents_len);
-        let made = replay(ops, contents)?.freeze();
+        let made = replay(ops, contents, &mut self.blocks, &mut self.shadow)?.freeze();
         if made.is_empty() {
             return Err(DecodeError::Program);
         }

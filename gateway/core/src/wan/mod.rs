@@ -4,24 +4,33 @@
 //! of pages, runs of zero pages, verbatim bytes) and the contents it refers to, compressed together
 //! with zstd where that shrinks them. Batches are packed into chunks no longer than what the bulk
 //! channel carries. The last frame proves the stream: its length and its BLAKE3 digest, which the
-//! source takes from what QEMU wrote and the destination from what it made. Every chunk can be decoded
-//! with nothing but itself, so that nothing is shared that could go out of step.
+//! source takes from what QEMU wrote and the destination from what it made.
 //!
-//! Deliberately not here: a cache of contents, deltas against earlier pages, and carrying the chunks.
+//! Both ends remember the newest version of each page, as many as both allow ([`shadow`]). A page that is sent again
+//! travels as what changed of it, one that another page equals as that page's place. This rests on the bulk channel: each chunk
+//! arrives once and in order, over any number of connections, so that what both remember cannot go out of step; that it did
+//! not is part of what the digest proves.
+//!
+//! Deliberately not here: what is on the machine's disks, and carrying the chunks.
 //!
 //! ```text
 //! chunk = { frame }
-//! frame = 0x01 encoding:u8 data_len:be32 contents_len:be32 ops_len:be32 data[data_len]      a batch
+//! frame = 0x03 pages:be32                                        how many pages are remembered; the first, if there
+//!       | 0x01 encoding:u8 data_len:be32 contents_len:be32 ops_len:be32 data[data_len]      a batch
 //!       | 0x02 stream_len:be64 digest[32]                                                   the end
 //! data  = contents[contents_len] ops[ops_len], stored (encoding 0) or a zstd frame (encoding 1)
 //! ops   = { tag:u8 [name_len:u8 name] count:varint | tag:u8 [..] page_delta:svarint count:varint }
+//! tag   = 0 verbatim | 1 pages | 2 zeros | 3 as they were | 4 XOR what they were | 5 copies (place:be32), + 0x80 named
 //! ```
 
 mod decode;
+mod effort;
 mod encode;
 mod ops;
+mod shadow;
 
 pub use decode::{DecodeError, Decoded, StreamDecoder};
+pub use effort::Effort;
 pub use encode::{EncoderConfig, EncoderCounters, StreamEncoder};
 
 use std::fmt;
@@ -31,15 +40,22 @@ pub const MAX_CONTENTS: usize = 1 << 20;
 /// The longest program of one batch, in bytes.
 pub const MAX_OPS: usize = 64 << 10;
 /// The most memory records one batch may stand for. A batch becomes at most its contents, its program
-/// (where the names are) and 9 bytes for each record: 1.7 MiB.
+/// (where the names are), 9 bytes for each record and its known pages: 5.7 MiB.
 pub const MAX_RECORDS: u64 = 1 << 16;
+
+/// The most pages of one batch that stand for contents which are not in it. They become 4 MiB.
+pub const MAX_KNOWN_PAGES: u64 = 1 << 10;
+/// The most pages that two ends can agree to remember: 16 GiB.
+pub const MAX_SHADOW_PAGES: u32 = 1 << 22;
 
 const FRAME_BATCH: u8 = 0x01;
 const FRAME_END: u8 = 0x02;
+const FRAME_SHADOW: u8 = 0x03;
 const ENCODING_STORED: u8 = 0;
 const ENCODING_ZSTD: u8 = 1;
 const BATCH_HEADER_BYTES: usize = 14;
 const END_FRAME_BYTES: usize = 41;
+const SHADOW_FRAME_BYTES: usize = 5;
 
 /// A BLAKE3 digest of a whole migration stream.
 #[derive(Clone, Copy, PartialEq, Eq)]

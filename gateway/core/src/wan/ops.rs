@@ -5,12 +5,16 @@
 
 use bytes::{BufMut, BytesMut};
 
-use super::{MAX_RECORDS, decode::DecodeError};
+use super::shadow::{Blocks, PageKey, Shadow, Slot};
+use super::{MAX_KNOWN_PAGES, MAX_RECORDS, decode::DecodeError};
 use crate::memory::PAGE_BYTES;
 
 const OP_VERBATIM: u8 = 0;
 const OP_PAGES: u8 = 1;
 const OP_ZEROS: u8 = 2;
+const OP_SAME: u8 = 3;
+const OP_DELTAS: u8 = 4;
+const OP_COPIES: u8 = 5;
 const OP_NAMED: u8 = 0x80;
 const FLAG_ZERO: u64 = 0x002;
 const FLAG_PAGE: u64 = 0x008;
@@ -38,9 +42,20 @@ struct Run {
 /// What kind of memory record a run is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RecordKind {
+    /// Its contents follow.
     Page,
+    /// It holds zeros.
     Zero,
+    /// It is what it was.
+    Same,
+    /// What it is XOR what it was follows.
+    Delta,
+    /// The place in the shadow follows of a page that holds the same.
+    Copy,
 }
+
+/// Bytes by which a copy names its place.
+pub(super) const COPY_BYTES: usize = 4;
 
 impl OpsWriter {
     /// Length so far, without the run that is still open.
@@ -65,6 +80,9 @@ impl OpsWriter {
         let op = match kind {
             RecordKind::Page => OP_PAGES,
             RecordKind::Zero => OP_ZEROS,
+            RecordKind::Same => OP_SAME,
+            RecordKind::Delta => OP_DELTAS,
+            RecordKind::Copy => OP_COPIES,
         };
         let page = offset_bytes / PAGE_BYTES as u64;
         let joined = self
@@ -104,11 +122,16 @@ impl OpsWriter {
     }
 }
 
-/// Makes the stream's bytes again from a batch's contents and its program.
-pub(super) fn replay(mut ops: &[u8], mut contents: &[u8]) -> Result<BytesMut, DecodeError> {
+/// Makes the stream's bytes again from a batch's contents and its program, and remembers its pages.
+pub(super) fn replay(
+    mut ops: &[u8],
+    mut contents: &[u8],
+    blocks: &mut Blocks,
+    shadow: &mut Shadow,
+) -> Result<BytesMut, DecodeError> {
     let mut out = BytesMut::with_capacity(contents.len() + contents.len() / PAGE_BYTES * 8 + 64);
     let mut expected_page = 0u64;
-    let mut records = 0u64;
+    let (mut records, mut known) = (0u64, 0u64);
     while let Some((&tag, rest)) = ops.split_first() {
         ops = rest;
         let name = if tag & OP_NAMED != 0 { Some(take_name(&mut ops)?) } else { None };
@@ -120,18 +143,30 @@ pub(super) fn replay(mut ops: &[u8], mut contents: &[u8]) -> Result<BytesMut, De
         let delta = unzigzag(take_varint(&mut ops)?) as u64;
         let run =
             PageRun { name, first_page: expected_page.wrapping_add(delta), count: take_varint(&mut ops)? };
+        let kind = kind_of(tag & !OP_NAMED)?;
         records = records.saturating_add(run.count);
-        if records > MAX_RECORDS {
+        if matches!(kind, RecordKind::Same | RecordKind::Copy) {
+            known = known.saturating_add(run.count);
+        }
+        if records > MAX_RECORDS || known > MAX_KNOWN_PAGES {
             return Err(DecodeError::TooManyRecords);
         }
         expected_page = run.first_page.wrapping_add(run.count);
-        match tag & !OP_NAMED {
-            OP_PAGES => run.replay(FLAG_PAGE, &mut contents, &mut out)?,
-            OP_ZEROS => run.replay(FLAG_ZERO, &mut contents, &mut out)?,
-            _ => return Err(DecodeError::Program),
-        }
+        blocks.enter(run.name);
+        run.replay(kind, &mut contents, &mut out, blocks, shadow)?;
     }
     if contents.is_empty() { Ok(out) } else { Err(DecodeError::Program) }
+}
+
+fn kind_of(op: u8) -> Result<RecordKind, DecodeError> {
+    match op {
+        OP_PAGES => Ok(RecordKind::Page),
+        OP_ZEROS => Ok(RecordKind::Zero),
+        OP_SAME => Ok(RecordKind::Same),
+        OP_DELTAS => Ok(RecordKind::Delta),
+        OP_COPIES => Ok(RecordKind::Copy),
+        _ => Err(DecodeError::Program),
+    }
 }
 
 struct PageRun<'a> {
@@ -141,7 +176,15 @@ struct PageRun<'a> {
 }
 
 impl PageRun<'_> {
-    fn replay(mut self, flag: u64, contents: &mut &[u8], out: &mut BytesMut) -> Result<(), DecodeError> {
+    fn replay(
+        mut self,
+        kind: RecordKind,
+        contents: &mut &[u8],
+        out: &mut BytesMut,
+        blocks: &Blocks,
+        shadow: &mut Shadow,
+    ) -> Result<(), DecodeError> {
+        let flag = if kind == RecordKind::Zero { FLAG_ZERO } else { FLAG_PAGE };
         for page in self.first_page..self.first_page.saturating_add(self.count) {
             let address = page.checked_mul(PAGE_BYTES as u64).ok_or(DecodeError::Program)?;
             match self.name.take() {
@@ -152,14 +195,50 @@ impl PageRun<'_> {
                 }
                 None => out.put_u64(address | flag | FLAG_CONTINUE),
             }
-            if flag == FLAG_PAGE {
-                out.extend_from_slice(take(contents, PAGE_BYTES)?);
-            } else {
-                out.put_u8(0);
-            }
+            make_page(kind, blocks.key(page), contents, out, shadow)?;
         }
         Ok(())
     }
+}
+
+/// Appends what a record holds after its head, and remembers it.
+fn make_page(
+    kind: RecordKind,
+    key: Option<PageKey>,
+    contents: &mut &[u8],
+    out: &mut BytesMut,
+    shadow: &mut Shadow,
+) -> Result<(), DecodeError> {
+    let begin = out.len();
+    let remembered = || shadow.page(shadow.slot(key?)?);
+    match kind {
+        RecordKind::Zero => {
+            out.put_u8(0);
+            if let Some(key) = key {
+                shadow.clear(key);
+            }
+            return Ok(());
+        }
+        RecordKind::Page => out.extend_from_slice(take(contents, PAGE_BYTES)?),
+        RecordKind::Same => {
+            out.extend_from_slice(remembered().ok_or(DecodeError::NotRemembered)?);
+            return Ok(());
+        }
+        RecordKind::Delta => {
+            out.extend_from_slice(remembered().ok_or(DecodeError::NotRemembered)?);
+            let difference = take(contents, PAGE_BYTES)?;
+            out[begin..].iter_mut().zip(difference).for_each(|(byte, difference)| *byte ^= difference);
+        }
+        RecordKind::Copy => {
+            let place = take(contents, COPY_BYTES)?.try_into().map_err(|_| DecodeError::Program)?;
+            let slot = Slot(u32::from_be_bytes(place));
+            out.extend_from_slice(shadow.page(slot).ok_or(DecodeError::NotRemembered)?);
+        }
+    }
+    if let Some(key) = key {
+        shadow.put(key, &out[begin..]);
+    }
+    Ok(())
 }
 
 fn take<'a>(from: &mut &'a [u8], len: usize) -> Result<&'a [u8], DecodeError> {
@@ -211,6 +290,10 @@ mod tests {
 
     use super::*;
 
+    fn replay_afresh(ops: &[u8], contents: &[u8]) -> Result<BytesMut, DecodeError> {
+        replay(ops, contents, &mut Blocks::default(), &mut Shadow::new(16))
+    }
+
     proptest! {
         #[test]
         fn integers_survive_their_encoding(value: u64, signed: i64) {
@@ -225,8 +308,9 @@ mod tests {
 
         #[test]
         fn any_program_is_replayed_or_refused_within_bounds(ops: Vec<u8>, contents: Vec<u8>) {
-            if let Ok(out) = replay(&ops, &contents) {
-                prop_assert!(out.len() <= contents.len() + ops.len() + 9 * MAX_RECORDS as usize);
+            if let Ok(out) = replay_afresh(&ops, &contents) {
+                let known = MAX_KNOWN_PAGES as usize * PAGE_BYTES;
+                prop_assert!(out.len() <= contents.len() + ops.len() + 9 * MAX_RECORDS as usize + known);
             }
         }
     }
@@ -239,7 +323,7 @@ mod tests {
         }
         let mut ops = Vec::new();
         assert!(writer.finish_into(&mut ops) <= 5, "{} bytes", ops.len());
-        assert_eq!(replay(&ops, &[]).unwrap().len(), 30_000 * 9);
+        assert_eq!(replay_afresh(&ops, &[]).unwrap().len(), 30_000 * 9);
     }
 
     #[test]
@@ -247,10 +331,33 @@ mod tests {
         let mut ops = vec![OP_ZEROS];
         put_varint(&mut ops, 0);
         put_varint(&mut ops, MAX_RECORDS + 1);
-        assert!(matches!(replay(&ops, &[]), Err(DecodeError::TooManyRecords)));
+        assert!(matches!(replay_afresh(&ops, &[]), Err(DecodeError::TooManyRecords)));
         let mut ops = vec![OP_ZEROS];
         put_varint(&mut ops, 0);
         put_varint(&mut ops, MAX_RECORDS);
-        assert_eq!(replay(&ops, &[]).unwrap().len(), 9 * MAX_RECORDS as usize);
+        assert_eq!(replay_afresh(&ops, &[]).unwrap().len(), 9 * MAX_RECORDS as usize);
+    }
+
+    #[test]
+    fn known_pages_are_bounded_in_one_batch_and_must_be_known() {
+        let program = |count: u64| {
+            let mut ops = vec![OP_PAGES | OP_NAMED, 1, b'r'];
+            put_varint(&mut ops, 0);
+            put_varint(&mut ops, 1);
+            for _ in 0..count {
+                ops.push(OP_SAME);
+                put_varint(&mut ops, zigzag(-1));
+                put_varint(&mut ops, 1);
+            }
+            ops
+        };
+        let page = [5; PAGE_BYTES];
+        let most = replay_afresh(&program(MAX_KNOWN_PAGES), &page).unwrap();
+        assert_eq!(most.len() as u64, 2 + 8 + 4096 + MAX_KNOWN_PAGES * (8 + 4096));
+        let refused = replay_afresh(&program(MAX_KNOWN_PAGES + 1), &page);
+        assert!(matches!(refused, Err(DecodeError::TooManyRecords)));
+        assert!(matches!(replay_afresh(&[OP_SAME, 0, 1], &[]), Err(DecodeError::NotRemembered)));
+        assert!(matches!(replay_afresh(&[OP_COPIES, 0, 1], &[0; 4]), Err(DecodeError::NotRemembered)));
+        assert!(matches!(replay_afresh(&[OP_DELTAS, 0, 1], &page), Err(DecodeError::NotRemembered)));
     }
 }

@@ -5,7 +5,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::memory::sample::{PLAIN, Record, any_sample, sample};
+use crate::memory::sample::{NEARLY, PLAIN, Record, any_sample, sample};
 use crate::memory::{PAGE_BYTES, StreamPhase};
 
 const MAX_CHUNK: usize = (1 << 20) - 1024;
@@ -27,8 +27,11 @@ fn encode(config: EncoderConfig, parts: &[(&[u8], bool)]) -> (Vec<Bytes>, Stream
     (chunks, end, encoder.counters())
 }
 
+/// More pages than any sample has.
+const ALLOWED: u32 = 1 << 10;
+
 fn decode(chunks: &[Bytes]) -> Result<(Vec<u8>, Option<StreamEnd>), DecodeError> {
-    let mut decoder = StreamDecoder::new().unwrap();
+    let mut decoder = StreamDecoder::new(ALLOWED).unwrap();
     let (mut stream, mut end) = (Vec::new(), None);
     for chunk in chunks {
         decoder.handle_chunk(chunk.clone());
@@ -59,14 +62,48 @@ proptest! {
         cuts in vec(any::<(usize, bool)>(), 0..20),
         max_chunk in prop_oneof![Just(EncoderConfig::MIN_CHUNK), EncoderConfig::MIN_CHUNK..MAX_CHUNK],
         batch in 0usize..1 << 20,
+        shadow_pages in prop_oneof![Just(0), 1u32..12, Just(ALLOWED)],
     ) {
-        let config = EncoderConfig { batch, ..EncoderConfig::for_chunks_of(max_chunk) };
+        let config = EncoderConfig { batch, shadow_pages, ..EncoderConfig::for_chunks_of(max_chunk) };
         let (chunks, sent, counters) = encode(config, &cut(&sample.bytes, &cuts));
         prop_assert!(chunks.iter().all(|chunk| chunk.len() <= max_chunk));
         prop_assert_eq!(counters.wire_bytes, chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>());
         let (stream, end) = decode(&chunks).unwrap();
         prop_assert!(stream == sample.bytes);
         prop_assert_eq!(end, Some(sent));
+    }
+
+    /// `stores_identical` and `no_page_from_an_unacknowledged_base`: whenever all that was sent has been decoded, both ends
+    /// remember the same, whatever was forgotten; and what is decoded rests on nothing later.
+    #[test]
+    fn both_ends_remember_the_same_at_every_moment(
+        sample in any_sample(),
+        cuts in vec(any::<(usize, bool)>(), 0..20),
+        shadow_pages in 1u32..40,
+        level in 1i32..6,
+    ) {
+        let config = EncoderConfig { shadow_pages, ..EncoderConfig::for_chunks_of(EncoderConfig::MIN_CHUNK) };
+        let mut encoder = StreamEncoder::new(config).unwrap();
+        let mut decoder = StreamDecoder::new(shadow_pages).unwrap();
+        let mut stream = Vec::new();
+        for (part, flush) in cut(&sample.bytes, &cuts) {
+            encoder.handle_bytes(part);
+            encoder.set_memory_level(level);
+            if flush {
+                encoder.handle_flush();
+            }
+            while let Some(chunk) = encoder.poll_chunk() {
+                decoder.handle_chunk(chunk);
+                while let Some(decoded) = decoder.poll_decoded().unwrap() {
+                    let Decoded::Bytes(bytes) = decoded else { panic!("the end came too early") };
+                    stream.extend_from_slice(&bytes);
+                }
+            }
+            if flush {
+                prop_assert!(encoder.shadow() == decoder.shadow());
+                prop_assert!(sample.bytes.starts_with(&stream));
+            }
+        }
     }
 
     #[test]
@@ -108,7 +145,7 @@ proptest! {
     }
 
     #[test]
-    fn any_chunk_is_decoded_or_refused(chunk: Vec<u8>, typed in 0u8..4, encoding in 0u8..3) {
+    fn any_chunk_is_decoded_or_refused(chunk: Vec<u8>, typed in 0u8..5, encoding in 0u8..3) {
         let chunk = [&[typed, encoding][..], &chunk].concat();
         let _ = decode(&[chunk.into()]);
     }
@@ -152,7 +189,7 @@ fn nothing_comes_after_the_end() {
 
 #[test]
 fn nothing_comes_after_an_error_whatever_is_left_of_its_chunk() {
-    let mut decoder = StreamDecoder::new().unwrap();
+    let mut decoder = StreamDecoder::new(0).unwrap();
     let batch = batch_frame(ENCODING_STORED, b"verbatim\x00\x08", 8, 2);
     decoder.handle_chunk([&[0x55][..], &batch].concat().into());
     assert!(matches!(decoder.poll_decoded(), Err(DecodeError::UnknownFrame(0x55))));
@@ -167,6 +204,60 @@ fn incompressible_pages_cost_less_than_one_percent_more() {
     let (chunks, _, _) = encode(EncoderConfig::for_chunks_of(MAX_CHUNK), &[(&bytes, false)]);
     let wire: usize = chunks.iter().map(Bytes::len).sum();
     assert!(wire < 64 * PAGE_BYTES + 64 * PAGE_BYTES / 100, "{wire} bytes");
+}
+
+fn wire_of(sections: &[Vec<Record>], shadow_pages: u32) -> (usize, EncoderCounters) {
+    let bytes = sample(PLAIN, sections, &[]).bytes;
+    // Small batches: what one batch holds twice zstd finds by itself.
+    let config =
+        EncoderConfig { shadow_pages, batch: 2 * PAGE_BYTES, ..EncoderConfig::for_chunks_of(MAX_CHUNK) };
+    let (chunks, _, counters) = encode(config, &[(&bytes, false)]);
+    assert!(decode(&chunks).unwrap().0 == bytes);
+    (chunks.iter().map(Bytes::len).sum(), counters)
+}
+
+#[test]
+fn a_page_that_is_sent_again_costs_what_changed_and_a_twin_next_to_nothing() {
+    let page = |page: u64, seed: u32| Record { block: 0, page, seed: Some(seed), spelled: false };
+    // Incompressible pages, sent once, then as they were, a little changed, and elsewhere.
+    let first: Vec<Record> = (0..16).map(|number| page(number, number as u32 * 2 + 1)).collect();
+    let again: Vec<Record> = first.clone();
+    let changed: Vec<Record> = (0..16).map(|number| page(number, (number as u32 * 2 + 1) | NEARLY)).collect();
+    let twins: Vec<Record> = (16..32).map(|number| page(number, number as u32 * 2 - 31)).collect();
+    let (once, _) = wire_of(&[first.clone(), vec![]], ALLOWED);
+    assert!((16 * PAGE_BYTES..17 * PAGE_BYTES).contains(&once), "{once} bytes");
+    for (what, more, limit, known) in
+        [("same", again, 100, 16), ("changed", changed, 16 * 60, 16), ("twins", twins, 16 * 20, 16)]
+    {
+        let (both, counters) = wire_of(&[first.clone(), more.clone(), vec![]], ALLOWED);
+        assert!(both - once < limit, "{what}: {} bytes more", both - once);
+        assert_eq!(counters.known_pages, known, "{what}");
+        let (without, _) = wire_of(&[first.clone(), more, vec![]], 0);
+        assert!(
+            without - once > 15 * PAGE_BYTES,
+            "{what}: {} bytes more if nothing is remembered",
+            without - once
+        );
+    }
+}
+
+#[test]
+fn no_more_is_remembered_than_the_destination_allows_and_nothing_later_than_the_beginning() {
+    let record = Record { block: 0, page: 1, seed: Some(1), spelled: false };
+    let bytes = sample(PLAIN, &[vec![record], vec![]], &[]).bytes;
+    let config = EncoderConfig { shadow_pages: ALLOWED + 1, ..EncoderConfig::for_chunks_of(MAX_CHUNK) };
+    let (chunks, _, _) = encode(config, &[(&bytes, false)]);
+    let refused = decode(&chunks);
+    assert!(matches!(refused, Err(DecodeError::Shadow { asked, allowed }) if asked == allowed + 1));
+    let late = [&[FRAME_SHADOW, 0, 0, 0, 9][..]].concat();
+    let verbatim = batch_frame(ENCODING_STORED, b"x\x00\x01", 1, 2);
+    let refused = decode(&[verbatim, late.clone().into()]);
+    assert!(matches!(refused, Err(DecodeError::Shadow { asked: 9, .. })));
+    assert!(
+        matches!(decode(&[[&late[..], &late].concat().into()]), Err(DecodeError::Shadow { .. })),
+        "twice"
+    );
+    assert!(matches!(decode(&[late[..4].to_vec().into()]), Err(DecodeError::Truncated)));
 }
 
 #[test]
