@@ -431,7 +431,7 @@ mod tests {
         let reserved = DestinationRecord::Reserved {
             peer: "b".parse().unwrap(),
             proposal: Box::new(proposal()),
-            reservation: Reservation { care_of: Vec::new() },
+            reservation: Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
         };
         let first = Entry { record: Record::Destination(reserved), ..refused.entries[0].clone() };
         refused.entries.insert(0, first);
@@ -455,7 +455,7 @@ mod tests {
         let reserved = Record::Destination(DestinationRecord::Reserved {
             peer: "b".parse().unwrap(),
             proposal: Box::new(proposal()),
-            reservation: Reservation { care_of: Vec::new() },
+            reservation: Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
         });
         let attempt = history(1, 3, refused()).attempt;
         {

@@ -570,7 +570,11 @@ mod tests {
             let journal = Journal::open(&path).unwrap();
             journal.define(&attempt().vm, &Ownership::Here { epoch: Epoch(0) }).unwrap();
             let records = [SourceRecord::PreCopy {
-                reservation: longhaul_core::migration::message::Reservation { care_of: Vec::new() },
+                reservation: longhaul_core::migration::message::Reservation {
+                    care_of: Vec::new(),
+                    shadow_pages: 0,
+                    disk_window_log: 20,
+                },
             }];
             let first = Record::Source(records[0].clone());
             assert!(journal.commit(&attempt(), Step::record(first, vec![()])).await.is_err());

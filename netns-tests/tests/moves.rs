@@ -136,6 +136,7 @@ fn request(vm: &str, to: &str) -> MigrateRequest {
         to: to.parse().unwrap(),
         without_dns: false,
         max_downtime_ms: None,
+        no_throttle: false,
     }
 }
 

@@ -60,7 +60,11 @@ fn any_message() -> impl Strategy<Value = MigrationMessage> {
         Just(MigrationMessage::Propose(proposal())),
         Just(MigrationMessage::Accept),
         epoch().prop_map(|epoch| MigrationMessage::Reserve { epoch }),
-        Just(MigrationMessage::Reserved(Reservation { care_of: Vec::new() })),
+        Just(MigrationMessage::Reserved(Reservation {
+            care_of: Vec::new(),
+            shadow_pages: 0,
+            disk_window_log: 20
+        })),
         Just(MigrationMessage::Decline(why)),
         epoch().prop_map(|epoch| MigrationMessage::Loaded { epoch }),
         epoch().prop_map(commit),
@@ -78,8 +82,10 @@ fn reserved() -> destination::Destination {
 }
 
 fn reserved_by(commit: CommitMode) -> destination::Destination {
-    let (limits, reservation) =
-        (destination::DestinationLimits::default(), Reservation { care_of: Vec::new() });
+    let (limits, reservation) = (
+        destination::DestinationLimits::default(),
+        Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
+    );
     destination::Destination::begin(attempt("a", commit), proposal(), reservation, limits, NOW).0
 }
 
@@ -95,7 +101,11 @@ fn committed_by(commit: CommitMode) -> source::Source {
     let events = [
         source::Event::PreflightPassed(proposal()),
         source::Event::Peer(MigrationMessage::Accept),
-        source::Event::Peer(MigrationMessage::Reserved(Reservation { care_of: Vec::new() })),
+        source::Event::Peer(MigrationMessage::Reserved(Reservation {
+            care_of: Vec::new(),
+            shadow_pages: 0,
+            disk_window_log: 20,
+        })),
         source::Event::Progress(support::converged()),
         source::Event::GuestStopped,
         source::Event::Parked(handover),

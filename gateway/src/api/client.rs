@@ -14,7 +14,7 @@ use longhaul_core::ids::{SiteName, VmName};
 
 use super::types::{
     AdoptRequest, DefineRequest, ErrorBody, Finding, FlowsView, JournalView, LimitRequest, MigrateRequest,
-    MigrationView, ResolveRequest, Started, StatusView,
+    MigrationView, MovedRequest, ResolveRequest, Started, StatusView,
 };
 
 /// Why there is no answer, or not the one hoped for.
@@ -124,6 +124,11 @@ impl Client {
     /// Ends it.
     pub async fn release(&self, vm: &VmName) -> Result<(), ClientError> {
         self.ask(Method::POST, &format!("/v1/machines/{vm}/release"), &()).await
+    }
+
+    /// Says where a machine is that left, for a site that cannot.
+    pub async fn moved(&self, vm: &VmName, request: &MovedRequest) -> Result<(), ClientError> {
+        self.ask(Method::POST, &format!("/v1/machines/{vm}/moved"), request).await
     }
 
     /// Begins a migration.

@@ -14,7 +14,7 @@ use longhaul_core::migration::ledger::MayNotRun;
 
 use types::{
     AdoptRequest, DefineRequest, Finding, FlowsView, JournalView, LimitRequest, MigrateRequest,
-    MigrationView, ResolveRequest, Started, StatusView,
+    MigrationView, MovedRequest, ResolveRequest, Started, StatusView,
 };
 
 /// A request to the daemon's task, with the way back for the answer.
@@ -38,6 +38,8 @@ pub enum Request {
     Flows(VmName, Reply<FlowsView>),
     /// Ends them.
     Release(VmName, Reply<()>),
+    /// Says where a machine is that left, for a site that cannot.
+    Moved(VmName, MovedRequest, Reply<()>),
     /// Begins a migration.
     Migrate(MigrateRequest, Reply<Started>),
     /// One migration.

@@ -15,7 +15,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
 
-use super::types::{AdoptRequest, DefineRequest, ErrorBody, LimitRequest, MigrateRequest, ResolveRequest};
+use super::types::{
+    AdoptRequest, DefineRequest, ErrorBody, LimitRequest, MigrateRequest, MovedRequest, ResolveRequest,
+};
 use super::{Reply, Request, RequestError};
 
 /// The API's socket: bound, not answered yet. It is removed with this value, for a socket that nobody answers
@@ -78,6 +80,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/machines/{name}", axum::routing::delete(undefine))
         .route("/v1/machines/{name}/flows", get(flows))
         .route("/v1/machines/{name}/release", post(release))
+        .route("/v1/machines/{name}/moved", post(moved))
         .route("/v1/partials/{name}", axum::routing::delete(discard))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
@@ -141,6 +144,14 @@ async fn flows(State(daemon): State<Daemon>, UrlPath(vm): UrlPath<VmName>) -> Re
 
 async fn release(State(daemon): State<Daemon>, UrlPath(vm): UrlPath<VmName>) -> Response {
     daemon.ask(|reply| Request::Release(vm, reply)).await
+}
+
+async fn moved(
+    State(daemon): State<Daemon>,
+    UrlPath(vm): UrlPath<VmName>,
+    Json(body): Json<MovedRequest>,
+) -> Response {
+    daemon.ask(|reply| Request::Moved(vm, body, reply)).await
 }
 
 async fn doctor(State(daemon): State<Daemon>, Query(query): Query<MachineQuery>) -> Response {

@@ -197,6 +197,9 @@ pub struct MigrationView {
     pub round: u64,
     /// How fast the guest dirties memory.
     pub dirty_rate: u64,
+    /// How much of its processors' time the guest is denied so that the copy ends, in percent.
+    #[serde(default)]
+    pub throttle_percent: u64,
     /// What an operator lets memory and disks take of the link, in Mbit/s, until the guest is stopped.
     #[serde(default)]
     pub limit_mbit: Option<u64>,
@@ -379,6 +382,9 @@ pub struct MigrateRequest {
     /// The pause to aim at instead of the configured one.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
+    /// Do not slow the guest down, however fast it changes its memory.
+    #[serde(default)]
+    pub no_throttle: bool,
 }
 
 /// Decides a move that waits for a peer that is gone for good.
@@ -389,6 +395,13 @@ pub struct ResolveRequest {
     /// The site whose copy is destroyed, typed by the operator.
     #[serde(default)]
     pub destroyed: Option<SiteName>,
+}
+
+/// Says where a machine is that left.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MovedRequest {
+    /// The site it was handed on to.
+    pub to: SiteName,
 }
 
 /// Limits what is sent, or no longer.

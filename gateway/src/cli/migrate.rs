@@ -31,6 +31,7 @@ pub async fn run(client: &Client, args: &MigrateArgs) -> Result<ExitCode, Client
         to: args.to.clone(),
         without_dns: args.without_dns,
         max_downtime_ms: args.max_downtime,
+        no_throttle: args.no_throttle,
     };
     let mut id = client.migrate(&request).await?.id;
     let mut display = Display::new(args.json);
@@ -171,6 +172,9 @@ fn line(view: &MigrationView) -> String {
     line += &format!("  {}", Rate(view.rate));
     if view.round > 0 {
         line += &format!("  round {} dirty {}", view.round, Rate(view.dirty_rate));
+        if view.throttle_percent > 0 {
+            line += &format!("  guest slowed by {} %", view.throttle_percent);
+        }
     }
     if let Some(eta) = view.eta_s {
         line += &format!("  ETA {eta} s");

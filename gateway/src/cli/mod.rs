@@ -20,7 +20,7 @@ use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::migration::resolve::Keep;
 
 use crate::api::client::{Client, ClientError};
-use crate::api::types::ResolveRequest;
+use crate::api::types::{MovedRequest, ResolveRequest};
 use crate::config::Config;
 
 /// Move running virtual machines between sites
@@ -70,6 +70,15 @@ enum Command {
     Release {
         /// The machine
         vm: VmName,
+    },
+    /// Say where a machine is that left, when the site it went to has handed it on and is gone for good. The packets of its
+    /// connections follow, its name does not, and it may come home from there. If another site runs it, two copies may run
+    Moved {
+        /// The machine
+        vm: VmName,
+        /// The site that has it
+        #[arg(long)]
+        to: SiteName,
     },
     /// Find what would make a migration fail, and the remedy
     Doctor {
@@ -159,6 +168,9 @@ pub struct MigrateArgs {
     /// The pause to aim at, in milliseconds
     #[arg(long)]
     max_downtime: Option<u64>,
+    /// Do not slow the guest down, however fast it changes its memory: it may then be copied on and on
+    #[arg(long)]
+    no_throttle: bool,
     /// Print JSON, a line for each look
     #[arg(long)]
     json: bool,
@@ -176,6 +188,7 @@ pub fn run(cli: Cli) -> ExitCode {
         | Command::Watch
         | Command::Flows { .. }
         | Command::Release { .. }
+        | Command::Moved { .. }
         | Command::Doctor { .. }
         | Command::Journal { file: None, .. }
         | Command::MayRun { .. }
@@ -209,6 +222,10 @@ async fn ask(client: Client, command: Command) -> Result<ExitCode, ClientError> 
         Command::Flows { vm, json } => flows::run(&client, &vm, json).await,
         Command::Release { vm } => {
             client.release(&vm).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Moved { vm, to } => {
+            client.moved(&vm, &MovedRequest { to }).await?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Doctor { vm, json } => show::doctor(&client, vm.as_ref(), json).await,

@@ -333,8 +333,19 @@ pub struct MigrationSection {
     /// again later.
     pub disk_buffer_mib: u64,
     /// Memory for what the other site tells of a disk that it kept from an earlier attempt, in MiB per disk
-    /// (default 64: 256 GiB of content). What finds no room is sent again.
+    /// (default 64: 27 GiB of content by its parts of 4 KiB, 64 GiB more by blocks of 64 KiB). What finds no room is sent again.
     pub disk_map_mib: u64,
+    /// Memory for pages that were sent, in MiB per migration (default 1024; 0 remembers none). A page that is sent again then
+    /// travels as what changed of it. Both sites need it while a machine's memory travels, no more than the machine has,
+    /// and the smaller of their limits holds. For a machine with more memory the pages sent last are remembered.
+    pub shadow_mib: u32,
+    /// How far back in what was sent of a disk equal content is found, in MiB (default 64; 1 to 512, a power of two, or the
+    /// next below). Both sites need that much memory per disk while it travels, and the smaller of their limits holds.
+    pub disk_window_mib: u32,
+    /// How much of its processors' time a guest may be denied, in percent, when it changes its memory as fast as the link
+    /// carries it and the copy would never end (default 80; 0 never, at most 99). QEMU begins with 20 and adds 10 each
+    /// time that is not enough; it ends with the move.
+    pub max_throttle_percent: u32,
     /// A disk that arrives is flushed after this much, in MiB (default 4). What is not flushed when the guest
     /// stops lengthens its pause; less costs a slow disk more flushes while it fills.
     pub disk_flush_mib: u64,
@@ -357,6 +368,9 @@ impl Default for MigrationSection {
             cut_limit_s: 600,
             disk_buffer_mib: 64,
             disk_map_mib: 64,
+            shadow_mib: 1024,
+            disk_window_mib: 64,
+            max_throttle_percent: 80,
             disk_flush_mib: 4,
             disk_flush_ms: 100,
             retries: 3,

@@ -21,7 +21,7 @@ use crate::api::types::{MigrateRequest, Progressing, Started};
 use crate::config::ArbiterChoice;
 use crate::hypervisor::Guest;
 use crate::journal::{History, Journal, JournalError};
-use crate::migration::anchor::{AnchorCommand, tell};
+use crate::migration::anchor::{Anchor, AnchorCommand, tell};
 use crate::migration::source::SourceOptions;
 use crate::migration::{DestinationDriver, Inbound, MachineRow, SourceDriver, admission};
 
@@ -62,6 +62,7 @@ impl Daemon {
         let options = SourceOptions {
             without_dns: request.without_dns,
             max_downtime: request.max_downtime_ms.map(std::time::Duration::from_millis),
+            no_throttle: request.no_throttle,
             retry: follows.map_or(0, |following| following.number),
         };
         let (inbox, outbox) = mpsc::channel(INBOX);
@@ -332,7 +333,13 @@ impl Daemon {
                 Some(Refusal::Busy(format!("{vm} is being handed over at site {}", self.edges.site())))
             }
             Ok(known @ (Some(Ownership::Away { .. } | Ownership::Arriving { .. }) | None)) => {
-                admission::check_epoch(known.as_ref(), peer, proposal).err()
+                let anchor: Option<Anchor> = match self.edges.journal.anchor(vm) {
+                    Ok(anchor) => anchor,
+                    Err(error) => return Some(Refusal::Other(error.to_string())),
+                };
+                // What a visited site heard last of a machine may be long past.
+                let at = anchor.as_ref().filter(|anchor| !anchor.is_of_visit()).map(|anchor| &anchor.peer);
+                admission::check_epoch(known.as_ref(), at, peer, proposal).err()
             }
             Err(error) => Some(Refusal::Other(error.to_string())),
         }
@@ -378,10 +385,12 @@ impl Daemon {
             return self.say(id, &peer, MigrationMessage::Decline(why));
         }
         let taken = self.taken_addresses(&vm);
-        let reservation = match admission::reserve(&self.edges.config, &taken, &proposal) {
+        let mut reservation = match admission::reserve(&self.edges.config, &taken, &proposal) {
             Ok(reservation) => reservation,
             Err(why) => return self.say(id, &peer, MigrationMessage::Decline(why)),
         };
+        let free = admission::available_memory();
+        admission::fit_memory(&self.edges.config, free, &proposal.definition, &mut reservation);
         let (epoch, commit) = (proposal.epoch.next(), proposal.commit);
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let (inbox, outbox) = mpsc::channel(INBOX);
@@ -516,7 +525,7 @@ mod tests {
         let reserved = DestinationRecord::Reserved {
             peer: "a".parse().unwrap(),
             proposal: Box::new(proposal),
-            reservation: Reservation { care_of: vec![care_of] },
+            reservation: Reservation { care_of: vec![care_of], shadow_pages: 0, disk_window_log: 20 },
         };
         let entry = |record| Entry {
             vm: "web1".parse().unwrap(),

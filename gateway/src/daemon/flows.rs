@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use longhaul_core::ids::VmName;
+use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::tunnel::datapath::PortStatus;
 use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::oneshot;
@@ -87,6 +87,29 @@ impl Daemon {
                 Ok(Released::StillMoving) => {
                     Err(RequestError::Conflict(format!("Machine {vm} is not known to run elsewhere yet")))
                 }
+                Err(_) => Err(RequestError::Failed("The gateway is stopping".into())),
+            };
+            drop(reply.send(answer));
+        });
+    }
+}
+
+impl Daemon {
+    /// `longhaul moved`: its operator says where the machine is, because the site that it went to cannot.
+    pub(super) async fn moved(&self, vm: &VmName, to: SiteName, reply: Reply<()>) {
+        if self.edges.config.peer(&to).is_none() {
+            let text = format!("{to} is none of this site's peers");
+            return drop(reply.send(Err(RequestError::Invalid(text))));
+        }
+        let (done, said) = oneshot::channel();
+        tell(&self.anchors, AnchorCommand::Said { vm: vm.clone(), to, done }).await;
+        let vm = vm.clone();
+        tokio::spawn(async move {
+            let answer = match said.await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(RequestError::NotFound(format!(
+                    "Machine {vm} is not known here to run at another site"
+                ))),
                 Err(_) => Err(RequestError::Failed("The gateway is stopping".into())),
             };
             drop(reply.send(answer));

@@ -39,6 +39,7 @@ impl Daemon {
             Request::Undefine(vm, forget, reply) => drop(reply.send(self.undefine(&vm, forget).await)),
             Request::Flows(vm, reply) => self.flows(&vm, reply),
             Request::Release(vm, reply) => self.release(&vm, reply).await,
+            Request::Moved(vm, body, reply) => self.moved(&vm, body.to, reply).await,
             Request::Discard(vm, reply) => drop(reply.send(self.discard(&vm))),
             Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),

@@ -305,7 +305,7 @@ mod tests {
 
     /// The machine has come to this site from a in epoch 5, and its QEMU is gone.
     async fn visited(site: &TestSite) -> (Daemon, PathBuf) {
-        let reservation = Reservation { care_of: Vec::new() };
+        let reservation = Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 };
         let (peer, proposal) = ("a".parse().unwrap(), Box::new(proposal()));
         let handover = Box::new(Handover { nics: Vec::new() });
         for record in [
@@ -389,7 +389,9 @@ mod tests {
                 proposal: Box::new(proposal()),
                 without_names: false,
             },
-            SourceRecord::PreCopy { reservation: Reservation { care_of: Vec::new() } },
+            SourceRecord::PreCopy {
+                reservation: Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
+            },
             SourceRecord::Committed { handover: Box::new(Handover { nics: Vec::new() }) },
         ];
         let waits = attempt("b");
@@ -421,7 +423,7 @@ mod tests {
     /// An operator took the machine back at this site, and forgot it.
     async fn taken_back(site: &TestSite, daemon: &mut Daemon) -> Viewer {
         let (attempt, peer) = (attempt("b"), "b".parse().unwrap());
-        let reservation = Reservation { care_of: Vec::new() };
+        let reservation = Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 };
         for record in [
             SourceRecord::Reserved { peer, proposal: Box::new(proposal()), without_names: false },
             SourceRecord::PreCopy { reservation },

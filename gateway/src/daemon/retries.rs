@@ -159,6 +159,7 @@ mod tests {
             to: attempt.peer.clone(),
             without_dns: false,
             max_downtime_ms: None,
+            no_throttle: false,
         };
         let running =
             Running { attempt, request: Some(request), inbox: None, viewer: viewer.clone(), guest: None };

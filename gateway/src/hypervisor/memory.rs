@@ -31,9 +31,13 @@ use super::qmp::{EventLoss, Events, QmpError};
 pub struct OutgoingParameters {
     /// The most QEMU puts into the socket; without it as fast as it is taken (the gateway paces).
     pub max_bandwidth: Option<Rate>,
-    /// Slow the guest down when its memory changes faster than it is sent (`auto-converge`).
-    pub auto_converge: bool,
+    /// Take the guest's processors away, up to so many percent of their time, when its memory changes as fast as it is sent
+    /// (`auto-converge`). QEMU gives them back when the migration ends in whatever way, that of its socket included.
+    pub max_throttle_percent: Option<u32>,
 }
+
+/// QEMU begins to throttle when in two looks more memory was changed than this much of what was sent, in percent.
+const THROTTLE_TRIGGER_PERCENT: u32 = 90;
 
 /// Faster than any socket takes it, for "as fast as it is taken". 2^40 bytes per second: zero means no
 /// limit in some versions only.
@@ -131,6 +135,8 @@ pub struct MigrationInfo {
     pub page_size: Bytes,
     /// What QEMU believes to put into the socket.
     pub throughput: Rate,
+    /// How much of its processors' time the guest is denied, in percent.
+    pub throttle_percent: u64,
     /// Since its start.
     pub elapsed: Duration,
     /// What QEMU says went wrong.
@@ -145,6 +151,7 @@ struct Reply {
     status: Option<String>,
     ram: Ram,
     total_time: u64,
+    cpu_throttle_percentage: u64,
     error_desc: Option<String>,
     blocked_reasons: Vec<String>,
 }
@@ -177,6 +184,7 @@ impl From<Reply> for MigrationInfo {
             dirty_sync_count: ram.dirty_sync_count,
             page_size: Bytes(ram.page_size),
             throughput: Rate((ram.mbps.max(0.0) * 1e6 / 8.0) as u64),
+            throttle_percent: reply.cpu_throttle_percentage,
             elapsed: Duration::from_millis(reply.total_time),
             error: reply.error_desc,
             blocked_reasons: reply.blocked_reasons,
@@ -190,10 +198,17 @@ impl Guest {
     /// `migrate-set-parameters` (`downtime-limit`).
     pub async fn prepare_outgoing(&self, parameters: &OutgoingParameters) -> Result<(), QmpError> {
         let mut wanted = vec!["events", "pause-before-switchover"];
-        if parameters.auto_converge {
+        if parameters.max_throttle_percent.is_some() {
             wanted.push("auto-converge");
         }
         self.set_capabilities(&wanted).await?;
+        if let Some(percent) = parameters.max_throttle_percent {
+            let throttle = json!({
+                "throttle-trigger-threshold": THROTTLE_TRIGGER_PERCENT, "cpu-throttle-initial": percent.clamp(1, 20),
+                "max-cpu-throttle": percent.clamp(1, 99),
+            });
+            self.qmp.execute("migrate-set-parameters", throttle).await?;
+        }
         self.limit_bandwidth(parameters.max_bandwidth).await
     }
 

@@ -7,13 +7,15 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use longhaul_core::ids::{Epoch, SiteName};
+use longhaul_core::ids::{Epoch, SiteName, VmName};
 use longhaul_core::machine::MachineDefinition;
+use longhaul_core::memory::PAGE_BYTES;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{CareOf, Carried, Proposal, Refusal, Reservation};
 use longhaul_core::units::Bytes;
+use longhaul_core::wan::MAX_SHADOW_PAGES;
 
 use super::{Edges, MachineRow, descriptors, host, journal_room, partial};
 use crate::config::Config;
@@ -104,8 +106,14 @@ pub fn check_arriving(config: &Config, peer: &SiteName, arriving: usize) -> Resu
 }
 
 /// Whether `peer` can be the machine's owner, by what this site `known` of it: nobody gives away what he
-/// handed over himself in a later epoch, or never had.
-pub fn check_epoch(known: Option<&Ownership>, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
+/// handed over himself in a later epoch, or never had. `at`: where its anchor here looks for it, until that site says
+/// that it handed it on; another's word for that is not enough.
+pub fn check_epoch(
+    known: Option<&Ownership>,
+    at: Option<&SiteName>,
+    peer: &SiteName,
+    proposal: &Proposal,
+) -> Result<(), Refusal> {
     let (vm, epoch) = (&proposal.definition.name, proposal.epoch);
     let (owner, known) = match known {
         Some(Ownership::Away { site, epoch }) => (Some(site), *epoch),
@@ -128,6 +136,18 @@ pub fn check_epoch(known: Option<&Ownership>, peer: &SiteName, proposal: &Propos
         Some(owner) if epoch == known && owner != peer => Err(Refusal::PeerMisbehaved(format!(
             "{vm} was handed over to {owner} in epoch {epoch}, not to {peer}"
         ))),
+        Some(_) => check_whereabouts(at, peer, vm),
+        None => Ok(()),
+    }
+}
+
+/// Busy and not misbehaviour: the other site's word may be late.
+fn check_whereabouts(at: Option<&SiteName>, peer: &SiteName, vm: &VmName) -> Result<(), Refusal> {
+    match at {
+        Some(at) if at != peer => Err(Refusal::Busy(Refusal::text(format!(
+            "{vm} is known to be at site {at}, which has not said that it handed it on to {peer}; if {at} is gone for \
+             good, say here: longhaul moved {vm} --to {peer}"
+        )))),
         Some(_) | None => Ok(()),
     }
 }
@@ -152,6 +172,35 @@ pub fn check_room(config: &Config, room: Room, proposal: &Proposal) -> Result<()
     Ok(())
 }
 
+/// How many pages of a machine's memory are remembered here while it travels.
+pub fn shadow_pages(config: &Config, definition: &MachineDefinition) -> u32 {
+    let allowed = u64::from(config.migration.shadow_mib) << 20;
+    let pages = allowed.min(definition.memory().0) / PAGE_BYTES as u64;
+    // The configuration was checked: 16 GiB at most.
+    u32::try_from(pages).unwrap_or(MAX_SHADOW_PAGES).min(MAX_SHADOW_PAGES)
+}
+
+/// How much of a disk's stream is remembered here, as the exponent of two.
+pub fn disk_window_log(config: &Config) -> u32 {
+    (u64::from(config.migration.disk_window_mib.max(1)) << 20).ilog2()
+}
+
+/// Offers no more to remember than there is memory for beside the machine itself: half of what is left, and of that the
+/// smaller part for disks.
+pub fn fit_memory(config: &Config, free: Bytes, definition: &MachineDefinition, offer: &mut Reservation) {
+    let taken = (config.hypervisor.keep_free_mib << 20).saturating_add(definition.memory().0);
+    let room = free.0.saturating_sub(taken) / 2;
+    let disks = definition.volumes().count() as u64;
+    while offer.disk_window_log > 20 && disks << offer.disk_window_log > room / 4 {
+        offer.disk_window_log -= 1;
+    }
+    let room = room.saturating_sub(disks << offer.disk_window_log);
+    offer.shadow_pages = offer.shadow_pages.min(u32::try_from(room / SHADOW_PAGE_BYTES).unwrap_or(u32::MAX));
+}
+
+/// What a remembered page takes with its place in the index, in bytes.
+const SHADOW_PAGE_BYTES: u64 = 4300;
+
 /// A care-of address for every home address that can have one, none of them `taken`; the same as at an earlier visit if
 /// that is still attracted here. A machine that comes home needs none.
 pub fn reserve(
@@ -159,8 +208,10 @@ pub fn reserve(
     taken: &BTreeSet<IpAddr>,
     proposal: &Proposal,
 ) -> Result<Reservation, Refusal> {
+    let (shadow_pages, disk_window_log) =
+        (shadow_pages(config, &proposal.definition), disk_window_log(config));
     if proposal.home_site == config.site.name {
-        return Ok(Reservation { care_of: Vec::new() });
+        return Ok(Reservation { care_of: Vec::new(), shadow_pages, disk_window_log });
     }
     let mut taken = taken.clone();
     // Another site may have the same private addresses.
@@ -203,7 +254,7 @@ pub fn reserve(
             available: "0".into(),
         });
     }
-    Ok(Reservation { care_of })
+    Ok(Reservation { care_of, shadow_pages, disk_window_log })
 }
 
 /// A machine has one home. What comes home is what has left there, with the same addresses and the same name: it gets
@@ -277,7 +328,7 @@ fn room(edges: &Edges) -> Result<Room, Refusal> {
 }
 
 /// What the kernel says can be taken without swapping (`MemAvailable` of `/proc/meminfo`).
-fn available_memory() -> Bytes {
+pub fn available_memory() -> Bytes {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = text
         .lines()
@@ -349,9 +400,16 @@ mod tests {
     #[test]
     fn only_the_owner_of_the_newest_epoch_brings_a_machine_back() {
         let away = Ownership::Away { site: site("b"), epoch: Epoch(5) };
-        let check = |peer, epoch| check_epoch(Some(&away), &site(peer), &proposal(HOME, epoch));
+        let at = |at: Option<&str>, peer, epoch| {
+            check_epoch(Some(&away), at.map(site).as_ref(), &site(peer), &proposal(HOME, epoch))
+        };
+        let check = |peer, epoch| at(None, peer, epoch);
         assert_eq!(check("b", 5), Ok(()));
         assert_eq!(check("c", 6), Ok(()), "b has handed it on");
+        assert_eq!(at(Some("c"), "c", 6), Ok(()), "and has said so");
+        let refused = at(Some("b"), "c", 6).unwrap_err();
+        assert!(matches!(&refused, Refusal::Busy(why) if why.contains("moved web1 --to c")), "{refused}");
+        assert!(matches!(at(Some("c"), "b", 5), Err(Refusal::Busy(_))), "b has handed it on");
         assert!(check("b", 4).unwrap_err().to_string().contains("was in 5 since"));
         assert!(check("c", 5).unwrap_err().to_string().contains("handed over to b"));
     }
@@ -415,9 +473,26 @@ mod tests {
     #[test]
     fn an_epoch_that_could_overflow_is_refused_at_the_limit() {
         let at = Epoch::MAX_FROM_PEER.0;
-        assert_eq!(check_epoch(None, &site("b"), &proposal(HOME, at)), Ok(()));
-        assert!(check_epoch(None, &site("b"), &proposal(HOME, at + 1)).is_err());
-        assert!(check_epoch(None, &site("b"), &proposal(HOME, u64::MAX)).is_err());
+        assert_eq!(check_epoch(None, None, &site("b"), &proposal(HOME, at)), Ok(()));
+        assert!(check_epoch(None, None, &site("b"), &proposal(HOME, at + 1)).is_err());
+        assert!(check_epoch(None, None, &site("b"), &proposal(HOME, u64::MAX)).is_err());
+    }
+
+    #[test]
+    fn what_is_remembered_fits_beside_the_machine() {
+        let (config, coming) = (config(), proposal(HOME, 0));
+        let kept = config.hypervisor.keep_free_mib << 20;
+        let memory = coming.definition.memory().0;
+        let offered = |left: u64| {
+            let mut offer = reserve(&config, &BTreeSet::new(), &coming).unwrap();
+            fit_memory(&config, Bytes(kept + memory + left), &coming.definition, &mut offer);
+            (offer.shadow_pages, offer.disk_window_log)
+        };
+        let all = (shadow_pages(&config, &coming.definition), disk_window_log(&config));
+        assert_eq!(offered(64 << 30), all);
+        assert_eq!(offered(0), (0, if coming.definition.volumes().count() > 0 { 20 } else { all.1 }));
+        let (pages, _) = offered(20 << 20);
+        assert!(u64::from(pages) * SHADOW_PAGE_BYTES <= 10 << 20);
     }
 
     #[test]

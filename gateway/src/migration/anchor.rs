@@ -130,6 +130,15 @@ pub enum AnchorCommand {
     /// Its operator ends what is held for its old connections; its name goes on following it. Answered when the host is
     /// as it was.
     Release(VmName, oneshot::Sender<Released>),
+    /// Its operator says that the site it went to has handed it on to this one, and cannot say so itself.
+    Said {
+        /// The machine.
+        vm: VmName,
+        /// Where it is.
+        to: SiteName,
+        /// Answered with whether there is an anchor.
+        done: oneshot::Sender<bool>,
+    },
     /// Another site said something about an anchor.
     Heard {
         /// The site.
@@ -215,6 +224,10 @@ impl Anchor {
     pub(super) fn moved_on(self, epoch: Epoch, to: &SiteName, moves: &[(IpAddr, IpAddr)]) -> Self {
         let addresses: Vec<IpAddr> = self.nics.iter().flat_map(|nic| nic.addresses.clone()).collect();
         let ours = moves.iter().filter(|(from, _)| addresses.contains(from));
+        if moves.is_empty() {
+            // It can be reached by no other address there, or nobody has said by which: its name stays as it is.
+            return Self { epoch, peer: to.clone(), since_unix_ms: unix_ms(), runs_there: true, ..self };
+        }
         let names = if self.name.is_some() { NameState::Pending } else { NameState::None };
         Self {
             epoch,
@@ -281,7 +294,7 @@ impl Anchor {
     }
 
     /// The site is one that the machine visited.
-    pub(super) fn is_of_visit(&self) -> bool {
+    pub(crate) fn is_of_visit(&self) -> bool {
         self.nics.iter().any(|nic| nic.from == Leaving::Visit)
     }
 
@@ -391,11 +404,18 @@ mod tests {
     fn a_machine_that_moves_on_before_its_name_has_settled_keeps_the_names_ttl() {
         let settled = NameState::Settled { at_unix_ms: 1 };
         let moved = NameState::Moved { at_unix_ms: 1 };
+        let moves = [([198, 51, 100, 10].into(), [203, 0, 113, 200].into())];
         for (names, kept) in
             [(NameState::Pending, 3600), (NameState::Waiting, 3600), (moved, 3600), (settled, 0)]
         {
-            let on = Anchor { names, ..anchor("b") }.moved_on(Epoch(2), &"c".parse().unwrap(), &[]);
+            let on = Anchor { names, ..anchor("b") }.moved_on(Epoch(2), &"c".parse().unwrap(), &moves);
             assert_eq!((on.names, on.ttl_s), (NameState::Pending, kept), "{names:?}");
+            let unsaid = Anchor { names, ..anchor("b") }.moved_on(Epoch(2), &"c".parse().unwrap(), &[]);
+            assert_eq!(
+                (unsaid.names, unsaid.peer.as_str()),
+                (names, "c"),
+                "nobody has said by which address"
+            );
         }
     }
 }

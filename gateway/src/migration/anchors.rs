@@ -55,6 +55,11 @@ pub async fn restore(edges: &Edges, views: &watch::Sender<BTreeMap<VmName, Ancho
     running
 }
 
+/// Neither here nor in doubt.
+fn is_away(edges: &Edges, vm: &VmName) -> bool {
+    matches!(edges.journal.ownership(vm), Ok(Some(Ownership::Away { .. })))
+}
+
 fn has_work(edges: &Edges, anchor: &Anchor) -> bool {
     !anchor.ended || anchor.owes_name() || telling::is_owed(edges, anchor)
 }
@@ -110,6 +115,17 @@ pub async fn run(
             }
             AnchorCommand::Heard { from, message } => {
                 heard(&edges, &mut anchors, &views, &from, message).await;
+            }
+            AnchorCommand::Said { vm, to, done } => {
+                let anchor = row(&edges, &vm).filter(|anchor| anchor.runs_there && is_away(&edges, &vm));
+                // Who asked may have gone.
+                let _ = done.send(anchor.is_some());
+                if let Some(anchor) = anchor {
+                    tracing::warn!(%vm, from = %anchor.peer, %to, "its operator says that the machine was handed on");
+                    let (epoch, care_of) = (anchor.epoch.next(), Vec::new());
+                    let message = AnchorMessage::Moved { vm, epoch, to, care_of };
+                    heard(&edges, &mut anchors, &views, &anchor.peer, message).await;
+                }
             }
             AnchorCommand::End(vm, done) => {
                 forget_now(&edges, &mut anchors, &views, &vm).await;
@@ -167,8 +183,11 @@ async fn forget_now(
         (anchor.name, anchor.names) = (None, NameState::None);
         anchor.forget_told(&heard);
         leave(edges, &mut anchor);
-        if has_work(edges, &anchor) {
-            anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await);
+        // Where it is is forgotten with it.
+        anchor.nics.clear();
+        match has_work(edges, &anchor) {
+            true => anchors.insert(vm.clone(), start(edges, anchor, Begin::Held, views).await),
+            false => forget(edges, vm),
         }
     }
     views.send_modify(|views| drop(views.remove(vm)));
@@ -184,11 +203,11 @@ fn leave(edges: &Edges, anchor: &mut Anchor) {
     keep_rest(edges, anchor);
 }
 
-/// What is left of one that attracts nothing: its name, which may have to follow the machine again, and its word for
-/// sites that have not heard it. Without either it is forgotten.
+/// What is left of one that attracts nothing. At the machine's home: where it is, for its name, which may have to follow it
+/// again, and because nobody else may bring it home. Elsewhere its word for sites that have not heard it, or nothing.
 fn keep_rest(edges: &Edges, anchor: &Anchor) {
-    let has_name = anchor.name.is_some() && !anchor.nics.is_empty();
-    match has_name || telling::is_owed(edges, anchor) {
+    let is_of_home = !anchor.nics.is_empty() && !anchor.is_of_visit();
+    match is_of_home || telling::is_owed(edges, anchor) {
         true => put(edges, anchor),
         false => forget(edges, &anchor.vm),
     }
@@ -258,7 +277,7 @@ async fn follow(
     }
     tracing::info!(%vm, %to, "machine has moved on");
     if !has_work(edges, &anchor) {
-        return forget(edges, &vm);
+        return keep_rest(edges, &anchor);
     }
     put(edges, &anchor);
     anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
@@ -489,6 +508,96 @@ mod tests {
         commands.send(AnchorCommand::Release(vm.clone(), done)).await.unwrap();
         assert_eq!(ended.await.unwrap(), Released::Ended);
         assert!(row(&b.edges, &vm).is_none());
+    }
+
+    /// What web1 left at its home when it went to b in epoch 5. It has no name.
+    fn left_home() -> Anchor {
+        let nics = visited().nics.into_iter().map(|nic| AnchorNic { from: Leaving::Home, ..nic }).collect();
+        Anchor { epoch: Epoch(5), nics, tell: Vec::new(), name: None, names: NameState::None, ..anchor("b") }
+    }
+
+    async fn until(seen: impl Fn() -> bool) {
+        while !seen() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_home_remembers_where_its_machine_is_and_an_operator_may_say_that_it_was_handed_on() {
+        let [key_a, key_b, key_c] = [(); 3].map(|()| Identity::generate().unwrap());
+        let a = TestSite::open("a", &key_a, &[("b", &key_b, None), ("c", &key_c, None)]).await;
+        let (vm, commands) = (left_home().vm, at_work(&a.edges));
+        let at = || row(&a.edges, &vm).map(|row| (row.peer.to_string(), row.epoch));
+        commands.send(AnchorCommand::Attract(Box::new(left_home()))).await.unwrap();
+        let (done, ended) = oneshot::channel();
+        commands.send(AnchorCommand::Release(vm.clone(), done)).await.unwrap();
+        assert_eq!(ended.await.unwrap(), Released::Ended);
+        assert_eq!(
+            at(),
+            Some(("b".to_owned(), Epoch(5))),
+            "it attracts nothing and has no name, and is remembered"
+        );
+
+        let from_c = AnchorMessage::Moved {
+            vm: vm.clone(),
+            epoch: Epoch(6),
+            to: "c".parse().unwrap(),
+            care_of: Vec::new(),
+        };
+        commands.send(AnchorCommand::Heard { from: "c".parse().unwrap(), message: from_c }).await.unwrap();
+        let say = async |vm: &str| {
+            let (done, known) = oneshot::channel();
+            let (vm, to) = (vm.parse().unwrap(), "c".parse().unwrap());
+            commands.send(AnchorCommand::Said { vm, to, done }).await.unwrap();
+            known.await.unwrap()
+        };
+        assert!(!say("web9").await);
+        assert!(!say("web1").await, "it is in doubt whether it left");
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(5) };
+        a.edges.journal.define(&vm, &away).unwrap();
+        assert_eq!(
+            at(),
+            Some(("b".to_owned(), Epoch(5))),
+            "the word of a site that it is not known to be at"
+        );
+        assert!(say("web1").await);
+        until(|| at() == Some(("c".to_owned(), Epoch(6)))).await;
+
+        let (done, ended) = oneshot::channel();
+        commands.send(AnchorCommand::End(vm.clone(), done)).await.unwrap();
+        ended.await.unwrap();
+        assert_eq!(at(), None, "its operator forgets it");
+    }
+
+    #[tokio::test]
+    async fn the_operators_limit_counts_from_the_move_and_holds_although_the_name_cannot_be_moved() {
+        let site = TestSite::open(
+            "a",
+            &Identity::generate().unwrap(),
+            &[("b", &Identity::generate().unwrap(), None)],
+        )
+        .await;
+        let mut config = (*site.edges.config).clone();
+        config.tunnel.hold = "24h".parse().unwrap();
+        let edges =
+            Edges { names: Some(Arc::new(silent_names())), config: Arc::new(config), ..site.edges.clone() };
+        let let_go = || site.asked.borrow().contains(&"let_go web1/lan".to_owned());
+        let left = |since_unix_ms| {
+            let left = Anchor { since_unix_ms, ..left_home() };
+            Anchor { name: Some("web1.vm.example".to_owned()), names: NameState::Pending, ..left }
+        };
+        let an_hour_ago = unix_ms() - 3_600_000;
+        put(&edges, &left(an_hour_ago));
+        let views = watch::channel(BTreeMap::new()).0;
+        let mut running = restore(&edges, &views).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!let_go(), "it is held for a day");
+        running.end(&left(0).vm).await;
+
+        put(&edges, &left(unix_ms() - 25 * 3_600_000));
+        let _running = restore(&edges, &views).await;
+        until(let_go).await;
+        until(|| row(&edges, &left(0).vm).is_some_and(|row| row.ended && row.owes_name())).await;
     }
 
     #[tokio::test]

@@ -132,7 +132,12 @@ async fn handover(leaf: &SourceLeaf, row: &MachineRow) -> Result<Handover, Refus
             flows,
         });
     }
-    Ok(Handover { nics })
+    let mut handover = Handover { nics };
+    let left_out = handover.bound_flows();
+    if left_out > 0 {
+        tracing::warn!(vm = %leaf.attempt.vm, left_out, "more connections are open than can be handed over");
+    }
+    Ok(handover)
 }
 
 pub(super) fn tunnel_failed(error: impl std::error::Error) -> Refusal {

@@ -54,6 +54,11 @@ pub(super) struct Transfer {
     pub disks: Vec<(DeviceName, DiskSource)>,
     pub server: Option<NbdServer>,
     pub memory: Option<SourceHandle>,
+    /// How many pages both sites remember, and how much of each disk's stream.
+    pub shadow_pages: u32,
+    pub disk_window_log: u32,
+    /// How much of its processors' time the guest may be denied, in percent; nothing: none.
+    pub max_throttle_percent: Option<u32>,
 }
 
 /// Copies until it is told to stop; the transfer then goes to the next leaf.
@@ -104,6 +109,7 @@ async fn begin(
         let mut config = DiskSourceConfig::default();
         config.mirror.buffer_bytes = leaf.edges.config.migration.disk_buffer_mib << 20;
         config.mirror.target = TargetDisk::Told;
+        config.mirror.window_log = transfer.disk_window_log;
         config.mirror.map_bytes = leaf.edges.config.migration.disk_map_mib << 20;
         let id = BulkId { channel: Channel::Map(index as u8), ..id };
         let map = peer.bulk_receiver(id, MAP_WINDOW).await.map_err(link_failed)?;
@@ -180,6 +186,7 @@ async fn copy(
         if let Some((pump, info)) = &memory {
             check_memory(info)?;
             progress.memory_remaining = info.remaining;
+            show_throttle(leaf, info.throttle_percent);
             progress.dirty_rate = Rate(info.dirty_pages_per_s * info.page_size.0);
             progress.round = info.dirty_sync_count;
             progress.since_sync = sync.look(info.dirty_sync_count);
@@ -222,13 +229,18 @@ async fn start_memory(
     channel.keep_short(peer);
     let path = socket_dir(leaf)?.join("memory.sock");
     remove_stale(&path).map_err(socket_failed)?;
-    let source = MemorySource::bind(&path, SourceConfig::default()).map_err(memory_failed)?;
+    let mut packing = SourceConfig::default();
+    packing.encoder.shadow_pages = transfer.shadow_pages;
+    let source = MemorySource::bind(&path, packing).map_err(memory_failed)?;
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
     // Reduction makes room for more than the link's rate, but a limit that nothing reaches makes QEMU
     // believe that nothing is left and stop the guest by itself.
     let limit = Rate(Rate::mbit(config.rate_mbit).0 * 4);
-    let parameters = OutgoingParameters { max_bandwidth: Some(limit), auto_converge: false };
+    let parameters = OutgoingParameters {
+        max_bandwidth: Some(limit),
+        max_throttle_percent: transfer.max_throttle_percent,
+    };
     guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;
     guest.migrate_to(&path).await.map_err(hypervisor_failed)
 }
@@ -310,6 +322,16 @@ fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
         sum.in_step &= progress.in_step;
     }
     Ok(sum)
+}
+
+/// Worth a word when it begins: the guest's users feel it.
+fn show_throttle(leaf: &SourceLeaf, percent: u64) {
+    leaf.viewer.change(|view| {
+        if percent > 0 && view.throttle_percent == 0 {
+            tracing::warn!(vm = %leaf.attempt.vm, percent, "the guest changes memory as fast as it is sent, and is slowed down until the move ends");
+        }
+        view.throttle_percent = percent;
+    });
 }
 
 fn show(leaf: &SourceLeaf, progress: &Progress, disks: &Disks, memory_total: u64) {

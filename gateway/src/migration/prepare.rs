@@ -164,7 +164,7 @@ async fn prepare(
         .map_err(hypervisor_failed)?;
     held.guest = Some(guest.clone());
     remember(leaf, proposal, reservation, None);
-    receive(leaf, proposal, &guest, held).await
+    receive(leaf, proposal, reservation, &guest, held).await
 }
 
 fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> Result<(), Refusal> {
@@ -205,6 +205,7 @@ pub(super) fn partial_of(leaf: &DestinationLeaf, disk: &DeviceName) -> PartialOf
 async fn receive(
     leaf: &DestinationLeaf,
     proposal: &Proposal,
+    reservation: &Reservation,
     guest: &Guest,
     held: &mut Held,
 ) -> Result<(), Refusal> {
@@ -218,6 +219,7 @@ async fn receive(
     let mirror = MirrorConfig {
         flush_bytes: limits.disk_flush_mib << 20,
         flush_interval: Duration::from_millis(limits.disk_flush_ms),
+        max_window_log: reservation.disk_window_log,
         ..MirrorConfig::default()
     };
     let filling = guest_socket(guest, &own, "filling.sock");
@@ -246,7 +248,8 @@ async fn receive(
     guest.incoming(&incoming).await.map_err(hypervisor_failed)?;
     let id = BulkId { migration, channel: Channel::Memory };
     let channel = peer.bulk_receiver(id, window).await.map_err(memory_failed)?;
-    held.memory = Some(MemoryTarget::start(incoming, channel, TargetConfig::default()));
+    let config = TargetConfig { shadow_pages: reservation.shadow_pages, ..TargetConfig::default() };
+    held.memory = Some(MemoryTarget::start(incoming, channel, config));
     Ok(())
 }
 

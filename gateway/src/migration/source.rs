@@ -19,6 +19,7 @@ use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLim
 use longhaul_core::migration::step::Step;
 use longhaul_core::migration::{Attempt, Stage};
 
+use super::admission::{disk_window_log, shadow_pages};
 use super::arbitrate::{Questions, Register};
 use super::precopy::Transfer;
 use super::view::Viewer;
@@ -40,6 +41,8 @@ pub struct SourceOptions {
     pub without_dns: bool,
     /// The pause to aim at instead of the configured one.
     pub max_downtime: Option<Duration>,
+    /// The guest is not slowed down, however fast it changes its memory.
+    pub no_throttle: bool,
     /// Which retry it is; 0 is the operator's own attempt.
     pub retry: u32,
 }
@@ -234,11 +237,20 @@ impl SourceDriver {
             Action::StartPreCopy(reservation) => {
                 let Some(guest) = self.running_guest().await else { return };
                 let (leaf, row) = (self.leaf.clone(), self.row.clone());
+                let there = reservation.clone();
                 self.reservation = Some(reservation);
                 // The name of a visitor is its home's to change.
                 let ours = !self.options.without_dns && !self.row.visits(self.leaf.edges.site());
                 let ttl = ours.then(|| self.ttl_before_s.clone());
-                self.work.hand_on(move |transfer, stop| precopy::run(leaf, guest, row, ttl, transfer, stop));
+                let throttle = !self.options.no_throttle;
+                self.work.hand_on(move |mut transfer: Transfer, stop| {
+                    let config = &leaf.edges.config;
+                    transfer.shadow_pages = there.shadow_pages.min(shadow_pages(config, &row.definition));
+                    let most = config.migration.max_throttle_percent;
+                    transfer.max_throttle_percent = Some(most).filter(|most| throttle && *most > 0);
+                    transfer.disk_window_log = there.disk_window_log.clamp(20, disk_window_log(config));
+                    precopy::run(leaf, guest, row, ttl, transfer, stop)
+                });
             }
             Action::Park => {
                 let Some(guest) = self.running_guest().await else { return };

@@ -39,6 +39,7 @@ impl Viewer {
             rate: 0,
             round: 0,
             dirty_rate: 0,
+            throttle_percent: 0,
             limit_mbit: None,
             eta_s: None,
             rounds: Vec::new(),

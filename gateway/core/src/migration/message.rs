@@ -125,6 +125,10 @@ pub const MAX_CARRIED: usize = 16;
 pub struct Reservation {
     /// The address at the visited site for each home address that gets one.
     pub care_of: Vec<CareOf>,
+    /// How many pages of its memory this site remembers while they travel ([`crate::wan`]).
+    pub shadow_pages: u32,
+    /// How much of each disk's stream it remembers, as the exponent of two.
+    pub disk_window_log: u32,
 }
 
 /// One home address and its stand-in at the visited site.
@@ -143,6 +147,25 @@ pub struct CareOf {
 pub struct Handover {
     /// Per NIC: neighbours and flows as they were when the guest stopped.
     pub nics: Vec<NicHandover>,
+}
+
+/// Flows of all NICs together that are handed over: what fits a frame, all of them of IPv6 with the longest encoding
+/// (42 bytes). The machine's guest stands still until they have travelled: 1 MB for 65,000 of IPv4.
+pub const MAX_HANDED_FLOWS: usize = 98_000;
+
+impl Handover {
+    /// Leaves out the flows beyond [`MAX_HANDED_FLOWS`]; says how many. Those connections live on if their other end
+    /// is the next to send.
+    pub fn bound_flows(&mut self) -> usize {
+        let mut room = MAX_HANDED_FLOWS;
+        let mut left_out = 0;
+        for nic in &mut self.nics {
+            left_out += nic.flows.len().saturating_sub(room);
+            nic.flows.truncate(room);
+            room -= nic.flows.len();
+        }
+        left_out
+    }
 }
 
 /// Why one side does not take part: the closed set that travels.

@@ -284,7 +284,7 @@ mod tests {
 
     fn as_destination(record: DestinationRecord) -> Destination {
         let (limits, site) = (DestinationLimits::default(), "b".parse().unwrap());
-        let reservation = Reservation { care_of: Vec::new() };
+        let reservation = Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 };
         let remains = Remains { nics: Vec::new(), reservation, last: record, qemu_found: true };
         Destination::recover(attempt("a"), remains, limits, &site, Duration::ZERO).0
     }

@@ -357,7 +357,7 @@ impl Source {
         }
         let propose = Action::Send(MigrationMessage::Propose(proposal.clone()));
         self.state = State::Proposed { proposal, give_up_at: now + self.limits.answer };
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         Step::act(vec![propose])
     }
 
@@ -395,7 +395,7 @@ impl Source {
             without_names: self.without_names,
         };
         self.state = State::Reserving { give_up_at: now + self.limits.answer };
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         let reserve = MigrationMessage::Reserve { epoch: self.attempt.epoch };
         Step::record(Record::Source(record), vec![Action::Send(reserve)])
     }
@@ -475,7 +475,7 @@ impl Source {
 
     fn commit(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
         self.state = State::Committed { handover: handover.clone(), refused: None };
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         let message = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(
             Record::Source(SourceRecord::Committed { handover: handover.clone() }),

@@ -3,8 +3,9 @@
 //! The decoder takes pieces of any size and gives whole bodies. A length is checked before anything
 //! is reserved for it. It does not look inside the body, and it reads from nothing itself.
 
-/// The longest frame body in bytes. Larger things are bulk data.
-pub const MAX_FRAME_BYTES: usize = 256 << 10;
+/// The longest frame body in bytes: what the connections of a busy machine take that is handed over
+/// ([`crate::migration::message::MAX_HANDED_FLOWS`]). Larger things are bulk data.
+pub const MAX_FRAME_BYTES: usize = 4 << 20;
 
 /// The length before a body, in bytes.
 pub const FRAME_PREFIX_BYTES: usize = 4;

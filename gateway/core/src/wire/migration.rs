@@ -112,4 +112,43 @@ mod tests {
         longer.push(0);
         assert!(MigrationMessage::from_wire(&Opaque::try_from(longer).unwrap()).is_err());
     }
+
+    #[test]
+    fn the_connections_of_a_busy_machine_fit_a_frame_and_no_more_are_handed_over() {
+        use std::net::{IpAddr, Ipv6Addr};
+
+        use crate::migration::message::MAX_HANDED_FLOWS;
+        use crate::tunnel::handover::{FlowTuple, Mac, NicHandover};
+
+        let flow = |n: u32| FlowTuple {
+            protocol: 255,
+            local: IpAddr::V6(Ipv6Addr::from([0xff; 16])),
+            local_port: u16::MAX,
+            remote: IpAddr::V6(Ipv6Addr::from(u128::MAX - u128::from(n))),
+            remote_port: u16::MAX,
+        };
+        let nic = |name: &str, flows| NicHandover {
+            nic: name.parse().unwrap(),
+            mac: Mac([2; 6]),
+            home: Vec::new(),
+            neighbours: Vec::new(),
+            home_prefixes: Vec::new(),
+            flows,
+        };
+        let most = MAX_HANDED_FLOWS as u32;
+        let nics =
+            vec![nic("one", (0..most - 10).map(flow).collect()), nic("two", (0..15).map(flow).collect())];
+        let mut handover = Handover { nics };
+        assert_eq!(handover.bound_flows(), 5);
+        assert_eq!(handover.nics[1].flows.len(), 10);
+        for message in [
+            MigrationMessage::Commit { epoch: Epoch(u64::MAX), handover: Box::new(handover.clone()) },
+            MigrationMessage::Offer { epoch: Epoch(u64::MAX), handover: Box::new(handover.clone()) },
+        ] {
+            let wire = message.to_wire(MigrationId(u128::MAX)).expect("fits");
+            wire.encode().expect("fits a frame");
+            let Message::Migration { body, .. } = wire else { panic!("another message") };
+            assert_eq!(MigrationMessage::from_wire(&body), Ok(message));
+        }
+    }
 }

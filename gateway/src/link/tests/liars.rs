@@ -120,7 +120,7 @@ async fn messages_of_unknown_kinds_empty_frames_a_second_hello_and_trailing_byte
 async fn a_peer_that_reads_nothing_costs_a_bounded_queue_and_holds_up_nobody() {
     let limited = |config: &mut LinkConfig| {
         config.control_queue = 64;
-        config.control_queue_bytes = 2 * MAX_FRAME_BYTES;
+        config.control_queue_bytes = MAX_FRAME_BYTES + (256 << 10);
     };
     let mut scene = Scene::new(limited).await;
     let to_liar = scene.a.peer("b");

@@ -37,6 +37,8 @@ pub(super) struct AnchorTask {
 
 /// How long addresses are attracted for sites that have not heard where the machine is.
 const TELL_LIMIT: Duration = Duration::from_secs(3600);
+/// Between two looks at a machine that is on its way back: once it is here this task is ended.
+const RETURN_LOOKS: Duration = Duration::from_secs(1);
 /// Between two tries at the name server, or at another site, at most.
 pub(super) const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 
@@ -53,20 +55,33 @@ impl AnchorTask {
         let telling = AbortOnDrop(telling);
         let noting = tokio::spawn(note_ended(self.edges.clone(), self.anchor.clone(), self.over.clone()));
         let noting = AbortOnDrop(noting);
-        self.settle().await;
+        if within(self.hold_left(), self.settle()).await.is_none() && !self.anchor.ended {
+            tracing::warn!(vm = %self.anchor.vm, "the tunnel has reached its limit, whatever it is still held for");
+        }
         if !self.anchor.ended {
             // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for
             // ever.
-            let _ = tokio::time::timeout(TELL_LIMIT, self.others_have_heard()).await;
+            let limit = self.hold_left().unwrap_or(TELL_LIMIT).min(TELL_LIMIT);
+            let _ = within(Some(limit), self.others_have_heard()).await;
             while !self.end().await {
-                self.wait_for_flows().await;
+                tokio::time::sleep(RETURN_LOOKS).await;
+                let _ = within(self.hold_left(), self.wait_for_flows()).await;
             }
         }
+        // The name is owed whatever became of the tunnel.
+        self.settle().await;
         drop(noting);
         self.others_have_heard().await;
         drop(telling);
         self.note_news();
         keep_rest(&self.edges, &self.anchor);
+    }
+
+    /// How long the operator lets it attract, counted from the move and not from the gateway's start.
+    fn hold_left(&self) -> Option<Duration> {
+        let limit = self.edges.config.tunnel.hold.limit()?;
+        let held = Duration::from_millis(unix_ms().saturating_sub(self.anchor.since_unix_ms));
+        Some(limit.saturating_sub(held))
     }
 
     async fn others_have_heard(&mut self) {
@@ -176,6 +191,14 @@ impl AnchorTask {
                 change(view);
             }
         });
+    }
+}
+
+/// What `work` gives, or nothing when `limit` is over first.
+async fn within<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
+    match limit {
+        Some(limit) => tokio::time::timeout(limit, work).await.ok(),
+        None => Some(work.await),
     }
 }
 

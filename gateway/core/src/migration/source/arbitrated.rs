@@ -47,7 +47,7 @@ impl Source {
         // However late it is, the destination gets the time to answer.
         let give_up_at = Some(give_up_at.max(now + self.limits.repeat * 2));
         self.state = State::Offered { give_up_at, handover: handover.clone() };
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         let offer = MigrationMessage::Offer { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(Record::Source(SourceRecord::Offered { handover }), vec![Action::Send(offer)])
     }
@@ -113,7 +113,7 @@ impl Source {
         }
         let handover = handover.clone();
         self.state = State::Reclaiming { handover: handover.clone() };
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         Step::record(
             Record::Source(SourceRecord::Reclaiming { handover }),
             vec![Action::Arbitrate(Request::ForSource)],
@@ -129,7 +129,7 @@ impl Source {
         }
         let handover = handover.clone();
         self.state = State::Promised { handover: handover.clone() };
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         let commit = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(
             Record::Source(SourceRecord::Promised { handover: handover.clone() }),

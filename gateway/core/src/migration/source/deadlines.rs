@@ -9,6 +9,10 @@ use super::{Action, Source, State};
 use crate::migration::message::{MigrationMessage, Refusal};
 use crate::migration::step::Step;
 
+/// What a flow that is handed over takes to travel: 42 bytes at 3.4 Mbit/s. Copies of a message must not pile up before the one
+/// that is on its way.
+const FLOW_TIME: Duration = Duration::from_micros(100);
+
 impl Source {
     /// When [`super::Event::Tick`] is due at the latest.
     pub fn deadline(&self) -> Option<Duration> {
@@ -90,15 +94,37 @@ impl Source {
         }
         if self.link_down_since.is_some() {
             // Nobody would hear it; the register may.
-            self.next_repeat = now + self.limits.repeat;
+            self.next_repeat = now + self.repeat_after();
             return Step::act(self.question().into_iter().collect());
         }
         self.repeat(now)
     }
 
+    /// How long an answer is waited for: longer if what was said takes a while to travel.
+    pub(super) fn repeat_after(&self) -> Duration {
+        let flows = match &self.state {
+            State::Offered { handover, .. }
+            | State::Promised { handover }
+            | State::Committed { handover, .. } => {
+                handover.nics.iter().map(|nic| nic.flows.len()).sum::<usize>()
+            }
+            State::Preflight
+            | State::Proposed { .. }
+            | State::Reserving { .. }
+            | State::PreCopy { .. }
+            | State::Parking { .. }
+            | State::Parked { .. }
+            | State::Reclaiming { .. }
+            | State::Released
+            | State::Aborting { .. }
+            | State::Done(_) => 0,
+        };
+        self.limits.repeat + FLOW_TIME * u32::try_from(flows).unwrap_or(u32::MAX)
+    }
+
     /// Says again what is not answered yet.
     fn repeat(&mut self, now: Duration) -> Step<Action> {
-        self.next_repeat = now + self.limits.repeat;
+        self.next_repeat = now + self.repeat_after();
         let said = self.unanswered().map(Action::Send);
         Step::act(said.into_iter().chain(self.question()).collect())
     }
