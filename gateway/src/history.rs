@@ -431,7 +431,12 @@ mod tests {
         let reserved = DestinationRecord::Reserved {
             peer: "b".parse().unwrap(),
             proposal: Box::new(proposal()),
-            reservation: Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
+            reservation: Reservation {
+                care_of: Vec::new(),
+                shadow_pages: 0,
+                disk_window_log: 20,
+                memory_base: None,
+            },
         };
         let first = Entry { record: Record::Destination(reserved), ..refused.entries[0].clone() };
         refused.entries.insert(0, first);
@@ -455,7 +460,12 @@ mod tests {
         let reserved = Record::Destination(DestinationRecord::Reserved {
             peer: "b".parse().unwrap(),
             proposal: Box::new(proposal()),
-            reservation: Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
+            reservation: Reservation {
+                care_of: Vec::new(),
+                shadow_pages: 0,
+                disk_window_log: 20,
+                memory_base: None,
+            },
         });
         let attempt = history(1, 3, refused()).attempt;
         {

@@ -574,6 +574,7 @@ mod tests {
                     care_of: Vec::new(),
                     shadow_pages: 0,
                     disk_window_log: 20,
+                    memory_base: None,
                 },
             }];
             let first = Record::Source(records[0].clone());

@@ -63,7 +63,8 @@ fn any_message() -> impl Strategy<Value = MigrationMessage> {
         Just(MigrationMessage::Reserved(Reservation {
             care_of: Vec::new(),
             shadow_pages: 0,
-            disk_window_log: 20
+            disk_window_log: 20,
+            memory_base: None,
         })),
         Just(MigrationMessage::Decline(why)),
         epoch().prop_map(|epoch| MigrationMessage::Loaded { epoch }),
@@ -84,7 +85,7 @@ fn reserved() -> destination::Destination {
 fn reserved_by(commit: CommitMode) -> destination::Destination {
     let (limits, reservation) = (
         destination::DestinationLimits::default(),
-        Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
+        Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None },
     );
     destination::Destination::begin(attempt("a", commit), proposal(), reservation, limits, NOW).0
 }
@@ -105,6 +106,7 @@ fn committed_by(commit: CommitMode) -> source::Source {
             care_of: Vec::new(),
             shadow_pages: 0,
             disk_window_log: 20,
+            memory_base: None,
         })),
         source::Event::Progress(support::converged()),
         source::Event::GuestStopped,

@@ -107,6 +107,7 @@ pub fn reservation() -> Reservation {
         care_of: vec![CareOf { nic: nic.name, home: nic.home[0], addr: [203, 0, 113, 20].into() }],
         shadow_pages: 1 << 18,
         disk_window_log: 26,
+        memory_base: Some([7; 32]),
     }
 }
 

@@ -339,6 +339,9 @@ pub struct MigrationSection {
     /// travels as what changed of it. Both sites need it while a machine's memory travels, no more than the machine has,
     /// and the smaller of their limits holds. For a machine with more memory the pages sent last are remembered.
     pub shadow_mib: u32,
+    /// Those pages are kept in `state_dir` by both sites after a move (default true), so that the way back sends what changed
+    /// since: files with the guest's memory, for root alone, as old as its disks are kept at most.
+    pub keep_memory: bool,
     /// How far back in what was sent of a disk equal content is found, in MiB (default 64; 1 to 512, a power of two, or the
     /// next below). Both sites need that much memory per disk while it travels, and the smaller of their limits holds.
     pub disk_window_mib: u32,
@@ -369,6 +372,7 @@ impl Default for MigrationSection {
             disk_buffer_mib: 64,
             disk_map_mib: 64,
             shadow_mib: 1024,
+            keep_memory: true,
             disk_window_mib: 64,
             max_throttle_percent: 80,
             disk_flush_mib: 4,

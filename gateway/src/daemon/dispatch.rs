@@ -391,6 +391,7 @@ impl Daemon {
         };
         let free = admission::available_memory();
         admission::fit_memory(&self.edges.config, free, &proposal.definition, &mut reservation);
+        reservation.memory_base = crate::memory::kept::digest(&self.edges.kept_memory(&vm));
         let (epoch, commit) = (proposal.epoch.next(), proposal.commit);
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let (inbox, outbox) = mpsc::channel(INBOX);
@@ -525,7 +526,12 @@ mod tests {
         let reserved = DestinationRecord::Reserved {
             peer: "a".parse().unwrap(),
             proposal: Box::new(proposal),
-            reservation: Reservation { care_of: vec![care_of], shadow_pages: 0, disk_window_log: 20 },
+            reservation: Reservation {
+                care_of: vec![care_of],
+                shadow_pages: 0,
+                disk_window_log: 20,
+                memory_base: None,
+            },
         };
         let entry = |record| Entry {
             vm: "web1".parse().unwrap(),

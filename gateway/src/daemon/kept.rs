@@ -7,6 +7,7 @@ use super::Daemon;
 use crate::api::types::KeptView;
 use crate::journal::unix_ms;
 use crate::migration::kept::{self, KeptDisk};
+use crate::migration::remembered;
 
 /// Between two looks.
 pub(super) const DAILY: Duration = Duration::from_secs(24 * 3600);
@@ -26,6 +27,7 @@ impl Daemon {
             kept::remove(&self.edges, disk);
         }
         kept::forget_removed(&self.edges);
+        remembered::expire(&self.edges);
     }
 }
 

@@ -155,6 +155,7 @@ impl Daemon {
             leave_network(&self.edges, &row).await;
         }
         self.machines.remove(vm);
+        crate::migration::remembered::forget(&self.edges, vm);
         if let Err(error) = self.edges.hypervisor.remove_dir(vm) {
             tracing::warn!(%vm, error = crate::migration::chain(&error), "the folder of its QEMU could not be removed");
         }

@@ -305,7 +305,8 @@ mod tests {
 
     /// The machine has come to this site from a in epoch 5, and its QEMU is gone.
     async fn visited(site: &TestSite) -> (Daemon, PathBuf) {
-        let reservation = Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 };
+        let reservation =
+            Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None };
         let (peer, proposal) = ("a".parse().unwrap(), Box::new(proposal()));
         let handover = Box::new(Handover { nics: Vec::new() });
         for record in [
@@ -390,7 +391,12 @@ mod tests {
                 without_names: false,
             },
             SourceRecord::PreCopy {
-                reservation: Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 },
+                reservation: Reservation {
+                    care_of: Vec::new(),
+                    shadow_pages: 0,
+                    disk_window_log: 20,
+                    memory_base: None,
+                },
             },
             SourceRecord::Committed { handover: Box::new(Handover { nics: Vec::new() }) },
         ];
@@ -423,7 +429,8 @@ mod tests {
     /// An operator took the machine back at this site, and forgot it.
     async fn taken_back(site: &TestSite, daemon: &mut Daemon) -> Viewer {
         let (attempt, peer) = (attempt("b"), "b".parse().unwrap());
-        let reservation = Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 };
+        let reservation =
+            Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None };
         for record in [
             SourceRecord::Reserved { peer, proposal: Box::new(proposal()), without_names: false },
             SourceRecord::PreCopy { reservation },

@@ -357,6 +357,14 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
         if let Some(barrier) = self.mirror.barrier()
             && let Some(done) = self.finishing.take()
         {
+            let SourceCounters { sent_bytes, same_bytes, chunk_bytes, .. } = self.mirror.counters();
+            tracing::debug!(
+                sent_bytes,
+                same_bytes,
+                chunk_bytes,
+                level = self.effort.level(),
+                "disk was packed"
+            );
             let _ = done.send(barrier);
         }
         Ok(())

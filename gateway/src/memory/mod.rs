@@ -9,6 +9,7 @@
 //! QEMU -> UNIX socket -> MemorySource -> ChunkSend ~ WAN ~ ChunkRecv -> MemoryTarget -> UNIX socket -> QEMU
 //! ```
 
+pub mod kept;
 mod outlet;
 mod progress;
 mod pump;

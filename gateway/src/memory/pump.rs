@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use longhaul_core::memory::StreamPhase;
 use longhaul_core::units::Bytes;
-use longhaul_core::wan::{Effort, StreamEncoder, StreamEnd};
+use longhaul_core::wan::{Effort, EncoderCounters, Remembered, StreamEncoder, StreamEnd};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -24,6 +24,7 @@ use crate::chunk::{ChunkClosed, ChunkSend, PackingSeen};
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 type Ended = Result<StreamEnd, SourceError>;
+type Told = Result<(StreamEnd, Remembered), SourceError>;
 
 pub(super) struct Pump<S> {
     /// `None` once QEMU has closed its side.
@@ -52,19 +53,20 @@ impl<S: ChunkSend> Pump<S> {
         channel: S,
         mut mode: watch::Receiver<SourceMode>,
         progress: watch::Sender<SourceProgress>,
-        end: oneshot::Sender<Ended>,
+        end: oneshot::Sender<Told>,
     ) {
         let (ended, outlet) = match Self::accept(source, channel, &mut mode, progress).await {
             Ok(mut pump) => {
                 let ended = pump.pump().await;
                 pump.publish();
+                pump.say_what_it_took();
                 // QEMU's socket is closed here, the channel is not: what was sent may still be on its way.
-                (ended, Some(pump.outlet))
+                (ended.map(|end| (end, pump.encoder.into_remembered())), Some(pump.outlet))
             }
             Err(error) => (Err(error), None),
         };
         match &ended {
-            Ok(end) => info!(bytes = end.bytes.0, digest = %end.digest, "Memory stream sent"),
+            Ok((end, _)) => info!(bytes = end.bytes.0, digest = %end.digest, "Memory stream sent"),
             Err(error) => debug!(%error, "Memory stream not sent"),
         }
         if end.send(ended).is_ok() {
@@ -79,7 +81,7 @@ impl<S: ChunkSend> Pump<S> {
         mode: &mut watch::Receiver<SourceMode>,
         progress: watch::Sender<SourceProgress>,
     ) -> Result<Self, SourceError> {
-        let MemorySource { listener, path, config } = source;
+        let MemorySource { listener, path, config, base } = source;
         let stream = tokio::select! {
             () = dropped(mode) => return Err(SourceError::Aborted),
             accepted = timeout(config.accept_deadline, listener.accept()) => match accepted {
@@ -100,7 +102,7 @@ impl<S: ChunkSend> Pump<S> {
             stream: Some(stream),
             config,
             buffer: BytesMut::new(),
-            encoder: StreamEncoder::new(config.encoder).map_err(SourceError::Encoder)?,
+            encoder: StreamEncoder::based_on(config.encoder, base).map_err(SourceError::Encoder)?,
             effort: Effort::default(),
             seen: PackingSeen::new(),
             outlet: Outlet::new(channel),
@@ -230,6 +232,12 @@ impl<S: ChunkSend> Pump<S> {
 
     fn taken(&self) -> Bytes {
         Bytes(self.encoder.counters().stream.bytes)
+    }
+
+    fn say_what_it_took(&self) {
+        let EncoderCounters { stream, wire_bytes, known_pages, .. } = self.encoder.counters();
+        let (pages, level) = (stream.pages, self.encoder.memory_level());
+        debug!(bytes = stream.bytes, wire_bytes, pages, known_pages, level, "Memory was packed");
     }
 
     /// Packs harder from now on, or less hard.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use longhaul_core::units::Bytes;
-use longhaul_core::wan::{EncoderConfig, StreamEnd};
+use longhaul_core::wan::{EncoderConfig, Remembered, StreamEnd};
 use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
 
@@ -101,6 +101,7 @@ pub struct MemorySource {
     pub(super) listener: UnixListener,
     pub(super) path: SocketPath,
     pub(super) config: SourceConfig,
+    pub(super) base: Option<Remembered>,
 }
 
 /// Removes the socket's name when it is no longer listened on.
@@ -125,7 +126,12 @@ impl MemorySource {
         let failed = |source| SourceError::Bind { path: path.to_owned(), source };
         remove_stale(path).map_err(failed)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
-        Ok(Self { listener, path: SocketPath(path.to_owned()), config })
+        Ok(Self { listener, path: SocketPath(path.to_owned()), config, base: None })
+    }
+
+    /// Both sites remember this of the machine.
+    pub fn with_base(self, base: Option<Remembered>) -> Self {
+        Self { base, ..self }
     }
 
     /// Takes QEMU's one connection and carries its stream to `channel`.
@@ -134,7 +140,7 @@ impl MemorySource {
         let (progress, progress_seen) = watch::channel(SourceProgress::new());
         let (end, ended) = oneshot::channel();
         tokio::spawn(Pump::run(self, channel, mode_seen, progress, end));
-        SourceHandle { mode, progress: progress_seen, ended: Some(ended) }
+        SourceHandle { mode, progress: progress_seen, ended: Some(ended), remembered: None }
     }
 }
 
@@ -153,7 +159,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 pub struct SourceHandle {
     mode: watch::Sender<SourceMode>,
     progress: watch::Receiver<SourceProgress>,
-    ended: Option<oneshot::Receiver<Result<StreamEnd, SourceError>>>,
+    ended: Option<oneshot::Receiver<Result<(StreamEnd, Remembered), SourceError>>>,
+    remembered: Option<Remembered>,
 }
 
 impl SourceHandle {
@@ -178,7 +185,14 @@ impl SourceHandle {
         let Some(ended) = self.ended.as_mut() else { return Err(SourceError::Aborted) };
         let end = ended.await;
         self.ended = None;
-        end.unwrap_or(Err(SourceError::Aborted))
+        let (end, remembered) = end.unwrap_or(Err(SourceError::Aborted))?;
+        self.remembered = Some(remembered);
+        Ok(end)
+    }
+
+    /// What both sites remember of the machine, after the end; once.
+    pub fn take_remembered(&mut self) -> Option<Remembered> {
+        self.remembered.take()
     }
 
     /// Closes the socket to QEMU and the channel.

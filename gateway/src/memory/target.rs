@@ -17,7 +17,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use longhaul_core::units::Bytes;
-use longhaul_core::wan::{DecodeError, Decoded, StreamDecoder, StreamEnd};
+use longhaul_core::wan::{DecodeError, Decoded, Remembered, StreamDecoder, StreamEnd};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -108,18 +108,26 @@ pub struct MemoryTarget;
 
 impl MemoryTarget {
     /// Connects to QEMU's incoming socket at `path` and feeds it what comes from `channel`. Needs a tokio runtime.
-    pub fn start<R: ChunkRecv>(path: PathBuf, channel: R, config: TargetConfig) -> TargetHandle {
+    ///
+    /// `base` is what this site remembers of the machine, if the source may begin with it.
+    pub fn start<R: ChunkRecv>(
+        path: PathBuf,
+        channel: R,
+        config: TargetConfig,
+        base: Option<Remembered>,
+    ) -> TargetHandle {
         let (held, mut released) = watch::channel(());
         let (progress, progress_seen) = watch::channel(TargetProgress::default());
         let (end, ended) = oneshot::channel();
+        let (remember, remembered) = oneshot::channel();
         tokio::spawn(async move {
             let handle_dropped = async { while released.changed().await.is_ok() {} };
             tokio::select! {
                 () = handle_dropped => {}
-                () = feed_and_hold(path, channel, config, progress, end) => {}
+                () = feed_and_hold(path, channel, (config, base), progress, (end, remember)) => {}
             }
         });
-        TargetHandle { _held: held, progress: progress_seen, ended: Some(ended) }
+        TargetHandle { _held: held, progress: progress_seen, ended: Some(ended), remembered }
     }
 }
 
@@ -130,6 +138,7 @@ pub struct TargetHandle {
     _held: watch::Sender<()>,
     progress: watch::Receiver<TargetProgress>,
     ended: Option<oneshot::Receiver<MemoryEnd>>,
+    remembered: oneshot::Receiver<Remembered>,
 }
 
 impl TargetHandle {
@@ -146,6 +155,11 @@ impl TargetHandle {
         end.unwrap_or(MemoryEnd::Aborted)
     }
 
+    /// What both sites remember of the machine, after its stream was proven; once.
+    pub fn take_remembered(&mut self) -> Option<Remembered> {
+        self.remembered.try_recv().ok()
+    }
+
     /// Closes the socket to QEMU and the channel.
     pub fn abort(self) {}
 }
@@ -154,9 +168,9 @@ impl TargetHandle {
 async fn feed_and_hold<R: ChunkRecv>(
     path: PathBuf,
     mut channel: R,
-    config: TargetConfig,
+    (config, base): (TargetConfig, Option<Remembered>),
     progress: watch::Sender<TargetProgress>,
-    end: oneshot::Sender<MemoryEnd>,
+    (end, remember): (oneshot::Sender<MemoryEnd>, oneshot::Sender<Remembered>),
 ) {
     let mut stream = match connect(path, config).await {
         Ok(stream) => stream,
@@ -166,10 +180,20 @@ async fn feed_and_hold<R: ChunkRecv>(
         }
     };
     progress.send_modify(|progress| progress.connected = true);
-    let ended = Feed { stream: &mut stream, channel: &mut channel, progress: &progress, held_back: None }
-        .run(config.shadow_pages)
-        .await
-        .map_or_else(|end| end, MemoryEnd::Proven);
+    let decoder = StreamDecoder::new(config.shadow_pages).map(|decoder| decoder.with_base(base));
+    let ended = match decoder {
+        Ok(mut decoder) => {
+            let mut feed =
+                Feed { stream: &mut stream, channel: &mut channel, progress: &progress, held_back: None };
+            let ended = feed.run(&mut decoder).await.map_or_else(|end| end, MemoryEnd::Proven);
+            if matches!(ended, MemoryEnd::Proven(_)) {
+                // Whoever wants to know of the end may not want to know this.
+                let _ = remember.send(decoder.into_remembered());
+            }
+            ended
+        }
+        Err(error) => MemoryEnd::Decoder(error),
+    };
     let proven = matches!(ended, MemoryEnd::Proven(_));
     if proven {
         info!(end = %ended, "Memory stream received");
@@ -207,8 +231,7 @@ struct Feed<'a, R> {
 }
 
 impl<R: ChunkRecv> Feed<'_, R> {
-    async fn run(&mut self, shadow_pages: u32) -> Result<StreamEnd, MemoryEnd> {
-        let mut decoder = StreamDecoder::new(shadow_pages).map_err(MemoryEnd::Decoder)?;
+    async fn run(&mut self, decoder: &mut StreamDecoder) -> Result<StreamEnd, MemoryEnd> {
         loop {
             let chunk = self.next_chunk().await?;
             self.progress.send_modify(|progress| progress.wire.0 += chunk.len() as u64);

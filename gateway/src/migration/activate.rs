@@ -15,11 +15,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::anchor::{self, AnchorCommand};
 use super::destination::DestinationLeaf;
-use super::partial;
 use super::prepare::Held;
 use super::stay::{Stay, brought};
 use super::{MachineRow, chain, standing};
+use super::{partial, remembered};
 use crate::hypervisor::{Guest, QmpError};
+use crate::memory::TargetHandle;
 
 /// Between two tries.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -54,6 +55,8 @@ pub(super) async fn run(
     stay.resumed(&leaf.edges).await;
     remember(&leaf, &proposal, &reservation, Some(&handover));
     partial::forget(&leaf.edges.config.storage.pool, &vm);
+    let memory = held.memory.as_mut().and_then(TargetHandle::take_remembered);
+    remembered::keep(&leaf.edges, &vm, memory);
     match &held.guest {
         Some(_) => tracing::info!(%vm, "machine runs here"),
         None => say_crashed(&leaf, &vm),

@@ -211,7 +211,7 @@ pub fn reserve(
     let (shadow_pages, disk_window_log) =
         (shadow_pages(config, &proposal.definition), disk_window_log(config));
     if proposal.home_site == config.site.name {
-        return Ok(Reservation { care_of: Vec::new(), shadow_pages, disk_window_log });
+        return Ok(Reservation { care_of: Vec::new(), shadow_pages, disk_window_log, memory_base: None });
     }
     let mut taken = taken.clone();
     // Another site may have the same private addresses.
@@ -254,7 +254,7 @@ pub fn reserve(
             available: "0".into(),
         });
     }
-    Ok(Reservation { care_of, shadow_pages, disk_window_log })
+    Ok(Reservation { care_of, shadow_pages, disk_window_log, memory_base: None })
 }
 
 /// A machine has one home. What comes home is what has left there, with the same addresses and the same name: it gets

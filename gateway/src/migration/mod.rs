@@ -26,6 +26,7 @@ mod precopy;
 mod preflight;
 mod prepare;
 mod release;
+pub mod remembered;
 mod rollback;
 pub mod source;
 mod standing;

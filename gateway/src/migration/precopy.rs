@@ -27,7 +27,7 @@ use longhaul_core::units::{Bytes, Rate};
 use super::anchor::owed_ttl_s;
 use super::source::SourceLeaf;
 use super::view::round;
-use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
+use super::{MachineRow, chain, hypervisor_failed, remembered, told_to_stop};
 use crate::disk::nbd::NbdServer;
 use crate::disk::{DiskSource, DiskSourceConfig, DiskSourceError};
 use crate::hypervisor::{
@@ -35,6 +35,7 @@ use crate::hypervisor::{
 };
 use crate::journal::JournalError;
 use crate::link::PeerHandle;
+use crate::memory::kept::digest;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle};
 
 /// How often progress is measured.
@@ -57,6 +58,8 @@ pub(super) struct Transfer {
     /// How many pages both sites remember, and how much of each disk's stream.
     pub shadow_pages: u32,
     pub disk_window_log: u32,
+    /// The digest of the memory that the destination remembers.
+    pub memory_base: Option<[u8; 32]>,
     /// How much of its processors' time the guest may be denied, in percent; nothing: none.
     pub max_throttle_percent: Option<u32>,
 }
@@ -231,7 +234,12 @@ async fn start_memory(
     remove_stale(&path).map_err(socket_failed)?;
     let mut packing = SourceConfig::default();
     packing.encoder.shadow_pages = transfer.shadow_pages;
-    let source = MemorySource::bind(&path, packing).map_err(memory_failed)?;
+    // Only what both remember counts.
+    let wanted = transfer
+        .memory_base
+        .filter(|theirs| digest(&leaf.edges.kept_memory(&leaf.attempt.vm)) == Some(*theirs));
+    let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, wanted, transfer.shadow_pages).await;
+    let source = MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base);
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
     // Reduction makes room for more than the link's rate, but a limit that nothing reaches makes QEMU

@@ -29,7 +29,7 @@ use super::destination::DestinationLeaf;
 use super::partial::{self, PartialOf};
 use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
 use super::stay::Stay;
-use super::{chain, hypervisor_failed, kept, told_to_stop};
+use super::{chain, hypervisor_failed, kept, remembered, told_to_stop};
 use crate::disk::nbd::NbdClient;
 use crate::disk::{Base, DiskMap, DiskTarget};
 use crate::hypervisor::{
@@ -53,7 +53,7 @@ pub(super) struct Held {
     there: Vec<There>,
     pub maps: Vec<DiskMap>,
     disks: Vec<DiskTarget>,
-    memory: Option<TargetHandle>,
+    pub memory: Option<TargetHandle>,
 }
 
 /// What this site has of a disk before anything is sent.
@@ -249,7 +249,9 @@ async fn receive(
     let id = BulkId { migration, channel: Channel::Memory };
     let channel = peer.bulk_receiver(id, window).await.map_err(memory_failed)?;
     let config = TargetConfig { shadow_pages: reservation.shadow_pages, ..TargetConfig::default() };
-    held.memory = Some(MemoryTarget::start(incoming, channel, config));
+    let (base, pages) = (reservation.memory_base, reservation.shadow_pages);
+    let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, base, pages).await;
+    held.memory = Some(MemoryTarget::start(incoming, channel, config, base));
     Ok(())
 }
 

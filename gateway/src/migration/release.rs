@@ -16,8 +16,9 @@ use longhaul_core::tunnel::policy::PortKey;
 use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::stay::Stay;
-use super::{Edges, MachineRow, chain, kept, standing};
+use super::{Edges, MachineRow, chain, kept, remembered, standing};
 use crate::hypervisor::Guest;
+use crate::memory::SourceHandle;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
 
@@ -26,9 +27,10 @@ pub(super) async fn run(
     leaf: SourceLeaf,
     guest: Option<Guest>,
     row: MachineRow,
-    transfer: Transfer,
+    mut transfer: Transfer,
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
+    let memory = transfer.memory.as_mut().and_then(SourceHandle::take_remembered);
     drop(transfer);
     leaf.guest.send_replace(None);
     let guest = standing::of_row(&leaf.edges, &row, guest).await;
@@ -46,6 +48,7 @@ pub(super) async fn run(
         peer.close_bulk(leaf.attempt.id).await;
     }
     leaf.report(Event::TidiedUp).await;
+    remembered::keep(&leaf.edges, vm, memory);
     Transfer::default()
 }
 

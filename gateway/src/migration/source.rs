@@ -245,6 +245,7 @@ impl SourceDriver {
                 let throttle = !self.options.no_throttle;
                 self.work.hand_on(move |mut transfer: Transfer, stop| {
                     let config = &leaf.edges.config;
+                    transfer.memory_base = there.memory_base;
                     transfer.shadow_pages = there.shadow_pages.min(shadow_pages(config, &row.definition));
                     let most = config.migration.max_throttle_percent;
                     transfer.max_throttle_percent = Some(most).filter(|most| throttle && *most > 0);

@@ -188,7 +188,7 @@ fn chunks_of(stream: &[u8]) -> Vec<Bytes> {
 }
 
 fn target(path: &Path, recv: QueueRecv) -> gateway::memory::TargetHandle {
-    MemoryTarget::start(path.to_owned(), recv, TargetConfig::default())
+    MemoryTarget::start(path.to_owned(), recv, TargetConfig::default(), None)
 }
 
 async fn send_all(send: &mut QueueSend, chunks: &[Bytes]) {
@@ -255,7 +255,7 @@ async fn a_qemu_that_listens_late_is_found_and_one_that_never_does_is_told() {
 
     let (_send, recv, _valve) = queue(8);
     let config = TargetConfig { connect_deadline: Duration::from_millis(50), ..TargetConfig::default() };
-    let mut handle = MemoryTarget::start(path, recv, config);
+    let mut handle = MemoryTarget::start(path, recv, config, None);
     let end = timeout(PATIENCE, handle.ended()).await.expect("in time");
     assert!(matches!(end, MemoryEnd::Unreachable { .. }), "{end:?}");
 }

@@ -39,7 +39,7 @@ impl Move {
         let to = Machine::waiting(dir.path(), "to", &path("in")).await;
         let (send, mut recv, valve) = queue(WINDOW);
         prepare(&mut recv, &valve);
-        let target = MemoryTarget::start(path("in"), recv, TargetConfig::default());
+        let target = MemoryTarget::start(path("in"), recv, TargetConfig::default(), None);
         let source = start_source(path("out"), send);
         from.migrate(&path("out")).await;
         Some(Self { from, to, source, target, valve, _dir: dir })

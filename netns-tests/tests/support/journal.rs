@@ -158,7 +158,7 @@ impl Written {
         let homes = self.definition.nics.iter().flat_map(|nic| {
             nic.home.iter().map(|home| CareOf { nic: nic.name.clone(), home: *home, addr: self.care_of })
         });
-        Reservation { care_of: homes.collect(), shadow_pages: 0, disk_window_log: 20 }
+        Reservation { care_of: homes.collect(), shadow_pages: 0, disk_window_log: 20, memory_base: None }
     }
 
     fn handover(&self) -> Handover {

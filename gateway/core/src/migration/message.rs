@@ -129,6 +129,8 @@ pub struct Reservation {
     pub shadow_pages: u32,
     /// How much of each disk's stream it remembers, as the exponent of two.
     pub disk_window_log: u32,
+    /// The digest of the memory that it remembers of the machine from an earlier move ([`crate::wan::Remembered`]).
+    pub memory_base: Option<[u8; 32]>,
 }
 
 /// One home address and its stand-in at the visited site.

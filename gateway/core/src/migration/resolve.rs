@@ -284,7 +284,8 @@ mod tests {
 
     fn as_destination(record: DestinationRecord) -> Destination {
         let (limits, site) = (DestinationLimits::default(), "b".parse().unwrap());
-        let reservation = Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 };
+        let reservation =
+            Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None };
         let remains = Remains { nics: Vec::new(), reservation, last: record, qemu_found: true };
         Destination::recover(attempt("a"), remains, limits, &site, Duration::ZERO).0
     }

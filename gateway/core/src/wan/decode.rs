@@ -7,7 +7,7 @@ use bytes::{Buf, Bytes};
 use zstd::bulk::Decompressor;
 
 use super::ops::replay;
-use super::shadow::{Blocks, Shadow};
+use super::shadow::{Blocks, Remembered, Shadow};
 use super::{
     BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_END,
     FRAME_SHADOW, MAX_CONTENTS, MAX_OPS, SHADOW_FRAME_BYTES, StreamDigest, StreamEnd,
@@ -51,6 +51,9 @@ pub enum DecodeError {
         /// Pages allowed here.
         allowed: u32,
     },
+    /// The source begins with what this site does not remember.
+    #[error("The source begins with pages that are not remembered here")]
+    OtherBase,
     /// Something follows the end of the stream.
     #[error("Data follows the end of the stream, or an earlier error")]
     AfterEnd,
@@ -83,6 +86,7 @@ pub struct StreamDecoder {
     blocks: Blocks,
     shadow: Shadow,
     max_shadow_pages: u32,
+    base: Option<Remembered>,
     begun: bool,
     closed: bool,
 }
@@ -103,9 +107,20 @@ impl StreamDecoder {
             blocks: Blocks::default(),
             shadow: Shadow::new(0),
             max_shadow_pages,
+            base: None,
             begun: false,
             closed: false,
         })
+    }
+
+    /// The same where the source may begin with what is remembered of an earlier stream.
+    pub fn with_base(self, base: Option<Remembered>) -> Self {
+        Self { base, ..self }
+    }
+
+    /// What is remembered at the end.
+    pub fn into_remembered(self) -> Remembered {
+        Remembered::new(self.blocks, self.shadow)
     }
 
     /// Takes the next chunk. Call [`Self::poll_decoded`] until it returns `None` or an error before the next.
@@ -163,7 +178,16 @@ impl StreamDecoder {
         if asked > allowed || std::mem::replace(&mut self.begun, true) {
             return Err(DecodeError::Shadow { asked, allowed });
         }
-        self.shadow = Shadow::new(asked);
+        let mut digest = [0; 32];
+        let is_based = frame.get_u8() != 0;
+        frame.copy_to_slice(&mut digest);
+        let base = self.base.take();
+        if !is_based {
+            self.shadow = Shadow::new(asked);
+            return Ok(());
+        }
+        let base = base.filter(|base| base.digest() == digest).ok_or(DecodeError::OtherBase)?;
+        (self.blocks, self.shadow) = base.begin(asked);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use zstd::bulk::Compressor;
 
 use super::ops::{COPY_BYTES, MAX_OP_BYTES, OpsWriter, RecordKind};
-use super::shadow::{Blocks, Finder, PageKey, Shadow, Slot};
+use super::shadow::{Blocks, Finder, PageKey, Remembered, Shadow, Slot};
 use super::{
     BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_END,
     FRAME_SHADOW, MAX_CONTENTS, MAX_KNOWN_PAGES, MAX_OPS, MAX_RECORDS, StreamDigest, StreamEnd,
@@ -121,19 +121,34 @@ impl StreamEncoder {
     ///
     /// When zstd has no memory for its state.
     pub fn new(config: EncoderConfig) -> std::io::Result<Self> {
+        Self::based_on(config, None)
+    }
+
+    /// The same where both ends remember `base` from an earlier stream.
+    ///
+    /// # Errors
+    ///
+    /// When zstd has no memory for its state.
+    pub fn based_on(config: EncoderConfig, base: Option<Remembered>) -> std::io::Result<Self> {
         let mut chunk = BytesMut::new();
         if config.shadow_pages > 0 {
             chunk.put_u8(FRAME_SHADOW);
             chunk.put_u32(config.shadow_pages);
+            chunk.put_u8(u8::from(base.is_some()));
+            chunk.put_slice(&base.as_ref().map_or([0; 32], Remembered::digest));
         }
+        let (blocks, shadow) = match base.filter(|_| config.shadow_pages > 0) {
+            Some(base) => base.begin(config.shadow_pages),
+            None => (Blocks::default(), Shadow::new(config.shadow_pages)),
+        };
         Ok(Self {
             config,
             parser: StreamParser::new(),
             hasher: blake3::Hasher::new(),
             taken_bytes: 0,
             batch: Batch::default(),
-            blocks: Blocks::default(),
-            shadow: Shadow::new(config.shadow_pages),
+            blocks,
+            shadow,
             finder: Finder::new(config.shadow_pages),
             known_pages: 0,
             memory: Compressor::new(config.memory_level)?,
@@ -175,6 +190,11 @@ impl StreamEncoder {
         self.chunk.put_slice(&end.digest.0);
         self.close_chunk();
         end
+    }
+
+    /// What is remembered at the end.
+    pub fn into_remembered(self) -> Remembered {
+        Remembered::new(self.blocks, self.shadow)
     }
 
     /// The next chunk to send, in order.

@@ -15,7 +15,7 @@
 //!
 //! ```text
 //! chunk = { frame }
-//! frame = 0x03 pages:be32                                        how many pages are remembered; the first, if there
+//! frame = 0x03 pages:be32 based:u8 digest[32]     how many pages are remembered, and (1) from where on; the first, if there
 //!       | 0x01 encoding:u8 data_len:be32 contents_len:be32 ops_len:be32 data[data_len]      a batch
 //!       | 0x02 stream_len:be64 digest[32]                                                   the end
 //! data  = contents[contents_len] ops[ops_len], stored (encoding 0) or a zstd frame (encoding 1)
@@ -32,6 +32,7 @@ mod shadow;
 pub use decode::{DecodeError, Decoded, StreamDecoder};
 pub use effort::Effort;
 pub use encode::{EncoderConfig, EncoderCounters, StreamEncoder};
+pub use shadow::Remembered;
 
 use std::fmt;
 
@@ -55,7 +56,7 @@ const ENCODING_STORED: u8 = 0;
 const ENCODING_ZSTD: u8 = 1;
 const BATCH_HEADER_BYTES: usize = 14;
 const END_FRAME_BYTES: usize = 41;
-const SHADOW_FRAME_BYTES: usize = 5;
+const SHADOW_FRAME_BYTES: usize = 38;
 
 /// A BLAKE3 digest of a whole migration stream.
 #[derive(Clone, Copy, PartialEq, Eq)]

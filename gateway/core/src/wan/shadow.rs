@@ -24,7 +24,7 @@ pub(super) struct PageKey {
 }
 
 /// The blocks that the stream has named, and the one that its records are of.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub(super) struct Blocks {
     names: Vec<Box<[u8]>>,
     current: Option<u8>,
@@ -119,6 +119,57 @@ impl Shadow {
     }
 }
 
+/// What one end of a stream remembered at its end: where the next stream between the same two sites can begin, if the other
+/// end remembers the same.
+#[derive(Debug, Default, PartialEq)]
+pub struct Remembered {
+    blocks: Blocks,
+    shadow: Shadow,
+}
+
+impl Remembered {
+    pub(super) fn new(blocks: Blocks, shadow: Shadow) -> Self {
+        Self { blocks, shadow }
+    }
+
+    /// Room for so many pages, none of them there.
+    pub fn with_room(pages: u32) -> Self {
+        Self { blocks: Blocks::default(), shadow: Shadow::new(pages) }
+    }
+
+    /// The pages in their order: the name of the block, the page's number in it, its contents.
+    pub fn pages(&self) -> impl Iterator<Item = (&[u8], u64, &[u8])> {
+        let name =
+            |key: &PageKey| self.blocks.names.get(usize::from(key.block)).map_or(&[][..], |name| &**name);
+        self.shadow.keys.iter().zip(&self.shadow.pages).map(move |(key, page)| (name(key), key.page, &**page))
+    }
+
+    /// Adds the next page; false if there is no room, or it is no page.
+    pub fn put(&mut self, block: &[u8], page: u64, content: &[u8]) -> bool {
+        self.blocks.enter(Some(block));
+        let Some(key) = self.blocks.key(page).filter(|_| content.len() == PAGE_BYTES) else { return false };
+        self.shadow.pages.len() < self.shadow.capacity && self.shadow.put(key, content).is_some()
+    }
+
+    /// BLAKE3 of all of it: two ends with the same digest remember the same.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        for (block, page, content) in self.pages() {
+            hasher.update(&[block.len() as u8]).update(block).update(&page.to_be_bytes()).update(content);
+        }
+        *hasher.finalize().as_bytes()
+    }
+
+    /// The same with room for `capacity` pages, the first of them: alike at both ends.
+    pub(super) fn begin(self, capacity: u32) -> (Blocks, Shadow) {
+        let mut begun = Self::with_room(capacity);
+        for (block, page, content) in self.pages().take(capacity as usize) {
+            begun.put(block, page, content);
+        }
+        (Blocks { current: None, ..begun.blocks }, begun.shadow)
+    }
+}
+
 /// Finds a remembered page by its contents. Only a hint: a place may hold something else by now, so the contents are
 /// compared. The last page of a hash's bucket is found, others are not.
 #[derive(Debug)]
@@ -187,6 +238,28 @@ mod tests {
         let mut finder = Finder::new(0);
         finder.note(7, Slot(0));
         assert_eq!(finder.find(7), None);
+    }
+
+    #[test]
+    fn what_is_remembered_is_the_same_after_it_was_taken_apart_and_has_the_same_digest() {
+        let mut blocks = Blocks::default();
+        let mut shadow = Shadow::new(3);
+        for (block, page) in [("pc.ram", 7), ("vga", 1), ("pc.ram", 9), ("pc.ram", 2)] {
+            blocks.enter(Some(block.as_bytes()));
+            shadow.put(blocks.key(page).unwrap(), &content(page as u8));
+        }
+        let kept = Remembered::new(blocks, shadow);
+        let mut again = Remembered::with_room(3);
+        for (block, page, content) in kept.pages() {
+            assert!(again.put(block, page, content));
+        }
+        assert_eq!(kept.pages().map(|(_, page, _)| page).collect::<Vec<_>>(), [2, 1, 9]);
+        assert_eq!(again.digest(), kept.digest());
+        assert!(!again.put(b"pc.ram", 3, &content(3)), "full");
+        assert!(!Remembered::with_room(1).put(b"pc.ram", 3, &[1, 2]), "no page");
+        let (_, begun) = again.begin(2);
+        assert_eq!((begun.pages.len(), begun.capacity), (2, 2));
+        assert_ne!(Remembered::default().digest(), kept.digest());
     }
 
     #[test]

@@ -249,7 +249,7 @@ fn no_more_is_remembered_than_the_destination_allows_and_nothing_later_than_the_
     let (chunks, _, _) = encode(config, &[(&bytes, false)]);
     let refused = decode(&chunks);
     assert!(matches!(refused, Err(DecodeError::Shadow { asked, allowed }) if asked == allowed + 1));
-    let late = [&[FRAME_SHADOW, 0, 0, 0, 9][..]].concat();
+    let late = [&[FRAME_SHADOW, 0, 0, 0, 9][..], &[0; 33]].concat();
     let verbatim = batch_frame(ENCODING_STORED, b"x\x00\x01", 1, 2);
     let refused = decode(&[verbatim, late.clone().into()]);
     assert!(matches!(refused, Err(DecodeError::Shadow { asked: 9, .. })));
@@ -258,6 +258,43 @@ fn no_more_is_remembered_than_the_destination_allows_and_nothing_later_than_the_
         "twice"
     );
     assert!(matches!(decode(&[late[..4].to_vec().into()]), Err(DecodeError::Truncated)));
+}
+
+#[test]
+fn a_machine_that_comes_back_costs_what_changed_since_it_left() {
+    let page = |page: u64, seed: u32| Record { block: 0, page, seed: Some(seed), spelled: false };
+    let left: Vec<Record> = (0..16).map(|number| page(number, number as u32 * 2 + 1)).collect();
+    let mut back = left.clone();
+    back[3] = page(3, 7 | NEARLY);
+    let stream = |records: Vec<Record>| sample(PLAIN, &[records, vec![]], &[]).bytes;
+    let config = EncoderConfig { shadow_pages: ALLOWED, ..EncoderConfig::for_chunks_of(MAX_CHUNK) };
+    let run = |bytes: &[u8], bases: [Option<Remembered>; 2]| {
+        let [ours, theirs] = bases;
+        let mut encoder = StreamEncoder::based_on(config, ours).unwrap();
+        let mut decoder = StreamDecoder::new(ALLOWED).unwrap().with_base(theirs);
+        encoder.handle_bytes(bytes);
+        encoder.handle_end();
+        let (mut made, mut wire) = (Vec::new(), 0);
+        while let Some(chunk) = encoder.poll_chunk() {
+            wire += chunk.len();
+            decoder.handle_chunk(chunk);
+            while let Some(decoded) = decoder.poll_decoded()? {
+                if let Decoded::Bytes(bytes) = decoded {
+                    made.extend_from_slice(&bytes);
+                }
+            }
+        }
+        assert!(made == bytes);
+        Ok::<_, DecodeError>((wire, [encoder.into_remembered(), decoder.into_remembered()]))
+    };
+    let (there, [ours, theirs]) = run(&stream(left), [None, None]).unwrap();
+    assert!(there > 16 * PAGE_BYTES && ours == theirs && ours.pages().count() == 16);
+    // The other way round: who decoded encodes.
+    let (wire, [ours, theirs]) = run(&stream(back.clone()), [Some(theirs), Some(ours)]).unwrap();
+    assert!(wire < 300, "{wire} bytes for a page that changed a little");
+    assert!(ours == theirs);
+    let refused = run(&stream(back), [Some(ours), None]);
+    assert!(matches!(refused, Err(DecodeError::OtherBase)));
 }
 
 #[test]

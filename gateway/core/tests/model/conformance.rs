@@ -63,7 +63,7 @@ pub fn proposal() -> Box<Proposal> {
 }
 
 pub fn reservation() -> Reservation {
-    Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 }
+    Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None }
 }
 
 pub fn moved() -> Box<Moved> {

@@ -284,7 +284,7 @@ pub fn proposal(epoch: Epoch, commit: CommitMode) -> Box<Proposal> {
 }
 
 pub fn reservation() -> Reservation {
-    Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20 }
+    Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None }
 }
 
 pub fn handover() -> Box<Handover> {
