@@ -38,7 +38,7 @@ use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::outside::attracts;
 use netns_tests::scenario::scene::{Scene, VM};
 use netns_tests::scenario::traffic::Client;
-use netns_tests::topology::Watch;
+use netns_tests::topology::{CLIENT, Watch};
 use netns_tests::traffic::{DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
 use netns_tests::wan::{Direction, PacketMatch};
 
@@ -194,6 +194,30 @@ fn boot(scene: &Scene, address: IpAddr) -> String {
     asked.unwrap().unwrap_or_else(|error| panic!("{address}: {error:#}")).boot_id
 }
 
+/// A port of the client's that nobody else uses.
+const CLIENTS_PORT: u16 = 23_456;
+/// Longer than the last words of a connection of a visit are turned to the site of the visit (`tunnel/nft/carry.rs`).
+const LAST_WORDS: Duration = Duration::from_secs(7);
+
+/// Whether the web server at one of the machine's addresses answers a request from this port of the client's.
+async fn asked_from(scene: &Scene, port: u16, to: IpAddr) -> bool {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let address = SocketAddr::new(to, 80);
+    let socket = scene.world.client.tcp_socket_async(address).unwrap();
+    // The connection before it may be in TIME-WAIT.
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(SocketAddr::new(CLIENT.into(), port)).unwrap();
+    let ask = async {
+        let mut stream = socket.connect(address).await?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: web1\r\nConnection: close\r\n\r\n").await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer.starts_with(b"HTTP/1.1 200"))
+    };
+    tokio::time::timeout(10 * SECOND, ask).await.is_ok_and(|answered| answered.unwrap())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_goes_home_again_keeps_the_connections_of_both_places() {
     let Some(_turn) = turn().await else { return };
@@ -211,6 +235,10 @@ async fn a_machine_that_goes_home_again_keeps_the_connections_of_both_places() {
     named(&scene, home).await;
     assert_eq!(boot(&scene, home), boot_id);
     assert_eq!(boot(&scene, care_of), boot_id, "a client with the old answer");
+    // A client's port that was used for the care-of address is soon free for a connection to the home address.
+    assert!(asked_from(&scene, CLIENTS_PORT, care_of).await, "by the address of the visit");
+    tokio::time::sleep(LAST_WORDS).await;
+    assert!(asked_from(&scene, CLIENTS_PORT, home).await, "from the same port, directly");
     let third = connect(&scene, care_of).await;
     let clients =
         vec![("opened at home", first), ("opened at b", second), ("opened at b after the return", third)];

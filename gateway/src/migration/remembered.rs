@@ -40,7 +40,15 @@ pub(super) async fn of_both(
     max_pages: u32,
 ) -> Option<Remembered> {
     let (path, wanted) = (edges.kept_memory(vm), digest?);
-    let read = tokio::task::spawn_blocking(move || kept::read(&path, wanted, max_pages)).await;
+    let read = move || {
+        let read = kept::read(&path, wanted, max_pages);
+        if read.is_err() {
+            // The other site may begin with it all the same: this attempt fails then, the next must not.
+            kept::forget(&path)?;
+        }
+        read
+    };
+    let read = tokio::task::spawn_blocking(read).await;
     let read = read.unwrap_or_else(|ended| Err(std::io::Error::other(ended)));
     read.inspect_err(|error| tracing::info!(%vm, %error, "its memory of before is not used")).ok()
 }

@@ -8,6 +8,7 @@
 //! Deliberately not here: whether a page is worth telling by another one. That is the source's to decide (`encode`).
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use crate::memory::PAGE_BYTES;
 
@@ -121,20 +122,28 @@ impl Shadow {
 
 /// What one end of a stream remembered at its end: where the next stream between the same two sites can begin, if the other
 /// end remembers the same.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Remembered {
     blocks: Blocks,
     shadow: Shadow,
+    /// Once it was asked for: a gigabyte takes a while to hash.
+    digest: OnceLock<[u8; 32]>,
+}
+
+impl PartialEq for Remembered {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.blocks, &self.shadow) == (&other.blocks, &other.shadow)
+    }
 }
 
 impl Remembered {
     pub(super) fn new(blocks: Blocks, shadow: Shadow) -> Self {
-        Self { blocks, shadow }
+        Self { blocks, shadow, digest: OnceLock::new() }
     }
 
     /// Room for so many pages, none of them there.
     pub fn with_room(pages: u32) -> Self {
-        Self { blocks: Blocks::default(), shadow: Shadow::new(pages) }
+        Self::new(Blocks::default(), Shadow::new(pages))
     }
 
     /// The pages in their order: the name of the block, the page's number in it, its contents.
@@ -146,6 +155,7 @@ impl Remembered {
 
     /// Adds the next page; false if there is no room, or it is no page.
     pub fn put(&mut self, block: &[u8], page: u64, content: &[u8]) -> bool {
+        self.digest = OnceLock::new();
         self.blocks.enter(Some(block));
         let Some(key) = self.blocks.key(page).filter(|_| content.len() == PAGE_BYTES) else { return false };
         self.shadow.pages.len() < self.shadow.capacity && self.shadow.put(key, content).is_some()
@@ -153,6 +163,10 @@ impl Remembered {
 
     /// BLAKE3 of all of it: two ends with the same digest remember the same.
     pub fn digest(&self) -> [u8; 32] {
+        *self.digest.get_or_init(|| self.hash())
+    }
+
+    fn hash(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
         for (block, page, content) in self.pages() {
             hasher.update(&[block.len() as u8]).update(block).update(&page.to_be_bytes()).update(content);

@@ -167,9 +167,18 @@ fn carry_name(config: &TunnelConfig, id: &str) -> String {
     format!("{}_carry_{id}", config.prefix)
 }
 
-/// A flow is known by what came for it out of the tunnel, or from before. ICMP echo has no ports; its askers are kept.
+/// For how long the last words of a connection are turned after the guest has closed it and nobody has answered: a cut of the
+/// link in that moment may last as long.
+const CLOSING_S: u64 = 60;
+/// And after the other end has answered, or reset it. A client may use the same port for a connection to the home address next:
+/// its answers must not be taken for the old one's.
+const LAST_WORDS_S: u64 = 5;
+
+/// A flow is known by what came for it out of the tunnel, or from before, and is forgotten soon after its end: `gone` holds
+/// those that have ended, whose stragglers keep them for a moment only. ICMP echo has no ports; its askers are kept.
 fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     let (prefix, tcp) = (&config.prefix, config.tcp_flow_timeout.as_secs());
+    let udp = config.udp_flow_timeout.as_secs();
     let mut body = String::new();
     for rule in home.carried {
         let (version, address) = if rule.addr.is_ipv6() { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
@@ -178,6 +187,8 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
             body,
             "\tset {set}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
              \t\tflags dynamic,timeout\n\t\ttimeout {tcp}s\n\t}}\n\
+             \tset {set}gone{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
+             \t\tflags dynamic,timeout\n\t\ttimeout {CLOSING_S}s\n\t}}\n\
              \tset {set}ping{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout 1m\n\t}}\n",
         );
     }
@@ -188,10 +199,15 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     );
     for rule in home.carried {
         let (ip, set, addr) = (rule.ip(), rule.set(), rule.addr);
+        let key = format!("meta l4proto . {ip} saddr . th sport . th dport");
         let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
         let _ = write!(
             body,
-            "\t\t{ip} daddr {addr} meta l4proto {{ tcp, udp }} update @{set}{version} {{ meta l4proto . {ip} saddr . th sport . th dport }}\n\
+            "\t\t{ip} daddr {addr} meta l4proto udp update @{set}{version} {{ {key} timeout {udp}s }}\n\
+             \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }}\n\
+             \t\t{ip} daddr {addr} tcp flags & rst == rst update @{set}gone{version} {{ {key} }}\n\
+             \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return\n\
+             \t\t{ip} daddr {addr} meta l4proto tcp update @{set}{version} {{ {key} }}\n\
              \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }}\n",
         );
     }
@@ -202,11 +218,13 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     );
     for rule in home.carried {
         let (ip, set, own) = (rule.ip(), rule.set(), rule.home);
+        let key = format!("meta l4proto . {ip} daddr . th dport . th sport");
         let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
         let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
         let _ = write!(
             body,
-            "\t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} meta l4proto . {ip} daddr . th dport . th sport @{set}{version} {to_host}\n\
+            "\t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }}\n\
+             \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host}\n\
              \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host}\n",
         );
     }

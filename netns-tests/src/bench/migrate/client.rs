@@ -83,6 +83,9 @@ impl Counted {
             traffic.probes.iter().filter(right).map(|probe| probe.latency_ms).collect();
         requests.sort_by(f64::total_cmp);
         let failed = traffic.http().failed;
+        for probe in traffic.probes.iter().filter(|probe| probe.outcome != Outcome::Ok) {
+            println!("a request failed: {probe:?}");
+        }
         Measured {
             wan_bytes: self.wan_bytes,
             total_ms: Some(total.as_secs_f64() * 1e3),
