@@ -43,6 +43,9 @@ struct SourceSide {
     _dir: TempDir,
 }
 
+/// Pages that both ends remember.
+const SHADOW_PAGES: u32 = 1 << 12;
+
 async fn source(config: SourceConfig, window: usize) -> SourceSide {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("out");
@@ -65,7 +68,7 @@ async fn write_until_it_blocks(qemu: &mut UnixStream, bytes: &[u8]) -> usize {
 }
 
 async fn decoded(recv: &mut QueueRecv, len: usize) -> Vec<u8> {
-    let mut decoder = StreamDecoder::new(1 << 12).expect("zstd starts");
+    let mut decoder = StreamDecoder::new(SHADOW_PAGES).expect("zstd starts");
     let mut stream = Vec::new();
     while stream.len() < len {
         let chunk = timeout(PATIENCE, recv.recv()).await.expect("in time").expect("a chunk");
@@ -176,11 +179,8 @@ async fn a_socket_left_by_a_crash_is_replaced_and_a_file_is_not() {
 
 /// The chunks of a stream, and the stream's end.
 fn chunks_of(stream: &[u8]) -> Vec<Bytes> {
-    let mut encoder = StreamEncoder::new(EncoderConfig {
-        shadow_pages: 1 << 12,
-        ..EncoderConfig::for_chunks_of(MAX_CHUNK)
-    })
-    .expect("zstd starts");
+    let config = EncoderConfig { shadow_pages: SHADOW_PAGES, ..EncoderConfig::for_chunks_of(MAX_CHUNK) };
+    let mut encoder = StreamEncoder::new(config).expect("zstd starts");
     encoder.handle_bytes(stream);
     encoder.handle_flush();
     encoder.handle_end();
@@ -188,7 +188,8 @@ fn chunks_of(stream: &[u8]) -> Vec<Bytes> {
 }
 
 fn target(path: &Path, recv: QueueRecv) -> gateway::memory::TargetHandle {
-    MemoryTarget::start(path.to_owned(), recv, TargetConfig::default(), None)
+    let config = TargetConfig { shadow_pages: SHADOW_PAGES, ..TargetConfig::default() };
+    MemoryTarget::start(path.to_owned(), recv, config, None)
 }
 
 async fn send_all(send: &mut QueueSend, chunks: &[Bytes]) {

@@ -39,7 +39,12 @@ impl Move {
         let to = Machine::waiting(dir.path(), "to", &path("in")).await;
         let (send, mut recv, valve) = queue(WINDOW);
         prepare(&mut recv, &valve);
-        let target = MemoryTarget::start(path("in"), recv, TargetConfig::default(), None);
+        let target = MemoryTarget::start(
+            path("in"),
+            recv,
+            TargetConfig { shadow_pages: SHADOW_PAGES, ..TargetConfig::default() },
+            None,
+        );
         let source = start_source(path("out"), send);
         from.migrate(&path("out")).await;
         Some(Self { from, to, source, target, valve, _dir: dir })
@@ -85,8 +90,13 @@ impl Move {
 }
 
 fn start_source(path: PathBuf, channel: QueueSend) -> SourceHandle {
-    MemorySource::bind(&path, SourceConfig::default()).expect("the socket is made").start(channel)
+    let mut config = SourceConfig::default();
+    config.encoder.shadow_pages = SHADOW_PAGES;
+    MemorySource::bind(&path, config).expect("the socket is made").start(channel)
 }
+
+/// Fewer than the guest has: some are forgotten.
+const SHADOW_PAGES: u32 = 1 << 13;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_moves_and_goes_on_at_the_destination() {

@@ -6,7 +6,7 @@
 //! channel carries. The last frame proves the stream: its length and its BLAKE3 digest, which the
 //! source takes from what QEMU wrote and the destination from what it made.
 //!
-//! Both ends remember the newest version of each page, as many as both allow ([`shadow`]). A page that is sent again
+//! Both ends remember the newest version of each page, as many as both allow (`shadow.rs`). A page that is sent again
 //! travels as what changed of it, one that another page equals as that page's place. This rests on the bulk channel: each chunk
 //! arrives once and in order, over any number of connections, so that what both remember cannot go out of step; that it did
 //! not is part of what the digest proves.
