@@ -23,7 +23,7 @@ const AFTERWARDS: Duration = Duration::from_secs(3);
 pub async fn start(rate_mbit: f64, address: IpAddr, world: &World) -> Result<Client> {
     let download_rate = rate_mbit.min(200.0) * 1e6 / 8.0 / 40.0;
     let mut plan = TrafficPlan::new(unix_ms())
-        .with_old_connections(address, (download_rate * 60.0) as u64, download_rate as u64)
+        .with_old_connections(address, (download_rate * 20.0) as u64, download_rate as u64)
         .with_requests(&Scene::name(), Names::address());
     plan.close_timeout_ms = 120_000;
     Client::start(&world.client, plan).await
