@@ -516,11 +516,17 @@ mod tests {
         Anchor { epoch: Epoch(5), nics, tell: Vec::new(), name: None, names: NameState::None, ..anchor("b") }
     }
 
-    async fn until(seen: impl Fn() -> bool) {
-        while !seen() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+    /// Whether it is seen within `limit`.
+    async fn within(limit: Duration, seen: impl Fn() -> bool) -> bool {
+        let looking = async {
+            while !seen() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(limit, looking).await.is_ok()
     }
+
+    const PATIENCE: Duration = Duration::from_secs(30);
 
     #[tokio::test]
     async fn a_home_remembers_where_its_machine_is_and_an_operator_may_say_that_it_was_handed_on() {
@@ -561,7 +567,7 @@ mod tests {
             "the word of a site that it is not known to be at"
         );
         assert!(say("web1").await);
-        until(|| at() == Some(("c".to_owned(), Epoch(6)))).await;
+        assert!(within(PATIENCE, || at() == Some(("c".to_owned(), Epoch(6)))).await);
 
         let (done, ended) = oneshot::channel();
         commands.send(AnchorCommand::End(vm.clone(), done)).await.unwrap();
@@ -590,14 +596,14 @@ mod tests {
         put(&edges, &left(an_hour_ago));
         let views = watch::channel(BTreeMap::new()).0;
         let mut running = restore(&edges, &views).await;
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        assert!(!let_go(), "it is held for a day");
+        assert!(!within(Duration::from_millis(300), let_go).await, "it is held for a day");
         running.end(&left(0).vm).await;
 
         put(&edges, &left(unix_ms() - 25 * 3_600_000));
         let _running = restore(&edges, &views).await;
-        until(let_go).await;
-        until(|| row(&edges, &left(0).vm).is_some_and(|row| row.ended && row.owes_name())).await;
+        assert!(within(PATIENCE, let_go).await);
+        let owed = || row(&edges, &left(0).vm).is_some_and(|row| row.ended && row.owes_name());
+        assert!(within(PATIENCE, owed).await);
     }
 
     #[tokio::test]

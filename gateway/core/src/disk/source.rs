@@ -18,8 +18,9 @@
 //! refuses a guest's write for lack of room: what does not fit is forgotten and read again later.
 //!
 //! Where the destination has told what it holds of a block, and nothing was sent for that block yet, equal
-//! content travels as its hash, and of a block that changed only the parts of 4 KiB that did. Re-reads do not run ahead of what was told. A new disk reads as zeros until
-//! something is sent for a block, and a hash is something: the destination puts there what it keeps elsewhere.
+//! content travels as its hash, and of a block that changed only the parts of 4 KiB that did. Re-reads do not
+//! run ahead of what was told. A new disk reads as zeros until something is sent for a block, and a hash is
+//! something: the destination puts there what it keeps elsewhere.
 
 use bytes::Bytes;
 

@@ -120,6 +120,12 @@ impl Racer {
             Self::Longhaul => "longhaul",
         }
     }
+
+    /// As the command line names it.
+    pub fn argument(self) -> String {
+        clap::ValueEnum::to_possible_value(&self)
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
 }
 
 /// The congestion control of the kernel's TCP.

@@ -16,6 +16,7 @@
 
 use std::time::Duration;
 
+use super::deadlines::travel_time;
 use super::{Action, Source, State};
 use crate::migration::CommitMode;
 use crate::migration::arbiter::{Request, Verdict};
@@ -45,7 +46,7 @@ impl Source {
 
     fn offer(&mut self, handover: Box<Handover>, give_up_at: Duration, now: Duration) -> Step<Action> {
         // However late it is, the destination gets the time to answer.
-        let give_up_at = Some(give_up_at.max(now + self.limits.repeat * 2));
+        let give_up_at = Some(give_up_at.max(now + self.limits.repeat * 2 + travel_time(&handover)));
         self.state = State::Offered { give_up_at, handover: handover.clone() };
         self.next_repeat = now + self.repeat_after();
         let offer = MigrationMessage::Offer { epoch: self.attempt.epoch, handover: handover.clone() };

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::{Action, Source, State};
-use crate::migration::message::{MigrationMessage, Refusal};
+use crate::migration::message::{Handover, MigrationMessage, Refusal};
 use crate::migration::step::Step;
 
 /// What a flow that is handed over takes to travel: 42 bytes at 3.4 Mbit/s. Copies of a message must not pile up before the one
@@ -102,12 +102,10 @@ impl Source {
 
     /// How long an answer is waited for: longer if what was said takes a while to travel.
     pub(super) fn repeat_after(&self) -> Duration {
-        let flows = match &self.state {
+        let travels = match &self.state {
             State::Offered { handover, .. }
             | State::Promised { handover }
-            | State::Committed { handover, .. } => {
-                handover.nics.iter().map(|nic| nic.flows.len()).sum::<usize>()
-            }
+            | State::Committed { handover, .. } => travel_time(handover),
             State::Preflight
             | State::Proposed { .. }
             | State::Reserving { .. }
@@ -117,9 +115,9 @@ impl Source {
             | State::Reclaiming { .. }
             | State::Released
             | State::Aborting { .. }
-            | State::Done(_) => 0,
+            | State::Done(_) => Duration::ZERO,
         };
-        self.limits.repeat + FLOW_TIME * u32::try_from(flows).unwrap_or(u32::MAX)
+        self.limits.repeat + travels
     }
 
     /// Says again what is not answered yet.
@@ -158,4 +156,10 @@ impl Source {
     pub(super) fn pause_deadline(&self, stopped_at: Duration, predicted: Duration) -> Duration {
         stopped_at + predicted * 2 + self.limits.pause_budget
     }
+}
+
+/// How long a hand-over may take to travel.
+pub(super) fn travel_time(handover: &Handover) -> Duration {
+    let flows = handover.nics.iter().map(|nic| nic.flows.len()).sum::<usize>();
+    FLOW_TIME * u32::try_from(flows).unwrap_or(u32::MAX)
 }
