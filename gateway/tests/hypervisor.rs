@@ -435,7 +435,7 @@ async fn a_machine_moves_with_its_disks_and_runs_at_one_place_at_any_time() {
     switch_over(&source, &definition).await;
     let info = source.wait_migration(|_| false, LIMIT).await.unwrap();
     assert_eq!(info.status, MigrationStatus::Completed, "{info:?}");
-    assert_eq!(source.status().await.unwrap(), RunState::Postmigrate);
+    assert_eq!(source.status_after_migration(LIMIT).await.unwrap(), RunState::Postmigrate);
     take_over(&destination).await;
     let (left, arrived) = (memory_of(&a, &source).await, memory_of(&b, &destination).await);
     let differing =

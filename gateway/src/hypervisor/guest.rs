@@ -18,6 +18,9 @@ use serde_json::json;
 use super::process::QemuProcess;
 use super::qmp::{Events, QmpClient, QmpError};
 
+/// Between two looks at a state that QEMU tells no event of; the guest may stand still meanwhile.
+const LOOK: Duration = Duration::from_millis(2);
+
 /// QEMU's run state (`query-status`), by the names of `qapi/run-state.json`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RunState {
@@ -184,6 +187,22 @@ impl Guest {
         tokio::time::timeout(limit, self.status()).await.map_err(late)?
     }
 
+    /// The run state after a migration whose status is final. QEMU says `completed` or `failed` a moment before it
+    /// leaves `finish-migrate` (migration/migration.c, `migration_iteration_finish`), and no event tells of that, so
+    /// this asks until it has, at most for `limit`.
+    pub async fn status_after_migration(&self, limit: Duration) -> Result<RunState, QmpError> {
+        let left = async {
+            loop {
+                match self.status().await? {
+                    RunState::FinishMigrate => tokio::time::sleep(LOOK).await,
+                    state => return Ok(state),
+                }
+            }
+        };
+        let late = |_| QmpError::Timeout { command: "query-status".to_owned(), limit };
+        tokio::time::timeout(limit, left).await.map_err(late)?
+    }
+
     /// QEMU's events from now on.
     pub fn events(&self) -> Events {
         self.qmp.events()
@@ -284,5 +303,53 @@ impl Guest {
             class: "DeviceNotFound".to_owned(),
             desc: format!("machine {} has no disk {volume}", self.name),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex};
+
+    use super::super::qmp::QmpConfig;
+    use super::*;
+
+    /// A monitor that answers `query-status` with `states` in turn, then with the last one again, and everything
+    /// else with nothing.
+    async fn monitor(far: DuplexStream, states: &[&str]) {
+        let mut far = BufReader::new(far);
+        far.write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": [\"oob\"]}}\r\n").await.unwrap();
+        let (mut line, mut told) = (String::new(), 0);
+        while far.read_line(&mut line).await.is_ok_and(|length| length > 0) {
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            line.clear();
+            let mut answer = json!({ "return": {}, "id": asked["id"] });
+            if asked["execute"] == "query-status" {
+                answer["return"]["status"] = json!(states[told]);
+                told = (told + 1).min(states.len() - 1);
+            }
+            far.write_all(format!("{answer}\r\n").as_bytes()).await.unwrap();
+        }
+    }
+
+    async fn guest(states: &'static [&str]) -> Guest {
+        let (near, far) = duplex(64 << 10);
+        tokio::spawn(monitor(far, states));
+        let (reader, writer) = tokio::io::split(near);
+        let qmp = QmpClient::over(reader, writer, "test".to_owned(), QmpConfig::default()).await.unwrap();
+        Guest { name: "web1".parse().unwrap(), qmp, volumes: BTreeMap::new(), home: None }
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_was_sent_is_asked_until_its_run_state_says_so_too() {
+        let slow = guest(&["finish-migrate", "finish-migrate", "postmigrate"]).await;
+        let state = slow.status_after_migration(Duration::from_secs(5)).await.unwrap();
+        assert_eq!(state, RunState::Postmigrate);
+        let failed = guest(&["finish-migrate", "running"]).await;
+        let state = failed.status_after_migration(Duration::from_secs(5)).await.unwrap();
+        assert_eq!(state, RunState::Running);
+        let stuck = guest(&["finish-migrate"]).await;
+        let late = stuck.status_after_migration(Duration::from_millis(20)).await;
+        assert!(matches!(late, Err(QmpError::Timeout { .. })), "{late:?}");
     }
 }

@@ -84,7 +84,7 @@ async fn park(
     expect(guest, |status| *status == MigrationStatus::Completed, MigrationStatus::Completed).await?;
     let end = memory.ended().await.map_err(memory_failed)?;
     show_memory(leaf, &memory.progress().borrow());
-    let state = guest.status().await.map_err(hypervisor_failed)?;
+    let state = guest.status_after_migration(QEMU_LIMIT).await.map_err(hypervisor_failed)?;
     if state != RunState::Postmigrate {
         return Err(Refusal::Hypervisor(format!("the guest reads {state} after it was sent")));
     }
