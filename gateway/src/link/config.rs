@@ -11,6 +11,7 @@ use longhaul_core::ids::SiteName;
 use longhaul_core::units::{Bytes, Rate};
 use longhaul_core::wire::{SUPPORTED, VersionRange};
 
+use super::handle::DatagramBuffer;
 use crate::identity::PublicKey;
 
 /// The smallest UDP payload that QUIC allows, in bytes (RFC 9000, section 14).
@@ -92,8 +93,11 @@ pub struct LinkConfig {
     pub control_queue_bytes: usize,
     /// How many datagrams from one peer may wait to be taken. Default 4096 (6 MB at most); more are dropped.
     pub datagram_queue: usize,
-    /// Bytes of datagrams that may wait to be sent to one peer. Default 1 MiB; more are dropped.
+    /// Bytes of datagrams that may wait to be sent to one peer, whatever the path. Default 1 MiB.
     pub datagram_buffer_bytes: usize,
+    /// And where the path itself holds much: half of that, up to this. A connection inside, which sends less after a loss, then
+    /// still fills the path. Default 8 MiB, and half a round trip of waiting; more are dropped.
+    pub datagram_buffer_limit_bytes: usize,
     /// How many bulk channels one peer may have open in each direction. Default 256.
     pub channel_limit: usize,
     /// How many chunks may be under way at once per peer. Default 512. Small chunks on a long path need
@@ -128,10 +132,16 @@ impl LinkConfig {
             control_queue_bytes: 8 << 20,
             datagram_queue: 4096,
             datagram_buffer_bytes: 1 << 20,
+            datagram_buffer_limit_bytes: 8 << 20,
             channel_limit: 256,
             stream_limit: 512,
             versions: SUPPORTED,
         }
+    }
+
+    pub(super) fn datagram_buffer(&self) -> DatagramBuffer {
+        let least = self.datagram_buffer_bytes;
+        DatagramBuffer { least, most: self.datagram_buffer_limit_bytes.max(least) }
     }
 
     /// Bytes that one kind of bulk data may have under way: as set, else two round trips at the rate.

@@ -120,6 +120,23 @@ pub struct PeerHandle {
     pub(super) counters: Arc<Counters>,
     pub(super) datagram_taker: Arc<watch::Sender<Option<mpsc::Sender<Bytes>>>>,
     pub(super) datagram_queue: usize,
+    pub(super) datagram_buffer: DatagramBuffer,
+}
+
+/// How many bytes of datagrams may wait to be sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DatagramBuffer {
+    /// Whatever the path holds.
+    pub(super) least: usize,
+    /// Whatever it holds.
+    pub(super) most: usize,
+}
+
+impl DatagramBuffer {
+    /// Whether so many bytes may wait on a path that holds so much.
+    fn takes(self, bytes: usize, held: impl FnOnce() -> Option<Amount>) -> bool {
+        bytes <= self.least || held().is_some_and(|held| bytes as u64 <= (held.0 / 2).min(self.most as u64))
+    }
 }
 
 impl PeerHandle {
@@ -215,7 +232,8 @@ impl PeerHandle {
 
     /// A handle for sending datagrams.
     pub fn datagram_sender(&self) -> DatagramSender {
-        DatagramSender { state: self.state.clone(), counters: self.counters.clone() }
+        let buffer = self.datagram_buffer;
+        DatagramSender { state: self.state.clone(), counters: self.counters.clone(), buffer }
     }
 
     /// Datagrams from the peer, from now on. Who calls last gets them; without a taker they are dropped.
@@ -241,6 +259,7 @@ impl PeerHandle {
 pub struct DatagramSender {
     state: watch::Receiver<LinkState>,
     counters: Arc<Counters>,
+    buffer: DatagramBuffer,
 }
 
 impl DatagramSender {
@@ -279,7 +298,8 @@ impl DatagramSender {
             return Err(DatagramDropped::TooLong { max_len });
         }
         // quinn would make room by dropping the oldest, which nobody would count.
-        if current.connection.datagram_send_buffer_space() < datagram.len() {
+        let waiting = self.buffer.most.saturating_sub(current.connection.datagram_send_buffer_space());
+        if !self.buffer.takes(waiting + datagram.len(), || current.held(Duration::ZERO)) {
             return Err(DatagramDropped::Full);
         }
         current.connection.send_datagram(datagram).map_err(|error| match error {
@@ -288,5 +308,22 @@ impl DatagramSender {
             | quinn::SendDatagramError::UnsupportedByPeer
             | quinn::SendDatagramError::Disabled => DatagramDropped::NotConnected,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_datagrams_wait_as_half_the_path_holds_within_the_bounds() {
+        let buffer = DatagramBuffer { least: 1000, most: 8000 };
+        let largest = |held: Option<u64>| {
+            (0..20_000).take_while(|bytes| buffer.takes(*bytes, || held.map(Amount))).last().unwrap()
+        };
+        assert_eq!(largest(None), 1000, "a path that nothing is known of");
+        assert_eq!(largest(Some(500)), 1000);
+        assert_eq!(largest(Some(6000)), 3000);
+        assert_eq!(largest(Some(1 << 40)), 8000);
     }
 }

@@ -313,6 +313,7 @@ fn start_peer(
         counters: context.counters.clone(),
         datagram_taker: Arc::new(taker),
         datagram_queue: context.config.datagram_queue,
+        datagram_buffer: context.config.datagram_buffer(),
     };
     let inputs = PeerInputs {
         accepted,

@@ -81,7 +81,7 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u64(connection_window_bytes).unwrap_or(VarInt::MAX))
         .send_window(connection_window_bytes)
-        .datagram_send_buffer_size(config.datagram_buffer_bytes)
+        .datagram_send_buffer_size(config.datagram_buffer().most)
         .keep_alive_interval(Some(config.keep_alive))
         .max_idle_timeout(Some(idle_timeout))
         .ack_frequency_config(Some(acks))

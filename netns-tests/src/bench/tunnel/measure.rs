@@ -19,10 +19,19 @@ const PING_INTERVAL: Duration = Duration::from_millis(10);
 /// What iperf3 sends.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Transport<'a> {
-    /// Streams with a congestion control, from the server if `back`.
-    Tcp { streams: u32, control: &'a str, back: bool },
+    /// Streams with a congestion control, from the server if `back`, counted after they ran for `unseen`.
+    Tcp { streams: u32, control: &'a str, back: bool, unseen: Duration },
     /// As many datagrams of this many bytes as it can.
     Udp { bytes: u32 },
+}
+
+impl Transport<'_> {
+    fn unseen(self) -> Duration {
+        match self {
+            Self::Tcp { unseen, .. } => unseen,
+            Self::Udp { .. } => Duration::ZERO,
+        }
+    }
 }
 
 /// What came of it.
@@ -67,8 +76,11 @@ pub(super) fn iperf(
     time: Duration,
 ) -> Result<Run> {
     let before = tunnel.cpu_time()?;
-    let report = finish(start_iperf(place, tunnel, transport, time)?, time + GRACE)?;
-    let tunnel_cpu = tunnel.cpu_time()?.saturating_sub(before);
+    let unseen = transport.unseen();
+    let report = finish(start_iperf(place, tunnel, transport, time)?, unseen + time + GRACE)?;
+    // Both sums are of the whole run; what is counted gets its part by time.
+    let counted = time.as_secs_f64() / (unseen + time).as_secs_f64();
+    let tunnel_cpu = tunnel.cpu_time()?.saturating_sub(before).mul_f64(counted);
     let end = &report["end"];
     let seconds = end["sum_received"]["seconds"].as_f64().or(end["sum"]["seconds"].as_f64());
     let seconds = seconds.filter(|seconds| *seconds > 0.0).context("iperf3 measured no time")?;
@@ -108,7 +120,7 @@ pub(super) fn round_trips(place: &Place, tunnel: &Running, time: Duration) -> Re
 
 /// The same while one TCP stream fills it.
 pub(super) fn loaded_round_trips(place: &Place, tunnel: &Running, time: Duration) -> Result<RoundTrips> {
-    let load = Transport::Tcp { streams: 1, control: "cubic", back: false };
+    let load = Transport::Tcp { streams: 1, control: "cubic", back: false, unseen: Duration::ZERO };
     let child = start_iperf(place, tunnel, load, time + Duration::from_secs(1))?;
     let times = round_trips(place, tunnel, time);
     finish(child, time + GRACE)?;
@@ -120,7 +132,8 @@ fn start_iperf(place: &Place, tunnel: &Running, transport: Transport<'_>, time: 
     command.args(["--json", "--client", &tunnel.to.to_string(), "--bind", &tunnel.from.to_string()]);
     command.args(["--time", &time.as_secs().max(1).to_string(), "--connect-timeout", "5000"]);
     match transport {
-        Transport::Tcp { streams, control, back } => {
+        Transport::Tcp { streams, control, back, unseen } => {
+            command.args(["--omit", &unseen.as_secs().to_string()]);
             command.args(["--parallel", &streams.to_string(), "--congestion", control]);
             command.args(back.then_some("--reverse"));
         }

@@ -27,7 +27,9 @@ pub use report::Outcome;
 
 use measure::{Figures, Transport};
 use peers::{Kind, Running};
-use place::{Path, Place};
+pub use place::Path;
+
+use place::Place;
 
 /// Data of a UDP packet of 1400 bytes, the longest that fits all of the tunnels as they come.
 const LARGE_DATAGRAM: u32 = 1400 - 28;
@@ -41,8 +43,8 @@ pub struct BenchOptions {
     pub rounds: u32,
     /// Only tunnels with these names; all if empty.
     pub only: Vec<String>,
-    /// Leave the long path out.
-    pub clean_only: bool,
+    /// Only this path; both if none.
+    pub path: Option<Path>,
 }
 
 /// Measures, prints the table and writes `tunnel.json`.
@@ -51,7 +53,7 @@ pub fn run(options: &BenchOptions) -> Result<()> {
     let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|kind| options.wants(*kind)).collect();
     let ready = peers::install(&kinds, &mut outcome)?;
     for path in [Path::Clean, Path::Lossy] {
-        if path == Path::Lossy && options.clean_only {
+        if options.path.is_some_and(|only| only != path) {
             continue;
         }
         measure_path(options, path, &ready, &mut outcome)?;
@@ -99,12 +101,11 @@ fn measure_path(
 fn measure_one(options: &BenchOptions, path: Path, place: &Place, tunnel: &Running) -> Figures {
     let time = match path {
         Path::Clean => Duration::from_secs(options.seconds),
-        // Long enough for a sender to find the rate at a round trip of 100 ms.
-        Path::Lossy => Duration::from_secs(options.seconds * 3),
+        Path::Lossy => Duration::from_secs(options.seconds * 5),
     };
     let mut figures = Figures::default();
     let mut tcp = |name: &str, streams: u32, control: &str, back: bool, cpu: bool| {
-        let transport = Transport::Tcp { streams, control, back };
+        let transport = Transport::Tcp { streams, control, back, unseen: path.unseen() };
         match measure::iperf(place, tunnel, transport, time) {
             Ok(run) => {
                 figures.put(name, run.bits_per_second / if path == Path::Clean { 1e9 } else { 1e6 });

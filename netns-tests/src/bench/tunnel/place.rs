@@ -33,7 +33,7 @@ const LOSSY_RTT: Duration = Duration::from_millis(100);
 const LOSSY_LOSS: f64 = 0.001;
 
 /// The path between the hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Path {
     /// A veth pair.
     Clean,
@@ -47,6 +47,15 @@ impl Path {
         match self {
             Self::Clean => "clean",
             Self::Lossy => "lossy",
+        }
+    }
+
+    /// How long a sender looks for the rate before it is measured: at a round trip of 100 ms a CUBIC sender that takes a
+    /// delay for a full queue needs some 7 s.
+    pub(super) fn unseen(self) -> Duration {
+        match self {
+            Self::Clean => Duration::ZERO,
+            Self::Lossy => Duration::from_secs(8),
         }
     }
 }
