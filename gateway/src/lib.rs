@@ -21,6 +21,7 @@ pub mod link;
 pub mod memory;
 pub mod metrics;
 pub mod migration;
+pub mod naming;
 mod own_socket;
 #[cfg(test)]
 mod test_site;

@@ -342,6 +342,9 @@ pub struct MigrationSection {
     /// Those pages are kept in `state_dir` by both sites after a move (default true), so that the way back sends what changed
     /// since: files with the guest's memory, for root alone, as old as its disks are kept at most.
     pub keep_memory: bool,
+    /// Memory at the source for where on the machine's disks which content stands, in MiB per migration (default 64: 3.2 GiB of
+    /// distinct content; 0: none). A page of memory that holds the same, as the page cache does, then travels as a place.
+    pub content_index_mib: u64,
     /// How far back in what was sent of a disk equal content is found, in MiB (default 64; 1 to 512, a power of two, or the
     /// next below). Both sites need that much memory per disk while it travels, and the smaller of their limits holds.
     pub disk_window_mib: u32,
@@ -373,6 +376,7 @@ impl Default for MigrationSection {
             disk_map_mib: 64,
             shadow_mib: 1024,
             keep_memory: true,
+            content_index_mib: 64,
             disk_window_mib: 64,
             max_throttle_percent: 80,
             disk_flush_mib: 4,

@@ -22,4 +22,4 @@ pub use base::{Base, BaseError};
 pub use hash::block_hashes;
 pub use map::DiskMap;
 pub use source::{DiskSource, DiskSourceConfig, DiskSourceError, SourceProgress};
-pub use target::{DiskTarget, DiskTargetError, TargetProgress};
+pub use target::{DiskTarget, DiskTargetError, TargetProgress, WrittenDisk};

@@ -21,13 +21,14 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use longhaul_core::disk::{
     BLOCK, Barrier, Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError,
 };
-use longhaul_core::wan::Effort;
+use longhaul_core::wan::{Effort, GivenPlaces};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::nbd::{Extent, GuestChange, NbdClient, NbdError, NbdExport};
 use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK, PackingSeen};
+use crate::naming::Overwriting;
 
 /// Data read by one request of ours, in bytes.
 pub(super) const READ_UNIT: u64 = 1 << 20;
@@ -110,6 +111,7 @@ enum Command {
     Begin(NbdClient, oneshot::Sender<()>),
     Finish(oneshot::Sender<Barrier>),
     Reopen(oneshot::Sender<()>),
+    Give(u8, mpsc::Sender<Overwriting>, oneshot::Sender<GivenPlaces>),
 }
 
 /// The handle of one disk's task; dropping it ends the mirror.
@@ -153,6 +155,7 @@ impl DiskSource {
             chunk: None,
             effort: Effort::default(),
             seen: PackingSeen::new(),
+            asking: None,
             finishing: None,
         };
         let task = tokio::spawn(task.run());
@@ -186,6 +189,16 @@ impl DiskSource {
     /// before the guest does.
     pub async fn reopen(&mut self) -> Result<(), DiskSourceError> {
         self.ask(Command::Reopen).await
+    }
+
+    /// Memory begins: what its pages may be named by. The disk has this index in the machine's definition, and asks
+    /// `questions` before it overwrites any of it; there must be room for one from each disk.
+    pub async fn give_places(
+        &mut self,
+        index: u8,
+        questions: mpsc::Sender<Overwriting>,
+    ) -> Result<GivenPlaces, DiskSourceError> {
+        self.ask(|done| Command::Give(index, questions, done)).await
     }
 
     /// Ends the mirror at once. Changes that QEMU still sends are answered with an error.
@@ -238,13 +251,23 @@ struct Task<C, M> {
     /// How hard chunks are packed, and what that was judged by.
     effort: Effort,
     seen: PackingSeen,
+    /// Whom to ask before what pages are named by is overwritten.
+    asking: Option<Asking>,
     finishing: Option<oneshot::Sender<Barrier>>,
+}
+
+struct Asking {
+    index: u8,
+    questions: mpsc::Sender<Overwriting>,
+    /// The question that is not answered yet.
+    asked: Option<oneshot::Receiver<()>>,
 }
 
 impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
     async fn run(mut self) -> Result<(), DiskSourceError> {
         loop {
             self.start_reads();
+            self.ask_before_overwriting();
             if self.finishing.is_some() {
                 self.absorb_all()?;
             }
@@ -263,6 +286,7 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
                     sent?;
                     self.chunk = None;
                 }
+                released = released(&mut self.asking), if self.asking.is_some() => self.take_released(released),
                 command = self.commands.recv() => match command {
                     Some(command) => self.take_command(command)?,
                     None => return Ok(()),
@@ -281,6 +305,33 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
         if let Some(level) = self.seen.judge(&mut self.effort) {
             self.mirror.set_level(level);
         }
+    }
+
+    fn ask_before_overwriting(&mut self) {
+        let Some(asking) = &mut self.asking else { return };
+        let Some(blocks) = self.mirror.poll_overwriting() else { return };
+        let (released, asked) = oneshot::channel();
+        let question = Overwriting { disk: asking.index, blocks, released };
+        match asking.questions.try_send(question) {
+            Ok(()) => asking.asked = Some(asked),
+            // There is room for one of each disk, and this one's was taken: nobody takes any more.
+            Err(_) => self.end_naming(),
+        }
+    }
+
+    fn take_released(&mut self, released: bool) {
+        if !released {
+            return self.end_naming();
+        }
+        self.mirror.handle_released();
+        if let Some(asking) = &mut self.asking {
+            asking.asked = None;
+        }
+    }
+
+    fn end_naming(&mut self) {
+        self.mirror.handle_naming_end();
+        self.asking = None;
     }
 
     fn start_reads(&mut self) {
@@ -342,6 +393,10 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
                 self.mirror.handle_finish();
                 self.finishing = Some(done);
             }
+            Command::Give(index, questions, done) => {
+                self.asking = Some(Asking { index, questions, asked: None });
+                let _ = done.send(self.mirror.give_places());
+            }
             Command::Reopen(done) => {
                 self.mirror.handle_reopen();
                 let _ = done.send(());
@@ -386,6 +441,18 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
             barrier: self.mirror.barrier(),
         };
         self.progress.send_if_modified(|last| std::mem::replace(last, progress) != progress);
+    }
+}
+
+/// Whether what was asked about may be overwritten; false if nobody names anything any more. For ever if nothing is asked.
+async fn released(asking: &mut Option<Asking>) -> bool {
+    let Some(Asking { asked, questions, .. }) = asking else { return std::future::pending().await };
+    match asked {
+        Some(asked) => asked.await.is_ok(),
+        None => {
+            questions.closed().await;
+            false
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! It takes the next chunk only when the last one is under way, so a slow disk holds the source back
 //! through the channel. It does not decide what a proven barrier permits.
 
+use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,12 +23,15 @@ use tokio::time::Instant;
 use super::base::Base;
 use super::nbd::{NbdClient, NbdError};
 use crate::chunk::ChunkRecv;
+use crate::naming::NamedDisk;
 
 /// How far one disk is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TargetProgress {
     /// What has happened so far.
     pub counters: TargetCounters,
+    /// Records, from the first on, that are on the disk, be it durable or not.
+    pub applied_records: u64,
     /// The barrier that is proven, if no record came after it.
     pub proven: Option<Barrier>,
 }
@@ -62,6 +66,7 @@ pub enum DiskTargetError {
 #[derive(Debug)]
 pub struct DiskTarget {
     progress: watch::Receiver<TargetProgress>,
+    disk: NbdClient,
     task: JoinHandle<Result<(), DiskTargetError>>,
 }
 
@@ -79,6 +84,7 @@ impl DiskTarget {
             return Err(DiskTargetError::Export { expected: size, found: disk.size() });
         }
         let (published, progress) = watch::channel(TargetProgress::default());
+        let reader = disk.clone();
         let mirror = MirrorTarget::new(size, config);
         let task = Task {
             mirror: if base.is_some() { mirror.with_base() } else { mirror },
@@ -90,12 +96,17 @@ impl DiskTarget {
             progress: published,
             start: Instant::now(),
         };
-        Ok(Self { progress, task: tokio::spawn(task.run()) })
+        Ok(Self { progress, disk: reader, task: tokio::spawn(task.run()) })
     }
 
     /// How far it is; the channel closes when the task ends.
     pub fn progress(&self) -> watch::Receiver<TargetProgress> {
         self.progress.clone()
+    }
+
+    /// The disk as memory reads it. Holds a connection to QEMU's export.
+    pub fn named(&self) -> WrittenDisk {
+        WrittenDisk { progress: self.progress.clone(), disk: self.disk.clone() }
     }
 
     /// Waits until the next barrier is proven: everything before it applied, durable, and digested
@@ -135,6 +146,24 @@ impl DiskTarget {
 impl Drop for DiskTarget {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+/// A disk that is being received, read while it is.
+#[derive(Debug)]
+pub struct WrittenDisk {
+    progress: watch::Receiver<TargetProgress>,
+    disk: NbdClient,
+}
+
+impl NamedDisk for WrittenDisk {
+    async fn applied(&mut self, records: u64) -> io::Result<()> {
+        let applied = self.progress.wait_for(|progress| progress.applied_records >= records).await;
+        applied.map(drop).map_err(|_| io::Error::other(DiskTargetError::Ended))
+    }
+
+    async fn read(&self, offset: u64, len: u32) -> io::Result<Bytes> {
+        self.disk.read(offset, len).await.map_err(io::Error::other)
     }
 }
 
@@ -212,7 +241,8 @@ impl<C: ChunkRecv> Task<C> {
     }
 
     fn publish(&self) {
-        let progress = TargetProgress { counters: self.mirror.counters(), proven: self.mirror.proven() };
+        let (counters, proven) = (self.mirror.counters(), self.mirror.proven());
+        let progress = TargetProgress { counters, applied_records: self.mirror.applied_records(), proven };
         self.progress.send_if_modified(|last| std::mem::replace(last, progress) != progress);
     }
 }

@@ -1,7 +1,7 @@
 //! The task that owns QEMU's connection at the source, the encoder and the channel.
 //!
 //! ```text
-//! accept -> pump: read | sent | mode | linger | tick -> end of stream -> drain -> held until the handle goes
+//! accept -> pump: read | sent | mode | linger | question | tick -> end of stream -> drain -> held until the handle goes
 //! ```
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ use longhaul_core::units::Bytes;
 use longhaul_core::wan::{Effort, EncoderCounters, Remembered, StreamEncoder, StreamEnd};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
@@ -20,8 +20,11 @@ use super::outlet::Outlet;
 use super::progress::{Meter, SourceProgress};
 use super::source::{MemorySource, SourceConfig, SourceError, SourceMode};
 use crate::chunk::{ChunkClosed, ChunkSend, PackingSeen};
+use crate::naming::{NamedBy, Overwriting};
 
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// How often it is looked whether a disk that waits may go on: acknowledgements arrive at the channel alone.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 type Ended = Result<StreamEnd, SourceError>;
 type Told = Result<(StreamEnd, Remembered), SourceError>;
@@ -36,6 +39,12 @@ pub(super) struct Pump<S> {
     effort: Effort,
     seen: PackingSeen,
     outlet: Outlet<S>,
+    /// Bytes of all chunks that went to the outlet.
+    pushed_bytes: u64,
+    /// What disks ask before they overwrite what pages are named by; none when nothing is named any more.
+    questions: Option<mpsc::Receiver<Overwriting>>,
+    /// Those that wait until so much is acknowledged.
+    held: Vec<(Bytes, Overwriting)>,
     mode: watch::Receiver<SourceMode>,
     progress: watch::Sender<SourceProgress>,
     meter: Meter,
@@ -55,13 +64,17 @@ impl<S: ChunkSend> Pump<S> {
         progress: watch::Sender<SourceProgress>,
         end: oneshot::Sender<Told>,
     ) {
-        let (ended, outlet) = match Self::accept(source, channel, &mut mode, progress).await {
+        let (ended, kept) = match Self::accept(source, channel, &mut mode, progress).await {
             Ok(mut pump) => {
                 let ended = pump.pump().await;
                 pump.publish();
                 pump.say_what_it_took();
                 // QEMU's socket is closed here, the channel is not: what was sent may still be on its way.
-                (ended.map(|end| (end, pump.encoder.into_remembered())), Some(pump.outlet))
+                // Nor are the disks let go of: what they ask then nobody answers.
+                (
+                    ended.map(|end| (end, pump.encoder.into_remembered())),
+                    Some((pump.outlet, pump.questions, pump.held)),
+                )
             }
             Err(error) => (Err(error), None),
         };
@@ -72,7 +85,7 @@ impl<S: ChunkSend> Pump<S> {
         if end.send(ended).is_ok() {
             while mode.changed().await.is_ok() {}
         }
-        drop(outlet);
+        drop(kept);
     }
 
     async fn accept(
@@ -81,7 +94,7 @@ impl<S: ChunkSend> Pump<S> {
         mode: &mut watch::Receiver<SourceMode>,
         progress: watch::Sender<SourceProgress>,
     ) -> Result<Self, SourceError> {
-        let MemorySource { listener, path, config, base } = source;
+        let MemorySource { listener, path, config, base, named_by } = source;
         let stream = tokio::select! {
             () = dropped(mode) => return Err(SourceError::Aborted),
             accepted = timeout(config.accept_deadline, listener.accept()) => match accepted {
@@ -98,14 +111,22 @@ impl<S: ChunkSend> Pump<S> {
             }
         }
         progress.send_modify(|progress| progress.connected = true);
+        let encoder = StreamEncoder::based_on(config.encoder, base).map_err(SourceError::Encoder)?;
+        let (encoder, questions) = match named_by {
+            Some(NamedBy { given, questions }) => (encoder.with_disks(given), Some(questions)),
+            None => (encoder, None),
+        };
         Ok(Self {
             stream: Some(stream),
             config,
             buffer: BytesMut::new(),
-            encoder: StreamEncoder::based_on(config.encoder, base).map_err(SourceError::Encoder)?,
+            encoder,
             effort: Effort::default(),
             seen: PackingSeen::new(),
             outlet: Outlet::new(channel),
+            pushed_bytes: 0,
+            questions,
+            held: Vec::new(),
             mode: mode.clone(),
             progress,
             meter: Meter::default(),
@@ -126,6 +147,7 @@ impl<S: ChunkSend> Pump<S> {
                 self.seen.waiting += since.elapsed();
             }
             self.apply(event)?;
+            self.release();
             self.dispatch()?;
             if let Some(end) = self.end.filter(|_| self.outlet.is_drained()) {
                 return Ok(end);
@@ -141,19 +163,27 @@ impl<S: ChunkSend> Pump<S> {
             biased;
             changed = self.mode.changed() => changed.map_or(Event::Aborted, |()| Event::ModeChanged),
             sent = self.outlet.sent() => Event::Sent(sent),
+            question = asked(&mut self.questions) => Event::Asked(question),
             // Before reading: a stream that never pauses must not silence the progress.
             _ = tick.tick() => Event::Tick,
             read = read_some(&mut self.stream, &mut self.buffer, self.config.read_buffer), if may_read => {
                 Event::Read(read)
             }
             () = wait_until(flush_at) => Event::Idle,
+            () = sleep(LOOK_AGAIN), if !self.held.is_empty() => Event::LookAgain,
         }
     }
 
     fn apply(&mut self, event: Event) -> Result<(), SourceError> {
         match event {
             Event::Aborted => return Err(SourceError::Aborted),
-            Event::ModeChanged => debug!(mode = ?*self.mode.borrow_and_update(), "Memory source switched"),
+            Event::ModeChanged => {
+                debug!(mode = ?*self.mode.borrow_and_update(), "Memory source switched");
+                self.encoder.handle_disks_end();
+            }
+            Event::Asked(Some(question)) => self.take_question(question),
+            Event::Asked(None) => self.questions = None,
+            Event::LookAgain => {}
             Event::Sent(sent) => sent.map_err(|ChunkClosed| self.channel_closed())?,
             Event::Read(Err(error)) => return Err(SourceError::Read(self.taken(), error)),
             Event::Read(Ok(0)) => self.stream_ended()?,
@@ -177,6 +207,40 @@ impl<S: ChunkSend> Pump<S> {
         self.meter.observe(self.began.elapsed(), &self.encoder.counters(), self.encoder.phase());
     }
 
+    fn take_question(&mut self, question: Overwriting) {
+        match self.encoder.handle_overwriting(question.disk, &question.blocks) {
+            Some(until) => self.held.push((until, question)),
+            // A disk that is gone needs no answer.
+            None => drop(question.released.send(())),
+        }
+        self.collect();
+    }
+
+    /// Lets disks go on whose blocks no name is on its way to, and all of them once there are no names.
+    fn release(&mut self) {
+        if self.questions.is_none() {
+            return;
+        }
+        // What is sent again later is what changes: the disks are not asked about that.
+        if self.encoder.counters().stream.rounds > 1 {
+            self.encoder.handle_disks_end();
+        }
+        let acknowledged = Bytes(self.pushed_bytes.saturating_sub(self.outlet.backlog_bytes()));
+        self.encoder.handle_acknowledged(acknowledged);
+        self.collect();
+        for (until, question) in std::mem::take(&mut self.held) {
+            if acknowledged >= until {
+                let _ = question.released.send(());
+            } else {
+                self.held.push((until, question));
+            }
+        }
+        if self.encoder.is_done_with_disks() {
+            debug!("Nothing is named by disks any more");
+            self.questions = None;
+        }
+    }
+
     fn stream_ended(&mut self) -> Result<(), SourceError> {
         if self.encoder.phase() == StreamPhase::Memory {
             return Err(SourceError::Truncated(self.taken()));
@@ -191,6 +255,7 @@ impl<S: ChunkSend> Pump<S> {
     fn collect(&mut self) {
         let mut left = false;
         while let Some(chunk) = self.encoder.poll_chunk() {
+            self.pushed_bytes += chunk.len() as u64;
             self.outlet.push(chunk);
             left = true;
         }
@@ -235,9 +300,9 @@ impl<S: ChunkSend> Pump<S> {
     }
 
     fn say_what_it_took(&self) {
-        let EncoderCounters { stream, wire_bytes, known_pages, .. } = self.encoder.counters();
+        let EncoderCounters { stream, wire_bytes, known_pages, disk_pages, .. } = self.encoder.counters();
         let (pages, level) = (stream.pages, self.encoder.memory_level());
-        debug!(bytes = stream.bytes, wire_bytes, pages, known_pages, level, "Memory was packed");
+        debug!(bytes = stream.bytes, wire_bytes, pages, known_pages, disk_pages, level, "Memory was packed");
     }
 
     /// Packs harder from now on, or less hard.
@@ -278,6 +343,9 @@ enum Event {
     Aborted,
     ModeChanged,
     Sent(Result<(), ChunkClosed>),
+    /// A disk wants to go on; `None` if none will any more.
+    Asked(Option<Overwriting>),
+    LookAgain,
     Read(std::io::Result<usize>),
     /// QEMU paused with bytes gathered.
     Idle,
@@ -292,6 +360,13 @@ async fn read_some(
     let Some(stream) = stream else { return std::future::pending().await };
     buffer.reserve(limit.0 as usize);
     stream.read_buf(buffer).await
+}
+
+async fn asked(questions: &mut Option<mpsc::Receiver<Overwriting>>) -> Option<Overwriting> {
+    match questions {
+        Some(questions) => questions.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn wait_until(at: Option<Instant>) {

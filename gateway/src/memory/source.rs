@@ -12,6 +12,7 @@ use tokio::sync::{oneshot, watch};
 use super::SourceProgress;
 use super::pump::Pump;
 use crate::chunk::{ChunkSend, MAX_CHUNK};
+use crate::naming::NamedBy;
 
 /// How a source reads and packs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +103,7 @@ pub struct MemorySource {
     pub(super) path: SocketPath,
     pub(super) config: SourceConfig,
     pub(super) base: Option<Remembered>,
+    pub(super) named_by: Option<NamedBy>,
 }
 
 /// Removes the socket's name when it is no longer listened on.
@@ -126,12 +128,17 @@ impl MemorySource {
         let failed = |source| SourceError::Bind { path: path.to_owned(), source };
         remove_stale(path).map_err(failed)?;
         let listener = UnixListener::bind(path).map_err(failed)?;
-        Ok(Self { listener, path: SocketPath(path.to_owned()), config, base: None })
+        Ok(Self { listener, path: SocketPath(path.to_owned()), config, base: None, named_by: None })
     }
 
     /// Both sites remember this of the machine.
     pub fn with_base(self, base: Option<Remembered>) -> Self {
         Self { base, ..self }
+    }
+
+    /// Pages are named by what the machine's disks gave.
+    pub fn with_disks(self, named_by: NamedBy) -> Self {
+        Self { named_by: Some(named_by), ..self }
     }
 
     /// Takes QEMU's one connection and carries its stream to `channel`.

@@ -16,8 +16,10 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::time::Duration;
 
+use futures_util::stream::{StreamExt, TryStreamExt, iter};
+use longhaul_core::memory::PAGE_BYTES;
 use longhaul_core::units::Bytes;
-use longhaul_core::wan::{DecodeError, Decoded, Remembered, StreamDecoder, StreamEnd};
+use longhaul_core::wan::{DecodeError, Decoded, Place, Remembered, StreamDecoder, StreamEnd};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -25,7 +27,12 @@ use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use crate::chunk::ChunkRecv;
+use crate::naming::NamedDisk;
 use crate::own_socket;
+
+/// Pages that are read from a disk by one request, and requests at the same time.
+const READ_PAGES: usize = 64;
+const READS_AT_ONCE: usize = 16;
 
 /// How a target finds its QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +81,15 @@ pub enum MemoryEnd {
         /// How much had been written.
         written: Bytes,
     },
+    /// A page is named by a disk of the machine, and that cannot be read. Another attempt may find it readable.
+    #[error("Pages of memory are named by disk {disk} of this site, which cannot be read")]
+    Disk {
+        /// Its index in the machine's definition.
+        disk: u8,
+        /// What reading said.
+        #[source]
+        source: io::Error,
+    },
     /// QEMU was not listening in time.
     #[error("Cannot reach QEMU's migration socket {path}: was it started with -incoming?")]
     Unreachable {
@@ -109,12 +125,14 @@ pub struct MemoryTarget;
 impl MemoryTarget {
     /// Connects to QEMU's incoming socket at `path` and feeds it what comes from `channel`. Needs a tokio runtime.
     ///
-    /// `base` is what this site remembers of the machine, if the source may begin with it.
-    pub fn start<R: ChunkRecv>(
+    /// `base` is what this site remembers of the machine, if the source may begin with it; `disks` are the machine's, by
+    /// which its pages may be named.
+    pub fn start<R: ChunkRecv, D: NamedDisk>(
         path: PathBuf,
         channel: R,
         config: TargetConfig,
         base: Option<Remembered>,
+        disks: Vec<D>,
     ) -> TargetHandle {
         let (held, mut released) = watch::channel(());
         let (progress, progress_seen) = watch::channel(TargetProgress::default());
@@ -124,7 +142,7 @@ impl MemoryTarget {
             let handle_dropped = async { while released.changed().await.is_ok() {} };
             tokio::select! {
                 () = handle_dropped => {}
-                () = feed_and_hold(path, channel, (config, base), progress, (end, remember)) => {}
+                () = feed_and_hold(path, (channel, disks), (config, base), progress, (end, remember)) => {}
             }
         });
         TargetHandle { _held: held, progress: progress_seen, ended: Some(ended), remembered }
@@ -165,9 +183,9 @@ impl TargetHandle {
 }
 
 /// Tells the end, then keeps QEMU's socket and the channel until it is cancelled.
-async fn feed_and_hold<R: ChunkRecv>(
+async fn feed_and_hold<R: ChunkRecv, D: NamedDisk>(
     path: PathBuf,
-    mut channel: R,
+    (mut channel, disks): (R, Vec<D>),
     (config, base): (TargetConfig, Option<Remembered>),
     progress: watch::Sender<TargetProgress>,
     (end, remember): (oneshot::Sender<MemoryEnd>, oneshot::Sender<Remembered>),
@@ -183,8 +201,9 @@ async fn feed_and_hold<R: ChunkRecv>(
     let decoder = StreamDecoder::new(config.shadow_pages).map(|decoder| decoder.with_base(base));
     let ended = match decoder {
         Ok(mut decoder) => {
-            let mut feed =
-                Feed { stream: &mut stream, channel: &mut channel, progress: &progress, held_back: None };
+            let (stream, channel, progress) = (&mut stream, &mut channel, &progress);
+            // The disks are let go of with the end: their exports are closed then.
+            let mut feed = Feed { stream, channel, disks, progress, held_back: None };
             let ended = feed.run(&mut decoder).await.map_or_else(|end| end, MemoryEnd::Proven);
             if matches!(ended, MemoryEnd::Proven(_)) {
                 // Whoever wants to know of the end may not want to know this.
@@ -222,15 +241,16 @@ async fn connect(path: PathBuf, config: TargetConfig) -> Result<UnixStream, Memo
     }
 }
 
-struct Feed<'a, R> {
+struct Feed<'a, R, D> {
     stream: &'a mut UnixStream,
     channel: &'a mut R,
+    disks: Vec<D>,
     progress: &'a watch::Sender<TargetProgress>,
     /// The stream's last byte so far.
     held_back: Option<u8>,
 }
 
-impl<R: ChunkRecv> Feed<'_, R> {
+impl<R: ChunkRecv, D: NamedDisk> Feed<'_, R, D> {
     async fn run(&mut self, decoder: &mut StreamDecoder) -> Result<StreamEnd, MemoryEnd> {
         loop {
             let chunk = self.next_chunk().await?;
@@ -239,10 +259,25 @@ impl<R: ChunkRecv> Feed<'_, R> {
             while let Some(decoded) = decoder.poll_decoded().map_err(MemoryEnd::Mismatch)? {
                 match decoded {
                     Decoded::Bytes(bytes) => self.write(&bytes).await?,
+                    Decoded::Disks(records) => self.wait_for_disks(&records).await?,
+                    Decoded::Wanted(places) => decoder.handle_found(find(&self.disks, &places).await?),
                     Decoded::End(end) => return self.finish(end).await,
                 }
             }
         }
+    }
+
+    /// Waits until the disks are what they were when pages began to be named by them.
+    async fn wait_for_disks(&mut self, records: &[u64]) -> Result<(), MemoryEnd> {
+        for (index, records) in records.iter().enumerate() {
+            let unknown = || Err(io::ErrorKind::NotFound.into());
+            let applied = match self.disks.get_mut(index) {
+                Some(disk) => disk.applied(*records).await,
+                None => unknown(),
+            };
+            applied.map_err(|source| MemoryEnd::Disk { disk: index as u8, source })?;
+        }
+        Ok(())
     }
 
     /// The next chunk, unless QEMU goes away first. A receive that has begun is given up only with everything.
@@ -285,6 +320,26 @@ impl<R: ChunkRecv> Feed<'_, R> {
     fn written(&self) -> Bytes {
         self.progress.borrow().written
     }
+}
+
+/// Reads what stands at the places; neighbours at once.
+async fn find<D: NamedDisk>(disks: &[D], places: &[Place]) -> Result<Vec<bytes::Bytes>, MemoryEnd> {
+    let follows =
+        |left: &Place, right: &Place| left.disk == right.disk && left.part.checked_add(1) == Some(right.part);
+    let runs = places.chunk_by(follows).flat_map(|run| run.chunks(READ_PAGES));
+    let reads: Vec<_> = runs.map(|run| read_run(disks, run[0], run.len())).collect();
+    let read: Vec<bytes::Bytes> = iter(reads).buffered(READS_AT_ONCE).try_collect().await?;
+    let page = |run: bytes::Bytes| {
+        (0..run.len() / PAGE_BYTES).map(move |page| run.slice(page * PAGE_BYTES..(page + 1) * PAGE_BYTES))
+    };
+    Ok(read.into_iter().flat_map(page).collect())
+}
+
+async fn read_run<D: NamedDisk>(disks: &[D], first: Place, pages: usize) -> Result<bytes::Bytes, MemoryEnd> {
+    let failed = |source| MemoryEnd::Disk { disk: first.disk, source };
+    let disk = disks.get(usize::from(first.disk)).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    let read = disk.read(u64::from(first.part) * PAGE_BYTES as u64, (pages * PAGE_BYTES) as u32).await;
+    read.map_err(failed)
 }
 
 /// Waits until QEMU closes its end. It has nothing to say otherwise: there is no return path.

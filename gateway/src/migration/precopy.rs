@@ -14,7 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetDisk;
@@ -37,6 +37,7 @@ use crate::journal::JournalError;
 use crate::link::PeerHandle;
 use crate::memory::kept::digest;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle};
+use crate::naming::NamedBy;
 
 /// How often progress is measured.
 const LOOK: Duration = Duration::from_millis(100);
@@ -114,6 +115,7 @@ async fn begin(
         config.mirror.target = TargetDisk::Told;
         config.mirror.window_log = transfer.disk_window_log;
         config.mirror.map_bytes = leaf.edges.config.migration.disk_map_mib << 20;
+        config.mirror.places_bytes = places_bytes(leaf, row);
         let id = BulkId { channel: Channel::Map(index as u8), ..id };
         let map = peer.bulk_receiver(id, MAP_WINDOW).await.map_err(link_failed)?;
         let (export, disk) =
@@ -239,7 +241,9 @@ async fn start_memory(
         .memory_base
         .filter(|theirs| digest(&leaf.edges.kept_memory(&leaf.attempt.vm)) == Some(*theirs));
     let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, wanted, transfer.shadow_pages).await;
-    let source = MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base);
+    let named_by = named_by(&mut transfer.disks).await?;
+    let source =
+        MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base).with_disks(named_by);
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
     // Reduction makes room for more than the link's rate, but a limit that nothing reaches makes QEMU
@@ -251,6 +255,22 @@ async fn start_memory(
     };
     guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;
     guest.migrate_to(&path).await.map_err(hypervisor_failed)
+}
+
+/// What one disk may keep of where its content stands.
+fn places_bytes(leaf: &SourceLeaf, row: &MachineRow) -> u64 {
+    let all_bytes = leaf.edges.config.migration.content_index_mib << 20;
+    all_bytes / row.definition.volumes().count().max(1) as u64
+}
+
+/// What memory may be named by.
+async fn named_by(disks: &mut [(DeviceName, DiskSource)]) -> Result<NamedBy, Refusal> {
+    let (asks, questions) = mpsc::channel(disks.len().max(1));
+    let mut given = Vec::new();
+    for (index, (_, disk)) in (0..).zip(disks) {
+        given.push(disk.give_places(index, asks.clone()).await.map_err(disk_failed)?);
+    }
+    Ok(NamedBy { given, questions })
 }
 
 async fn lower_ttl(

@@ -251,7 +251,8 @@ async fn receive(
     let config = TargetConfig { shadow_pages: reservation.shadow_pages, ..TargetConfig::default() };
     let (base, pages) = (reservation.memory_base, reservation.shadow_pages);
     let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, base, pages).await;
-    held.memory = Some(MemoryTarget::start(incoming, channel, config, base));
+    let disks = held.disks.iter().map(DiskTarget::named).collect();
+    held.memory = Some(MemoryTarget::start(incoming, channel, config, base, disks));
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use gateway::chunk::{ChunkRecv, ChunkSend, MAX_CHUNK};
 use gateway::memory::{
     MemoryEnd, MemorySource, MemoryTarget, SourceConfig, SourceError, SourceHandle, SourceMode, TargetConfig,
 };
+use gateway::naming::NoDisk;
 use longhaul_core::units::Bytes as ByteCount;
 use longhaul_core::wan::{Decoded, EncoderConfig, StreamDecoder, StreamEncoder};
 use tempfile::TempDir;
@@ -189,7 +190,7 @@ fn chunks_of(stream: &[u8]) -> Vec<Bytes> {
 
 fn target(path: &Path, recv: QueueRecv) -> gateway::memory::TargetHandle {
     let config = TargetConfig { shadow_pages: SHADOW_PAGES, ..TargetConfig::default() };
-    MemoryTarget::start(path.to_owned(), recv, config, None)
+    MemoryTarget::start(path.to_owned(), recv, config, None, Vec::<NoDisk>::new())
 }
 
 async fn send_all(send: &mut QueueSend, chunks: &[Bytes]) {
@@ -256,7 +257,7 @@ async fn a_qemu_that_listens_late_is_found_and_one_that_never_does_is_told() {
 
     let (_send, recv, _valve) = queue(8);
     let config = TargetConfig { connect_deadline: Duration::from_millis(50), ..TargetConfig::default() };
-    let mut handle = MemoryTarget::start(path, recv, config, None);
+    let mut handle = MemoryTarget::start(path, recv, config, None, Vec::<NoDisk>::new());
     let end = timeout(PATIENCE, handle.ended()).await.expect("in time");
     assert!(matches!(end, MemoryEnd::Unreachable { .. }), "{end:?}");
 }

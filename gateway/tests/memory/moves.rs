@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use gateway::memory::{
     MemoryEnd, MemorySource, MemoryTarget, SourceConfig, SourceHandle, SourceMode, TargetConfig, TargetHandle,
 };
+use gateway::naming::NoDisk;
 use longhaul_core::memory::StreamPhase;
 use longhaul_core::wan::StreamEnd;
 use tempfile::TempDir;
@@ -44,6 +45,7 @@ impl Move {
             recv,
             TargetConfig { shadow_pages: SHADOW_PAGES, ..TargetConfig::default() },
             None,
+            Vec::<NoDisk>::new(),
         );
         let source = start_source(path("out"), send);
         from.migrate(&path("out")).await;

@@ -57,6 +57,7 @@ fn decode(chunks: &[Bytes], mut expected: &[u8]) {
                     assert!(expected.starts_with(&bytes), "differs {} bytes before the end", expected.len());
                     expected = &expected[bytes.len()..];
                 }
+                Decoded::Disks(_) | Decoded::Wanted(_) => panic!("no disk was given"),
                 Decoded::End(_) => proven = true,
             }
         }

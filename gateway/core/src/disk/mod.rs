@@ -13,6 +13,7 @@ mod bitmap;
 mod map;
 #[cfg(test)]
 mod model_tests;
+mod naming;
 mod pack;
 mod queue;
 mod record;

@@ -412,6 +412,7 @@ const TOLD: SourceConfig = SourceConfig {
     target: TargetDisk::Told,
     map_bytes: 1 << 20,
     window_log: DEFAULT_WINDOW_LOG,
+    places_bytes: 0,
 };
 
 /// Of the third block an older state holds the same in its first four parts: zeros.

@@ -50,9 +50,20 @@ impl RecordQueue {
         self.next_place += 1;
     }
 
-    /// The oldest record.
-    pub(super) fn front(&self) -> Option<&Record> {
-        self.items.first_key_value().map(|(_, record)| record)
+    /// The oldest record, if its place is before `limit`.
+    pub(super) fn front_before(&self, limit: u64) -> Option<&Record> {
+        let (place, record) = self.items.first_key_value()?;
+        (*place < limit).then_some(record)
+    }
+
+    /// The place of the next record that comes.
+    pub(super) fn next_place(&self) -> u64 {
+        self.next_place
+    }
+
+    /// First byte and end of what waits, of each record.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.places.iter().map(|((offset, _), end)| (*offset, *end))
     }
 
     /// Takes the oldest record.

@@ -21,15 +21,21 @@
 //! content travels as its hash, and of a block that changed only the parts of 4 KiB that did. Re-reads do not
 //! run ahead of what was told. A new disk reads as zeros until something is sent for a block, and a hash is
 //! something: the destination puts there what it keeps elsewhere.
+//!
+//! What memory may be named by, and what follows from that, is [`super::naming`]'s.
+
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
 use super::bitmap::Bitmap;
 use super::map::{BlockMap, MapError, PART, There};
+use super::naming::Naming;
 use super::pack::{ChunkPacker, DEFAULT_WINDOW_LOG};
 use super::queue::{RECORD_COST, RecordQueue};
 use super::record::{Barrier, Record, RunningDigest};
 use super::{BLOCK, split_blocks};
+use crate::wan::GivenPlaces;
 
 static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
@@ -77,6 +83,9 @@ pub struct SourceConfig {
     /// How far back what was sent is remembered, as the exponent of two: memory at both sites, and what the destination
     /// allows at most.
     pub window_log: u32,
+    /// Memory for where content stands, by which pages of memory may be named, in bytes:
+    /// [`crate::wan::DiskPlaces::BYTES_PER_PAGE`] for each 4 KiB of content. Default 0: none is.
+    pub places_bytes: u64,
 }
 
 impl Default for SourceConfig {
@@ -90,6 +99,7 @@ impl Default for SourceConfig {
             target: TargetDisk::Unknown,
             map_bytes: 64 << 20,
             window_log: DEFAULT_WINDOW_LOG,
+            places_bytes: 0,
         }
     }
 }
@@ -178,6 +188,7 @@ pub struct MirrorSource {
     reads: usize,
     queue: RecordQueue,
     packer: ChunkPacker,
+    naming: Naming,
     digest: RunningDigest,
     counters: SourceCounters,
     phase: Phase,
@@ -212,6 +223,7 @@ impl MirrorSource {
             reads: 0,
             queue: RecordQueue::default(),
             packer: ChunkPacker::new(max_chunk, config.window_log),
+            naming: Naming::noting(config.places_bytes),
             digest: RunningDigest::default(),
             counters: SourceCounters::default(),
             phase: Phase::Copying,
@@ -248,7 +260,7 @@ impl MirrorSource {
                 self.write_zero(block, at, len);
             } else if self.admits(block, len) {
                 // A copy, because a slice would keep the whole request in memory.
-                self.enqueue(Record::Write { offset: at, data: Bytes::copy_from_slice(part) });
+                self.enqueue_write(at, Bytes::copy_from_slice(part));
             }
         }
         Ok(())
@@ -322,6 +334,28 @@ impl MirrorSource {
         }
     }
 
+    /// Memory begins: what it may be named by. From here on nothing of it is overwritten that was not asked about.
+    pub fn give_places(&mut self) -> GivenPlaces {
+        let places = self.naming.give(self.size.div_ceil(BLOCK), self.queue.ranges());
+        GivenPlaces { places, after_records: self.digest.records() }
+    }
+
+    /// Blocks of what was given that are about to be overwritten, and behind which all waits until
+    /// [`Self::handle_released`].
+    pub fn poll_overwriting(&mut self) -> Option<BTreeSet<u64>> {
+        self.naming.poll_overwriting(self.queue.next_place())
+    }
+
+    /// What [`Self::poll_overwriting`] told may be overwritten.
+    pub fn handle_released(&mut self) {
+        self.naming.handle_released();
+    }
+
+    /// Memory names nothing any more.
+    pub fn handle_naming_end(&mut self) {
+        self.naming = Naming::Off;
+    }
+
     /// The guest has stopped and the mirror job has ended: from here on only what is owed is sent, and
     /// behind it the barrier.
     pub fn handle_finish(&mut self) {
@@ -343,7 +377,8 @@ impl MirrorSource {
     /// The next chunk to send, if there is anything to send.
     pub fn poll_chunk(&mut self) -> Option<Bytes> {
         let first_number = self.digest.records() + 1;
-        while let Some(record) = self.queue.front().filter(|record| self.packer.fits(record)) {
+        let limit = self.naming.limit();
+        while let Some(record) = self.queue.front_before(limit).filter(|record| self.packer.fits(record)) {
             self.counters.sent_bytes += record.range().map_or(0, |(start, end)| end - start);
             self.digest.add(record);
             self.packer.push(record);
@@ -460,12 +495,12 @@ impl MirrorSource {
                 continue;
             }
             match self.is_there(block, &part) {
-                There::Nothing => self.enqueue(Record::Write { offset: at, data: part }),
+                There::Nothing => self.enqueue_write(at, part),
                 There::Whole(hash) => {
                     if self.map.is_new() && self.giving_counts() {
                         self.touched.insert(block);
                     }
-                    self.enqueue_same(at, len, hash);
+                    self.enqueue_same(at, &part, hash);
                 }
                 There::Parts(same) => self.enqueue_parts(at, &part, same),
             }
@@ -480,9 +515,9 @@ impl MirrorSource {
         self.map.may_have(block, content)
     }
 
-    fn enqueue_same(&mut self, offset: u64, len: u64, hash: [u8; 32]) {
-        self.counters.same_bytes += len;
-        self.queue.push(Record::Same { offset, len: len as u32, hash });
+    fn enqueue_same(&mut self, offset: u64, content: &[u8], hash: [u8; 32]) {
+        self.counters.same_bytes += content.len() as u64;
+        self.push(Record::Same { offset, len: content.len() as u32, hash }, content);
     }
 
     /// A block of which the destination should have the parts with a bit in `same`: neighbours of a kind in one record.
@@ -495,8 +530,8 @@ impl MirrorSource {
             let (from, to) = (first * PART as usize, (end * PART as usize).min(content.len()));
             let (at, run) = (offset + from as u64, content.slice(from..to));
             match is_same(first) {
-                true => self.enqueue_same(at, run.len() as u64, *blake3::hash(&run).as_bytes()),
-                false => self.enqueue(Record::Write { offset: at, data: run }),
+                true => self.enqueue_same(at, &run, *blake3::hash(&run).as_bytes()),
+                false => self.enqueue_write(at, run),
             }
             first = end;
         }
@@ -548,15 +583,22 @@ impl MirrorSource {
         if offset.is_multiple_of(BLOCK) && (len == BLOCK || offset + len == self.size) {
             self.blank.insert(block);
         }
-        self.queue.push(Record::Zero { offset, len });
+        self.push(Record::Zero { offset, len }, &[]);
     }
 
-    fn enqueue(&mut self, record: Record) {
-        if let Record::Write { offset, .. } = &record {
-            self.blank.remove(offset / BLOCK);
-            self.touched.insert(offset / BLOCK);
-        }
+    fn enqueue_write(&mut self, offset: u64, data: Bytes) {
+        self.blank.remove(offset / BLOCK);
+        self.touched.insert(offset / BLOCK);
+        self.push(Record::Write { offset, data: data.clone() }, &data);
+    }
+
+    /// Queues a record that changes the disk, or says what is there: `content`, or zeros.
+    fn push(&mut self, record: Record, content: &[u8]) {
+        let range = record.range();
         self.queue.push(record);
+        if let Some((start, end)) = range {
+            self.naming.note(start, end, content, self.queue.next_place());
+        }
     }
 
     fn pack_barrier(&mut self) {

@@ -344,6 +344,14 @@ impl MirrorTarget {
         self.proven.filter(|barrier| barrier.records + 1 == self.digest.records())
     }
 
+    /// How many records, from the first on, are on the disk, be it durable or not.
+    pub fn applied_records(&self) -> u64 {
+        let waiting = self.queue.front().map(|(number, _)| *number);
+        let in_flight = self.in_flight.first_key_value().map(|(number, _)| *number);
+        let first = waiting.into_iter().chain(in_flight).min();
+        first.map_or(self.digest.records(), |first| first - 1)
+    }
+
     /// What has happened so far.
     pub fn counters(&self) -> TargetCounters {
         self.counters

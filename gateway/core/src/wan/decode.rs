@@ -6,12 +6,14 @@
 use bytes::{Buf, Bytes};
 use zstd::bulk::Decompressor;
 
-use super::ops::replay;
+use super::ops::{Sources, places, replay};
+use super::places::Place;
 use super::shadow::{Blocks, Remembered, Shadow};
 use super::{
-    BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_END,
+    BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_DISKS, FRAME_END,
     FRAME_SHADOW, MAX_CONTENTS, MAX_OPS, SHADOW_FRAME_BYTES, StreamDigest, StreamEnd,
 };
+use crate::memory::PAGE_BYTES;
 use crate::units::Bytes as ByteCount;
 
 /// Why the stream cannot be made of the chunks. The copy that was being built must not run.
@@ -41,6 +43,9 @@ pub enum DecodeError {
     /// A page is told by one that is not remembered.
     #[error("A page is told by another one that is not remembered here")]
     NotRemembered,
+    /// A page is named by a place on a disk that the stream does not name pages by, or that was not read.
+    #[error("A page is named by a place on a disk that was not read here")]
+    NotFound,
     /// The source wants more pages remembered than this site said that it allows, or says so too late.
     #[error(
         "The source wants {asked} pages remembered; this site allows {allowed}, from the stream's beginning on"
@@ -72,6 +77,10 @@ pub enum DecodeError {
 pub enum Decoded {
     /// The stream's next bytes, never empty.
     Bytes(Bytes),
+    /// Pages may be named by the machine's disks, in their order: read them once each has applied so many records.
+    Disks(Vec<u64>),
+    /// The next batch names pages at these places: answer with [`StreamDecoder::handle_found`].
+    Wanted(Vec<Place>),
     /// The stream is complete and proven.
     End(StreamEnd),
 }
@@ -87,8 +96,19 @@ pub struct StreamDecoder {
     shadow: Shadow,
     max_shadow_pages: u32,
     base: Option<Remembered>,
+    /// How many disks pages are named by.
+    disks: u8,
+    /// A batch that waits for what it names.
+    waiting: Option<Waiting>,
     begun: bool,
     closed: bool,
+}
+
+struct Waiting {
+    contents: Vec<u8>,
+    ops: Vec<u8>,
+    wanted: usize,
+    found: Option<Vec<Bytes>>,
 }
 
 impl StreamDecoder {
@@ -108,6 +128,8 @@ impl StreamDecoder {
             shadow: Shadow::new(0),
             max_shadow_pages,
             base: None,
+            disks: 0,
+            waiting: None,
             begun: false,
             closed: false,
         })
@@ -129,12 +151,24 @@ impl StreamDecoder {
         self.chunk = chunk;
     }
 
+    /// What the disks hold at the places that [`Decoded::Wanted`] named, in their order: [`PAGE_BYTES`] bytes each.
+    pub fn handle_found(&mut self, pages: Vec<Bytes>) {
+        if let Some(waiting) = &mut self.waiting {
+            waiting.found = Some(pages);
+        }
+    }
+
     /// What comes next; `None` until the next chunk. Holds one batch at a time, at most 7.5 MiB, and what is remembered.
     ///
     /// # Errors
     ///
     /// When a chunk is damaged or the stream is not the one that was sent; for good.
     pub fn poll_decoded(&mut self) -> Result<Option<Decoded>, DecodeError> {
+        if let Some(waiting) = self.waiting.take() {
+            let decoded = self.replay_waiting(waiting);
+            self.closed |= decoded.is_err();
+            return decoded.map(Some);
+        }
         if self.chunk.is_empty() {
             return Ok(None);
         }
@@ -150,10 +184,11 @@ impl StreamDecoder {
         self.begun = true;
         let decoded = match self.chunk[0] {
             FRAME_BATCH => self.batch(),
+            FRAME_DISKS => self.name_disks(),
             FRAME_END => self.end(),
             other => Err(DecodeError::UnknownFrame(other)),
         };
-        self.closed |= !matches!(decoded, Ok(Decoded::Bytes(_)));
+        self.closed |= matches!(decoded, Ok(Decoded::End(_)) | Err(_));
         decoded.map(Some)
     }
 
@@ -191,6 +226,19 @@ impl StreamDecoder {
         Ok(())
     }
 
+    /// Once; a stream that has begun without is one more that names no disks.
+    fn name_disks(&mut self) -> Result<Decoded, DecodeError> {
+        let mut frame = self.chunk.split_off(1);
+        let disks = frame.try_get_u8().map_err(|_| DecodeError::Truncated)?;
+        let records = (0..disks).map(|_| frame.try_get_u64().map_err(|_| DecodeError::Truncated));
+        let records: Vec<u64> = records.collect::<Result<_, _>>()?;
+        self.chunk = frame;
+        if disks == 0 || std::mem::replace(&mut self.disks, disks) != 0 {
+            return Err(DecodeError::Program);
+        }
+        Ok(Decoded::Disks(records))
+    }
+
     fn batch(&mut self) -> Result<Decoded, DecodeError> {
         if self.chunk.len() < BATCH_HEADER_BYTES {
             return Err(DecodeError::Truncated);
@@ -216,7 +264,31 @@ impl StreamDecoder {
             other => return Err(DecodeError::UnknownEncoding(other)),
         };
         let (contents, ops) = unpacked.split_at(contents_len);
-        let made = replay(ops, contents, &mut self.blocks, &mut self.shadow)?.freeze();
+        let wanted = if self.disks == 0 { Vec::new() } else { places(ops, contents)? };
+        if !wanted.is_empty() {
+            if wanted.iter().any(|place| place.disk >= self.disks) {
+                return Err(DecodeError::NotFound);
+            }
+            let (contents, ops) = (contents.to_vec(), ops.to_vec());
+            self.waiting = Some(Waiting { contents, ops, wanted: wanted.len(), found: None });
+            return Ok(Decoded::Wanted(wanted));
+        }
+        let sources = Sources { contents, found: &[] };
+        let made = replay(ops, sources, &mut self.blocks, &mut self.shadow)?.freeze();
+        self.give(made)
+    }
+
+    fn replay_waiting(&mut self, waiting: Waiting) -> Result<Decoded, DecodeError> {
+        let found = waiting.found.filter(|found| {
+            found.len() == waiting.wanted && found.iter().all(|page| page.len() == PAGE_BYTES)
+        });
+        let found = found.ok_or(DecodeError::NotFound)?;
+        let sources = Sources { contents: &waiting.contents, found: &found };
+        let made = replay(&waiting.ops, sources, &mut self.blocks, &mut self.shadow)?.freeze();
+        self.give(made)
+    }
+
+    fn give(&mut self, made: Bytes) -> Result<Decoded, DecodeError> {
         if made.is_empty() {
             return Err(DecodeError::Program);
         }

@@ -3,16 +3,17 @@
 //! It owns the parser of the stream. Nothing is held back for good: [`StreamEncoder::handle_flush`]
 //! sends what has been gathered, whenever the caller finds that QEMU has paused.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::mem;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use zstd::bulk::Compressor;
 
-use super::ops::{COPY_BYTES, MAX_OP_BYTES, OpsWriter, RecordKind};
+use super::ops::{COPY_BYTES, MAX_OP_BYTES, OpsWriter, PLACE_BYTES, RecordKind};
+use super::places::{GivenPlaces, PageHash, Place, Places, page_hash};
 use super::shadow::{Blocks, Finder, PageKey, Remembered, Shadow, Slot};
 use super::{
-    BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_END,
+    BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_DISKS, FRAME_END,
     FRAME_SHADOW, MAX_CONTENTS, MAX_KNOWN_PAGES, MAX_OPS, MAX_RECORDS, StreamDigest, StreamEnd,
 };
 use crate::memory::{Item, PAGE_BYTES, PageHead, StreamCounters, StreamParser, StreamPhase};
@@ -74,8 +75,10 @@ pub struct EncoderCounters {
     pub wire_bytes: u64,
     /// The part of `wire_bytes` that carries device state.
     pub wire_device_bytes: u64,
-    /// Pages that were told by what they were, or by another page.
+    /// Pages that were told by what they were, by another page, or by a disk.
     pub known_pages: u64,
+    /// Of those, by a disk.
+    pub disk_pages: u64,
 }
 
 /// Turns one migration stream into chunks.
@@ -88,7 +91,9 @@ pub struct StreamEncoder {
     blocks: Blocks,
     shadow: Shadow,
     finder: Finder,
+    places: Places,
     known_pages: u64,
+    disk_pages: u64,
     memory: Compressor<'static>,
     device: Compressor<'static>,
     scratch: Vec<u8>,
@@ -150,7 +155,9 @@ impl StreamEncoder {
             blocks,
             shadow,
             finder: Finder::new(config.shadow_pages),
+            places: Places::default(),
             known_pages: 0,
+            disk_pages: 0,
             memory: Compressor::new(config.memory_level)?,
             device: Compressor::new(config.device_level)?,
             scratch: Vec::new(),
@@ -159,6 +166,50 @@ impl StreamEncoder {
             wire_bytes: 0,
             wire_device_bytes: 0,
         })
+    }
+
+    /// The same that names pages by what the machine's disks, in their order, have given. Before the first byte.
+    pub fn with_disks(mut self, given: Vec<GivenPlaces>) -> Self {
+        let Ok(disks) = u8::try_from(given.len()) else { return self };
+        if disks == 0 {
+            return self;
+        }
+        self.chunk.put_u8(FRAME_DISKS);
+        self.chunk.put_u8(disks);
+        for disk in &given {
+            self.chunk.put_u64(disk.after_records);
+        }
+        self.places = Places::new(given.into_iter().map(|disk| disk.places).collect());
+        self
+    }
+
+    /// The blocks of a disk are about to be overwritten, and are not named from now on. If the destination may still have to
+    /// read them: how much of the stream must be acknowledged before they may be. All of that is in chunks.
+    pub fn handle_overwriting(&mut self, disk: u8, blocks: &BTreeSet<u64>) -> Option<ByteCount> {
+        if !self.places.forget(disk, blocks) {
+            return None;
+        }
+        self.handle_flush();
+        Some(ByteCount(self.wire_bytes))
+    }
+
+    /// Nothing is named by a disk any more: it is about to be quick that counts.
+    pub fn handle_disks_end(&mut self) {
+        self.places.end();
+    }
+
+    /// The destination has read so much of what was sent.
+    pub fn handle_acknowledged(&mut self, wire: ByteCount) {
+        self.places.acknowledged(wire.0);
+        let due = self.places.named_since() >= NAMED_AT_ONCE || !self.places.can_name() || self.is_idle();
+        if self.places.wants_closing() && due {
+            self.handle_flush();
+        }
+    }
+
+    /// Whether no disk has to ask any more before it is overwritten.
+    pub fn is_done_with_disks(&self) -> bool {
+        self.places.is_over()
     }
 
     /// Takes the stream's next bytes. Take the chunks they make with [`Self::poll_chunk`] before the next.
@@ -173,6 +224,7 @@ impl StreamEncoder {
     pub fn handle_flush(&mut self) {
         self.close_batch();
         self.close_chunk();
+        self.places.chunk_closed(self.wire_bytes);
     }
 
     /// The stream is over: sends the rest and the frame that proves it.
@@ -237,6 +289,7 @@ impl StreamEncoder {
             wire_bytes: self.wire_bytes + self.chunk.len() as u64,
             wire_device_bytes: self.wire_device_bytes,
             known_pages: self.known_pages,
+            disk_pages: self.disk_pages,
         }
     }
 
@@ -262,11 +315,20 @@ impl StreamEncoder {
         self.blocks.enter(head.name.as_deref());
         let key =
             self.blocks.key(head.offset_bytes / PAGE_BYTES as u64).filter(|_| self.config.shadow_pages > 0);
-        let (kind, hash) = match key {
-            Some(key) => self.judge(key, page),
-            None => (Told::Whole, None),
-        };
-        let kind = match kind {
+        let (told, hash) = self.judge(key, page);
+        let kind = self.tell(&told, page);
+        if let Some(key) = key.filter(|_| kind != RecordKind::Same) {
+            let slot = self.shadow.put(key, page);
+            if let (Some(hash), Some(slot)) = (hash, slot) {
+                self.finder.note(short(&hash), slot);
+            }
+        }
+        self.batch.record(kind, head.offset_bytes, head.name.as_ref());
+    }
+
+    /// Puts what tells a page into the batch's contents.
+    fn tell(&mut self, told: &Told, page: &[u8]) -> RecordKind {
+        match told {
             Told::Whole => {
                 self.room_for(Class::Memory, PAGE_BYTES);
                 self.batch.contents.extend_from_slice(page);
@@ -281,37 +343,40 @@ impl StreamEncoder {
                 self.batch.contents.extend_from_slice(&slot.0.to_be_bytes());
                 RecordKind::Copy
             }
+            Told::OnDisk(place) => {
+                self.room_for_known(PLACE_BYTES);
+                self.batch.contents.extend_from_slice(&place.to_bytes());
+                self.disk_pages += 1;
+                RecordKind::OnDisk
+            }
             Told::Delta(slot) => {
                 self.room_for(Class::Memory, PAGE_BYTES);
-                let before = self.shadow.page(slot).unwrap_or_default();
+                let before = self.shadow.page(*slot).unwrap_or_default();
                 self.batch.contents.extend(page.iter().zip(before).map(|(now, before)| now ^ before));
                 self.known_pages += 1;
                 RecordKind::Delta
             }
-        };
-        if let Some(key) = key.filter(|_| kind != RecordKind::Same) {
-            let slot = self.shadow.put(key, page);
-            if let (Some(hash), Some(slot)) = (hash, slot) {
-                self.finder.note(hash, slot);
-            }
         }
-        self.batch.record(kind, head.offset_bytes, head.name.as_ref());
     }
 
     /// How a page is told, and its hash if that was needed. A page of which little changed is not looked for: another one
     /// will hardly be the same.
-    fn judge(&self, key: PageKey, page: &[u8]) -> (Told, Option<u64>) {
-        let before = self.shadow.slot(key).and_then(|slot| Some((slot, self.shadow.page(slot)?)));
-        if let Some((slot, before)) = before {
+    fn judge(&mut self, key: Option<PageKey>, page: &[u8]) -> (Told, Option<PageHash>) {
+        let before = key.and_then(|key| self.shadow.slot(key));
+        if let Some((slot, before)) = before.and_then(|slot| Some((slot, self.shadow.page(slot)?))) {
             match differing_words(before, page) {
                 0 => return (Told::Same, None),
                 few if few <= MAX_DELTA_WORDS => return (Told::Delta(slot), None),
                 _ => {}
             }
         }
-        let hash = short_hash(page);
-        let twin = self.finder.find(hash).filter(|slot| self.shadow.page(*slot) == Some(page));
-        (twin.map_or(Told::Whole, Told::Copy), Some(hash))
+        if key.is_none() && !self.places.can_name() {
+            return (Told::Whole, None);
+        }
+        let hash = page_hash(page);
+        let twin = self.finder.find(short(&hash)).filter(|slot| self.shadow.page(*slot) == Some(page));
+        let told = twin.map(Told::Copy).or_else(|| self.places.name(&hash).map(Told::OnDisk));
+        (told.unwrap_or(Told::Whole), Some(hash))
     }
 
     fn room_for_known(&mut self, len: usize) {
@@ -412,20 +477,24 @@ enum Told {
     Delta(Slot),
     /// By another page that holds the same.
     Copy(Slot),
+    /// By a place on a disk that holds the same.
+    OnDisk(Place),
 }
 
 /// Words of eight bytes that may differ for a page to be told by its difference: with more, what it is compresses as well as
 /// what changed.
 const MAX_DELTA_WORDS: usize = PAGE_BYTES / 8 / 2;
+/// Blocks named before a chunk is closed behind them, so that what is remembered of them can end.
+const NAMED_AT_ONCE: usize = 1 << 12;
 
 fn differing_words(before: &[u8], now: &[u8]) -> usize {
     before.chunks_exact(8).zip(now.chunks_exact(8)).filter(|(before, now)| before != now).count()
 }
 
-/// Enough to look for a page with; what is found is compared.
-fn short_hash(page: &[u8]) -> u64 {
+/// Enough to look for a page in the shadow with, where what is found is compared.
+fn short(hash: &PageHash) -> u64 {
     let mut short = [0; 8];
-    short.copy_from_slice(&blake3::hash(page).as_bytes()[..8]);
+    short.copy_from_slice(&hash[..8]);
     u64::from_le_bytes(short)
 }
 

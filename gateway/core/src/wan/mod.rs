@@ -11,27 +11,33 @@
 //! arrives once and in order, over any number of connections, so that what both remember cannot go out of step; that it did
 //! not is part of what the digest proves.
 //!
-//! Deliberately not here: what is on the machine's disks, and carrying the chunks.
+//! What stands on the machine's disks already is named by its place there (`places.rs`).
+//!
+//! Deliberately not here: reading disks, and carrying the chunks.
 //!
 //! ```text
 //! chunk = { frame }
 //! frame = 0x03 pages:be32 based:u8 digest[32]     how many pages are remembered, and (1) from where on; the first, if there
 //!       | 0x01 encoding:u8 data_len:be32 contents_len:be32 ops_len:be32 data[data_len]      a batch
 //!       | 0x02 stream_len:be64 digest[32]                                                   the end
+//!       | 0x04 disks:u8 { records:be64 }       pages may be named by these disks, after so many of their records
 //! data  = contents[contents_len] ops[ops_len], stored (encoding 0) or a zstd frame (encoding 1)
 //! ops   = { tag:u8 [name_len:u8 name] count:varint | tag:u8 [..] page_delta:svarint count:varint }
-//! tag   = 0 verbatim | 1 pages | 2 zeros | 3 as they were | 4 XOR what they were | 5 copies (place:be32), + 0x80 named
+//! tag   = 0 verbatim | 1 pages | 2 zeros | 3 as they were | 4 XOR what they were | 5 copies (place:be32)
+//!       | 6 on a disk (disk:u8 part:be32), + 0x80 with the block's name
 //! ```
 
 mod decode;
 mod effort;
 mod encode;
 mod ops;
+mod places;
 mod shadow;
 
 pub use decode::{DecodeError, Decoded, StreamDecoder};
 pub use effort::Effort;
 pub use encode::{EncoderConfig, EncoderCounters, StreamEncoder};
+pub use places::{DiskPlaces, GivenPlaces, Place};
 pub use shadow::Remembered;
 
 use std::fmt;
@@ -52,6 +58,7 @@ pub const MAX_SHADOW_PAGES: u32 = 1 << 22;
 const FRAME_BATCH: u8 = 0x01;
 const FRAME_END: u8 = 0x02;
 const FRAME_SHADOW: u8 = 0x03;
+const FRAME_DISKS: u8 = 0x04;
 const ENCODING_STORED: u8 = 0;
 const ENCODING_ZSTD: u8 = 1;
 const BATCH_HEADER_BYTES: usize = 14;
@@ -83,5 +90,7 @@ pub struct StreamEnd {
     pub digest: StreamDigest,
 }
 
+#[cfg(test)]
+mod naming_tests;
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,7 @@
 
 use bytes::{BufMut, BytesMut};
 
+use super::places::Place;
 use super::shadow::{Blocks, PageKey, Shadow, Slot};
 use super::{MAX_KNOWN_PAGES, MAX_RECORDS, decode::DecodeError};
 use crate::memory::PAGE_BYTES;
@@ -15,6 +16,7 @@ const OP_ZEROS: u8 = 2;
 const OP_SAME: u8 = 3;
 const OP_DELTAS: u8 = 4;
 const OP_COPIES: u8 = 5;
+const OP_ON_DISK: u8 = 6;
 const OP_NAMED: u8 = 0x80;
 const FLAG_ZERO: u64 = 0x002;
 const FLAG_PAGE: u64 = 0x008;
@@ -52,10 +54,48 @@ pub(super) enum RecordKind {
     Delta,
     /// The place in the shadow follows of a page that holds the same.
     Copy,
+    /// The place on a disk follows that holds the same.
+    OnDisk,
 }
 
 /// Bytes by which a copy names its place.
 pub(super) const COPY_BYTES: usize = 4;
+/// Bytes by which a page names its place on a disk.
+pub(super) const PLACE_BYTES: usize = 5;
+
+impl Place {
+    pub(super) fn to_bytes(self) -> [u8; PLACE_BYTES] {
+        let mut bytes = [self.disk; PLACE_BYTES];
+        bytes[1..].copy_from_slice(&self.part.to_be_bytes());
+        bytes
+    }
+
+    fn take(contents: &mut &[u8]) -> Result<Self, DecodeError> {
+        let disk = take(contents, 1)?[0];
+        let part = take(contents, PLACE_BYTES - 1)?.try_into().map_err(|_| DecodeError::Program)?;
+        Ok(Self { disk, part: u32::from_be_bytes(part) })
+    }
+}
+
+impl RecordKind {
+    /// How much of a batch's contents one record of this kind takes.
+    fn contents_bytes(self) -> usize {
+        match self {
+            Self::Page | Self::Delta => PAGE_BYTES,
+            Self::Zero | Self::Same => 0,
+            Self::Copy => COPY_BYTES,
+            Self::OnDisk => PLACE_BYTES,
+        }
+    }
+
+    /// Whether a page comes of it that is not in the batch.
+    fn is_known(self) -> bool {
+        match self {
+            Self::Same | Self::Copy | Self::OnDisk => true,
+            Self::Page | Self::Zero | Self::Delta => false,
+        }
+    }
+}
 
 impl OpsWriter {
     /// Length so far, without the run that is still open.
@@ -83,6 +123,7 @@ impl OpsWriter {
             RecordKind::Same => OP_SAME,
             RecordKind::Delta => OP_DELTAS,
             RecordKind::Copy => OP_COPIES,
+            RecordKind::OnDisk => OP_ON_DISK,
         };
         let page = offset_bytes / PAGE_BYTES as u64;
         let joined = self
@@ -122,40 +163,98 @@ impl OpsWriter {
     }
 }
 
+/// One step of a batch's program.
+enum Op<'a> {
+    Verbatim(usize),
+    Records(RecordKind, PageRun<'a>),
+}
+
+/// Reads a program, and holds it to what a batch may stand for.
+struct OpsReader<'a> {
+    ops: &'a [u8],
+    expected_page: u64,
+    records: u64,
+    known: u64,
+}
+
+impl<'a> OpsReader<'a> {
+    fn new(ops: &'a [u8]) -> Self {
+        Self { ops, expected_page: 0, records: 0, known: 0 }
+    }
+
+    fn next(&mut self) -> Result<Option<Op<'a>>, DecodeError> {
+        let Some((&tag, rest)) = self.ops.split_first() else { return Ok(None) };
+        self.ops = rest;
+        let name = if tag & OP_NAMED != 0 { Some(take_name(&mut self.ops)?) } else { None };
+        if tag == OP_VERBATIM {
+            let len = take_varint(&mut self.ops)?;
+            return usize::try_from(len).map(|len| Some(Op::Verbatim(len))).map_err(|_| DecodeError::Program);
+        }
+        let delta = unzigzag(take_varint(&mut self.ops)?) as u64;
+        let first_page = self.expected_page.wrapping_add(delta);
+        let run = PageRun { name, first_page, count: take_varint(&mut self.ops)? };
+        let kind = kind_of(tag & !OP_NAMED)?;
+        self.records = self.records.saturating_add(run.count);
+        if kind.is_known() {
+            self.known = self.known.saturating_add(run.count);
+        }
+        if self.records > MAX_RECORDS || self.known > MAX_KNOWN_PAGES {
+            return Err(DecodeError::TooManyRecords);
+        }
+        self.expected_page = run.first_page.wrapping_add(run.count);
+        Ok(Some(Op::Records(kind, run)))
+    }
+}
+
+/// The places that a batch names, in their order.
+pub(super) fn places(ops: &[u8], mut contents: &[u8]) -> Result<Vec<Place>, DecodeError> {
+    let (mut ops, mut places) = (OpsReader::new(ops), Vec::new());
+    while let Some(op) = ops.next()? {
+        match op {
+            Op::Verbatim(len) => {
+                take(&mut contents, len)?;
+            }
+            Op::Records(RecordKind::OnDisk, run) => {
+                for _ in 0..run.count {
+                    places.push(Place::take(&mut contents)?);
+                }
+            }
+            Op::Records(kind, run) => {
+                // At most 65,536 records were allowed.
+                take(&mut contents, kind.contents_bytes() * run.count as usize)?;
+            }
+        }
+    }
+    Ok(places)
+}
+
 /// Makes the stream's bytes again from a batch's contents and its program, and remembers its pages.
 pub(super) fn replay(
-    mut ops: &[u8],
-    mut contents: &[u8],
+    ops: &[u8],
+    sources: Sources<'_>,
     blocks: &mut Blocks,
     shadow: &mut Shadow,
 ) -> Result<BytesMut, DecodeError> {
-    let mut out = BytesMut::with_capacity(contents.len() + contents.len() / PAGE_BYTES * 8 + 64);
-    let mut expected_page = 0u64;
-    let (mut records, mut known) = (0u64, 0u64);
-    while let Some((&tag, rest)) = ops.split_first() {
-        ops = rest;
-        let name = if tag & OP_NAMED != 0 { Some(take_name(&mut ops)?) } else { None };
-        if tag == OP_VERBATIM {
-            let len = usize::try_from(take_varint(&mut ops)?).map_err(|_| DecodeError::Program)?;
-            out.extend_from_slice(take(&mut contents, len)?);
-            continue;
+    let mut sources = sources;
+    let len = sources.contents.len();
+    let mut out = BytesMut::with_capacity(len + len / PAGE_BYTES * 8 + 64);
+    let mut ops = OpsReader::new(ops);
+    while let Some(op) = ops.next()? {
+        match op {
+            Op::Verbatim(len) => out.extend_from_slice(take(&mut sources.contents, len)?),
+            Op::Records(kind, run) => {
+                blocks.enter(run.name);
+                run.replay(kind, &mut sources, &mut out, blocks, shadow)?;
+            }
         }
-        let delta = unzigzag(take_varint(&mut ops)?) as u64;
-        let run =
-            PageRun { name, first_page: expected_page.wrapping_add(delta), count: take_varint(&mut ops)? };
-        let kind = kind_of(tag & !OP_NAMED)?;
-        records = records.saturating_add(run.count);
-        if matches!(kind, RecordKind::Same | RecordKind::Copy) {
-            known = known.saturating_add(run.count);
-        }
-        if records > MAX_RECORDS || known > MAX_KNOWN_PAGES {
-            return Err(DecodeError::TooManyRecords);
-        }
-        expected_page = run.first_page.wrapping_add(run.count);
-        blocks.enter(run.name);
-        run.replay(kind, &mut contents, &mut out, blocks, shadow)?;
     }
-    if contents.is_empty() { Ok(out) } else { Err(DecodeError::Program) }
+    if sources.contents.is_empty() { Ok(out) } else { Err(DecodeError::Program) }
+}
+
+/// What a batch's pages are made of: its contents, and what was found at the places that it names.
+pub(super) struct Sources<'a> {
+    pub(super) contents: &'a [u8],
+    pub(super) found: &'a [bytes::Bytes],
 }
 
 fn kind_of(op: u8) -> Result<RecordKind, DecodeError> {
@@ -165,6 +264,7 @@ fn kind_of(op: u8) -> Result<RecordKind, DecodeError> {
         OP_SAME => Ok(RecordKind::Same),
         OP_DELTAS => Ok(RecordKind::Delta),
         OP_COPIES => Ok(RecordKind::Copy),
+        OP_ON_DISK => Ok(RecordKind::OnDisk),
         _ => Err(DecodeError::Program),
     }
 }
@@ -179,7 +279,7 @@ impl PageRun<'_> {
     fn replay(
         mut self,
         kind: RecordKind,
-        contents: &mut &[u8],
+        sources: &mut Sources<'_>,
         out: &mut BytesMut,
         blocks: &Blocks,
         shadow: &mut Shadow,
@@ -195,7 +295,7 @@ impl PageRun<'_> {
                 }
                 None => out.put_u64(address | flag | FLAG_CONTINUE),
             }
-            make_page(kind, blocks.key(page), contents, out, shadow)?;
+            make_page(kind, blocks.key(page), sources, out, shadow)?;
         }
         Ok(())
     }
@@ -205,7 +305,7 @@ impl PageRun<'_> {
 fn make_page(
     kind: RecordKind,
     key: Option<PageKey>,
-    contents: &mut &[u8],
+    Sources { contents, found }: &mut Sources<'_>,
     out: &mut BytesMut,
     shadow: &mut Shadow,
 ) -> Result<(), DecodeError> {
@@ -233,6 +333,12 @@ fn make_page(
             let place = take(contents, COPY_BYTES)?.try_into().map_err(|_| DecodeError::Program)?;
             let slot = Slot(u32::from_be_bytes(place));
             out.extend_from_slice(shadow.page(slot).ok_or(DecodeError::NotRemembered)?);
+        }
+        RecordKind::OnDisk => {
+            Place::take(contents)?;
+            let (page, rest) = found.split_first().ok_or(DecodeError::NotFound)?;
+            *found = rest;
+            out.extend_from_slice(page);
         }
     }
     if let Some(key) = key {
@@ -291,7 +397,7 @@ mod tests {
     use super::*;
 
     fn replay_afresh(ops: &[u8], contents: &[u8]) -> Result<BytesMut, DecodeError> {
-        replay(ops, contents, &mut Blocks::default(), &mut Shadow::new(16))
+        replay(ops, Sources { contents, found: &[] }, &mut Blocks::default(), &mut Shadow::new(16))
     }
 
     proptest! {

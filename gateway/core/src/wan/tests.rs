@@ -5,7 +5,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::memory::sample::{NEARLY, PLAIN, Record, any_sample, sample};
+use crate::memory::sample::{NEARLY, PLAIN, Record, any_sample, contents, sample};
 use crate::memory::{PAGE_BYTES, StreamPhase};
 
 const MAX_CHUNK: usize = (1 << 20) - 1024;
@@ -38,6 +38,10 @@ fn decode(chunks: &[Bytes]) -> Result<(Vec<u8>, Option<StreamEnd>), DecodeError>
         while let Some(decoded) = decoder.poll_decoded()? {
             match decoded {
                 Decoded::Bytes(bytes) => stream.extend_from_slice(&bytes),
+                Decoded::Disks(_) => {}
+                Decoded::Wanted(places) => {
+                    decoder.handle_found(vec![Bytes::from_static(&[0; PAGE_BYTES]); places.len()]);
+                }
                 Decoded::End(proof) => end = Some(proof),
             }
         }
@@ -332,4 +336,60 @@ fn an_encoder_tells_when_the_memory_is_complete() {
     assert_eq!(encoder.phase(), StreamPhase::Memory);
     encoder.handle_bytes(&bytes[bytes.len() - 11..]);
     assert_eq!(encoder.phase(), StreamPhase::DeviceState);
+}
+
+/// A stream with one page that a disk holds at part 5, and the decoder behind its first words about disks.
+fn with_a_page_on_disk(disks: usize) -> (Vec<Bytes>, Vec<u8>) {
+    let record = Record { block: 0, page: 1, seed: Some(3), spelled: false };
+    let bytes = sample(PLAIN, &[vec![record], vec![]], &[]).bytes;
+    let mut places = DiskPlaces::with_room(1);
+    places.note(5 * PAGE_BYTES as u64, &contents(3));
+    let mut given: Vec<GivenPlaces> = std::iter::repeat_with(GivenPlaces::default).take(disks - 1).collect();
+    given.push(GivenPlaces { places, after_records: 9 });
+    let encoder = StreamEncoder::new(EncoderConfig::for_chunks_of(MAX_CHUNK)).unwrap();
+    let mut encoder = encoder.with_disks(given);
+    encoder.handle_bytes(&bytes);
+    encoder.handle_end();
+    (std::iter::from_fn(|| encoder.poll_chunk()).collect(), bytes)
+}
+
+#[test]
+fn a_page_that_stands_on_a_disk_is_asked_for_there_and_refused_if_it_is_not_found() {
+    let (chunks, bytes) = with_a_page_on_disk(2);
+    let answered = |found: Vec<Bytes>| {
+        let mut decoder = StreamDecoder::new(0).unwrap();
+        decoder.handle_chunk(chunks[0].clone());
+        assert_eq!(decoder.poll_decoded().unwrap(), Some(Decoded::Disks(vec![0, 9])));
+        let wanted = Decoded::Wanted(vec![Place { disk: 1, part: 5 }]);
+        assert_eq!(decoder.poll_decoded().unwrap(), Some(wanted));
+        decoder.handle_found(found);
+        decoder.poll_decoded()
+    };
+    assert_eq!(chunks.len(), 1);
+    assert!(chunks[0].len() < 700, "{} bytes for a page on a disk", chunks[0].len());
+    let made = answered(vec![contents(3).into()]).unwrap();
+    assert!(matches!(made, Some(Decoded::Bytes(made)) if bytes.starts_with(&made)));
+    for found in [vec![], vec![Bytes::from_static(&[1; 7])], vec![contents(3).into(), contents(3).into()]] {
+        assert!(matches!(answered(found), Err(DecodeError::NotFound)));
+    }
+}
+
+#[test]
+fn places_are_of_disks_that_the_stream_is_named_by() {
+    let (chunks, _) = with_a_page_on_disk(1);
+    let first = |chunk: Vec<u8>| {
+        let mut decoder = StreamDecoder::new(0).unwrap();
+        decoder.handle_chunk(chunk.into());
+        std::iter::repeat_with(|| decoder.poll_decoded()).find(|decoded| !matches!(decoded, Ok(Some(_))))
+    };
+    // The frame of one disk has ten bytes.
+    let without = chunks[0][10..].to_vec();
+    assert!(matches!(first(without), Some(Err(DecodeError::NotFound))), "no disk was told of");
+    let twice = [&chunks[0][..10], &chunks[0][..]].concat();
+    assert!(matches!(first(twice), Some(Err(DecodeError::Program))));
+    assert!(matches!(first(vec![FRAME_DISKS, 0]), Some(Err(DecodeError::Program))));
+    assert!(matches!(first(vec![FRAME_DISKS, 2, 0, 0]), Some(Err(DecodeError::Truncated))));
+    let (of_two, _) = with_a_page_on_disk(2);
+    let of_one = [&chunks[0][..10], &of_two[0][18..]].concat();
+    assert!(matches!(first(of_one), Some(Err(DecodeError::NotFound))), "the second of one");
 }
