@@ -176,6 +176,9 @@ fn line(view: &MigrationView) -> String {
             line += &format!("  guest slowed by {} %", view.throttle_percent);
         }
     }
+    if let Some(limit) = view.disk_limit {
+        line += &format!("  disk writes limited to {}", Rate(limit));
+    }
     if let Some(eta) = view.eta_s {
         line += &format!("  ETA {eta} s");
     }

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use longhaul_core::ids::DeviceName;
-use longhaul_core::units::Bytes;
+use longhaul_core::units::{Bytes, Rate};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -125,6 +125,19 @@ fn client_node(disk: &DeviceName) -> String {
 }
 
 impl Guest {
+    /// Bounds what the guest writes to a disk, as long as QEMU lives; `None` lifts it. Nothing for a volume that is no disk
+    /// of the guest's. QMP `block_set_io_throttle`.
+    pub async fn limit_writes(&self, disk: &DeviceName, limit: Option<Rate>) -> Result<(), QmpError> {
+        let Some(device) = self.volumes.get(disk).and_then(|volume| volume.device.as_ref()) else {
+            return Ok(());
+        };
+        let written = limit.map_or(0, |limit| limit.0);
+        let limits = json!({
+            "id": format!("{device}/virtio-backend"), "bps": 0, "bps_rd": 0, "bps_wr": written, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        });
+        self.qmp.execute("block_set_io_throttle", limits).await.map(drop)
+    }
+
     /// Starts to mirror `disk` into export `export` of the NBD server at `path`. A target that fails
     /// pauses the mirror instead of ending it. QMP `blockdev-add`, `blockdev-mirror`.
     pub async fn mirror_start(

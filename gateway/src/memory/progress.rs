@@ -54,7 +54,7 @@ pub struct SourceProgress {
 }
 
 impl SourceProgress {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             phase: StreamPhase::Memory,
             connected: false,

@@ -20,6 +20,7 @@ use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetDisk;
 use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::convergence::Progress;
+use longhaul_core::migration::disk_pace::DiskPace;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
 use longhaul_core::units::{Bytes, Rate};
@@ -36,7 +37,7 @@ use crate::hypervisor::{
 use crate::journal::JournalError;
 use crate::link::PeerHandle;
 use crate::memory::kept::digest;
-use crate::memory::{MemorySource, SourceConfig, SourceHandle};
+use crate::memory::{MemorySource, SourceConfig, SourceHandle, SourceProgress};
 use crate::naming::NamedBy;
 
 /// How often progress is measured.
@@ -147,6 +148,7 @@ async fn copy(
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
     let mut goodput = Goodput::up_to(Rate::mbit(leaf.edges.config.link.rate_mbit));
+    let (mut pace, began) = (DiskPace::new(), Instant::now());
     let mut sync = LastSync::default();
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
@@ -179,6 +181,9 @@ async fn copy(
             None => None,
         };
         let rate = goodput.look(&peer);
+        if let Some(limit) = pace.handle_left(began.elapsed(), Bytes(disks.left), Bytes(disks.sent)) {
+            slow_disks(leaf, guest, row, transfer.max_throttle_percent.is_some(), limit).await?;
+        }
         let unacknowledged = disks.unacknowledged + memory.as_ref().map_or(0, |(pump, _)| pump.backlog.0);
         let mut progress = Progress {
             goodput: rate,
@@ -195,7 +200,7 @@ async fn copy(
             progress.dirty_rate = Rate(info.dirty_pages_per_s * info.page_size.0);
             progress.round = info.dirty_sync_count;
             progress.since_sync = sync.look(info.dirty_sync_count);
-            progress.reduction_permille = reduction(pump.original, pump.wire);
+            progress.reduction_permille = reduction(pump);
             show_memory(leaf, pump);
             if info.status == MigrationStatus::PreSwitchover {
                 leaf.report(Event::SwitchoverReached).await;
@@ -298,6 +303,8 @@ struct Disks {
     copied: u64,
     total: u64,
     same: u64,
+    left: u64,
+    sent: u64,
     unacknowledged: u64,
     in_step: bool,
 }
@@ -336,7 +343,7 @@ async fn check_mirrors(guest: &Guest, transfer: &Transfer) -> Result<(), Refusal
 
 /// The disk whose copy has ended is an error.
 fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
-    let mut sum = Disks { copied: 0, total: 0, same: 0, unacknowledged: 0, in_step: true };
+    let mut sum = Disks { copied: 0, total: 0, same: 0, left: 0, sent: 0, unacknowledged: 0, in_step: true };
     for (at, (_, disk)) in transfer.disks.iter().enumerate() {
         let progress = disk.progress();
         if progress.has_changed().is_err() {
@@ -346,10 +353,31 @@ fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
         sum.copied += progress.copied_bytes;
         sum.same += progress.counters.same_bytes;
         sum.total += progress.total_bytes;
+        sum.sent += progress.counters.chunk_bytes;
+        sum.left += progress.owed_bytes + progress.queued_bytes;
         sum.unacknowledged += progress.queued_bytes + progress.unacknowledged_bytes;
         sum.in_step &= progress.in_step;
     }
     Ok(sum)
+}
+
+/// The guest writes its disks as fast as they are sent.
+async fn slow_disks(
+    leaf: &SourceLeaf,
+    guest: &Guest,
+    row: &MachineRow,
+    allowed: bool,
+    limit: Rate,
+) -> Result<(), Refusal> {
+    if !allowed {
+        return Err(Refusal::Diverges("the guest writes its disks as fast as they are sent".into()));
+    }
+    tracing::warn!(vm = %leaf.attempt.vm, %limit, "the guest writes its disks as fast as they are sent, and may write less until the move ends");
+    for volume in row.definition.volumes() {
+        guest.limit_writes(volume.name, Some(limit)).await.map_err(hypervisor_failed)?;
+    }
+    leaf.viewer.change(|view| view.disk_limit = Some(limit.0));
+    Ok(())
 }
 
 /// Worth a word when it begins: the guest's users feel it.
@@ -382,7 +410,7 @@ fn show(leaf: &SourceLeaf, progress: &Progress, disks: &Disks, memory_total: u64
 }
 
 /// The rounds so far, as the pump counts them.
-pub(super) fn show_memory(leaf: &SourceLeaf, pump: &crate::memory::SourceProgress) {
+pub(super) fn show_memory(leaf: &SourceLeaf, pump: &SourceProgress) {
     leaf.viewer.change(|view| {
         view.rounds = pump.rounds.iter().map(|each| round(each.bytes.0, each.pages, each.elapsed)).collect();
     });
@@ -394,11 +422,22 @@ pub(super) fn age(at: Duration) -> Duration {
     now.saturating_sub(at)
 }
 
-fn reduction(original: Bytes, wire: Bytes) -> u32 {
-    if original.0 < 1 << 20 {
-        return 1000;
+/// What the link gets of what QEMU still writes. Pages that are sent again are those that changed: as long as none were, less
+/// than half is not hoped for, however little the others took that the destination knew.
+fn reduction(pump: &SourceProgress) -> u32 {
+    const SEEN: u64 = 1 << 20;
+    const HOPED_PERMILLE: u32 = 500;
+    let permille = |bytes: u64, wire_bytes: u64| match bytes {
+        0..SEEN => 1000,
+        bytes => (wire_bytes.saturating_mul(1000) / bytes).clamp(1, 1100) as u32,
+    };
+    let again = pump.rounds.iter().skip(1);
+    let (bytes, wire_bytes) =
+        again.fold((0, 0), |(bytes, wire), round| (bytes + round.bytes.0, wire + round.wire_bytes.0));
+    match bytes {
+        SEEN.. => permille(bytes, wire_bytes),
+        _ => permille(pump.original.0, pump.wire.0).max(HOPED_PERMILLE),
     }
-    (wire.0.saturating_mul(1000) / original.0).clamp(1, 1100) as u32
 }
 
 /// What the link carries to the peer, from what it has sent: the best second of the last two, because
@@ -493,4 +532,26 @@ fn link_failed(error: impl std::error::Error) -> Refusal {
 
 fn socket_failed(error: io::Error) -> Refusal {
     Refusal::Other(Refusal::text(format!("A socket for QEMU could not be made: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Round;
+
+    #[test]
+    fn what_changed_is_expected_to_shrink_as_what_changed_did_and_not_as_what_was_known() {
+        let mib = |count: u64| Bytes(count << 20);
+        let round = |bytes, wire_bytes| Round { bytes, wire_bytes, ..Round::default() };
+        let sent =
+            |original, wire, rounds| SourceProgress { original, wire, rounds, ..SourceProgress::new() };
+        assert_eq!(reduction(&sent(Bytes(1000), Bytes(100), vec![])), 1000, "nothing is known");
+        let known = round(mib(100), mib(5));
+        assert_eq!(reduction(&sent(mib(100), mib(5), vec![known])), 500);
+        assert_eq!(reduction(&sent(mib(100), mib(70), vec![round(mib(100), mib(70))])), 700);
+        assert_eq!(
+            reduction(&sent(mib(108), mib(7), vec![known, round(mib(4), mib(1)), round(mib(4), mib(1))])),
+            250
+        );
+    }
 }

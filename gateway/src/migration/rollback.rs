@@ -151,9 +151,13 @@ pub(crate) async fn end_what_is_left(guest: &Guest, row: &MachineRow) -> Result<
     Ok(())
 }
 
+/// And what their guest may write, which is its own again.
 async fn end_mirrors(guest: &Guest, row: &MachineRow) {
     let vm = &row.definition.name;
     for volume in row.definition.volumes() {
+        if let Err(error) = guest.limit_writes(volume.name, None).await {
+            tracing::warn!(%vm, disk = %volume.name, error = chain(&error), "the limit of its writes could not be lifted");
+        }
         if let Err(error) = guest.mirror_abort(volume.name, true, QEMU_LIMIT).await {
             tracing::warn!(%vm, disk = %volume.name, error = chain(&error), "mirror could not be ended");
         }

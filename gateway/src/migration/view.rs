@@ -40,6 +40,7 @@ impl Viewer {
             round: 0,
             dirty_rate: 0,
             throttle_percent: 0,
+            disk_limit: None,
             limit_mbit: None,
             eta_s: None,
             rounds: Vec::new(),

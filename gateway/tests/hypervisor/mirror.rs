@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use gateway::hypervisor::{Access, Guest, JobState, MirrorMode, QmpError, StartMode};
 use longhaul_core::ids::DeviceName;
+use longhaul_core::units::Rate;
 use serde_json::json;
 
 use super::site::*;
@@ -58,4 +59,25 @@ async fn a_target_that_a_killed_gateway_left_is_taken_away_and_the_disk_is_mirro
     assert!(refused.to_string().contains("Duplicate"), "{refused}");
     source.mirror_abort(&root, true, LIMIT).await.unwrap();
     source.mirror_start(&root, &nbd, "root", MirrorMode::None).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_guest_may_write_to_a_disk_is_bounded_and_its_own_again() {
+    let Some(site) = Site::new().await else { return };
+    let (guest, _) = site.running(&web1()).await;
+    let bound = async || {
+        let disks = guest.qmp().execute("query-block", json!({})).await.unwrap();
+        let bound = |disk: &serde_json::Value| {
+            let inserted = &disk["inserted"];
+            (inserted["bps_wr"].as_u64().unwrap_or(0), inserted["bps_rd"].as_u64().unwrap_or(0))
+        };
+        disks.as_array().unwrap().iter().map(bound).filter(|bound| *bound != (0, 0)).collect::<Vec<_>>()
+    };
+    assert_eq!(bound().await, []);
+    guest.limit_writes(&disk("root"), Some(Rate(1 << 20))).await.unwrap();
+    assert_eq!(bound().await, [(1 << 20, 0)], "of one disk, and not what it reads");
+    guest.limit_writes(&disk("root"), None).await.unwrap();
+    assert_eq!(bound().await, []);
+    guest.limit_writes(&disk("nowhere"), None).await.expect("no disk of the guest's");
+    guest.quit(LIMIT).await.unwrap();
 }

@@ -4,7 +4,7 @@
 //! of the WAN. The gateway knows the goodput, what is still unacknowledged, what reduction leaves of
 //! a page, and how far the disks are, so it predicts the pause and stops the guest when the
 //! prediction meets the budget, or when another round no longer shortens it (Clark 2005, section
-//! 3.3). It deliberately does not throttle the guest.
+//! 3.3), or gives up if it may not be slowed down. Slowing it down is QEMU's and [`super::disk_pace`]'s.
 
 use std::time::Duration;
 
@@ -46,11 +46,18 @@ pub struct PauseBudget {
     /// Rounds after which a pause between target and limit is taken when it no longer shrinks
     /// (default 4).
     pub rounds: u64,
+    /// Give up when no round gets below the limit, because the guest may not be slowed down (default false: go on).
+    pub gives_up: bool,
 }
 
 impl Default for PauseBudget {
     fn default() -> Self {
-        Self { target: Duration::from_millis(300), limit: Duration::from_secs(30), rounds: 4 }
+        Self {
+            target: Duration::from_millis(300),
+            limit: Duration::from_secs(30),
+            rounds: 4,
+            gives_up: false,
+        }
     }
 }
 
@@ -61,6 +68,8 @@ pub enum Decision {
     Continue,
     /// Stop the guest now; the pause should be about this long.
     Stop(Duration),
+    /// No round will get below this pause, which is longer than allowed.
+    GiveUp(Duration),
 }
 
 /// Follows the rounds of one migration.
@@ -110,6 +119,9 @@ impl Convergence {
         let at_the_bottom = self.shortest_in_last.is_some_and(|least| pause <= least * 11 / 10);
         if no_more_gain && at_the_bottom && pause <= budget.limit {
             return Decision::Stop(pause);
+        }
+        if no_more_gain && budget.gives_up {
+            return Decision::GiveUp(pause);
         }
         Decision::Continue
     }
@@ -206,6 +218,25 @@ mod tests {
             matches!(convergence.decide(&progress(*round, 30 << 20), &budget), Decision::Stop(_))
         });
         assert!(stopped.is_some());
+    }
+
+    #[test]
+    fn a_guest_that_may_not_be_slowed_down_and_never_gets_below_the_limit_is_given_up() {
+        let mut convergence = Convergence::default();
+        let budget = PauseBudget { limit: Duration::from_secs(1), gives_up: true, ..PauseBudget::default() };
+        let ended = (1..100).find_map(|round| match convergence.decide(&progress(round, 1 << 30), &budget) {
+            Decision::GiveUp(pause) => Some((round, pause)),
+            Decision::Continue | Decision::Stop(_) => None,
+        });
+        let (round, pause) = ended.expect("it is given up");
+        assert!(round > budget.rounds && round < 10 && pause > budget.limit, "{round} {pause:?}");
+        let mut shrinking = Convergence::default();
+        for round in 1..20 {
+            assert!(!matches!(
+                shrinking.decide(&progress(round, (1 << 36) >> round), &budget),
+                Decision::GiveUp(_)
+            ));
+        }
     }
 
     #[test]

@@ -227,6 +227,9 @@ pub enum Refusal {
     /// The guest was paused for longer than it may be, and runs again at the source.
     #[error("Guest stood still past its pause budget and was resumed")]
     PauseBudget,
+    /// The guest changes itself faster than the link carries it, and may not be slowed down.
+    #[error("The copy never ends, because {0}: allow it to be slowed down, or move it when it does less")]
+    Diverges(String),
 }
 
 impl Proposal {

@@ -53,6 +53,7 @@
 pub mod arbiter;
 pub mod convergence;
 pub mod destination;
+pub mod disk_pace;
 pub mod generation;
 pub mod late;
 pub mod ledger;

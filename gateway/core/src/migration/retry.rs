@@ -59,6 +59,7 @@ fn passes(number: u32, why: &Refusal, site: &SiteName) -> bool {
         | Refusal::Hypervisor(_)
         | Refusal::Operator
         | Refusal::PeerMisbehaved(_)
+        | Refusal::Diverges(_)
         | Refusal::Other(_) => false,
     }
 }

@@ -431,6 +431,9 @@ impl Source {
                 self.state = State::Parking { stopped_at: None, predicted, loaded: false };
                 Step::act(vec![Action::Park])
             }
+            Decision::GiveUp(pause) => self.give_up(Refusal::Diverges(format!(
+                "the guest changes its memory as fast as it is sent, and would stand still for {pause:.1?}"
+            ))),
         }
     }
 
