@@ -119,6 +119,86 @@ fn refused_as_too_large(scene: &Scene) -> u64 {
     fields.find(|(name, _)| *name == "FragFails").unwrap().1.parse().unwrap()
 }
 
+/// What no transport repeats, to one of the machine's addresses.
+struct Unrepeated {
+    to: IpAddr,
+    small: Datagrams,
+    /// Three fragments each way, at 1500 bytes.
+    large: Datagrams,
+    pings: Pings,
+}
+
+impl Unrepeated {
+    fn start(scene: &Scene, to: IpAddr) -> Self {
+        let client = &scene.world.client;
+        let udp = SocketAddr::new(to, UDP_PORT);
+        let small = Datagrams::start(client, udp, 200, BEAT);
+        let large = Datagrams::start(client, udp, 4000, Duration::from_millis(100));
+        Self { to, small, large, pings: Pings::start(client, to) }
+    }
+
+    fn datagrams(&self) -> [(&str, &Datagrams); 2] {
+        [("datagrams", &self.small), ("fragmented datagrams", &self.large)]
+    }
+
+    async fn lived_through(&self, scene: &Scene, view: &MigrationView) {
+        let Self { to, pings, .. } = self;
+        later(&self.small).await;
+        for (what, datagrams) in self.datagrams() {
+            let (tally, missing) = (datagrams.tally(), datagrams.missing());
+            println!("{what} to {to} during the move: {tally:?}, missing {missing:?}");
+            scene.keep_logs();
+            assert!(tally.answered > 100, "{what} to {to}: {tally:?}");
+            assert_only_what_the_guest_held_is_missing(&missing, view);
+        }
+        self.pinged(3, "after the move").await;
+        println!("pings to {to} were silent for {:?} at most", pings.longest_silence());
+        assert!(pings.longest_silence() < RESTART, "{to}: {:?}", pings.longest_silence());
+    }
+
+    async fn pinged(&self, more: u64, when: &str) {
+        let before = self.pings.answered();
+        let answered = || (self.pings.answered() > before + more).then_some(());
+        wait(&format!("pings of {} {when}", self.to), 20 * SECOND, answered).await;
+    }
+
+    /// All of it goes on, and then ends.
+    async fn end(self) {
+        let to = self.to;
+        for (what, datagrams) in self.datagrams() {
+            let before = datagrams.tally().answered;
+            let goes_on = || (datagrams.tally().answered > before + 20).then_some(());
+            wait(&format!("{what} to {to} after the restarts"), 20 * SECOND, goes_on).await;
+            let tally = datagrams.end();
+            assert_eq!((tally.corrupt, tally.doubled), (0, 0), "{what} to {to}: {tally:?}");
+        }
+        self.pinged(10, "after the restarts").await;
+        self.pings.end();
+    }
+}
+
+/// The machine moves to site b.
+async fn moved_to_b(scene: &Scene) -> MigrationView {
+    let id = scene.begin_move().await.unwrap();
+    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Moved, "{:?}\n{}", view.reason, scene.a.log_tail());
+    view
+}
+
+/// From here on the path from the core to the client takes less than the guest sends, which must hear of that. Gives
+/// connections of before and after the move to the two addresses, opened now.
+async fn connect_over_a_narrow_path(
+    scene: &Scene,
+    home: IpAddr,
+    care_of: IpAddr,
+) -> [(&'static str, Client); 2] {
+    scene.world.net.ip(&[format!("route add {CLIENT}/32 dev client0 mtu lock {NARROW_MTU}")]).unwrap();
+    let clients = [("opened after it", connect(scene, home).await), ("at b", connect(scene, care_of).await)];
+    let refused = || (refused_as_too_large(scene) > 0).then_some(());
+    wait("a packet that the narrow path refused", 20 * SECOND, refused).await;
+    clients
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_restarts() {
     let Some(_turn) = turn().await else { return };
@@ -127,78 +207,53 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         quiet_s: 60,
         strict_guest: true,
         dhcp_client: true,
+        dual_stack: true,
         ..SceneOptions::small("continuity")
     };
     let mut scene = build(options).await;
     scene.start_guest().await.unwrap();
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let mut beside = Beside::start(&scene).await;
-    let client = &scene.world.client;
     let old = connect(&scene, home).await;
-    let udp = SocketAddr::new(home, UDP_PORT);
-    let small = Datagrams::start(client, udp, 200, BEAT);
-    // Three fragments each way, at 1500 bytes.
-    let large = Datagrams::start(client, udp, 4000, Duration::from_millis(100));
-    let pings = Pings::start(client, home);
-    let requests = Requests::start(client, SocketAddr::new(home, IDLE_PORT), Duration::from_millis(5));
+    let requests =
+        Requests::start(&scene.world.client, SocketAddr::new(home, IDLE_PORT), Duration::from_millis(5));
+    let unrepeated = [home, scene.home6().unwrap()].map(|to| Unrepeated::start(&scene, to));
 
-    let id = scene.begin_move().await.unwrap();
-    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
-    assert_eq!(view.progressing, Progressing::Moved, "{:?}\n{}", view.reason, scene.a.log_tail());
-    later(&small).await;
+    let view = moved_to_b(&scene).await;
+    later(&unrepeated[0].small).await;
     let requests = requests.end();
     println!("short connections by the old address: {requests:?}");
     assert!(requests.answered > 100, "{requests:?}");
     assert_eq!(requests.failed, [] as [String; 0]);
-    for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
-        let (tally, missing) = (datagrams.tally(), datagrams.missing());
-        println!("{what} during the move: {tally:?}, missing {missing:?}");
-        scene.keep_logs();
-        assert!(tally.answered > 100, "{what}: {tally:?}");
-        assert_only_what_the_guest_held_is_missing(&missing, &view);
+    for each in &unrepeated {
+        each.lived_through(&scene, &view).await;
     }
-
-    let answered = pings.answered();
-    wait("pings after the move", 20 * SECOND, || (pings.answered() > answered + 3).then_some(())).await;
-    println!("pings were silent for {:?} at most", pings.longest_silence());
-    assert!(pings.longest_silence() < RESTART, "{:?}", pings.longest_silence());
-
     beside.goes_on(&scene, "b", home, care_of).await;
     beside.goes_on(&scene, "b", care_of, care_of).await;
 
-    // From here on the path from the core to the client takes less than the guest sends: it must hear of that.
-    scene.world.net.ip(&[format!("route add {CLIENT}/32 dev client0 mtu lock {NARROW_MTU}")]).unwrap();
-    let narrow = connect(&scene, home).await;
-    let at_b = connect(&scene, care_of).await;
-    let refused = || (refused_as_too_large(&scene) > 0).then_some(());
-    wait("a packet that the narrow path refused", 20 * SECOND, refused).await;
-    later(&small).await;
+    let narrow = connect_over_a_narrow_path(&scene, home, care_of).await;
+    later(&unrepeated[0].small).await;
+    cut_and_restart(&mut scene, &unrepeated[0].small).await;
 
-    cut_and_restart(&mut scene, &small).await;
-
-    // All of it goes on.
-    for (what, datagrams) in [("datagrams", &small), ("fragmented datagrams", &large)] {
-        let before = datagrams.tally().answered;
-        let goes_on = || (datagrams.tally().answered > before + 20).then_some(());
-        wait(&format!("{what} after the restarts"), 20 * SECOND, goes_on).await;
-        let tally = datagrams.end();
-        assert_eq!((tally.corrupt, tally.doubled), (0, 0), "{what}: {tally:?}");
+    for each in unrepeated {
+        each.end().await;
     }
-    let answered = pings.answered();
-    wait("pings after the restarts", 20 * SECOND, || (pings.answered() > answered + 10).then_some(())).await;
-    pings.end();
     beside.end(&scene).await;
-    for (what, client) in [("opened before the move", old), ("opened after it", narrow), ("at b", at_b)] {
-        let report = client.finish().await.unwrap();
-        let (record, idle, download) =
-            (report.record.unwrap(), report.idle.unwrap(), report.download.unwrap());
-        println!("{what}: {} records, silences {:?}", record.received, record.gaps);
-        assert!(record.content_ok, "{what}: {:?}", record.error);
-        assert!(idle.content_ok, "{what}: {idle:?}");
-        assert!(download.content_ok, "{what}: {download:?}");
+    for (what, client) in [("opened before the move", old)].into_iter().chain(narrow) {
+        whole(what, client).await;
     }
     scene.keep_logs();
     close(scene);
+}
+
+/// Ends a client's connections of every kind and looks whether they had lived.
+async fn whole(what: &str, client: Client) {
+    let report = client.finish().await.unwrap();
+    let (record, idle, download) = (report.record.unwrap(), report.idle.unwrap(), report.download.unwrap());
+    println!("{what}: {} records, silences {:?}", record.received, record.gaps);
+    assert!(record.content_ok, "{what}: {:?}", record.error);
+    assert!(idle.content_ok, "{what}: {idle:?}");
+    assert!(download.content_ok, "{what}: {download:?}");
 }
 
 /// Where site a's NAT puts its gateway after its provider has given it another address.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,7 +43,9 @@ pub struct Tally {
 impl Datagrams {
     /// Sends one of `bytes` every `interval`.
     pub fn start(from: &Namespace, to: SocketAddr, bytes: usize, interval: Duration) -> Self {
-        let socket = from.udp_socket("0.0.0.0:0".parse().unwrap()).unwrap();
+        let any: IpAddr =
+            if to.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        let socket = from.udp_socket(SocketAddr::new(any, 0)).unwrap();
         socket.connect(to).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let (state, quit) = (Arc::<Mutex<Exchange>>::default(), Arc::<AtomicBool>::default());
@@ -134,7 +136,7 @@ pub struct Pings {
 }
 
 impl Pings {
-    pub fn start(from: &Namespace, to: std::net::IpAddr) -> Self {
+    pub fn start(from: &Namespace, to: IpAddr) -> Self {
         let mut command = Command::new("ping");
         // With the time before each line, and a line for each that was not answered (`-D`, `-O`).
         command.args(["-n", "-D", "-O", "-i", "0.2", "-M", "do", "-s", "1200", &to.to_string()]);
