@@ -22,13 +22,15 @@ mod probes;
 mod quic;
 #[path = "support/scenes.rs"]
 mod scenes;
+#[path = "support/upload.rs"]
+mod upload;
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::migration::Stage;
-use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT};
+use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT, UPLOAD_PORT};
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::scene::{SECOND_VM, Scene, VM};
 use netns_tests::scenario::traffic::Client;
@@ -39,6 +41,7 @@ use netns_tests::wan::PacketMatch;
 use beside::{Beside, lived, through};
 use probes::{Datagrams, Pings, Requests};
 use scenes::{build, close, state, state_of, turn, wait};
+use upload::Upload;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
@@ -215,11 +218,13 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let mut beside = Beside::start(&scene).await;
     let old = connect(&scene, home).await;
+    let upload = Upload::start(&scene.world.client, SocketAddr::new(home, UPLOAD_PORT)).await;
     let requests =
         Requests::start(&scene.world.client, SocketAddr::new(home, IDLE_PORT), Duration::from_millis(5));
     let unrepeated = [home, scene.home6().unwrap()].map(|to| Unrepeated::start(&scene, to));
 
     let view = moved_to_b(&scene).await;
+    let uploaded = upload.sent();
     later(&unrepeated[0].small).await;
     let requests = requests.end();
     println!("short connections by the old address: {requests:?}");
@@ -235,6 +240,9 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     later(&unrepeated[0].small).await;
     cut_and_restart(&mut scene, &unrepeated[0].small).await;
 
+    let all = upload.end().await.unwrap();
+    println!("an upload: {uploaded} bytes until the machine had moved, {all} in all");
+    assert!(uploaded > 1 << 20 && all > uploaded + (1 << 20), "{uploaded} of {all}");
     for each in unrepeated {
         each.end().await;
     }

@@ -8,7 +8,7 @@
 //!      ──▶ thread "disk"    owns Dirt     (rewrite blocks)    ◀─┤ commands, each with a channel for its answer
 //!      ──▶ thread "memory"  owns Region   (touch pages)       ◀─┤
 //!      ──▶ tokio: control (HTTP) ───────────────────────────────┘
-//!                 record exchange, idle echo, download, relay, UDP echo, QUIC echo
+//!                 record exchange, idle echo, download, upload, relay, UDP echo, QUIC echo
 //! ```
 
 pub mod client;
@@ -25,6 +25,7 @@ pub mod pattern;
 pub mod quic;
 pub mod relay;
 pub mod service;
+pub mod upload;
 pub mod worker;
 
 pub use service::{AgentOptions, agent_main};
@@ -44,3 +45,5 @@ pub const UDP_PORT: u16 = 7004;
 pub const RELAY_PORT: u16 = 7005;
 /// UDP port of the QUIC echo.
 pub const QUIC_PORT: u16 = 7006;
+/// Port of the upload, see [`upload`].
+pub const UPLOAD_PORT: u16 = 7007;

@@ -19,8 +19,8 @@ use super::dirt::Dirt;
 use super::memory::Region;
 use super::worker::{DiskTask, LogTask, MemoryTask, Worker};
 use super::{
-    CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, QUIC_PORT, RECORD_PORT, RELAY_PORT, UDP_PORT, download, exchange,
-    quic, relay,
+    CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, QUIC_PORT, RECORD_PORT, RELAY_PORT, UDP_PORT, UPLOAD_PORT,
+    download, exchange, quic, relay, upload,
 };
 
 /// Arguments of the service. In the guest they come from `lab.agent=A,B,C` on the kernel's command line.
@@ -79,6 +79,7 @@ async fn serve(options: AgentOptions) -> Result<()> {
     let downloads = listen(port(DOWNLOAD_PORT))?;
     let controls = listen(port(CONTROL_PORT))?;
     let relays = listen(port(RELAY_PORT))?;
+    let uploads = listen(port(UPLOAD_PORT))?;
     let udp =
         UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port(UDP_PORT))).await.context("Cannot bind the UDP port")?;
     setsockopt(&udp, sockopt::RcvBufForce, &UDP_BUFFER_BYTES)
@@ -93,6 +94,7 @@ async fn serve(options: AgentOptions) -> Result<()> {
         result = accept(records, Some(Arc::clone(&counters)), exchange::serve_records) => result?,
         result = accept(idle, Some(Arc::clone(&counters)), idle_answer) => result?,
         result = accept(downloads, Some(Arc::clone(&counters)), download::serve) => result?,
+        result = accept(uploads, Some(Arc::clone(&counters)), upload::serve) => result?,
         result = accept(relays, Some(counters), relay::serve) => result?,
         result = accept(controls, None, move |stream| control.clone().serve(stream)) => result?,
         result = exchange::serve_udp(udp) => result?,

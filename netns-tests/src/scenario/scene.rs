@@ -13,7 +13,9 @@ use super::gateway::{CARE_OF, Gateway, PORT, SiteFiles};
 use super::names::{Names, ZONE};
 use super::options::SceneOptions;
 use super::programs::Programs;
-use crate::agent::{CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, QUIC_PORT, RECORD_PORT, RELAY_PORT, UDP_PORT};
+use crate::agent::{
+    CONTROL_PORT, DOWNLOAD_PORT, IDLE_PORT, QUIC_PORT, RECORD_PORT, RELAY_PORT, UDP_PORT, UPLOAD_PORT,
+};
 use crate::cleanup::Lab;
 use crate::guest::boot::{BootOptions, Nic, READY, failure};
 use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
@@ -374,7 +376,7 @@ impl Scene {
 
 /// TCP ports of the guest that the sites' firewalls admit.
 pub fn guest_ports() -> Vec<u16> {
-    vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT, RELAY_PORT]
+    vec![80, CONTROL_PORT, RECORD_PORT, IDLE_PORT, DOWNLOAD_PORT, RELAY_PORT, UPLOAD_PORT]
 }
 
 /// Waits until a guest's console says that it serves.
