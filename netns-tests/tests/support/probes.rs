@@ -2,7 +2,7 @@
 //! or process inside the client's namespace until it is ended.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,11 +11,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use netns_tests::netns::Namespace;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 /// How long the answer to a short connection may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Short connections that are open at once.
-const WORKERS: usize = 8;
 
 /// Numbered datagrams to an echo.
 pub struct Datagrams {
@@ -173,65 +174,91 @@ impl Pings {
     }
 }
 
-/// Connections that ask once.
+/// Connections that ask once, each opened when its time has come, however many are still waiting.
 pub struct Requests {
     quit: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<Answers>>,
+    thread: JoinHandle<Answers>,
 }
 
 /// What became of them.
 #[derive(Debug, Default)]
 pub struct Answers {
+    /// When each was opened.
+    pub opened: Vec<SystemTime>,
+    /// From the first one's opening to the last one's answer.
+    pub took: Duration,
     pub answered: u64,
+    pub slowest: Duration,
     pub failed: Vec<String>,
 }
 
 impl Requests {
-    /// Opens one every `interval`, as long as answers come as fast.
+    /// Opens one every `interval`.
     pub fn start(from: &Namespace, to: SocketAddr, interval: Duration) -> Self {
         let quit = Arc::<AtomicBool>::default();
-        let work = |_| {
-            let (quit, from) = (quit.clone(), from.clone());
-            std::thread::spawn(move || {
-                let asking = || ask_until(to, interval * WORKERS as u32, &quit);
-                from.run(asking).unwrap()
-            })
-        };
-        let threads = (0..WORKERS).map(work).collect();
-        Self { quit, threads }
+        let (ended, from) = (quit.clone(), from.clone());
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            from.run(|| runtime.block_on(ask_until(to, interval, &ended))).unwrap()
+        });
+        Self { quit, thread }
     }
 
+    /// Opens no more, and waits for what is still to be answered.
     pub fn end(self) -> Answers {
         self.quit.store(true, Ordering::Relaxed);
-        let mut all = Answers::default();
-        for thread in self.threads {
-            let answers = thread.join().unwrap();
-            all.answered += answers.answered;
-            all.failed.extend(answers.failed);
-        }
-        all
+        self.thread.join().unwrap()
     }
 }
 
-fn ask_until(to: SocketAddr, interval: Duration, quit: &AtomicBool) -> Answers {
-    let mut answers = Answers::default();
-    while !quit.load(Ordering::Relaxed) {
-        let began = Instant::now();
-        match ask_once(to) {
-            Ok(()) => answers.answered += 1,
-            Err(error) => answers.failed.push(error.to_string()),
-        }
-        std::thread::sleep(interval.saturating_sub(began.elapsed()));
+impl Answers {
+    /// Answers a second, from the first opening to the last answer.
+    pub fn rate(&self) -> f64 {
+        self.answered as f64 / self.took.as_secs_f64()
     }
+
+    fn take(&mut self, answer: std::io::Result<Duration>) {
+        match answer {
+            Ok(took) => {
+                self.answered += 1;
+                self.slowest = self.slowest.max(took);
+            }
+            Err(error) => self.failed.push(error.to_string()),
+        }
+    }
+}
+
+async fn ask_until(to: SocketAddr, interval: Duration, quit: &AtomicBool) -> Answers {
+    let mut answers = Answers::default();
+    let began = Instant::now();
+    // Those that were due while this thread did not run are opened at once: the rate holds.
+    let mut clock = tokio::time::interval(interval);
+    let mut asked = JoinSet::new();
+    while !quit.load(Ordering::Relaxed) {
+        clock.tick().await;
+        answers.opened.push(SystemTime::now());
+        asked.spawn(ask_once(to));
+        while let Some(answer) = asked.try_join_next() {
+            answers.take(answer.unwrap());
+        }
+    }
+    while let Some(answer) = asked.join_next().await {
+        answers.take(answer.unwrap());
+    }
+    answers.took = began.elapsed();
     answers
 }
 
-fn ask_once(to: SocketAddr) -> std::io::Result<()> {
-    let mut stream = std::net::TcpStream::connect_timeout(&to, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(b"short\n")?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    if answer.ends_with(" short\n") { Ok(()) } else { Err(std::io::Error::other(answer)) }
+async fn ask_once(to: SocketAddr) -> std::io::Result<Duration> {
+    let began = Instant::now();
+    let exchange = async {
+        let mut stream = TcpStream::connect(to).await?;
+        stream.write_all(b"short\n").await?;
+        stream.shutdown().await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        if answer.ends_with(" short\n") { Ok(()) } else { Err(std::io::Error::other(answer)) }
+    };
+    tokio::time::timeout(PATIENCE, exchange).await??;
+    Ok(began.elapsed())
 }
