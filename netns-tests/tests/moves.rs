@@ -13,7 +13,8 @@ mod failing;
 #[path = "support/scenes.rs"]
 mod scenes;
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -29,6 +30,7 @@ use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::names::{Names, Secondary};
 use netns_tests::scenario::options::{DnsServer, SceneOptions};
+use netns_tests::scenario::outside::attracts;
 use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
 use serde_json::{Value, json};
 
@@ -274,7 +276,8 @@ async fn a_name_in_debians_bind_follows_the_machine_and_gets_its_ttl_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secondary_that_has_not_heard_keeps_the_tunnel_and_what_a_reboot_would_break_is_said() {
     let Some(_turn) = turn().await else { return };
-    let mut scene = build(options("stale")).await;
+    let tunnel = vec![format!("idle_s = {IDLE_S}")];
+    let mut scene = build(SceneOptions { tunnel, ..options("stale") }).await;
     let (name, home) = (Scene::name(), scene.home().unwrap());
     let mut secondary = scene.names.lagging_secondary(&name, home, scene.options.ttl_s).unwrap();
     let file = scene.a.folder.join("site.toml");
@@ -296,11 +299,19 @@ async fn a_secondary_that_has_not_heard_keeps_the_tunnel_and_what_a_reboot_would
     scene.start_guest().await.unwrap();
     let to = SocketAddr::new(home, IDLE_PORT);
     let connection = scene.world.client.tcp_connect(to, 5 * SECOND).unwrap();
+    let said = spoken(&connection).unwrap();
     moved(&scene).await;
+    assert_eq!(spoken(&connection).unwrap(), said);
+    wait_for_anchor(&scene, |anchor| anchor.flows >= 1).await;
     wait_for_anchor(&scene, |anchor| anchor.names_behind == [Secondary::address().to_string()]).await;
     // Longer than every TTL there is.
     tokio::time::sleep(8 * SECOND).await;
     wait_for_anchor(&scene, |anchor| anchor.names == "moved" && anchor.closed_ms.is_none()).await;
+
+    // A connection that was silent for longer than `idle_s` counts as ended. But the tunnel stays for the secondary's sake,
+    // so that it lives and counts again once it speaks.
+    wait_for_anchor(&scene, |anchor| anchor.flows == 0 && anchor.closed_ms.is_none()).await;
+    assert_eq!(spoken(&connection).unwrap(), said);
 
     // The connection is this host's to break, and it says so.
     wait_for_anchor(&scene, |anchor| anchor.flows >= 1).await;
@@ -308,20 +319,36 @@ async fn a_secondary_that_has_not_heard_keeps_the_tunnel_and_what_a_reboot_would
     let reboot = findings.iter().find(|finding| finding.check == "reboot").unwrap();
     assert!(reboot.ok && reboot.detail.contains("web1 ("), "{reboot:?}");
     let held_off = || std::fs::read_to_string(inhibitor.with_extension("log")).unwrap_or_default();
-    assert_eq!(held_off(), "began\n");
+    wait("what holds a reboot off", 10 * SECOND, || held_off().ends_with("began\n").then_some(())).await;
     scene.a.stop().unwrap();
     let log = std::fs::read_to_string(scene.a.log()).unwrap();
     assert!(log.contains("connections stall until the gateway is back"), "{log}");
-    wait("the end of what held a reboot off", 10 * SECOND, || (held_off() == "began\nended\n").then_some(()))
+    wait("the end of what held a reboot off", 10 * SECOND, || held_off().ends_with("ended\n").then_some(()))
         .await;
     scene.a.launch().await.unwrap();
-    drop(connection);
     wait_for_anchor(&scene, |anchor| anchor.names == "moved" && !anchor.names_behind.is_empty()).await;
 
     secondary.catch_up(&name, &scene.names.read(&name).unwrap()).unwrap();
     wait_for_anchor(&scene, |anchor| anchor.names == "settled" && anchor.names_behind.is_empty()).await;
+    // Silent again, it does not keep the tunnel, and is cut when it speaks too late.
     wait_until_closed(&scene).await;
+    assert!(!attracts(&scene.world.site("a").unwrap().host, home).unwrap());
+    let late = spoken(&connection);
+    println!("after the tunnel has ended: {late:?}");
+    assert!(late.is_err(), "{late:?}");
     close(scene);
+}
+
+/// `tunnel.idle_s` where a connection is silent for longer.
+const IDLE_S: u64 = 6;
+
+/// What the guest answers to a line on an idle connection: its boot, and the line.
+fn spoken(mut connection: &TcpStream) -> std::io::Result<String> {
+    connection.set_read_timeout(Some(5 * SECOND))?;
+    connection.write_all(b"still there?\n")?;
+    let mut answer = String::new();
+    BufReader::new(connection).read_line(&mut answer)?;
+    Ok(answer)
 }
 
 /// Waits until what is left at a of the machine is so.

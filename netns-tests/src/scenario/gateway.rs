@@ -86,13 +86,14 @@ impl SiteFiles {
              [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
              [hypervisor]\nuid_base = 200000\n\
              [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
-             [tunnel]\nquiet_s = {quiet_s}\nclosing_s = {CLOSING_S}\n",
+             [tunnel]\nquiet_s = {quiet_s}\nclosing_s = {CLOSING_S}\n{tunnel}\n",
             name = self.spec.name,
             host = self.spec.host_address(),
             kernel = image.kernel.display(),
             initrd = image.initrd.display(),
             quiet_s = options.quiet_s,
             link = options.link.join("\n"),
+            tunnel = options.tunnel.join("\n"),
         );
         if !options.migration.is_empty() {
             writeln!(text, "[migration]\n{}", options.migration.join("\n"))?;

@@ -57,6 +57,8 @@ pub struct SceneOptions {
     pub behind_nat: Vec<String>,
     /// Lines for `[link]` of all sites' configuration.
     pub link: Vec<String>,
+    /// Lines for `[tunnel]` of all sites' configuration.
+    pub tunnel: Vec<String>,
     /// What arbitrates. Both sites have the name server's key where it is the name server.
     pub arbiter: ArbiterChoice,
 }
@@ -96,6 +98,7 @@ impl Default for SceneOptions {
             mute_icmp: false,
             behind_nat: Vec::new(),
             link: Vec::new(),
+            tunnel: Vec::new(),
             arbiter: ArbiterChoice::None,
         }
     }
