@@ -39,6 +39,7 @@ use netns_tests::traffic::{DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
 use netns_tests::wan::PacketMatch;
 
 use beside::{Beside, lived, through};
+use elsewhere::Elsewhere;
 use probes::{Answers, Datagrams, Pings, Requests};
 use scenes::{build, close, state, state_of, turn, wait};
 use upload::Upload;
@@ -120,6 +121,30 @@ fn refused_as_too_large(scene: &Scene) -> u64 {
     let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
     let mut fields = names.split(' ').zip(values.split(' '));
     fields.find(|(name, _)| *name == "FragFails").unwrap().1.parse().unwrap()
+}
+
+/// What the machine always reaches through the tunnel in one scene: the half of its home LAN with `beside`'s neighbour.
+const HOME_PREFIX: &str = "198.51.100.0/25";
+/// The number of a host in the other half.
+const OUTSIDE: u8 = 130;
+
+/// A host in the home LAN, but outside of [`HOME_PREFIX`].
+struct Outside(Elsewhere);
+
+impl Outside {
+    fn serve(scene: &Scene) -> Self {
+        let lan = scene.world.add_lan_host("a", "outside", OUTSIDE).unwrap();
+        let address = scene.world.site("a").unwrap().spec.address(OUTSIDE);
+        Self(Elsewhere::serve(&lan, SocketAddr::new(address.into(), RECORD_PORT)))
+    }
+
+    /// Asked at `asked`, the guest opens a connection to it, which comes from `from`.
+    async fn called(&self, scene: &Scene, asked: IpAddr, from: IpAddr) -> (String, Client) {
+        let client = through(scene, asked, self.0.address).await;
+        let what = format!("the guest's own to {}, from {from}", self.0.address);
+        assert_eq!(self.0.seen().last(), Some(&from), "{what}");
+        (what, client)
+    }
 }
 
 /// What no transport repeats, to one of the machine's addresses.
@@ -236,12 +261,15 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         strict_guest: true,
         dhcp_client: true,
         dual_stack: true,
+        tunnel: vec![format!("home_prefixes = [\"{HOME_PREFIX}\"]")],
         ..SceneOptions::small("continuity")
     };
     let mut scene = build(options).await;
+    let outside = Outside::serve(&scene);
     scene.start_guest().await.unwrap();
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let mut beside = Beside::start(&scene).await;
+    let mut outsiders = vec![outside.called(&scene, home, home).await];
     let old = connect(&scene, home).await;
     let upload = Upload::start(&scene.world.client, SocketAddr::new(home, UPLOAD_PORT)).await;
     let requests =
@@ -257,6 +285,7 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     }
     beside.goes_on(&scene, "b", home, care_of).await;
     beside.goes_on(&scene, "b", care_of, care_of).await;
+    outsiders.push(outside.called(&scene, home, care_of).await);
 
     let narrow = connect_over_a_narrow_path(&scene, home, care_of).await;
     later(&unrepeated[0].small).await;
@@ -269,6 +298,7 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         each.end().await;
     }
     beside.end(&scene).await;
+    lived(outsiders).await;
     for (what, client) in [("opened before the move", old)].into_iter().chain(narrow) {
         whole(what, client).await;
     }

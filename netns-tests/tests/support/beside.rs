@@ -1,4 +1,5 @@
-//! What is there beside a client's own connections: ones that the guest opens, its DHCP lease from a server at home, QUIC.
+//! What is there beside a client's own connections: ones that the guest opens, to the internet and to a neighbour at home,
+//! its DHCP lease from that neighbour, QUIC.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,13 +16,14 @@ use super::quic::{QuicRecords, QuicReport};
 use super::scenes::wait;
 
 const LIMIT: Duration = Duration::from_secs(20);
-/// The DHCP server's number in the home LAN.
-const LEASES: u8 = 67;
+/// The number of a neighbour in the home LAN; the DHCP server is there too.
+const NEIGHBOUR: u8 = 67;
 const LEASE_S: u32 = 3600;
 
 /// All of it, at work.
 pub struct Beside {
     elsewhere: Elsewhere,
+    neighbour: Elsewhere,
     leases: Leases,
     quic: QuicRecords,
     opened: Vec<(String, Client)>,
@@ -32,17 +34,19 @@ impl Beside {
     pub async fn start(scene: &Scene) -> Self {
         let (world, home) = (&scene.world, scene.home().unwrap());
         let spec = &world.site("a").unwrap().spec;
-        let lan = world.add_lan_host("a", "lease", LEASES).unwrap();
-        let leases = Leases::serve(&lan, spec.address(LEASES), spec.address(VM_NUMBER), LEASE_S);
+        let lan = world.add_lan_host("a", "lease", NEIGHBOUR).unwrap();
+        let address = spec.address(NEIGHBOUR);
+        let leases = Leases::serve(&lan, address, spec.address(VM_NUMBER), LEASE_S);
+        let neighbour = Elsewhere::serve(&lan, SocketAddr::new(address.into(), RECORD_PORT));
         let elsewhere = Elsewhere::serve(&world.dns, SocketAddr::new(NAME_SERVER.into(), RECORD_PORT));
         let quic = QuicRecords::start(&world.client, SocketAddr::new(home, QUIC_PORT)).await;
-        let mut beside = Self { elsewhere, leases, quic, opened: Vec::new() };
+        let mut beside = Self { elsewhere, neighbour, leases, quic, opened: Vec::new() };
         beside.goes_on(scene, "a", home, home).await;
         beside
     }
 
-    /// The guest is at `site`. Asked at `asked`, it opens a connection, which comes from `from`; its lease is renewed and
-    /// QUIC goes on.
+    /// The guest is at `site`. Asked at `asked`, it opens a connection, which comes from `from`, and one to its neighbour at
+    /// home, which comes from its home address; its lease is renewed and QUIC goes on.
     pub async fn goes_on(&mut self, scene: &Scene, site: &str, asked: IpAddr, from: IpAddr) {
         let console = scene.gateway(site).unwrap().console(VM);
         let renewed = || {
@@ -50,9 +54,13 @@ impl Beside {
             text.matches("obtained from").count()
         };
         let (renewals, answered) = (renewed(), self.quic.answered());
-        let client = through(scene, asked, self.elsewhere.address).await;
-        assert_eq!(self.elsewhere.seen().last(), Some(&from), "the guest at {site}, asked at {asked}");
-        self.opened.push((format!("the guest's own, at {site}, from {from}"), client));
+        let home = scene.home().unwrap();
+        for (to, from) in [(&self.elsewhere, from), (&self.neighbour, home)] {
+            let client = through(scene, asked, to.address).await;
+            let what = format!("the guest's own, at {site}, asked at {asked}, from {from} to {}", to.address);
+            assert_eq!(to.seen().last(), Some(&from), "{what}");
+            self.opened.push((what, client));
+        }
         wait("a lease that is renewed", LIMIT, || (renewed() > renewals + 1).then_some(())).await;
         wait("QUIC goes on", LIMIT, || (self.quic.answered() > answered + 10).then_some(())).await;
     }
