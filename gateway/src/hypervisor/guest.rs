@@ -193,10 +193,11 @@ impl Guest {
     pub async fn status_after_migration(&self, limit: Duration) -> Result<RunState, QmpError> {
         let left = async {
             loop {
-                match self.status().await? {
-                    RunState::FinishMigrate => tokio::time::sleep(LOOK).await,
-                    state => return Ok(state),
+                let state = self.status().await?;
+                if state != RunState::FinishMigrate {
+                    return Ok(state);
                 }
+                tokio::time::sleep(LOOK).await;
             }
         };
         let late = |_| QmpError::Timeout { command: "query-status".to_owned(), limit };
