@@ -131,7 +131,9 @@ fn listen(port: u16) -> Result<TcpListener> {
     socket
         .bind(&std::net::SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())
         .with_context(|| format!("Cannot bind port {port}"))?;
-    socket.listen(128)?;
+    // Who connects while the machine stands still or its host is busy comes all at once. Beyond this the kernel answers with
+    // SYN cookies, and a connection whose first words were dropped then ends in a reset.
+    socket.listen(4096)?;
     Ok(TcpListener::from_std(socket.into())?)
 }
 
