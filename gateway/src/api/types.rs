@@ -200,7 +200,7 @@ pub struct MigrationView {
     /// How much of its processors' time the guest is denied so that the copy ends, in percent.
     #[serde(default)]
     pub throttle_percent: u64,
-    /// What the guest may write to each of its disks so that the copy ends, in bytes per second.
+    /// What the guest may write to its disks so that the copy ends, in bytes per second.
     #[serde(default)]
     pub disk_limit: Option<u64>,
     /// What an operator lets memory and disks take of the link, in Mbit/s, until the guest is stopped.

@@ -126,11 +126,10 @@ fn client_node(disk: &DeviceName) -> String {
 
 impl Guest {
     /// Bounds what the guest writes to a disk, as long as QEMU lives; `None` lifts it. Nothing for a volume that is no disk
-    /// of the guest's. QMP `block_set_io_throttle`.
+    /// of the guest's, nor for an adopted machine, whose limits are its own manager's. QMP `block_set_io_throttle`.
     pub async fn limit_writes(&self, disk: &DeviceName, limit: Option<Rate>) -> Result<(), QmpError> {
-        let Some(device) = self.volumes.get(disk).and_then(|volume| volume.device.as_ref()) else {
-            return Ok(());
-        };
+        let device = self.volumes.get(disk).and_then(|volume| volume.device.as_ref());
+        let Some(device) = device.filter(|_| self.home.is_some()) else { return Ok(()) };
         let written = limit.map_or(0, |limit| limit.0);
         let limits = json!({
             "id": format!("{device}/virtio-backend"), "bps": 0, "bps_rd": 0, "bps_wr": written, "iops": 0, "iops_rd": 0, "iops_wr": 0,

@@ -69,12 +69,10 @@ impl<S: ChunkSend> Pump<S> {
                 let ended = pump.pump().await;
                 pump.publish();
                 pump.say_what_it_took();
-                // QEMU's socket is closed here, the channel is not: what was sent may still be on its way.
-                // Nor are the disks let go of: what they ask then nobody answers.
-                (
-                    ended.map(|end| (end, pump.encoder.into_remembered())),
-                    Some((pump.outlet, pump.questions, pump.held)),
-                )
+                // QEMU's socket is closed here, the channel is not: what was sent may still be on its way. Nor are the disks let
+                // go of, unless nobody will prove what was sent.
+                let disks = ended.is_ok().then_some((pump.questions, pump.held));
+                (ended.map(|end| (end, pump.encoder.into_remembered())), Some((pump.outlet, disks)))
             }
             Err(error) => (Err(error), None),
         };
@@ -238,6 +236,8 @@ impl<S: ChunkSend> Pump<S> {
         if self.encoder.is_done_with_disks() {
             debug!("Nothing is named by disks any more");
             self.questions = None;
+            // Without an answer a disk goes on, too, and asks no more.
+            self.held.clear();
         }
     }
 

@@ -81,7 +81,7 @@ pub enum MemoryEnd {
         /// How much had been written.
         written: Bytes,
     },
-    /// A page is named by a disk of the machine, and that cannot be read. Another attempt may find it readable.
+    /// A page is named by a disk of the machine, and that cannot be read.
     #[error("Pages of memory are named by disk {disk} of this site, which cannot be read")]
     Disk {
         /// Its index in the machine's definition.

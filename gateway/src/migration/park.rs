@@ -1,4 +1,5 @@
-//! Stage 3 at the source: the pause. Nothing here waits for a round trip.
+//! Stage 3 at the source: the pause. Nothing here waits for a round trip, but for a disk whose last writes hit blocks that
+//! memory named a moment before the pause: their barrier waits until those names were read.
 //!
 //! Order matters: packets are held before the guest stops, so that none is lost between; the memory
 //! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the

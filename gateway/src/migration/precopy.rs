@@ -181,7 +181,7 @@ async fn copy(
             None => None,
         };
         let rate = goodput.look(&peer);
-        if let Some(limit) = pace.handle_left(began.elapsed(), Bytes(disks.left), Bytes(disks.sent)) {
+        if let Some(limit) = pace.handle_left(began.elapsed(), Bytes(disks.left), Bytes(disks.sent), rate) {
             slow_disks(leaf, guest, row, transfer.max_throttle_percent.is_some(), limit).await?;
         }
         let unacknowledged = disks.unacknowledged + memory.as_ref().map_or(0, |(pump, _)| pump.backlog.0);
@@ -369,12 +369,18 @@ async fn slow_disks(
     allowed: bool,
     limit: Rate,
 ) -> Result<(), Refusal> {
+    let vm = &leaf.attempt.vm;
     if !allowed {
         return Err(Refusal::Diverges("the guest writes its disks as fast as they are sent".into()));
     }
-    tracing::warn!(vm = %leaf.attempt.vm, %limit, "the guest writes its disks as fast as they are sent, and may write less until the move ends");
+    if guest.pid().is_none() {
+        tracing::warn!(%vm, "the guest writes its disks as fast as they are sent, and is copied on and on: its writes are for whoever manages its QEMU to limit");
+        return Ok(());
+    }
+    tracing::warn!(%vm, %limit, "the guest writes its disks as fast as they are sent, and may write less until the move ends");
+    let each = Rate(limit.0 / row.definition.volumes().count().max(1) as u64);
     for volume in row.definition.volumes() {
-        guest.limit_writes(volume.name, Some(limit)).await.map_err(hypervisor_failed)?;
+        guest.limit_writes(volume.name, Some(each)).await.map_err(hypervisor_failed)?;
     }
     leaf.viewer.change(|view| view.disk_limit = Some(limit.0));
     Ok(())

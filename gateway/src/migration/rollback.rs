@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::migration::generation::Generation;
 use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::migration::source::Event;
@@ -151,16 +152,24 @@ pub(crate) async fn end_what_is_left(guest: &Guest, row: &MachineRow) -> Result<
     Ok(())
 }
 
-/// And what their guest may write, which is its own again.
 async fn end_mirrors(guest: &Guest, row: &MachineRow) {
     let vm = &row.definition.name;
     for volume in row.definition.volumes() {
-        if let Err(error) = guest.limit_writes(volume.name, None).await {
-            tracing::warn!(%vm, disk = %volume.name, error = chain(&error), "the limit of its writes could not be lifted");
-        }
+        lift_limit(guest, vm, volume.name).await;
         if let Err(error) = guest.mirror_abort(volume.name, true, QEMU_LIMIT).await {
             tracing::warn!(%vm, disk = %volume.name, error = chain(&error), "mirror could not be ended");
         }
+    }
+}
+
+/// What the guest may write is its own again. Tried until QEMU has done it, says that it cannot, or is gone.
+async fn lift_limit(guest: &Guest, vm: &VmName, disk: &DeviceName) {
+    while let Err(error) = guest.limit_writes(disk, None).await {
+        tracing::warn!(%vm, %disk, error = chain(&error), "the limit of the guest's writes is not lifted yet");
+        if guest.qmp().is_closed() || matches!(error, QmpError::Refused { .. }) {
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

@@ -42,7 +42,7 @@ impl Naming {
         if pages == 0 { Self::Off } else { Self::Noting(DiskPlaces::with_room(pages)) }
     }
 
-    /// A record of `start..end` was queued before the place `next_place`: what is there now; zeros if nothing.
+    /// A record of `start..end` was queued, as the last before the place `next_place`: what is there now; zeros if nothing.
     pub(super) fn note(&mut self, start: u64, end: u64, content: &[u8], next_place: u64) {
         match self {
             Self::Noting(places) if content.is_empty() => places.forget(start, end - start),
@@ -54,7 +54,10 @@ impl Naming {
 
     /// Ends noting. What is still queued is not among what is given.
     pub(super) fn give(&mut self, blocks: u64, queued: impl Iterator<Item = (u64, u64)>) -> DiskPlaces {
-        let Self::Noting(places) = self else { return DiskPlaces::default() };
+        let Self::Noting(places) = self else {
+            *self = Self::Off;
+            return DiskPlaces::default();
+        };
         let mut places = mem::take(places);
         queued.for_each(|(start, end)| places.forget(start, end - start));
         let mut given = Bitmap::new(blocks, false);
@@ -85,6 +88,14 @@ impl Naming {
         let Self::Given(given) = self else { return };
         if let Some(asked_to) = given.asked_to.take() {
             given.clear_to = if given.overwriting.is_empty() { u64::MAX } else { asked_to };
+        }
+    }
+
+    /// Whether a record may become one with an earlier one: not where that would take it past the limit.
+    pub(super) fn joins(&self) -> bool {
+        match self {
+            Self::Given(_) => false,
+            Self::Noting(_) | Self::Off => true,
         }
     }
 
@@ -158,6 +169,9 @@ mod tests {
         naming.note(0, BLOCK, &[2; BLOCK as usize], 2);
         assert_eq!((naming.limit(), naming.poll_overwriting(2)), (u64::MAX, None));
         let mut again = given();
+        again.note(0, BLOCK, &[], 9);
+        assert_eq!((again.limit(), again.poll_overwriting(9)), (8, Some(BTreeSet::from([0]))));
         assert_eq!(again.give(8, std::iter::empty()), DiskPlaces::default(), "they were given");
+        assert_eq!(again.limit(), u64::MAX, "and nothing waits for an answer to what was asked before");
     }
 }

@@ -31,11 +31,11 @@ impl RecordQueue {
     }
 
     /// Appends a record. Queued records that it covers whole are removed: what they wrote would be
-    /// overwritten before anybody may read it.
-    pub(super) fn push(&mut self, record: Record) {
+    /// overwritten before anybody may read it. If `joins`, zeros become one record with those before them, in their place.
+    pub(super) fn push(&mut self, record: Record, joins: bool) {
         if let Some((offset, end)) = record.range() {
             self.remove_covered(offset, end);
-            if self.extends_last(&record) {
+            if joins && self.extends_last(&record) {
                 return;
             }
             self.places.insert((offset, self.next_place), end);
@@ -146,7 +146,7 @@ mod tests {
                     _ => Record::Write { offset, data: vec![byte; len as usize].into() },
                 };
                 apply(&mut model, &record);
-                queue.push(record);
+                queue.push(record, true);
             }
             while let Some(record) = queue.pop() {
                 apply(&mut disk, &record);
@@ -160,9 +160,9 @@ mod tests {
     fn a_block_that_is_written_again_and_again_is_queued_once() {
         let mut queue = RecordQueue::default();
         for byte in 0..100 {
-            queue.push(Record::Write { offset: 4096, data: vec![byte; 512].into() });
-            queue.push(Record::Flush);
-            queue.push(Record::Flush);
+            queue.push(Record::Write { offset: 4096, data: vec![byte; 512].into() }, true);
+            queue.push(Record::Flush, true);
+            queue.push(Record::Flush, true);
         }
         assert_eq!(queue.bytes(), 512 + 2 * RECORD_COST);
     }

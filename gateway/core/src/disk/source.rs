@@ -287,7 +287,7 @@ impl MirrorSource {
     /// The guest flushed: the destination should, too. Advice only, the barrier does not need it.
     pub fn handle_flush(&mut self) {
         if self.barrier().is_none() && !self.queue.is_empty() && self.has_room(0) {
-            self.queue.push(Record::Flush);
+            self.queue.push(Record::Flush, false);
         }
     }
 
@@ -334,7 +334,8 @@ impl MirrorSource {
         }
     }
 
-    /// Memory begins: what it may be named by. From here on nothing of it is overwritten that was not asked about.
+    /// Memory begins: what it may be named by. From here on nothing of it is overwritten that was not asked about. Gives it
+    /// once; memory that begins anew is named by nothing.
     pub fn give_places(&mut self) -> GivenPlaces {
         let places = self.naming.give(self.size.div_ceil(BLOCK), self.queue.ranges());
         GivenPlaces { places, after_records: self.digest.records() }
@@ -595,7 +596,7 @@ impl MirrorSource {
     /// Queues a record that changes the disk, or says what is there: `content`, or zeros.
     fn push(&mut self, record: Record, content: &[u8]) {
         let range = record.range();
-        self.queue.push(record);
+        self.queue.push(record, self.naming.joins());
         if let Some((start, end)) = range {
             self.naming.note(start, end, content, self.queue.next_place());
         }

@@ -120,7 +120,8 @@ impl Convergence {
         if no_more_gain && at_the_bottom && pause <= budget.limit {
             return Decision::Stop(pause);
         }
-        if no_more_gain && budget.gives_up {
+        let never_below = self.shortest_in_last.is_some_and(|least| least > budget.limit);
+        if no_more_gain && never_below && pause > budget.limit && budget.gives_up {
             return Decision::GiveUp(pause);
         }
         Decision::Continue
@@ -230,6 +231,13 @@ mod tests {
         });
         let (round, pause) = ended.expect("it is given up");
         assert!(round > budget.rounds && round < 10 && pause > budget.limit, "{round} {pause:?}");
+        // A look that promises more than the best of the last round, as most do, ends nothing below the limit.
+        let mut noisy = Convergence::default();
+        for round in 1..40 {
+            let looks =
+                [3 << 20, 9 << 20, 6 << 20].map(|left| noisy.decide(&progress(round, left), &tight(&budget)));
+            assert!(looks.iter().all(|look| !matches!(look, Decision::GiveUp(_))), "{round}: {looks:?}");
+        }
         let mut shrinking = Convergence::default();
         for round in 1..20 {
             assert!(!matches!(
@@ -237,6 +245,11 @@ mod tests {
                 Decision::GiveUp(_)
             ));
         }
+    }
+
+    /// The same that stops at no look by its target alone.
+    fn tight(budget: &PauseBudget) -> PauseBudget {
+        PauseBudget { target: Duration::ZERO, ..*budget }
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //! VEE 2007, section 3.2: write throttling).
 //!
 //! ```text
-//!  a span: at least 10 s, in which at least 4 MiB were sent ──▶ an eighth of that is gone ──yes──▶ the next span
-//!                                                                          └──no──▶ a limit, or half of the last one
+//!  a span: at least 10 s without a second in which nothing was sent, at least 4 MiB in all
+//!    ──▶ an eighth of that is gone ──yes──▶ the next span
+//!                 └──no──▶ a limit of half of what the link carries, or half of the last limit
 //! ```
 //!
 //! What is sent makes what is left less by as much, and by more where it compresses, unless the guest adds to it. A copy that
-//! gains less than an eighth would take eight times as long. A limit stays until the attempt ends: what was too much will be
+//! gains less than an eighth would take eight times as long. While the link is down, or carries memory first, nothing is
+//! learnt. A limit stays until the attempt ends: what was too much will be
 //! again. Deliberately not here: setting it, and the guest's memory, which [`super::convergence`] follows.
 
 use std::time::Duration;
@@ -21,6 +23,8 @@ const SPAN: Duration = Duration::from_secs(10);
 const SPAN_SENT: Bytes = Bytes(4 << 20);
 /// The part of what was sent that must be gone: one in so many.
 const GAINED: u64 = 8;
+/// Without anything sent for so long, the disks are not what is waited for.
+const STILL: Duration = Duration::from_secs(1);
 /// The least a guest may write: with less its file system stalls for minutes.
 const LEAST_LIMIT: Rate = Rate(256 << 10);
 
@@ -28,6 +32,8 @@ const LEAST_LIMIT: Rate = Rate(256 << 10);
 #[derive(Debug, Clone, Default)]
 pub struct DiskPace {
     began: Option<Look>,
+    /// When something was sent last, and how much that made in all.
+    moved: Option<(Duration, Bytes)>,
     limit: Option<Rate>,
 }
 
@@ -45,11 +51,12 @@ impl DiskPace {
         Self::default()
     }
 
-    /// At `now` so much is left, and so much of the disks was put on the link since the attempt began. Gives a limit where there
-    /// is a new one: what the guest may write to each disk from now on.
-    pub fn handle_left(&mut self, now: Duration, left: Bytes, sent: Bytes) -> Option<Rate> {
+    /// At `now` so much is left, so much of the disks was packed for the link since the attempt began, and so much the link
+    /// carries. Gives a limit where there is a new one: what the guest may write from now on, to all of its disks.
+    pub fn handle_left(&mut self, now: Duration, left: Bytes, sent: Bytes, goodput: Rate) -> Option<Rate> {
+        let stood_still = self.stood_still(now, sent);
         let look = Look { at: now, left, sent };
-        if left <= ORDINARY {
+        if left <= ORDINARY || stood_still || goodput.0 == 0 {
             self.began = None;
             return None;
         }
@@ -62,9 +69,17 @@ impl DiskPace {
         if began.left.0.saturating_sub(left.0) >= span_sent / GAINED {
             return None;
         }
-        let carried = Rate((span_sent as f64 / elapsed.as_secs_f64()) as u64);
-        let half = Rate(self.limit.unwrap_or(carried).0 / 2).max(LEAST_LIMIT);
+        let half = Rate(self.limit.unwrap_or(goodput).0 / 2).max(LEAST_LIMIT);
         (self.limit.replace(half) != Some(half)).then_some(half)
+    }
+
+    fn stood_still(&mut self, now: Duration, sent: Bytes) -> bool {
+        let (at, before) = *self.moved.get_or_insert((now, sent));
+        let still = now.saturating_sub(at) >= STILL;
+        if sent > before {
+            self.moved = Some((now, sent));
+        }
+        still
     }
 }
 
@@ -73,6 +88,7 @@ mod tests {
     use super::*;
 
     const LINK: u64 = 10 << 20;
+    const GOODPUT: Rate = Rate(LINK);
     const MIB: u64 = 1 << 20;
 
     /// A copy of `left` bytes to which a guest adds `written` a second, as much as its limit lets it: the limits, and what is
@@ -81,7 +97,7 @@ mod tests {
         let (mut pace, mut left, mut sent, mut limits) = (DiskPace::new(), left, 0, Vec::<Rate>::new());
         for tenth in 0..seconds * 10 {
             let now = Duration::from_millis(tenth * 100);
-            limits.extend(pace.handle_left(now, Bytes(left), Bytes(sent)));
+            limits.extend(pace.handle_left(now, Bytes(left), Bytes(sent), GOODPUT));
             let written = limits.last().map_or(written, |limit| written.min(limit.0));
             left += written / 10;
             sent += left.min(LINK / 10);
@@ -109,21 +125,30 @@ mod tests {
     #[test]
     fn a_limit_that_is_not_enough_is_halved_down_to_the_least() {
         let mut pace = DiskPace::new();
-        let seen: Vec<_> = (0..1000)
-            .filter_map(|second| {
-                pace.handle_left(Duration::from_secs(second), Bytes(100 * MIB), Bytes(second * LINK))
-            })
-            .collect();
+        let look = |tenth: u64| {
+            let (now, sent) = (Duration::from_millis(tenth * 100), Bytes(tenth * LINK / 10));
+            pace.handle_left(now, Bytes(100 * MIB), sent, GOODPUT)
+        };
+        let seen: Vec<_> = (0..10_000).filter_map(look).collect();
         assert_eq!(seen[..2], [Rate(LINK / 2), Rate(LINK / 4)]);
         assert_eq!(seen.last(), Some(&LEAST_LIMIT));
         assert!(seen.windows(2).all(|pair| pair[1] < pair[0]), "each is told once");
     }
 
     #[test]
-    fn a_link_that_carries_nothing_is_not_the_guests_fault() {
+    fn a_link_that_carries_nothing_or_memory_first_is_not_the_guests_fault() {
         let mut pace = DiskPace::new();
-        for second in 0..600 {
-            assert_eq!(pace.handle_left(Duration::from_secs(second), Bytes(100 * MIB), Bytes(second)), None);
+        let mut look = |tenth: u64, left: u64, sent: u64| {
+            pace.handle_left(Duration::from_millis(tenth * 100), Bytes(left), Bytes(sent), GOODPUT)
+        };
+        let mut sent = 0;
+        for tenth in 0..600 {
+            assert_eq!(look(tenth, 4 * MIB + tenth * MIB / 10, sent), None, "it carries nothing");
+        }
+        // It is back, and everything that was written meanwhile goes out: no second was like the one before.
+        for tenth in 600..900 {
+            sent += LINK / 10;
+            assert_eq!(look(tenth, (64 * MIB).saturating_sub(sent) + MIB, sent), None, "it is caught up");
         }
     }
 }

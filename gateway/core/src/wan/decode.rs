@@ -158,7 +158,8 @@ impl StreamDecoder {
         }
     }
 
-    /// What comes next; `None` until the next chunk. Holds one batch at a time, at most 7.5 MiB, and what is remembered.
+    /// What comes next; `None` until the next chunk. Holds one batch at a time, with what it names at most 12 MiB, and what is
+    /// remembered.
     ///
     /// # Errors
     ///
@@ -226,7 +227,7 @@ impl StreamDecoder {
         Ok(())
     }
 
-    /// Once; a stream that has begun without is one more that names no disks.
+    /// Once, wherever it stands: what was decoded before did not name any.
     fn name_disks(&mut self) -> Result<Decoded, DecodeError> {
         let mut frame = self.chunk.split_off(1);
         let disks = frame.try_get_u8().map_err(|_| DecodeError::Truncated)?;

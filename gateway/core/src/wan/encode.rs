@@ -10,7 +10,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use zstd::bulk::Compressor;
 
 use super::ops::{COPY_BYTES, MAX_OP_BYTES, OpsWriter, PLACE_BYTES, RecordKind};
-use super::places::{GivenPlaces, PageHash, Place, Places, page_hash};
+use super::places::{GivenPlaces, Named, PageHash, Place, Places, page_hash};
 use super::shadow::{Blocks, Finder, PageKey, Remembered, Shadow, Slot};
 use super::{
     BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_DISKS, FRAME_END,
@@ -168,10 +168,11 @@ impl StreamEncoder {
         })
     }
 
-    /// The same that names pages by what the machine's disks, in their order, have given. Before the first byte.
+    /// The same that names pages by what the machine's disks, in their order, have given, if that is anything. Before the
+    /// first byte.
     pub fn with_disks(mut self, given: Vec<GivenPlaces>) -> Self {
         let Ok(disks) = u8::try_from(given.len()) else { return self };
-        if disks == 0 {
+        if given.iter().all(GivenPlaces::is_empty) {
             return self;
         }
         self.chunk.put_u8(FRAME_DISKS);
@@ -186,11 +187,14 @@ impl StreamEncoder {
     /// The blocks of a disk are about to be overwritten, and are not named from now on. If the destination may still have to
     /// read them: how much of the stream must be acknowledged before they may be. All of that is in chunks.
     pub fn handle_overwriting(&mut self, disk: u8, blocks: &BTreeSet<u64>) -> Option<ByteCount> {
-        if !self.places.forget(disk, blocks) {
-            return None;
+        match self.places.forget(disk, blocks) {
+            Named::No => None,
+            Named::Until(wire_bytes) => Some(ByteCount(wire_bytes)),
+            Named::Lately => {
+                self.handle_flush();
+                Some(ByteCount(self.wire_bytes))
+            }
         }
-        self.handle_flush();
-        Some(ByteCount(self.wire_bytes))
     }
 
     /// Nothing is named by a disk any more: it is about to be quick that counts.

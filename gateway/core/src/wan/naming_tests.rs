@@ -12,7 +12,10 @@ use crate::memory::PAGE_BYTES;
 use crate::memory::sample::{PLAIN, Record, contents, sample};
 use crate::units::Bytes as ByteCount;
 
-const PARTS: u64 = 64;
+const PARTS: u64 = 128;
+const PER_BLOCK: u64 = BLOCK / PAGE_BYTES as u64;
+/// In place of a seed: zeros.
+const EMPTY: u32 = u32::MAX;
 const SEEDS: u32 = 24;
 
 /// The rules that can be broken.
@@ -37,6 +40,11 @@ impl Dice {
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (mixed ^ (mixed >> 31)) % end
     }
+}
+
+/// What a part of the disk holds.
+fn held(seed: u32) -> Vec<u8> {
+    if seed == EMPTY { vec![0; PAGE_BYTES] } else { contents(seed) }
 }
 
 struct World {
@@ -95,13 +103,35 @@ impl World {
         }
     }
 
+    /// A write, zeros, or a part given up, which the guest finds empty.
+    fn guest_changes(&mut self) {
+        match self.dice.below(4) {
+            0 => self.guest_empties(true),
+            1 => self.guest_empties(false),
+            _ => self.guest_writes(),
+        }
+    }
+
+    /// Neighbours often enough that records join.
+    fn guest_empties(&mut self, by_zeros: bool) {
+        let blocks = self.dice.below(3) + 1;
+        let first = self.dice.below(PARTS / PER_BLOCK - blocks + 1) * PER_BLOCK;
+        self.disk[first as usize..(first + blocks * PER_BLOCK) as usize].fill(EMPTY);
+        for block in first / PER_BLOCK..first / PER_BLOCK + blocks {
+            match by_zeros {
+                true => self.mirror.handle_zero(block * BLOCK, BLOCK).unwrap(),
+                false => self.mirror.handle_trim(block * BLOCK, BLOCK).unwrap(),
+            }
+        }
+    }
+
     fn guest_writes(&mut self) {
         let part = self.dice.below(PARTS);
         let count = 1 + self.dice.below(3).min(PARTS - part - 1);
         let mut data = Vec::new();
         for part in part..part + count {
             self.disk[part as usize] = self.dice.below(SEEDS.into()) as u32;
-            data.extend(contents(self.disk[part as usize]));
+            data.extend(held(self.disk[part as usize]));
         }
         self.mirror.handle_write(part * PAGE_BYTES as u64, data.into()).unwrap();
     }
@@ -109,7 +139,7 @@ impl World {
     fn disk_reads(&mut self) {
         let Some(run) = self.mirror.poll_read(BLOCK) else { return };
         let parts = run.offset / PAGE_BYTES as u64..(run.offset + run.len) / PAGE_BYTES as u64;
-        let data: Vec<u8> = parts.flat_map(|part| contents(self.disk[part as usize])).collect();
+        let data: Vec<u8> = parts.flat_map(|part| held(self.disk[part as usize])).collect();
         self.mirror.handle_read(run, &[Content::Data(data.into())]);
     }
 
@@ -229,7 +259,7 @@ impl World {
     /// Anything that can happen without more of the stream.
     fn something(&mut self) -> Result<(), DecodeError> {
         match self.dice.below(12) {
-            0 => self.guest_writes(),
+            0 => self.guest_changes(),
             1 => self.disk_reads(),
             2 | 3 => self.disk_sends(),
             4 | 5 => self.disk_arrives(),
@@ -288,7 +318,7 @@ fn finish(world: &mut World) -> Result<(), DecodeError> {
         world.disk_is_written();
         world.memory_arrives()?;
         if world.proven && world.target.proven().is_some() {
-            let disk: Vec<u8> = world.disk.iter().flat_map(|seed| contents(*seed)).collect();
+            let disk: Vec<u8> = world.disk.iter().flat_map(|seed| held(*seed)).collect();
             assert!(world.target_disk == disk, "the disk differs");
             // What was named behind the last chunk that was known to be read is known to be now.
             world.acknowledge();

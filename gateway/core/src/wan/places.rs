@@ -46,8 +46,14 @@ pub struct DiskPlaces {
     room: usize,
 }
 
+impl GivenPlaces {
+    pub(super) fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+}
+
 impl DiskPlaces {
-    /// Memory for each page that is known, in bytes.
+    /// Memory for each page that is known, in bytes. What was named lately costs up to half of it more.
     pub const BYTES_PER_PAGE: u64 = 80;
 
     /// Room for so many pages; what comes when it is full is not known.
@@ -65,7 +71,8 @@ impl DiskPlaces {
             if self.parts.len() >= self.room {
                 return;
             }
-            let Ok(part) = u32::try_from(part) else { return };
+            // The last number is no place: a range that ends behind it has none.
+            let Some(part) = u32::try_from(part).ok().filter(|part| *part < u32::MAX) else { return };
             let hash = page_hash(page);
             if let std::collections::btree_map::Entry::Vacant(free) = self.parts.entry(hash) {
                 free.insert(part);
@@ -86,6 +93,10 @@ impl DiskPlaces {
         }
     }
 
+    fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
     /// The blocks in which pages are known.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = u64> {
         self.hashes.keys().map(|part| u64::from(part / PAGES_PER_BLOCK))
@@ -103,6 +114,17 @@ pub struct GivenPlaces {
     pub places: DiskPlaces,
     /// They do once the destination has applied so many of the disk's records.
     pub after_records: u64,
+}
+
+/// Whether blocks were named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Named {
+    /// No name of them is on its way.
+    No,
+    /// All of them are in chunks, within so many bytes of the stream.
+    Until(u64),
+    /// Some may not be in a chunk yet.
+    Lately,
 }
 
 /// The places on all of a machine's disks, and which of them were named without that the destination is known to have read
@@ -146,16 +168,17 @@ impl Places {
         self.disks.is_empty() && self.older.is_empty() && self.newer.is_empty()
     }
 
-    /// These blocks are about to be overwritten; true if one of them may still have to be read.
-    pub(super) fn forget(&mut self, disk: u8, blocks: &BTreeSet<u64>) -> bool {
-        let mut named = false;
-        for block in blocks {
-            if let Some(places) = self.disks.get_mut(usize::from(disk)) {
-                places.forget(block * BLOCK, BLOCK);
-            }
-            named |= self.older.contains(&(disk, *block)) || self.newer.contains(&(disk, *block));
+    /// These blocks are about to be overwritten: whether one of them may still have to be read.
+    pub(super) fn forget(&mut self, disk: u8, blocks: &BTreeSet<u64>) -> Named {
+        if let Some(places) = self.disks.get_mut(usize::from(disk)) {
+            blocks.iter().for_each(|block| places.forget(block * BLOCK, BLOCK));
         }
-        named
+        let any_of = |named: &BTreeSet<(u8, u64)>| blocks.iter().any(|block| named.contains(&(disk, *block)));
+        match (any_of(&self.newer), any_of(&self.older)) {
+            (true, _) => Named::Lately,
+            (false, true) => Named::Until(self.older_until),
+            (false, false) => Named::No,
+        }
     }
 
     /// How many blocks were named since the last [`Self::chunk_closed`].
@@ -220,8 +243,16 @@ mod tests {
         let mut places = DiskPlaces::with_room(1);
         places.note(0, &[page(1), page(2)].concat());
         assert_eq!([1, 2].map(|byte| places.find(&hash(byte))), [Some(0), None]);
-        places.note(u64::from(u32::MAX) * PAGE + PAGE, &page(1));
-        assert_eq!(places.find(&hash(1)), Some(0), "too far out to be named");
+        let mut empty = DiskPlaces::with_room(1);
+        for too_far in [u64::from(u32::MAX), u64::from(u32::MAX) + 1] {
+            empty.note(too_far * PAGE, &page(1));
+            assert_eq!(empty.find(&hash(1)), None);
+        }
+        let last = u64::from(u32::MAX - 1);
+        empty.note(last * PAGE, &page(1));
+        assert_eq!(empty.find(&hash(1)), Some(u32::MAX - 1));
+        empty.forget(last * PAGE, 1);
+        assert_eq!(empty.find(&hash(1)), None);
     }
 
     #[test]
@@ -232,15 +263,15 @@ mod tests {
         let blocks = BTreeSet::from([1]);
         assert_eq!(places.name(&hash(2)), None);
         assert_eq!(places.name(&hash(1)), Some(Place { disk: 1, part: 16 }));
-        assert!(!places.forget(0, &blocks), "another disk");
-        assert!(places.forget(1, &blocks));
+        assert_eq!(places.forget(0, &blocks), Named::No, "another disk");
+        assert_eq!(places.forget(1, &blocks), Named::Lately);
         assert_eq!(places.name(&hash(1)), None, "it is not named again");
         places.chunk_closed(100);
         places.acknowledged(99);
-        assert!(places.forget(1, &blocks));
+        assert_eq!(places.forget(1, &blocks), Named::Until(100));
         places.end();
         assert!(!places.is_over());
         places.acknowledged(100);
-        assert!(!places.forget(1, &blocks) && places.is_over());
+        assert!(places.forget(1, &blocks) == Named::No && places.is_over());
     }
 }
