@@ -56,8 +56,7 @@ fn targets() -> Result<Vec<String>> {
 }
 
 fn build(targets: &[String]) -> Result<Vec<PathBuf>> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = crate::cargo::command();
     // The whole workspace is selected, although only these programs are built: with fewer packages the dependencies
     // would have other features than in every other build, and would be built once more.
     command.args(["build", "--locked", "--quiet", "--workspace", "--features", "longhaul-fuzz/libfuzzer"]);

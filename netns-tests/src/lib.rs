@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod cargo;
 pub mod cleanup;
 pub mod exec;
 pub mod faults;

@@ -5,7 +5,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result};
 
@@ -46,8 +46,7 @@ pub fn run(filter: Option<&str>) -> Result<bool> {
 }
 
 fn cargo(arguments: &[&str], filter: Option<&str>, alone: bool, skipped: &mut Vec<String>) -> Result<bool> {
-    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(program);
+    let mut command = crate::cargo::command();
     command.args(arguments).args(filter).arg("--").arg("--show-output");
     if alone {
         command.arg("--test-threads=1");

@@ -23,8 +23,7 @@ pub fn ensure_release() -> Result<()> {
     if !cfg!(debug_assertions) {
         return Ok(());
     }
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = crate::cargo::command();
     command.args(["build", "--quiet", "--release", "--locked", "--package", "netns-tests", "--bin", "lab"]);
     command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     if !command.status().context("Cannot run cargo to build the laboratory")?.success() {

@@ -2,7 +2,6 @@
 //! prepared.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
@@ -19,8 +18,7 @@ impl Programs {
     /// Builds them in the profile this program was built in, and says where they are.
     pub fn build() -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
+        let mut command = crate::cargo::command();
         command.args(["build", "--quiet", "--package", "gateway", "--bin", "longhaul"]);
         command.args(["--package", "netns-tests", "--bin", "guest-agent"]);
         command.current_dir(&root);

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use netns_tests::agent::quic::client_config;
 use netns_tests::netns::Namespace;
-use quinn::{Connection, Endpoint, EndpointConfig, TokioRuntime};
+use quinn::{Connection, ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
 use tokio::task::JoinHandle;
 
 /// Of each record: more than a datagram of QUIC carries, so that full ones travel both ways.
 const RECORD_BYTES: usize = 4000;
 /// Encryption is dear to a guest without hardware help; more would keep it from everything else.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long opening is tried.
+const OPEN: Duration = Duration::from_secs(90);
 
 /// A connection at work.
 pub struct QuicRecords {
@@ -38,7 +40,7 @@ impl QuicRecords {
         let socket = from.udp_socket("0.0.0.0:0".parse().unwrap()).unwrap();
         let endpoint =
             Endpoint::new(EndpointConfig::default(), None, socket, Arc::new(TokioRuntime)).unwrap();
-        let connection = endpoint.connect_with(client_config().unwrap(), to, "guest").unwrap().await.unwrap();
+        let connection = open(&endpoint, to).await;
         let (answered, quit) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let task = tokio::spawn(exchange(endpoint, connection, answered.clone(), quit.clone()));
         Self { answered, quit, task }
@@ -51,6 +53,18 @@ impl QuicRecords {
     pub async fn end(self) -> QuicReport {
         self.quit.store(true, Ordering::Relaxed);
         self.task.await.unwrap().unwrap()
+    }
+}
+
+/// A guest that has just booted on a busy host may take longer for its first handshake than QUIC waits.
+async fn open(endpoint: &Endpoint, to: SocketAddr) -> Connection {
+    let began = Instant::now();
+    loop {
+        match endpoint.connect_with(client_config().unwrap(), to, "guest").unwrap().await {
+            Ok(connection) => return connection,
+            Err(ConnectionError::TimedOut) if began.elapsed() < OPEN => {}
+            Err(error) => panic!("no connection after {:?}: {error}", began.elapsed()),
+        }
     }
 }
 

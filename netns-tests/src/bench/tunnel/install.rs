@@ -2,7 +2,7 @@
 //! `target/lab/peers`.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
@@ -57,8 +57,7 @@ pub(super) fn program(pin: Pin) -> Result<PathBuf> {
 
 fn build(pin: Pin, root: &Path, log: &Path) -> Result<()> {
     std::fs::create_dir_all(root)?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
+    let mut command = crate::cargo::command();
     command.args(["install", "--locked", "--root"]).arg(root);
     command.args([pin.name, "--version", &format!("={}", pin.version)]);
     // One folder for all of them: they share most of what they are made of.
