@@ -26,7 +26,10 @@ mod tests {
 
     #[test]
     fn the_package_that_cargo_tests_is_not_told_of() {
-        assert!(std::env::var_os("CARGO_PKG_NAME").is_some(), "cargo runs this test");
+        if std::env::var_os("CARGO_PKG_NAME").is_none() {
+            println!("skipped: this test was not started by cargo");
+            return;
+        }
         let removed: Vec<_> = command()
             .get_envs()
             .filter(|(_, value)| value.is_none())
