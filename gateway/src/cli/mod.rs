@@ -168,7 +168,7 @@ pub struct MigrateArgs {
     /// The pause to aim at, in milliseconds
     #[arg(long)]
     max_downtime: Option<u64>,
-    /// Do not slow the guest down, however fast it changes its memory: it may then be copied on and on
+    /// Do not slow the guest down: a move that would never end without is given up
     #[arg(long)]
     no_throttle: bool,
     /// Print JSON, a line for each look

@@ -350,7 +350,8 @@ pub struct MigrationSection {
     pub disk_window_mib: u32,
     /// How much of its processors' time a guest may be denied, in percent, when it changes its memory as fast as the link
     /// carries it and the copy would never end (default 80; 0 never, at most 99). QEMU begins with 20 and adds 10 each
-    /// time that is not enough; it ends with the move.
+    /// time that is not enough; it ends with the move. A guest that writes its disks so may write half of what the link
+    /// carries, then half of that. With 0, as with `--no-throttle`, a move that would never end is given up.
     pub max_throttle_percent: u32,
     /// A disk that arrives is flushed after this much, in MiB (default 4). What is not flushed when the guest
     /// stops lengthens its pause; less costs a slow disk more flushes while it fills.

@@ -180,7 +180,7 @@ impl<S: ChunkSend> Pump<S> {
                 self.encoder.handle_disks_end();
             }
             Event::Asked(Some(question)) => self.take_question(question),
-            Event::Asked(None) => self.questions = None,
+            Event::Asked(None) => self.let_disks_go(),
             Event::LookAgain => {}
             Event::Sent(sent) => sent.map_err(|ChunkClosed| self.channel_closed())?,
             Event::Read(Err(error)) => return Err(SourceError::Read(self.taken(), error)),
@@ -235,10 +235,15 @@ impl<S: ChunkSend> Pump<S> {
         }
         if self.encoder.is_done_with_disks() {
             debug!("Nothing is named by disks any more");
-            self.questions = None;
-            // Without an answer a disk goes on, too, and asks no more.
-            self.held.clear();
+            self.let_disks_go();
         }
+    }
+
+    /// Without an answer a disk goes on, too, and asks no more.
+    fn let_disks_go(&mut self) {
+        self.encoder.handle_disks_end();
+        self.questions = None;
+        self.held.clear();
     }
 
     fn stream_ended(&mut self) -> Result<(), SourceError> {
