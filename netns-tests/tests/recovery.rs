@@ -506,10 +506,10 @@ async fn a_machine_that_becomes_ours_after_a_restart_keeps_its_connections() {
         ensure!(view.progressing == Progressing::Moved, "{view:?}");
         // Restored before the API answers, which is what a launch waits for.
         scene.a.kill()?;
+        let mark = scene.a.log_bytes();
         scene.a.launch().await?;
-        let told = std::fs::read_to_string(scene.a.log())?;
-        let after = told.rsplit_once("address attracted").context("Nothing is attracted")?.1;
-        ensure!(after.contains("gateway is ready"), "the gateway listens before it attracts");
+        let told = scene.a.told(mark, "gateway is ready").await?;
+        ensure!(told.contains("address attracted"), "the gateway listens before it attracts: {told}");
         scene.wait_for_link().await?;
         tokio::time::sleep(QUIET).await;
         client.close_old().await?;

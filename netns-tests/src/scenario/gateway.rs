@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use gateway::api::client::Client;
 use gateway::config::ArbiterChoice;
 use gateway::identity::Identity;
@@ -206,6 +206,26 @@ impl Gateway {
     /// The daemon's log.
     pub fn log(&self) -> PathBuf {
         self.folder.join("gateway.log")
+    }
+
+    /// How long the log is; a mark for [`Self::told`].
+    pub fn log_bytes(&self) -> usize {
+        std::fs::metadata(self.log()).map_or(0, |file| file.len() as usize)
+    }
+
+    /// What the daemon has logged since the mark, until it said this. The log comes through a pipe, so that its newest
+    /// lines may be behind what the API has already answered.
+    pub async fn told(&self, since_bytes: usize, until: &str) -> Result<String> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let log = std::fs::read(self.log())?;
+            let said = String::from_utf8_lossy(&log[since_bytes.min(log.len())..]).into_owned();
+            if let Some((before, _)) = said.split_once(until) {
+                return Ok(before.to_owned());
+            }
+            ensure!(Instant::now() < deadline, "The gateway never said {until:?}:\n{said}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Its last lines.
