@@ -73,8 +73,8 @@ pub struct LinkSection {
     /// The largest UDP payload the path carries unfragmented, in bytes (default 1400). Too high and nothing
     /// passes at all.
     pub mtu_bytes: u16,
-    /// Bulk data in flight per channel, in MiB (default 4): at least rate times round trip. What is in
-    /// flight when the guest stops lengthens its pause.
+    /// The most bulk data in flight per channel, in MiB (default 64). Three round trips at `rate_mbit` are used, and at
+    /// least 4 MiB. Too low limits the rate to a third of it per round trip; too high costs memory at either site.
     pub window_mib: u64,
     /// The kernel's buffers of the UDP socket, in MiB (default 8).
     pub socket_buffer_mib: u64,
@@ -89,7 +89,7 @@ impl Default for LinkSection {
             rate_mbit: 100,
             congestion: CongestionChoice::default(),
             mtu_bytes: 1400,
-            window_mib: 4,
+            window_mib: 64,
             socket_buffer_mib: 8,
             idle_timeout_s: 10,
         }

@@ -151,6 +151,7 @@ fn link(config: &Config) -> anyhow::Result<LinkConfig> {
         CongestionChoice::Fixed => CongestionControl::Fixed,
     };
     link.mtu_bytes = section.mtu_bytes;
+    link.window_limit_bytes = section.window_mib << 20;
     link.udp_buffer_bytes = (section.socket_buffer_mib << 20) as usize;
     link.idle_timeout = Duration::from_secs(section.idle_timeout_s);
     Ok(link)

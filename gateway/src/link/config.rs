@@ -52,12 +52,15 @@ pub struct LinkConfig {
     pub rate: Rate,
     /// How the rate within that is found. Default `Model`. `Fixed` needs no time to find it, and yields to nobody.
     pub congestion: CongestionControl,
-    /// The round trip to expect before one was measured; windows are computed from it. Default 100 ms.
-    /// Too low limits the rate to `window_bytes` per true round trip; too high costs memory.
+    /// The round trip to expect before one was measured, and the shortest that windows are made for. Default 100 ms.
     pub rtt: Duration,
     /// Bytes that bulk data of one kind (memory, disk) may have under way in QUIC. Default: two round
-    /// trips at `rate` and at least 2 MiB. It costs at most that much memory, twice, at either side.
+    /// trips at `rate`, also where they are longer than `rtt`, and at least 2 MiB. It costs at most that much memory,
+    /// twice, at either side.
     pub window_bytes: Option<u64>,
+    /// What it grows to at most where the round trip is longer than `rtt`. Default 64 MiB: 2.7 s at 100 Mbit/s, 270 ms at
+    /// 1 Gbit/s. Too low limits the rate to that much per two round trips; too high costs memory.
+    pub window_limit_bytes: u64,
     /// The UDP socket's buffers in bytes. Default 8 MiB each way; beyond `net.core.rmem_max` it takes
     /// CAP_NET_ADMIN. Small ones lose packets while the gateway is not scheduled.
     pub udp_buffer_bytes: usize,
@@ -118,6 +121,7 @@ impl LinkConfig {
             congestion: CongestionControl::default(),
             rtt: Duration::from_millis(100),
             window_bytes: None,
+            window_limit_bytes: 64 << 20,
             udp_buffer_bytes: 8 << 20,
             mtu_bytes: 1400,
             mtu_limit_bytes: None,
@@ -148,6 +152,12 @@ impl LinkConfig {
     pub fn window_bytes(&self) -> u64 {
         let two_round_trips = self.rate.bytes_in(2 * self.rtt).0;
         self.window_bytes.unwrap_or_else(|| two_round_trips.max(Bytes::mib(2).0))
+    }
+
+    /// The same on a path of that round trip.
+    pub(super) fn window_at(&self, rtt: Duration) -> u64 {
+        let two_round_trips = self.rate.bytes_in(2 * rtt).0.min(self.window_limit_bytes);
+        self.window_bytes.unwrap_or_else(|| two_round_trips.max(self.window_bytes()))
     }
 
     /// The largest UDP payload that may ever be used, in bytes.
@@ -208,6 +218,18 @@ mod tests {
         assert_eq!(config.window_bytes(), Bytes::mib(2).0);
         config.rate = Rate::mbit(1000);
         assert_eq!(config.window_bytes(), 25_000_000);
+    }
+
+    #[test]
+    fn a_longer_round_trip_widens_the_window_to_a_limit_and_a_set_one_stays() {
+        let mut config = config();
+        let at = |config: &LinkConfig, ms| config.window_at(Duration::from_millis(ms));
+        assert_eq!((at(&config, 20), at(&config, 1000)), (2_500_000, 25_000_000));
+        assert_eq!((at(&config, 2684), at(&config, 2685)), (67_100_000, 64 << 20));
+        config.rate = Rate::mbit(10_000);
+        assert_eq!((at(&config, 1), at(&config, 1000)), (250_000_000, 250_000_000));
+        config.window_bytes = Some(3 << 20);
+        assert_eq!(at(&config, 1000), 3 << 20);
     }
 
     #[test]

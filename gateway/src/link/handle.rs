@@ -78,6 +78,8 @@ impl Current {
 pub(super) struct LinkState {
     pub(super) current: Option<Current>,
     pub(super) past: PastConnections,
+    /// What bulk data of one kind may have under way on the newest connection; zero before the first.
+    pub(super) window_bytes: u64,
     /// What an operator lets be sent to the peer at most, below what is configured.
     pub(super) limit: Option<Rate>,
 }
@@ -108,6 +110,9 @@ pub(super) enum Command {
         rate: Option<Rate>,
     },
 }
+
+/// A bulk channel of less holds a fast local path back.
+const LEAST_BULK_WINDOW_BYTES: u64 = 4 << 20;
 
 /// One peer.
 #[derive(Debug, Clone)]
@@ -200,6 +205,13 @@ impl PeerHandle {
         let (reply, answer) = oneshot::channel();
         self.ask(Command::OpenReceiver { id, window_bytes, reply }).await?;
         answer.await.map_err(|_closed| BulkError::LinkClosed)?
+    }
+
+    /// A channel's window that keeps this path full, in bytes: half more than what is under way on it, for what waits at
+    /// either end, but no more than `most_bytes`.
+    pub fn bulk_window_bytes(&self, most_bytes: u64) -> u64 {
+        let under_way_bytes = self.state.borrow().window_bytes;
+        (under_way_bytes * 3 / 2).max(LEAST_BULK_WINDOW_BYTES).min(most_bytes)
     }
 
     /// Breaks off all bulk channels of a migration, on both sides if connected, and forgets them. To be

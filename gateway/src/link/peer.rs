@@ -35,6 +35,7 @@ use super::handshake::{CloseCode, Established, HandshakeError, Introduction};
 use super::model::Pace;
 use super::pacing::Paths;
 use super::stats::Counters;
+use super::transport;
 use super::waiting::{Waiting, message_bytes};
 use super::{DownReason, LinkEvent};
 
@@ -88,6 +89,8 @@ struct Up {
     dialled_by_smaller: bool,
     instance: u64,
     under_way: [UnderWay; 2],
+    /// What each of them may be.
+    window_bytes: u64,
     /// The address that its controller paces.
     paced: SocketAddr,
 }
@@ -233,6 +236,7 @@ impl Peer {
             dialled_by_smaller,
             instance: peer.instance,
             under_way: [UnderWay::default(); 2],
+            window_bytes: self.context.config.window_bytes(),
             paced: remote,
         });
         let max_datagram_len = connection.max_datagram_size().unwrap_or(0);
@@ -393,11 +397,10 @@ impl Peer {
             slot.send(message);
         }
         let now = self.began.elapsed();
-        let window_bytes = self.context.config.window_bytes();
         let stream_limit = self.context.config.stream_limit.div_ceil(2);
         for class in Class::BY_URGENCY {
             let under_way = &mut link.under_way[class as usize];
-            while under_way.streams < stream_limit && under_way.bytes < window_bytes {
+            while under_way.streams < stream_limit && under_way.bytes < link.window_bytes {
                 let Some(chunk) = self.channels.poll_transmit(class, now) else { break };
                 under_way.streams += 1;
                 under_way.bytes += stream_bytes(&chunk.bytes);
@@ -469,8 +472,8 @@ impl Peer {
         });
     }
 
-    /// Lets the connection's controller pace the address it sends to. A peer behind a NAT can get another address, and a
-    /// controller that knows nothing, at any time.
+    /// Lets the connection's controller pace the address it sends to, and its windows hold what the path does. A peer behind
+    /// a NAT can get another address, and a controller that knows nothing, at any time.
     fn follow_path(&mut self) {
         let Some(link) = &mut self.link else { return };
         let connection = &link.running.connection;
@@ -479,12 +482,19 @@ impl Peer {
         if left != link.paced {
             self.context.paths.follow(left, None);
         }
+        let rtt = pace.as_ref().and_then(|pace| pace.min_rtt()).unwrap_or_else(|| connection.rtt());
+        let window_bytes = self.context.config.window_at(rtt);
+        if window_bytes > link.window_bytes {
+            link.window_bytes = window_bytes;
+            transport::widen(connection, window_bytes);
+        }
         self.context.paths.follow(link.paced, pace.clone());
         self.context.paths.limit(link.paced, self.state.borrow().limit);
         self.state.send_if_modified(|state| {
             if let Some(current) = &mut state.current {
                 current.pace = pace;
             }
+            state.window_bytes = link.window_bytes;
             false // nobody waits for that
         });
     }

@@ -13,8 +13,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use quinn::congestion::ControllerFactory;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    AckFrequencyConfig, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime,
-    ServerConfig, TokioRuntime, TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
+    Runtime, ServerConfig, TokioRuntime, TransportConfig, VarInt,
 };
 use ring::hmac;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -67,8 +67,7 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
     let too_long = |_bounds| LinkError::Config { expected: "idle_timeout is too long".to_owned() };
     let idle_timeout = IdleTimeout::try_from(config.idle_timeout).map_err(too_long)?;
     // send_fairness stays on: without it quinn finishes a stream it has begun before a more urgent one.
-    // Room for both kinds of bulk data, each with a window of its own, and for control.
-    let connection_window_bytes = 2 * config.window_bytes() + 2 * u64::from(STREAM_WINDOW_BYTES);
+    let connection_window_bytes = connection_window_bytes(config.window_bytes());
     let mut acks = AckFrequencyConfig::default();
     acks.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY_PACKETS));
 
@@ -79,7 +78,7 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
         .max_concurrent_bidi_streams(VarInt::from_u32(handshake::CONTROL_STREAMS))
         .max_concurrent_uni_streams(VarInt::from_u32(config.stream_limit))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
-        .receive_window(VarInt::from_u64(connection_window_bytes).unwrap_or(VarInt::MAX))
+        .receive_window(varint(connection_window_bytes))
         .send_window(connection_window_bytes)
         .datagram_send_buffer_size(config.datagram_buffer().most)
         .keep_alive_interval(Some(config.keep_alive))
@@ -89,6 +88,22 @@ pub(super) fn transport_config(config: &LinkConfig) -> Result<Arc<TransportConfi
         .initial_mtu(config.mtu_bytes)
         .mtu_discovery_config(mtu_discovery(config));
     Ok(Arc::new(transport))
+}
+
+/// Lets a connection carry as much as one kind of bulk data may have under way, from now on.
+pub(super) fn widen(connection: &Connection, window_bytes: u64) {
+    let connection_window_bytes = connection_window_bytes(window_bytes);
+    connection.set_send_window(connection_window_bytes);
+    connection.set_receive_window(varint(connection_window_bytes));
+}
+
+/// Room for both kinds of bulk data, each with a window of its own, and for control.
+fn connection_window_bytes(window_bytes: u64) -> u64 {
+    2 * window_bytes + 2 * u64::from(STREAM_WINDOW_BYTES)
+}
+
+fn varint(bytes: u64) -> VarInt {
+    VarInt::from_u64(bytes).unwrap_or(VarInt::MAX)
 }
 
 fn controller(config: &LinkConfig) -> Arc<dyn ControllerFactory + Send + Sync> {

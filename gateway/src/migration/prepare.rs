@@ -213,7 +213,7 @@ async fn receive(
     let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) else {
         return Err(Refusal::Other(format!("site {} is not configured", leaf.attempt.peer)));
     };
-    let window = leaf.edges.config.link.window_mib << 20;
+    let window = peer.bulk_window_bytes(leaf.edges.config.link.window_mib << 20);
     let migration = leaf.attempt.id;
     let limits = &leaf.edges.config.migration;
     let mirror = MirrorConfig {

@@ -177,6 +177,57 @@ async fn a_slow_path_is_filled_too() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_round_trip_far_beyond_the_expected_one_is_filled_too() {
+    let _turn = TURN.lock().await;
+    let shape = Shape {
+        rate: Rate::mbit(40),
+        one_way: Duration::from_millis(400),
+        queue: Duration::from_millis(400),
+        loss: 0.0,
+    };
+    let expect_less = |config: &mut LinkConfig| {
+        fit(config, &shape);
+        config.rtt = Duration::from_millis(100);
+        config.handshake_timeout = Duration::from_secs(8);
+        assert!(config.window_bytes() < shape.rate.bytes_in(2 * shape.one_way).0, "it would fit anyway");
+    };
+    let mut path = None;
+    let via = |address| path.insert(Path::to(address, shape)).address;
+    let (a, b) = pair_with(&expect_less, &expect_less, via).await;
+    let window_bytes = a.peer("b").bulk_window_bytes(1 << 30);
+    assert!(window_bytes > 3 * shape.rate.bytes_in(2 * shape.one_way).0, "{window_bytes}");
+    assert_eq!(a.peer("b").bulk_window_bytes(1 << 20), 1 << 20);
+    let id = bulk_id(1, Channel::Disk(0));
+    let mut receiver = b.peer("a").bulk_receiver(id, window_bytes).await.unwrap();
+    let mut sender = a.peer("b").bulk_sender(id, window_bytes).await.unwrap();
+    let producer = tokio::spawn(async move {
+        for number in 0.. {
+            if sender.send(chunk(number, CHUNK_BYTES)).await.is_err() {
+                return;
+            }
+        }
+    });
+    // The rate is found within a few round trips; of the rest each second counts.
+    for _ in 0..60 {
+        timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap();
+    }
+    let mut best_mbit: f64 = 0.0;
+    for _ in 0..TRIES {
+        let began = Instant::now();
+        for _ in 0..60 {
+            timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap();
+        }
+        best_mbit = best_mbit.max(mbit_per_second(60 * CHUNK_BYTES, began.elapsed()));
+        if best_mbit > 32.0 {
+            break;
+        }
+    }
+    println!("{best_mbit:.1} of 40 Mbit/s");
+    producer.abort();
+    assert!(best_mbit > 32.0, "{best_mbit:.1} of 40 Mbit/s at best");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_channel_that_is_kept_short_holds_what_a_slower_path_needs_and_fills_it() {
     let _turn = TURN.lock().await;
     let shape = Shape { rate: Rate::mbit(20), queue: Duration::from_secs(1), loss: 0.0, ..wan() };
