@@ -19,7 +19,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use longhaul_core::disk::{
-    BLOCK, Barrier, Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError,
+    BLOCK, Barrier, Content, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError,
 };
 use longhaul_core::wan::{Effort, GivenPlaces};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -42,9 +42,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub struct DiskSourceConfig {
     /// Limits of the mirror.
     pub mirror: SourceConfig,
-    /// The disk is in step when nothing is owed and at most this much is queued or unacknowledged, in
-    /// bytes. It travels while the guest is paused: 1 MiB takes 84 ms at 100 Mbit/s.
-    pub in_step_bytes: u64,
     /// Largest range asked about at once where the disk is empty, in bytes. More finds the end of an
     /// empty disk sooner; less sees guest writes overtake less of it.
     pub zero_run_bytes: u64,
@@ -52,7 +49,7 @@ pub struct DiskSourceConfig {
 
 impl Default for DiskSourceConfig {
     fn default() -> Self {
-        Self { mirror: SourceConfig::default(), in_step_bytes: 1 << 20, zero_run_bytes: 64 << 20 }
+        Self { mirror: SourceConfig::default(), zero_run_bytes: 64 << 20 }
     }
 }
 
@@ -67,12 +64,10 @@ pub struct SourceProgress {
     pub owed_bytes: u64,
     /// Records waiting for the channel.
     pub queued_bytes: u64,
-    /// Chunks given to the channel that the other end has not acknowledged.
+    /// Chunks that are made and that the other end has not acknowledged.
     pub unacknowledged_bytes: u64,
     /// What has happened so far.
     pub counters: SourceCounters,
-    /// Little enough is left to stop the guest.
-    pub in_step: bool,
     /// The barrier, once sent.
     pub barrier: Option<Barrier>,
 }
@@ -427,17 +422,13 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
 
     fn publish(&self) {
         let unacknowledged = self.channel.unacknowledged();
-        let waiting = unacknowledged + self.chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
         let progress = SourceProgress {
             total_bytes: self.mirror.size(),
             copied_bytes: self.mirror.size() - self.mirror.owed_bytes(),
             owed_bytes: self.mirror.owed_bytes(),
             queued_bytes: self.mirror.queued_bytes(),
-            unacknowledged_bytes: unacknowledged,
+            unacknowledged_bytes: unacknowledged + self.chunk.as_ref().map_or(0, |chunk| chunk.len() as u64),
             counters: self.mirror.counters(),
-            in_step: self.mirror.in_step(self.config.in_step_bytes.saturating_sub(waiting))
-                && waiting <= self.config.in_step_bytes
-                && (self.reader.is_some() || self.config.mirror.existing == Existing::Mirrored),
             barrier: self.mirror.barrier(),
         };
         self.progress.send_if_modified(|last| std::mem::replace(last, progress) != progress);

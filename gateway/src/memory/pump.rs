@@ -156,7 +156,8 @@ impl<S: ChunkSend> Pump<S> {
     /// What happens next. Cancel-safe in every branch.
     async fn event(&mut self, tick: &mut Interval) -> Event {
         let may_read = self.may_read();
-        let flush_at = self.flush_at().filter(|_| may_read);
+        // Disks may wait for names that are among what is gathered.
+        let flush_at = self.flush_at().filter(|_| may_read || (self.holds() && self.outlet.has_room()));
         tokio::select! {
             biased;
             changed = self.mode.changed() => changed.map_or(Event::Aborted, |()| Event::ModeChanged),
@@ -176,8 +177,12 @@ impl<S: ChunkSend> Pump<S> {
         match event {
             Event::Aborted => return Err(SourceError::Aborted),
             Event::ModeChanged => {
-                debug!(mode = ?*self.mode.borrow_and_update(), "Memory source switched");
-                self.encoder.handle_disks_end();
+                let mode = *self.mode.borrow_and_update();
+                debug!(?mode, "Memory source switched");
+                match mode {
+                    SourceMode::Absorb => self.encoder.handle_disks_end(),
+                    SourceMode::Streaming | SourceMode::Held => {}
+                }
             }
             Event::Asked(Some(question)) => self.take_question(question),
             Event::Asked(None) => self.let_disks_go(),
@@ -284,7 +289,11 @@ impl<S: ChunkSend> Pump<S> {
 
     fn may_read(&self) -> bool {
         let room = self.absorbing() && self.outlet.backlog_bytes() < self.config.absorb_limit.0;
-        self.stream.is_some() && (room || self.outlet.has_room())
+        self.stream.is_some() && !self.holds() && (room || self.outlet.has_room())
+    }
+
+    fn holds(&self) -> bool {
+        *self.mode.borrow() == SourceMode::Held && self.encoder.phase() != StreamPhase::DeviceState
     }
 
     fn absorbing(&self) -> bool {

@@ -52,11 +52,14 @@ impl Default for SourceConfig {
     }
 }
 
-/// Whether QEMU may be made to wait.
+/// Whether QEMU may be made to wait, or has to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SourceMode {
     /// The guest runs: a full channel slows QEMU down, so that it sees what the link really carries.
     Streaming,
+    /// The guest runs, and the link is needed for something else: nothing more is read, so that QEMU waits. What is read
+    /// already goes out. Device state is read in spite of it.
+    Held,
     /// The guest is stopped, or about to be: QEMU's writes are taken at once, up to
     /// [`SourceConfig::absorb_limit`]; a reader that stalled now would hang its monitor.
     Absorb,
@@ -171,10 +174,10 @@ pub struct SourceHandle {
 }
 
 impl SourceHandle {
-    /// Says whether QEMU may be made to wait. Switch to [`SourceMode::Absorb`] before `stop` is sent. The
+    /// Says whether QEMU may be made to wait, or has to. Switch to [`SourceMode::Absorb`] before `stop` is sent. The
     /// source does so itself when the memory is complete.
     pub fn set_mode(&self, mode: SourceMode) {
-        self.mode.send_replace(mode);
+        self.mode.send_if_modified(|last| std::mem::replace(last, mode) != mode);
     }
 
     /// Where the transfer stands, renewed every 100 ms and at the end.

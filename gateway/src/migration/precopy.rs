@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetDisk;
 use longhaul_core::ids::DeviceName;
-use longhaul_core::migration::convergence::Progress;
+use longhaul_core::migration::convergence::{Progress, disks_in_step};
 use longhaul_core::migration::disk_pace::DiskPace;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
@@ -37,7 +37,7 @@ use crate::hypervisor::{
 use crate::journal::JournalError;
 use crate::link::PeerHandle;
 use crate::memory::kept::digest;
-use crate::memory::{MemorySource, SourceConfig, SourceHandle, SourceProgress};
+use crate::memory::{MemorySource, SourceConfig, SourceHandle, SourceMode, SourceProgress};
 use crate::naming::NamedBy;
 
 /// How often progress is measured.
@@ -105,7 +105,7 @@ async fn begin(
 ) -> Result<(), Refusal> {
     lower_ttl(leaf, row, ttl_before_s).await?;
     let peer = peer(leaf)?;
-    let window = leaf.edges.config.link.window_mib << 20;
+    let window = peer.bulk_window_bytes(leaf.edges.config.link.window_mib << 20);
     let sockets = socket_dir(leaf)?;
     let mut exports = Vec::new();
     for (index, volume) in row.definition.volumes().enumerate() {
@@ -169,18 +169,22 @@ async fn copy(
             check_mirrors(guest, transfer).await?;
         }
         looks += 1;
-        if transfer.memory.is_none() && disks.in_step {
+        let rate = goodput.look(&peer);
+        let disks_in_step =
+            disks.owed == 0 && disks_in_step(Bytes(disks.unacknowledged), rate, peer.stats().rtt);
+        if transfer.memory.is_none() && disks_in_step {
             tracing::info!(vm = %leaf.attempt.vm, "disks are in step, memory begins");
             start_memory(leaf, guest, &peer, transfer).await?;
         }
         let memory = match &mut transfer.memory {
             Some(handle) => {
+                // Memory that came to its end before the disks would let QEMU stop the guest by itself.
+                handle.set_mode(if disks_in_step { SourceMode::Streaming } else { SourceMode::Held });
                 let pump = handle.progress().borrow().clone();
                 Some((pump, guest.migration().await.map_err(hypervisor_failed)?))
             }
             None => None,
         };
-        let rate = goodput.look(&peer);
         if let Some(limit) = pace.handle_left(began.elapsed(), Bytes(disks.left), Bytes(disks.sent), rate) {
             slow_disks(leaf, guest, row, transfer.max_throttle_percent.is_some(), limit).await?;
         }
@@ -189,18 +193,14 @@ async fn copy(
             goodput: rate,
             unacknowledged: Bytes(unacknowledged),
             reduction_permille: 1000,
-            disks_in_step: disks.in_step,
+            disks_in_step,
             rtt: peer.stats().rtt,
             ..Progress::default()
         };
         if let Some((pump, info)) = &memory {
             check_memory(info)?;
-            progress.memory_remaining = info.remaining;
+            add_memory(&mut progress, pump, info, &mut sync);
             show_throttle(leaf, info.throttle_percent);
-            progress.dirty_rate = Rate(info.dirty_pages_per_s * info.page_size.0);
-            progress.round = info.dirty_sync_count;
-            progress.since_sync = sync.look(info.dirty_sync_count);
-            progress.reduction_permille = reduction(pump);
             show_memory(leaf, pump);
             if info.status == MigrationStatus::PreSwitchover {
                 leaf.report(Event::SwitchoverReached).await;
@@ -210,6 +210,14 @@ async fn copy(
         show(leaf, &progress, &disks, memory_total);
         leaf.report(Event::Progress(progress)).await;
     }
+}
+
+fn add_memory(progress: &mut Progress, pump: &SourceProgress, info: &MigrationInfo, sync: &mut LastSync) {
+    progress.memory_remaining = info.remaining;
+    progress.dirty_rate = Rate(info.dirty_pages_per_s * info.page_size.0);
+    progress.round = info.dirty_sync_count;
+    progress.since_sync = sync.look(info.dirty_sync_count);
+    progress.reduction_permille = reduction(pump);
 }
 
 fn check_memory(info: &MigrationInfo) -> Result<(), Refusal> {
@@ -303,10 +311,10 @@ struct Disks {
     copied: u64,
     total: u64,
     same: u64,
+    owed: u64,
     left: u64,
     sent: u64,
     unacknowledged: u64,
-    in_step: bool,
 }
 
 /// Why a disk's copy is over before it was finished.
@@ -343,7 +351,7 @@ async fn check_mirrors(guest: &Guest, transfer: &Transfer) -> Result<(), Refusal
 
 /// The disk whose copy has ended is an error.
 fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
-    let mut sum = Disks { copied: 0, total: 0, same: 0, left: 0, sent: 0, unacknowledged: 0, in_step: true };
+    let mut sum = Disks { copied: 0, total: 0, same: 0, owed: 0, left: 0, sent: 0, unacknowledged: 0 };
     for (at, (_, disk)) in transfer.disks.iter().enumerate() {
         let progress = disk.progress();
         if progress.has_changed().is_err() {
@@ -354,9 +362,9 @@ fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
         sum.same += progress.counters.same_bytes;
         sum.total += progress.total_bytes;
         sum.sent += progress.counters.chunk_bytes;
+        sum.owed += progress.owed_bytes;
         sum.left += progress.owed_bytes + progress.queued_bytes;
         sum.unacknowledged += progress.queued_bytes + progress.unacknowledged_bytes;
-        sum.in_step &= progress.in_step;
     }
     Ok(sum)
 }

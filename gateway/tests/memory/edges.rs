@@ -69,7 +69,10 @@ async fn write_until_it_blocks(qemu: &mut UnixStream, bytes: &[u8]) -> usize {
 }
 
 async fn decoded(recv: &mut QueueRecv, len: usize) -> Vec<u8> {
-    let mut decoder = StreamDecoder::new(SHADOW_PAGES).expect("zstd starts");
+    go_on_decoding(&mut StreamDecoder::new(SHADOW_PAGES).expect("zstd starts"), recv, len).await
+}
+
+async fn go_on_decoding(decoder: &mut StreamDecoder, recv: &mut QueueRecv, len: usize) -> Vec<u8> {
     let mut stream = Vec::new();
     while stream.len() < len {
         let chunk = timeout(PATIENCE, recv.recv()).await.expect("in time").expect("a chunk");
@@ -103,6 +106,29 @@ async fn a_full_channel_slows_qemu_down_and_absorbing_does_not() {
     let end = side.handle.ended().await.expect("sent");
     assert_eq!(end.bytes, ByteCount(bytes.len() as u64));
     assert!(matches!(side.handle.ended().await, Err(SourceError::Aborted)), "told once");
+}
+
+#[tokio::test]
+async fn a_source_that_holds_sends_what_it_has_read_and_makes_qemu_wait_until_the_guest_stops() {
+    let bytes = noise(4 << 20);
+    let mut side = source(prompt(), 4).await;
+    side.qemu.write_all(&bytes[..100]).await.expect("taken");
+    let mut progress = side.handle.progress();
+    let read = timeout(PATIENCE, progress.wait_for(|progress| progress.original == ByteCount(100)));
+    read.await.expect("it is read").expect("the source lives");
+    side.handle.set_mode(SourceMode::Held);
+    let taken = 100 + write_until_it_blocks(&mut side.qemu, &bytes[100..]).await;
+    assert!(taken < 1 << 20, "{taken} bytes: no more than a socket holds");
+    let mut decoder = StreamDecoder::new(SHADOW_PAGES).expect("zstd starts");
+    assert_eq!(go_on_decoding(&mut decoder, &mut side.recv, 100).await, bytes[..100]);
+    assert_eq!(side.handle.progress().borrow().original, ByteCount(100));
+    side.handle.set_mode(SourceMode::Absorb);
+    let (wrote, stream) = tokio::join!(
+        async { side.qemu.write_all(&bytes[taken..]).await.map(|()| drop(side.qemu)) },
+        go_on_decoding(&mut decoder, &mut side.recv, bytes.len() - 100),
+    );
+    wrote.expect("all taken");
+    assert!(stream == bytes[100..]);
 }
 
 #[tokio::test]

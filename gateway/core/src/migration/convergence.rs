@@ -61,6 +61,12 @@ impl Default for PauseBudget {
     }
 }
 
+/// Whether so little waits of what the guest writes to its disks that the rest is memory's: hardly more than is on its
+/// way at any time on this link.
+pub fn disks_in_step(waiting: Bytes, goodput: Rate, rtt: Duration) -> bool {
+    waiting <= goodput.bytes_in(rtt + IN_STEP).max(IN_STEP_BYTES)
+}
+
 /// The outcome of one look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -81,6 +87,11 @@ pub struct Convergence {
     shortest_in_round: Option<Duration>,
     rounds_without_gain: u64,
 }
+
+/// Disks in step are behind by less than this, a round trip aside.
+const IN_STEP: Duration = Duration::from_millis(100);
+/// Whatever the link carries: a few chunks wait at any time (84 ms at 100 Mbit/s).
+const IN_STEP_BYTES: Bytes = Bytes(1 << 20);
 
 /// Device state of a small guest on the wire, before anything is known (measured: 21 KB compressed).
 const DEVICE_STATE: u64 = 64 << 10;
@@ -187,6 +198,14 @@ mod tests {
         let mut convergence = Convergence::default();
         let late = Progress { disks_in_step: false, ..progress(9, 0) };
         assert_eq!(convergence.decide(&late, &PauseBudget::default()), Decision::Continue);
+    }
+
+    #[test]
+    fn what_is_on_its_way_on_a_long_fat_link_does_not_put_disks_out_of_step() {
+        let (slow, fast, rtt) = (Rate::mbit(10), Rate::mbit(1000), Duration::from_millis(100));
+        assert!(disks_in_step(Bytes(1 << 20), Rate(0), rtt) && disks_in_step(Bytes(1 << 20), slow, rtt));
+        assert!(!disks_in_step(Bytes((1 << 20) + 1), slow, rtt));
+        assert!(disks_in_step(Bytes(25_000_000), fast, rtt) && !disks_in_step(Bytes(25_000_001), fast, rtt));
     }
 
     #[test]
