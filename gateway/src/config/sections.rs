@@ -64,7 +64,7 @@ pub struct LinkSection {
     pub listen: SocketAddr,
     /// The most that is sent to a peer, in Mbit/s (default 100). Too low leaves the link unused. What the path
     /// carries at present is found within it, so that it need not be exact unless `congestion` is `"fixed"`; QEMU is
-    /// given four times as much, and stops a guest by itself when far less than that arrives.
+    /// given sixteen times as much, and stops a guest by itself when far less than that arrives.
     pub rate_mbit: u64,
     /// How that is found (default `"model"`: from what the path delivers, like BBR). `"fixed"` sends at
     /// `rate_mbit` whatever happens, for a path that carries exactly that and nothing else: on another one it fills

@@ -40,6 +40,10 @@ use crate::memory::kept::digest;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle, SourceMode, SourceProgress};
 use crate::naming::NamedBy;
 
+/// QEMU may write this many times what the link carries: most of a machine that was here before travels as a few bytes per
+/// page. But a limit that nothing reaches makes QEMU believe that nothing is left; it stops the guest by itself when less is
+/// left than it wrote in a millisecond, here 16 ms of the link.
+const FASTER_THAN_LINK: u64 = 16;
 /// How often progress is measured.
 const LOOK: Duration = Duration::from_millis(100);
 /// Mirrors are asked how they are every so many looks.
@@ -259,9 +263,7 @@ async fn start_memory(
         MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base).with_disks(named_by);
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
-    // Reduction makes room for more than the link's rate, but a limit that nothing reaches makes QEMU
-    // believe that nothing is left and stop the guest by itself.
-    let limit = Rate(Rate::mbit(config.rate_mbit).0 * 4);
+    let limit = Rate(Rate::mbit(config.rate_mbit).0.saturating_mul(FASTER_THAN_LINK));
     let parameters = OutgoingParameters {
         max_bandwidth: Some(limit),
         max_throttle_percent: transfer.max_throttle_percent,
