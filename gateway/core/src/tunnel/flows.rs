@@ -63,8 +63,9 @@ pub struct FlowConfig {
     /// How long a closed connection is remembered, so that a segment that comes late is not taken for an open
     /// one. Default 2 min (RFC 9293, 3.4.2: the maximum segment lifetime).
     pub closed_memory: Duration,
-    /// No new flow to the home address for this long before the tunnel may end. Default 24 h: some clients have the
-    /// number written down and dial it once a day.
+    /// No new flow for this long before the tunnel may end. Default 24 h: some clients have the home address written down and
+    /// dial it once a day, and a guest asks its home LAN's servers from time to time. Of flows from outside only those that
+    /// the guest answers count: somebody knocks at every public address all day.
     pub quiet: Duration,
     /// A flow of which one end has sent for this long, and the other is silent, counts as heard from one side only.
     /// Default 30 s. Shorter names flows that are only waiting for a slow answer.
@@ -250,13 +251,10 @@ impl FlowTable {
     }
 
     fn handle_known(&mut self, now: Duration, id: Id, seen: Seen, traffic: Traffic) {
-        let old = self.store.flow(id).state;
+        let (old, was_taken_up) = (self.store.flow(id).state, self.store.flow(id).is_taken_up());
         let state = old.next(seen.flags, seen.sender);
-        let is_reused = old == State::Closed && state != State::Closed;
-        if is_reused && seen.sender == Side::Remote {
-            self.last_new = now;
-        }
-        if state == State::Closed {
+        let is_reused = old.is_over() && state == State::Opening;
+        if state.is_over() {
             self.last_closed = Some(now);
         }
         self.store.update(id, |flow| {
@@ -266,12 +264,16 @@ impl FlowTable {
             flow.state = state;
             flow.count(now, seen.sender, traffic);
         });
+        let is_asked_for = is_reused && seen.sender == Side::Guest;
+        if is_asked_for || !was_taken_up && self.store.flow(id).is_taken_up() {
+            self.last_new = now;
+        }
     }
 
     fn handle_unknown(&mut self, now: Duration, seen: Seen, traffic: Traffic) {
         let Seen { tuple, flags, sender } = seen;
         let Some(state) = State::first(flags, sender) else { return };
-        if flags.is_none_or(TcpFlags::opens) && sender == Side::Remote {
+        if flags.is_none_or(TcpFlags::opens) && sender == Side::Guest {
             self.last_new = now;
         }
         let origin = if flags.is_none_or(TcpFlags::syn) { FlowOrigin::New } else { FlowOrigin::Underway };

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::super::packet::Side;
-use super::state::{Flow, FlowOrigin, State};
+use super::state::{Flow, FlowOrigin};
 use super::store::Id;
 use super::{FlowConfig, FlowTable};
 
@@ -86,7 +86,7 @@ impl FlowTable {
         let from = self.pass.next.unwrap_or(NonZeroU32::MIN);
         let mut counting = self.pass.counting;
         for (_, flow) in self.store.scan(from, limit) {
-            if now.saturating_sub(flow.last_seen) >= self.config.one_way || flow.state == State::Closed {
+            if now.saturating_sub(flow.last_seen) >= self.config.one_way || flow.state.is_over() {
                 continue;
             }
             counting.active += 1;
@@ -116,6 +116,6 @@ pub(super) fn heard_only(config: &FlowConfig, now: Duration, flow: &Flow) -> Opt
         (FlowOrigin::New, Side::Guest) => flow.to_guest.packets > 0,
         (FlowOrigin::New, Side::Remote) => flow.from_guest.packets > 0,
     };
-    let is_one_way = long_enough && still_tries && was_two_way && flow.state != State::Closed;
+    let is_one_way = long_enough && still_tries && was_two_way && !flow.state.is_over();
     is_one_way.then_some(sender)
 }

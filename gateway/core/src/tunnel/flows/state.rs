@@ -2,15 +2,18 @@
 //!
 //! ```text
 //!            SYN                segment without SYN
-//!  (unknown) ----> Opening ---------------------------> Open --- FIN both ways, or RST ---> Closed
-//!      |             ^                                   ^                                    |
-//!      |             +-- SYN|ACK (unknown) --+           |          SYN: Opening again        |
-//!      +------- any other packet, or seeded -------------+                                    |
-//!  every state ends by its idle time; Closed is remembered, and lingers for late segments <---+
+//!  (unknown) ----> Opening ---------------------------> Open --- FIN both ways -----------> Closed
+//!      |             ^                                  ^  ^ \                               |
+//!      |             +-- SYN|ACK (unknown)              |  |  '- RST --> Reset                |
+//!      |                                                |  '------------'  | its sender goes on
+//!      +------- any other packet, or seeded ------------'                  |                  |
+//!  every state ends by its idle time; Closed and Reset are remembered, linger for late segments, and are Opening
+//!  again with a SYN
 //! ```
 //!
 //! An answer alone does not open: a guest answers a SYN whose sender does not exist. Sequence numbers are not
-//! looked at, so a forged segment counts like a true one.
+//! looked at, so a forged segment counts like a true one. But whoever has really reset a connection sends nothing more of it:
+//! a reset whose sender goes on was forged, or not believed (RFC 5961).
 
 use std::time::Duration;
 
@@ -50,8 +53,13 @@ pub enum FlowOrigin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
     Opening,
-    Open { guest_fin: bool, remote_fin: bool },
+    Open {
+        guest_fin: bool,
+        remote_fin: bool,
+    },
     Closed,
+    /// By whom.
+    Reset(Side),
 }
 
 impl State {
@@ -70,15 +78,23 @@ impl State {
         }
     }
 
+    /// It holds nothing any more.
+    pub fn is_over(self) -> bool {
+        match self {
+            Self::Closed | Self::Reset(_) => true,
+            Self::Opening | Self::Open { .. } => false,
+        }
+    }
+
     /// After one more packet.
     pub fn next(self, flags: Option<TcpFlags>, sender: Side) -> Self {
         let Some(flags) = flags else { return self };
-        if flags.rst() {
-            return Self::Closed;
-        }
         let (guest_fin, remote_fin) = match self {
-            Self::Closed if flags.opens() => return Self::Opening,
+            Self::Closed | Self::Reset(_) if flags.opens() => return Self::Opening,
             Self::Closed => return Self::Closed,
+            Self::Reset(by) if by != sender || flags.rst() || flags.syn() => return self,
+            Self::Opening | Self::Open { .. } if flags.rst() => return Self::Reset(sender),
+            Self::Reset(_) => (false, false),
             Self::Opening if flags.syn() => return Self::Opening,
             Self::Opening => (false, false),
             Self::Open { guest_fin, remote_fin } => (guest_fin, remote_fin),
@@ -149,14 +165,21 @@ impl Flow {
             State::Opening => FlowState::Opening,
             State::Open { guest_fin: false, remote_fin: false } => FlowState::Open,
             State::Open { .. } => FlowState::Closing,
-            State::Closed => FlowState::Closed,
+            State::Closed | State::Reset(_) => FlowState::Closed,
         }
+    }
+
+    /// Whether it began after the move and both ends have spoken since, TCP beyond its handshake: what was refused, or never
+    /// answered, is nobody who needs the address.
+    pub fn is_taken_up(&self) -> bool {
+        let both_spoke = self.from_guest.packets > 0 && self.to_guest.packets > 0;
+        self.origin == FlowOrigin::New && both_spoke && matches!(self.state, State::Open { .. })
     }
 }
 
 pub(super) fn class(protocol: u8, state: State) -> Class {
     match (protocol, state) {
-        (_, State::Closed) => Class::Closed,
+        (_, State::Closed | State::Reset(_)) => Class::Closed,
         (TCP, State::Opening) => Class::TcpOpening,
         (TCP, State::Open { guest_fin: false, remote_fin: false }) => Class::TcpOpen,
         (TCP, State::Open { .. }) => Class::TcpClosing,

@@ -133,10 +133,66 @@ fn an_idle_connection_lives_two_hours_and_four_minutes() {
 #[test]
 fn a_new_connection_to_the_home_address_restarts_the_quiet_time() {
     let mut table = table();
-    from_remote(&mut table, 50, 1000, SYN);
-    from_guest(&mut table, 50, 1000, RST | ACK);
+    from_remote(&mut table, 48, 1000, SYN);
+    from_guest(&mut table, 49, 1000, SYN | ACK);
+    from_remote(&mut table, 50, 1000, ACK);
+    from_guest(&mut table, 51, 1000, ACK);
+    from_remote(&mut table, 52, 1000, RST);
     assert!(!table.may_end(at(109)));
     assert!(table.may_end(at(110)));
+}
+
+#[test]
+fn whoever_knocks_and_is_not_let_in_restarts_nothing() {
+    let mut table = table();
+    from_remote(&mut table, 50, 1000, SYN);
+    from_guest(&mut table, 50, 1000, RST | ACK);
+    from_remote(&mut table, 51, 1001, SYN);
+    from_guest(&mut table, 51, 1001, SYN | ACK);
+    from_udp(&mut table, 52, 1002);
+    let held = table.held_by(at(55));
+    assert_eq!((held.quiet_left, held.flows.tcp_opening, held.flows.udp), (at(5), 1, 1));
+    from_guest(&mut table, 56, 1001, SYN | ACK);
+    assert_eq!(table.held_by(at(56)).quiet_left, at(4), "nobody has acknowledged that");
+}
+
+#[test]
+fn what_the_guest_asks_of_its_home_restarts_the_quiet_time() {
+    let mut table = table();
+    from_guest(&mut table, 50, 1000, SYN);
+    assert_eq!(table.held_by(at(50)).quiet_left, at(60));
+    from_guest(&mut table, 60, 1000, RST);
+    from_guest(&mut table, 70, 1000, SYN);
+    assert_eq!(table.held_by(at(70)).quiet_left, at(60));
+    let bytes = ipv4(GUEST, CLIENT, UDP, &tcp(53, 53, 0));
+    table.handle_packet(at(80), &Packet::parse(&bytes).unwrap(), Side::Guest);
+    assert_eq!(table.held_by(at(80)).quiet_left, at(60));
+}
+
+#[test]
+fn a_reset_whose_sender_goes_on_was_none() {
+    let mut table = table();
+    table.seed(at(0), &[tuple(1000)]);
+    for (sender, other) in [(Side::Remote, Side::Guest), (Side::Guest, Side::Remote)] {
+        let mut pass = |now, sender, flags| match sender {
+            Side::Remote => from_remote(&mut table, now, 1000, flags),
+            Side::Guest => from_guest(&mut table, now, 1000, flags),
+        };
+        pass(1, sender, RST);
+        pass(2, other, ACK);
+        pass(2, other, FIN_ACK);
+        pass(3, sender, RST | ACK);
+        assert_eq!(table.alive(), 0, "what was on its way proves nothing");
+        let mut pass = |now, sender, flags| match sender {
+            Side::Remote => from_remote(&mut table, now, 1000, flags),
+            Side::Guest => from_guest(&mut table, now, 1000, flags),
+        };
+        pass(4, sender, ACK);
+        assert_eq!(table.held_by(at(4)).flows.tcp_open, 1);
+    }
+    let entry = table.list(at(5), FlowCursor::default(), 10).flows.remove(0);
+    assert_eq!((entry.origin, entry.age), (FlowOrigin::Seeded, at(5)), "it is the same connection");
+    assert!(!table.may_end(at(7443)) && table.may_end(at(7444)));
 }
 
 #[test]
@@ -217,19 +273,29 @@ fn a_client_that_uses_its_port_again_is_new() {
     let mut table = table();
     from_remote(&mut table, 1, 1000, SYN);
     from_remote(&mut table, 2, 1000, RST);
+    from_remote(&mut table, 49, 1000, SYN);
     from_remote(&mut table, 50, 1000, SYN);
-    assert_eq!(table.held_by(at(50)).quiet_left, at(60));
+    from_guest(&mut table, 51, 1000, SYN | ACK);
+    from_remote(&mut table, 52, 1000, ACK);
+    assert_eq!(table.held_by(at(52)).quiet_left, at(60));
     let entry = table.list(at(55), FlowCursor::default(), 10).flows.remove(0);
-    assert_eq!((entry.age, entry.to_guest.packets), (at(5), 1));
+    assert_eq!((entry.age, entry.to_guest.packets), (at(6), 3));
 }
 
 #[test]
 fn a_flow_that_was_due_is_another_when_it_comes_back() {
     let mut table = table();
+    let answer = |table: &mut FlowTable, now| {
+        let bytes = ipv4(GUEST, CLIENT, UDP, &tcp(53, 1000, 0));
+        table.handle_packet(at(now), &Packet::parse(&bytes).unwrap(), Side::Guest);
+    };
     from_udp(&mut table, 0, 1000);
+    answer(&mut table, 0);
     from_udp(&mut table, 299, 1000);
+    answer(&mut table, 299);
     assert_eq!(table.held_by(at(299)).quiet_left, Duration::ZERO, "the same flow is not new");
     from_udp(&mut table, 599, 1000);
+    answer(&mut table, 599);
     assert_eq!(table.held_by(at(599)).quiet_left, at(60), "nobody had to forget it first");
 }
 
@@ -278,7 +344,7 @@ fn what_holds_the_tunnel_is_shown_by_kind() {
     table.seed(at(30), &[FlowTuple { protocol: 132, ..tuple(0) }]);
     let held = table.held_by(at(40));
     let expected = FlowCounts { tcp_opening: 1, tcp_open: 1, tcp_closing: 1, udp: 1, other: 1, closed: 0 };
-    assert_eq!((held.flows, held.names_left, held.quiet_left), (expected, None, at(50)));
+    assert_eq!((held.flows, held.names_left, held.quiet_left), (expected, None, at(20)));
     from_remote(&mut table, 41, 1, RST);
     table.set_names_expire_at(at(100));
     let held = table.held_by(at(42));
@@ -434,6 +500,8 @@ proptest! {
         let mut table = FlowTable::new(config.clone(), at(0));
         table.set_names_expire_at(at(0));
         let mut plain = BTreeMap::<u16, (State, u64)>::new();
+        // Whether it began after the move, and who has spoken.
+        let mut spoke = BTreeMap::<u16, (bool, [bool; 2])>::new();
         let (mut now, mut last_new, mut last_closed) = (0, 0, None);
         for (pause, port, flags, remote, expires) in steps {
             now += pause;
@@ -447,16 +515,24 @@ proptest! {
             );
             if let Some(state) = state {
                 plain.insert(port, (state, now));
-                last_closed = if state == State::Closed { Some(now) } else { last_closed };
-                let begins = old.is_none_or(|old| old == State::Closed) && TcpFlags(flags).opens();
-                last_new = if begins && remote { now } else { last_new };
+                last_closed = if state.is_over() { Some(now) } else { last_closed };
+                let begins = old.is_none_or(|old| old.is_over()) && TcpFlags(flags).opens();
+                if old.is_none() || begins {
+                    spoke.insert(port, (TcpFlags(flags).syn(), [false; 2]));
+                }
+                let (is_new, both) = spoke.entry(port).or_default();
+                let is_open = |state| matches!(state, State::Open { .. });
+                let was_taken_up = *both == [true; 2] && old.is_some_and(is_open);
+                both[usize::from(remote)] = true;
+                let taken_up = *is_new && *both == [true; 2] && is_open(state) && !was_taken_up;
+                last_new = if taken_up || (begins && !remote) { now } else { last_new };
             }
             if remote { from_remote(&mut table, now, port, flags) } else { from_guest(&mut table, now, port, flags) }
             if expires {
                 table.expire(at(now));
             }
             for later in [now, now + 3, now + 60, now + 300] {
-                let mut alive = plain.values().filter(|(state, _)| *state != State::Closed);
+                let mut alive = plain.values().filter(|(state, _)| !state.is_over());
                 let held = alive.any(|(state, seen)| later < seen + idle(*state))
                     || last_closed.is_some_and(|at| later < at + 3)
                     || later < last_new + 60;
