@@ -219,8 +219,9 @@ pub struct TunnelSection {
     /// An attracted address that another host uses is that host's until it was silent for this long, although it is
     /// asked (default 60 s). Shorter takes it away from a host that is being rebooted.
     pub duplicate_silent_s: u64,
-    /// The tunnel ends when no old flow is left, the old name has expired and no new flow to the home
-    /// address came for this long (default 86400 s: some clients have the number written down).
+    /// The tunnel ends when no old flow is left, the old name has expired and there was no new flow for this long: from
+    /// outside, taken up by the guest, or the guest's own to its home (default 86400 s: some clients have the number
+    /// written down).
     pub quiet_s: u64,
     /// Packets held during the pause, in KiB per machine (default 4096); beyond it the oldest are dropped.
     pub hold_kib: u64,
