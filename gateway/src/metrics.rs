@@ -3,6 +3,7 @@
 //! The page is made from the same state that the status shows when it is asked for; nothing is counted
 //! twice and no global registry exists.
 
+use longhaul_core::tunnel::flows::{FlowCounts, HeldBy};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
@@ -51,14 +52,16 @@ pub struct Figures {
     pub flows: u64,
     /// Those that are heard from one end only.
     pub flows_one_way: u64,
+    /// What holds the tunnel of each NIC that left: machine and NIC.
+    pub held: Vec<(String, String, HeldBy)>,
     /// Packets beyond a machine's share of the tunnel, by machine.
     pub over_share: Vec<(String, u64)>,
     /// Guests' packets sent to peers.
     pub tunnel_packets_out: u64,
     /// Guests' packets received from peers.
     pub tunnel_packets_in: u64,
-    /// Guests' packets dropped.
-    pub tunnel_dropped: u64,
+    /// Guests' packets dropped, by reason.
+    pub tunnel_dropped: Vec<(&'static str, u64)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -69,6 +72,25 @@ struct Peer {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Machine {
     machine: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HeldFlows {
+    machine: String,
+    nic: String,
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Held {
+    machine: String,
+    nic: String,
+    by: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Dropped {
+    reason: &'static str,
 }
 
 /// The metrics page in OpenMetrics text.
@@ -103,7 +125,12 @@ pub fn page(figures: &Figures) -> String {
         "Guests' packets received from peers",
         figures.tunnel_packets_in,
     );
-    gauge(&mut registry, "tunnel_packets_dropped", "Guests' packets dropped", figures.tunnel_dropped);
+    let dropped = Family::<Dropped, Gauge>::default();
+    for (reason, packets) in &figures.tunnel_dropped {
+        dropped.get_or_create(&Dropped { reason }).set(*packets as i64);
+    }
+    registry.register("tunnel_packets_dropped", "Guests' packets dropped", dropped);
+    register_held(&mut registry, &figures.held);
     let up = Family::<Peer, Gauge>::default();
     let rtt = Family::<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
     let min_rtt = Family::<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
@@ -133,6 +160,46 @@ pub fn page(figures: &Figures) -> String {
     }
 }
 
+/// What each tunnel waits for, as `longhaul flows` says it.
+fn register_held(registry: &mut Registry, held: &[(String, String, HeldBy)]) {
+    let flows = Family::<HeldFlows, Gauge>::default();
+    let left = Family::<Held, Gauge>::default();
+    let pending = Family::<Machine, Gauge>::default();
+    for (machine, nic, held) in held {
+        let FlowCounts { tcp_opening, tcp_open, tcp_closing, udp, other, closed: _ } = held.flows;
+        let kinds = [
+            ("tcp_opening", tcp_opening),
+            ("tcp_open", tcp_open),
+            ("tcp_closing", tcp_closing),
+            ("udp", udp),
+            ("other", other),
+        ];
+        for (kind, count) in kinds {
+            let labels = HeldFlows { machine: machine.clone(), nic: nic.clone(), kind };
+            flows.get_or_create(&labels).set(count as i64);
+        }
+        let waits = [
+            ("closed_flows", Some(held.linger_left)),
+            ("untracked_flows", Some(held.untracked_left)),
+            ("quiet", Some(held.quiet_left)),
+            ("names", held.names_left),
+            ("limit", held.limit_left),
+        ];
+        for (by, time) in waits {
+            let Some(time) = time else { continue };
+            let labels = Held { machine: machine.clone(), nic: nic.clone(), by };
+            left.get_or_create(&labels).set(time.as_secs() as i64);
+        }
+        pending.get_or_create(&Machine { machine: machine.clone() }).set(held.names_left.is_none().into());
+    }
+    registry.register("held_flows", "Connections that hold the tunnel of a machine that left", flows);
+    let help = "How long what else holds it will; at the limit it ends whatever is left";
+    registry.register("held_left_seconds", help, left);
+    let help =
+        "1 while the name of a machine that left has not moved, or nobody knows when old answers expire";
+    registry.register("held_by_name", help, pending);
+}
+
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: u64) {
     let gauge: Gauge = Gauge::default();
     gauge.set(value as i64);
@@ -141,6 +208,8 @@ fn gauge(registry: &mut Registry, name: &str, help: &str, value: u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -155,7 +224,29 @@ mod tests {
             received_bytes: 9,
         };
         let over_share = vec![("web1".to_owned(), 3)];
-        let text = page(&Figures { links: vec![link], anchors: 2, over_share, ..Figures::default() });
+        let held_by = HeldBy {
+            flows: FlowCounts { tcp_open: 4, ..FlowCounts::default() },
+            linger_left: Duration::ZERO,
+            untracked_left: Duration::ZERO,
+            names_left: None,
+            quiet_left: Duration::from_secs(60),
+            limit_left: None,
+            released: false,
+        };
+        let held = vec![("web1".to_owned(), "net0".to_owned(), held_by)];
+        let tunnel_dropped = vec![("hold_full", 5)];
+        let figures =
+            Figures { links: vec![link], anchors: 2, over_share, held, tunnel_dropped, ..Figures::default() };
+        let text = page(&figures);
+        for line in [
+            "longhaul_tunnel_packets_dropped{reason=\"hold_full\"} 5",
+            "longhaul_held_flows{machine=\"web1\",nic=\"net0\",kind=\"tcp_open\"} 4",
+            "longhaul_held_left_seconds{machine=\"web1\",nic=\"net0\",by=\"quiet\"} 60",
+            "longhaul_held_by_name{machine=\"web1\"} 1",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        assert!(!text.contains("by=\"limit\""), "there is none: {text}");
         assert!(text.contains("longhaul_tunnel_packets_over_share{machine=\"web1\"} 3"), "{text}");
         assert!(text.contains("longhaul_link_rtt_seconds{peer=\"b\"} 0.1"), "{text}");
         let estimated = "longhaul_link_estimated_bytes_per_second{peer=\"b\"} 12000000";

@@ -425,7 +425,7 @@ async fn the_tunnel_ends_by_itself_after_the_last_old_connection() {
 
     records.wait_for(80);
     assert!(!ending.is_finished(), "a connection is open");
-    assert_eq!(sites.a.tunnel.status().borrow().ports[0].flows_alive, Some(1));
+    assert_eq!(sites.a.tunnel.status().borrow().ports[0].flows_alive(), Some(1));
     records.finish();
     let closed = tokio::time::timeout(Duration::from_secs(5), ending).await.unwrap().unwrap().unwrap();
     println!("{closed:?}");

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use longhaul_core::ids::{SiteName, VmName};
 use longhaul_core::tunnel::datapath::PortStatus;
+use longhaul_core::tunnel::flows::HeldBy;
 use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::oneshot;
 
@@ -25,7 +26,7 @@ impl Daemon {
         for view in views.iter_mut().filter(|view| view.closed_ms.is_none()) {
             let is_its = |port: &&PortStatus| port.role == Role::Away && port.key.machine == view.vm;
             let ports: Vec<&PortStatus> = status.ports.iter().filter(is_its).collect();
-            view.flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+            view.flows = ports.iter().filter_map(|port| port.flows_alive()).sum();
             view.flows_one_way = ports.iter().map(|port| port.one_way.flows()).sum();
             let its = conflicts.iter().filter(|conflict| conflict.key.machine == view.vm);
             view.conflicts = its
@@ -41,6 +42,22 @@ impl Daemon {
         let status = status.borrow();
         let over = status.ports.iter().filter(|port| port.over_share > 0);
         over.map(|port| (port.key.machine.clone(), port.over_share)).collect()
+    }
+
+    /// What holds the tunnel of each NIC that left.
+    pub(super) fn held(&self) -> Vec<(String, String, HeldBy)> {
+        let status = self.edges.tunnel.status();
+        let status = status.borrow();
+        let away = status.ports.iter().filter(|port| port.role == Role::Away);
+        let held = away.filter_map(|port| Some((&port.key, port.held_by.clone()?)));
+        held.map(|(key, held)| (key.machine.to_string(), key.nic.to_string(), held)).collect()
+    }
+
+    /// Packets that did not travel, by reason.
+    pub(super) fn dropped(&self) -> Vec<(&'static str, u64)> {
+        let status = self.edges.tunnel.status();
+        let status = status.borrow();
+        status.counters.dropped.iter().map(|(reason, packets)| (reason.label(), *packets)).collect()
     }
 
     /// Connections that stall when this gateway ends, and break when its host does, by machine; `None`: there are none.

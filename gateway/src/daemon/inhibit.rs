@@ -57,7 +57,10 @@ async fn becomes(
 }
 
 fn has_flows(status: &TunnelStatus) -> bool {
-    status.ports.iter().any(|port| port.role == Role::Away && port.flows_alive.is_some_and(|flows| flows > 0))
+    status
+        .ports
+        .iter()
+        .any(|port| port.role == Role::Away && port.flows_alive().is_some_and(|flows| flows > 0))
 }
 
 fn begin(program: &PathBuf) -> Option<Child> {
@@ -88,7 +91,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use longhaul_core::tunnel::datapath::{Phase, PortStatus};
-    use longhaul_core::tunnel::flows::OneWay;
+    use longhaul_core::tunnel::flows::{FlowCounts, HeldBy, OneWay};
     use longhaul_core::tunnel::policy::PortKey;
 
     use super::*;
@@ -101,7 +104,15 @@ mod tests {
             phase: Phase::Passing,
             held_packets: 0,
             held_bytes: 0,
-            flows_alive: Some(flows),
+            held_by: Some(HeldBy {
+                flows: FlowCounts { tcp_open: flows, ..FlowCounts::default() },
+                linger_left: Duration::ZERO,
+                untracked_left: Duration::ZERO,
+                names_left: None,
+                quiet_left: Duration::ZERO,
+                limit_left: None,
+                released: false,
+            }),
             one_way: OneWay::default(),
             over_share: 0,
             may_end: false,

@@ -230,9 +230,10 @@ impl Daemon {
                 .into_iter()
                 .map(|(vm, packets)| (vm.to_string(), packets))
                 .collect(),
+            held: self.held(),
             tunnel_packets_out: tunnel.packets_out,
             tunnel_packets_in: tunnel.packets_in,
-            tunnel_dropped: tunnel.dropped,
+            tunnel_dropped: self.dropped(),
         })
     }
 }

@@ -681,7 +681,7 @@ impl Port {
             phase: self.phase,
             held_packets: self.hold.len() as u64,
             held_bytes: self.hold.bytes() as u64,
-            flows_alive: self.flows.as_ref().map(|flows| flows.alive() as u64),
+            held_by: self.flows.as_ref().map(|flows| flows.held_by(now)),
             one_way: self.flows.as_mut().map(|flows| flows.count_one_way(now)).unwrap_or_default(),
             over_share: shares.dropped(self.share),
             may_end,

@@ -207,7 +207,7 @@ pub(super) fn standing(status: &TunnelStatus, keys: &[PortKey]) -> (u64, bool) {
     // Beside it may stand what is passed on for the machine's other addresses.
     let is_ours = |port: &&PortStatus| port.role == Role::Away && keys.contains(&port.key);
     let ports: Vec<_> = status.ports.iter().filter(is_ours).collect();
-    let flows = ports.iter().filter_map(|port| port.flows_alive).sum();
+    let flows = ports.iter().filter_map(|port| port.flows_alive()).sum();
     (flows, !ports.is_empty() && ports.iter().all(|port| port.may_end))
 }
 

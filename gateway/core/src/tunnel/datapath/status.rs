@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::super::flows::OneWay;
+use super::super::flows::{HeldBy, OneWay};
 use super::super::policy::{DropReason, PortKey, Role};
 use crate::ids::SiteName;
 
@@ -86,12 +86,19 @@ pub struct PortStatus {
     pub held_packets: u64,
     /// Their bytes.
     pub held_bytes: u64,
-    /// Flows alive; `None` where they are not tracked (visits).
-    pub flows_alive: Option<u64>,
+    /// What holds it; `None` where flows are not tracked (visits).
+    pub held_by: Option<HeldBy>,
     /// Flows that are heard from one end only.
     pub one_way: OneWay,
     /// Packets of the machine, all its NICs together, that were more than its share.
     pub over_share: u64,
     /// The tunnel is needed by nobody any more.
     pub may_end: bool,
+}
+
+impl PortStatus {
+    /// Flows alive; `None` where they are not tracked (visits).
+    pub fn flows_alive(&self) -> Option<u64> {
+        self.held_by.as_ref().map(|held| held.flows.alive())
+    }
 }

@@ -247,7 +247,7 @@ fn the_status_says_when_a_tunnel_may_end() {
     home.set_names_expire_at(&key("web1"), NOW).unwrap();
     home.handle_packet(NOW, to_guest(1));
     let status = home.handle_status(NOW + Duration::from_secs(60)).remove(0);
-    assert_eq!((status.flows_alive, status.may_end, status.held_packets), (Some(1), false, 1));
+    assert_eq!((status.flows_alive(), status.may_end, status.held_packets), (Some(1), false, 1));
     home.handle_packet(NOW, ipv4(CLIENT, HOME, 6, &tcp(1, 80, 0x04)).into());
     let may_end = |home: &mut Datapath| home.handle_status(NOW + Duration::from_secs(24 * 3600))[0].may_end;
     assert!(may_end(&mut home));
