@@ -13,9 +13,19 @@ use anyhow::{Context, Result, bail};
 
 use crate::guest::image::lab_folder;
 
-/// Where results are written.
-pub fn results_folder() -> PathBuf {
-    lab_folder().join("bench")
+/// Where results are written: a run of only a part does not replace what the whole said.
+fn results(name: &str, partial: bool, extension: &str) -> Result<PathBuf> {
+    let folder = lab_folder().join("bench");
+    std::fs::create_dir_all(&folder).with_context(|| format!("Cannot make {}", folder.display()))?;
+    let part = if partial { "-part" } else { "" };
+    Ok(folder.join(format!("{name}{part}.{extension}")))
+}
+
+/// Writes a file of results and says where it is.
+fn keep(file: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    std::fs::write(file, content).with_context(|| format!("Cannot write {}", file.display()))?;
+    println!("{}", file.display());
+    Ok(())
 }
 
 /// Goes on in a build of this program with all optimisations, as the others are: at once if this is one.

@@ -20,7 +20,7 @@ mod sender;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 pub use end::{LinkEndArguments, link_end_main};
 
@@ -59,7 +59,7 @@ impl LinkOptions {
     }
 }
 
-/// Measures, prints the tables and writes `link.json`.
+/// Measures, prints the tables and writes `link.json`, or `link-part.json` if only a part was wanted.
 pub fn run(options: &LinkOptions) -> Result<()> {
     let mut outcome = Outcome::new(options.seconds);
     let mut senders = Vec::new();
@@ -78,12 +78,9 @@ pub fn run(options: &LinkOptions) -> Result<()> {
         measure_shared(options, cell, &senders, &mut outcome);
     }
     println!("{}", outcome.table());
-    let file = super::results_folder().join("link.json");
-    std::fs::create_dir_all(super::results_folder())?;
-    std::fs::write(&file, serde_json::to_vec_pretty(&outcome.json())?)
-        .with_context(|| format!("Cannot write {}", file.display()))?;
-    println!("{}", file.display());
-    Ok(())
+    let partial = options.quick || options.shared_only || !options.only.is_empty();
+    let file = super::results("link", partial, "json")?;
+    super::keep(&file, serde_json::to_vec_pretty(&outcome.json())?)
 }
 
 fn measure_alone(options: &LinkOptions, cell: Cell, senders: &[Sender], outcome: &mut Outcome) {

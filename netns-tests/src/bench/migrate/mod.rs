@@ -79,7 +79,7 @@ pub struct RunArguments {
     result: PathBuf,
 }
 
-/// Races, prints the tables, writes `migrate.json` and `migrate.html`.
+/// Races, prints the tables, writes `migrate.json` and `migrate.html`, or both as `migrate-part` if only a part was wanted.
 pub fn run(arguments: &RaceArguments) -> Result<()> {
     // Built once, before processes ask for them at the same time.
     let programs = Programs::build()?;
@@ -103,15 +103,11 @@ pub fn run(arguments: &RaceArguments) -> Result<()> {
     }
     let outcome = lock(&outcome);
     println!("{}", outcome.table());
-    let folder = super::results_folder();
-    std::fs::create_dir_all(&folder)?;
     let json = outcome.json();
-    let (file, page) = (folder.join("migrate.json"), folder.join("migrate.html"));
-    std::fs::write(&file, serde_json::to_vec_pretty(&json)?)
-        .with_context(|| format!("Cannot write {}", file.display()))?;
-    std::fs::write(&page, page::render(&json))?;
-    println!("{}\n{}", file.display(), page.display());
-    Ok(())
+    let partial =
+        !(arguments.profile.is_empty() && arguments.workload.is_empty() && arguments.only.is_empty());
+    super::keep(&super::results("migrate", partial, "json")?, serde_json::to_vec_pretty(&json)?)?;
+    super::keep(&super::results("migrate", partial, "html")?, page::render(&json))
 }
 
 /// Plays one run and writes what it showed.

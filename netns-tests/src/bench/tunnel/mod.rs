@@ -20,7 +20,7 @@ mod report;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 pub use end::{EndArguments, end_main};
 pub use report::Outcome;
@@ -47,7 +47,7 @@ pub struct BenchOptions {
     pub path: Option<Path>,
 }
 
-/// Measures, prints the table and writes `tunnel.json`.
+/// Measures, prints the table and writes `tunnel.json`, or `tunnel-part.json` if only a part was wanted.
 pub fn run(options: &BenchOptions) -> Result<()> {
     let mut outcome = Outcome::default();
     let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|kind| options.wants(*kind)).collect();
@@ -59,12 +59,9 @@ pub fn run(options: &BenchOptions) -> Result<()> {
         measure_path(options, path, &ready, &mut outcome)?;
     }
     println!("{}", outcome.table());
-    let file = super::results_folder().join("tunnel.json");
-    std::fs::create_dir_all(super::results_folder())?;
-    std::fs::write(&file, serde_json::to_vec_pretty(&outcome)?)
-        .with_context(|| format!("Cannot write {}", file.display()))?;
-    println!("{}", file.display());
-    Ok(())
+    let partial = options.path.is_some() || !options.only.is_empty();
+    let file = super::results("tunnel", partial, "json")?;
+    super::keep(&file, serde_json::to_vec_pretty(&outcome)?)
 }
 
 impl BenchOptions {
