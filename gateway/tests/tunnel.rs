@@ -44,6 +44,9 @@ mod duplicates;
 #[path = "tunnel/one_way.rs"]
 mod one_way;
 
+#[path = "tunnel/unread.rs"]
+mod unread;
+
 fn server(text: &str) -> SocketAddr {
     SocketAddr::new(address(text), PORT)
 }

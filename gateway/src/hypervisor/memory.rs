@@ -304,30 +304,39 @@ impl Guest {
     }
 }
 
-/// Notices at once when QEMU stops the guest by itself, because it finds too little left to send.
+/// What QEMU does of its own accord in an outgoing migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MigrationStep {
+    /// It has looked for pages that were changed, and begins with them.
+    NewRound,
+    /// It finds too little left to send, and has stopped the guest: at this time since the Unix epoch.
+    StoppedGuest(Duration),
+}
+
+/// Notices at once what QEMU does of its own accord.
 #[derive(Debug)]
-pub struct SelfStop {
+pub struct MigrationSteps {
     events: Events,
     stopped_at: Option<Duration>,
 }
 
-impl SelfStop {
+impl MigrationSteps {
     /// Looks at events from now on.
     pub fn new(events: Events) -> Self {
         Self { events, stopped_at: None }
     }
 
-    /// Waits until a migration stands in `pre-switchover`, and says when the guest was stopped for that, as
-    /// time since the Unix epoch. For ever where events were lost or QEMU is gone: whoever waits also asks.
-    /// Cancel safe.
-    pub async fn next(&mut self) -> Duration {
+    /// Waits for the next step: QMP event `MIGRATION_PASS`, or that a migration stands in `pre-switchover`. For ever where
+    /// events were lost or QEMU is gone: whoever waits also asks. Cancel safe.
+    pub async fn next(&mut self) -> MigrationStep {
         loop {
             match self.events.next().await {
                 Ok(event) if event.name == "STOP" => self.stopped_at = Some(event.at),
                 Ok(event) if event.name == "RESUME" => self.stopped_at = None,
                 Ok(event) if event.name == "MIGRATION" && event.data["status"] == "pre-switchover" => {
-                    return self.stopped_at.unwrap_or(event.at);
+                    return MigrationStep::StoppedGuest(self.stopped_at.unwrap_or(event.at));
                 }
+                Ok(event) if event.name == "MIGRATION_PASS" => return MigrationStep::NewRound,
                 Ok(_) | Err(EventLoss::Missed(_)) => {}
                 Err(EventLoss::Gone) => std::future::pending().await,
             }
@@ -349,7 +358,7 @@ mod tests {
     #[tokio::test]
     async fn a_guest_that_qemu_stops_by_itself_stands_since_its_stop_and_not_since_somebody_looked() {
         let (sender, receiver) = broadcast::channel(8);
-        let mut watch = SelfStop::new(receiver.into());
+        let mut watch = MigrationSteps::new(receiver.into());
         let event = |name: &str, status: &str, at_ms| QmpEvent {
             name: name.to_owned(),
             data: json!({ "status": status }),
@@ -359,12 +368,14 @@ mod tests {
             event("STOP", "", 10),
             event("RESUME", "", 11),
             event("MIGRATION", "active", 12),
+            event("MIGRATION_PASS", "", 15),
             event("STOP", "", 20),
             event("MIGRATION", "pre-switchover", 27),
         ] {
             sender.send(event).unwrap();
         }
-        assert_eq!(watch.next().await, Duration::from_millis(20));
+        assert_eq!(watch.next().await, MigrationStep::NewRound);
+        assert_eq!(watch.next().await, MigrationStep::StoppedGuest(Duration::from_millis(20)));
         drop(sender);
         let waits = tokio::time::timeout(Duration::from_millis(20), watch.next()).await;
         assert!(waits.is_err(), "a QEMU that is gone stops nothing");

@@ -38,7 +38,7 @@ pub use definition_file::{DefinitionFileError, parse_definition, read_definition
 pub use disks::{Access, Export};
 pub use guest::{Guest, NotResumed, RunState, VolumeNode};
 pub use launch::Hypervisor;
-pub use memory::{MigrationInfo, MigrationStatus, OutgoingParameters, SelfStop};
+pub use memory::{MigrationInfo, MigrationStatus, MigrationStep, MigrationSteps, OutgoingParameters};
 pub use mirror::{JobState, MirrorMode, MirrorStatus};
 pub use probe::{KNOWN_FEATURES, ProbeError};
 pub use qmp::{EventLoss, Events, QmpClient, QmpConfig, QmpError, QmpEvent};

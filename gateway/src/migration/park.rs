@@ -1,7 +1,7 @@
 //! Stage 3 at the source: the pause. Nothing here waits for a round trip, but for a disk whose last writes hit blocks that
 //! memory named a moment before the pause: their barrier waits until those names were read.
 //!
-//! Order matters: packets are held before the guest stops, so that none is lost between; the memory
+//! Order matters: packets are held before the guest stops, and QEMU reads those that came before, so that none is lost; the memory
 //! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the
 //! source's disks are still active; `Parked` is said only when QEMU itself says that it has stopped
 //! for good, run state and migration status both.
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use longhaul_core::migration::convergence::SLOWEST;
 use longhaul_core::migration::message::{Handover, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::NicHandover;
@@ -20,6 +21,7 @@ use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
 use crate::memory::SourceMode;
 use crate::migration::stay::holds;
+use crate::tunnel::wait_until_read;
 
 /// QEMU finishes what it has locally: no network is involved, so this is generous.
 const QEMU_LIMIT: Duration = Duration::from_secs(30);
@@ -61,13 +63,18 @@ async fn park(
     transfer: &mut Transfer,
 ) -> Result<Handover, Refusal> {
     let tunnel = &leaf.edges.tunnel;
-    for hold in holds(&leaf.edges, row, &leaf.attempt.peer)? {
+    // With nothing left to write QEMU would stop the guest before its packets are held.
+    guest.limit_bandwidth(Some(SLOWEST)).await.map_err(hypervisor_failed)?;
+    let holds = holds(&leaf.edges, row, &leaf.attempt.peer)?;
+    let taps: Vec<String> = holds.iter().map(|hold| hold.port.clone()).collect();
+    for hold in holds {
         tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
     }
     let Some(memory) = &mut transfer.memory else {
         return Err(Refusal::Other("Memory was not started".into()));
     };
     memory.set_mode(SourceMode::Absorb);
+    read_out(leaf, &taps).await;
     leaf.report(Event::GuestStopped).await;
     let mut events = guest.events();
     guest.stop().await.map_err(hypervisor_failed)?;
@@ -91,6 +98,18 @@ async fn park(
     }
     tracing::info!(vm = %leaf.attempt.vm, bytes = end.bytes.0, "parked");
     handover(leaf, row).await
+}
+
+/// Lets QEMU read what had come to the machine's taps before its packets were held.
+async fn read_out(leaf: &SourceLeaf, taps: &[String]) {
+    let vm = &leaf.attempt.vm;
+    match wait_until_read(taps).await {
+        Ok(left) if left.is_empty() => {}
+        Ok(left) => tracing::debug!(%vm, ?left, "packets stay behind in the machine's taps"),
+        Err(error) => {
+            tracing::debug!(%vm, error = chain(&error), "nobody knows what is left in the machine's taps")
+        }
+    }
 }
 
 /// How long the guest has stood still, by QEMU's own event: that comes before its answer to `stop`, and a busy

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetDisk;
 use longhaul_core::ids::DeviceName;
-use longhaul_core::migration::convergence::{Progress, disks_in_step};
+use longhaul_core::migration::convergence::{Progress, disks_in_step, writing_rate};
 use longhaul_core::migration::disk_pace::DiskPace;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
@@ -32,7 +32,8 @@ use super::{MachineRow, chain, hypervisor_failed, remembered, told_to_stop};
 use crate::disk::nbd::NbdServer;
 use crate::disk::{DiskSource, DiskSourceConfig, DiskSourceError};
 use crate::hypervisor::{
-    Access, Guest, JobState, MigrationInfo, MigrationStatus, MirrorMode, OutgoingParameters, SelfStop,
+    Access, Guest, JobState, MigrationInfo, MigrationStatus, MigrationStep, MigrationSteps, MirrorMode,
+    OutgoingParameters,
 };
 use crate::journal::JournalError;
 use crate::link::PeerHandle;
@@ -40,10 +41,6 @@ use crate::memory::kept::digest;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle, SourceMode, SourceProgress};
 use crate::naming::NamedBy;
 
-/// QEMU may write this many times what the link carries: most of a machine that was here before travels as a few bytes per
-/// page. But a limit that nothing reaches makes QEMU believe that nothing is left; it stops the guest by itself when less is
-/// left than it wrote in a millisecond, here 16 ms of the link.
-const FASTER_THAN_LINK: u64 = 16;
 /// How often progress is measured.
 const LOOK: Duration = Duration::from_millis(100);
 /// Mirrors are asked how they are every so many looks.
@@ -156,13 +153,17 @@ async fn copy(
     let mut sync = LastSync::default();
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
-    let mut self_stop = SelfStop::new(guest.events());
+    let mut steps = MigrationSteps::new(guest.events());
+    let mut writing = Writing::on(Rate::mbit(leaf.edges.config.link.rate_mbit));
     let mut looks: u32 = 0;
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
-            // Packets are not held yet while it stands: the next look must not be a tick away.
-            at = self_stop.next() => leaf.viewer.paused_for(age(at)),
+            // At what QEMU does by itself the next look must not be a tick away: packets are not held yet.
+            step = steps.next() => match step {
+                MigrationStep::StoppedGuest(at) => leaf.viewer.paused_for(age(at)),
+                MigrationStep::NewRound => {}
+            },
         }
         let peer = peer(leaf)?;
         let disks = match look_at_disks(transfer) {
@@ -178,7 +179,7 @@ async fn copy(
             disks.owed == 0 && disks_in_step(Bytes(disks.unacknowledged), rate, peer.stats().rtt);
         if transfer.memory.is_none() && disks_in_step {
             tracing::info!(vm = %leaf.attempt.vm, "disks are in step, memory begins");
-            start_memory(leaf, guest, &peer, transfer).await?;
+            start_memory(leaf, guest, &peer, Bytes(memory_total), transfer).await?;
         }
         let memory = match &mut transfer.memory {
             Some(handle) => {
@@ -203,6 +204,7 @@ async fn copy(
         };
         if let Some((pump, info)) = &memory {
             check_memory(info)?;
+            writing.follow(guest, info).await?;
             add_memory(&mut progress, pump, info, &mut sync);
             show_throttle(leaf, info.throttle_percent);
             show_memory(leaf, pump);
@@ -239,6 +241,7 @@ async fn start_memory(
     leaf: &SourceLeaf,
     guest: &Guest,
     peer: &PeerHandle,
+    memory: Bytes,
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
     let id = BulkId { migration: leaf.attempt.id, channel: Channel::Memory };
@@ -263,9 +266,8 @@ async fn start_memory(
         MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base).with_disks(named_by);
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
-    let limit = Rate(Rate::mbit(config.rate_mbit).0.saturating_mul(FASTER_THAN_LINK));
     let parameters = OutgoingParameters {
-        max_bandwidth: Some(limit),
+        max_bandwidth: Some(writing_rate(memory, Rate::mbit(config.rate_mbit))),
         max_throttle_percent: transfer.max_throttle_percent,
     };
     guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;
@@ -453,6 +455,28 @@ fn reduction(pump: &SourceProgress) -> u32 {
     match bytes {
         SEEN.. => permille(bytes, wire_bytes),
         _ => permille(pump.original.0, pump.wire.0).max(HOPED_PERMILLE),
+    }
+}
+
+/// How fast QEMU may write at present.
+struct Writing {
+    link: Rate,
+    allowed: Rate,
+}
+
+impl Writing {
+    fn on(link: Rate) -> Self {
+        Self { link, allowed: Rate::default() }
+    }
+
+    async fn follow(&mut self, guest: &Guest, info: &MigrationInfo) -> Result<(), Refusal> {
+        let wanted = writing_rate(info.remaining, self.link);
+        let differs = wanted.0.abs_diff(self.allowed.0) > self.allowed.0 / 8;
+        if info.status == MigrationStatus::Active && differs {
+            guest.limit_bandwidth(Some(wanted)).await.map_err(hypervisor_failed)?;
+            self.allowed = wanted;
+        }
+        Ok(())
     }
 }
 

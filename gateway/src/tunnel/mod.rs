@@ -41,6 +41,7 @@ mod routers;
 mod routes;
 mod sysctl;
 mod tap;
+mod unread;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ pub use error::TunnelError;
 pub use mover::{DatagramPath, FlowListing, TunnelStatus};
 pub use plan::{CareOf, CarriedRoute, CarryRequest, HoldRequest, Leaving, VisitRequest};
 pub use tap::tap_name;
+pub use unread::wait_until_read;
 
 use announce::FrameSocket;
 use control::{Command, Control, Since, Tasks};

@@ -567,7 +567,7 @@ fn gone_is_fine(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-fn errno(error: &Error) -> Option<i32> {
+pub(super) fn errno(error: &Error) -> Option<i32> {
     match error {
         Error::NetlinkError(message) => Some(-message.raw_code()),
         Error::UnexpectedMessage(_)

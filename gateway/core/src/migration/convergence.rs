@@ -67,6 +67,17 @@ pub fn disks_in_step(waiting: Bytes, goodput: Rate, rtt: Duration) -> bool {
     waiting <= goodput.bytes_in(rtt + IN_STEP).max(IN_STEP_BYTES)
 }
 
+/// How fast QEMU may write while so much of a round is left: in a look and a half at the earliest it is at its end, because with
+/// nothing left it stops the guest by itself, before packets are held for it. A machine that was at the other site before
+/// travels as a few bytes per page, so that much more than the link carries may be written.
+pub fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
+    let fitting = Rate((remaining.0 as f64 / LOOK_AND_A_HALF.as_secs_f64()) as u64);
+    Rate(fitting.0.min(link.0.saturating_mul(MOST_OF_LINK)).max(link.0 / LEAST_OF_LINK)).max(SLOWEST)
+}
+
+/// Hardly anything, and in time for the guest's end: QEMU takes 0 for no limit, and counts in tenths of a second.
+pub const SLOWEST: Rate = Rate(10 * 4096);
+
 /// The outcome of one look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -88,6 +99,12 @@ pub struct Convergence {
     rounds_without_gain: u64,
 }
 
+/// A look is a tenth of a second.
+const LOOK_AND_A_HALF: Duration = Duration::from_millis(150);
+/// More is no use: QEMU stops the guest when less is left than it wrote in a millisecond, which is 16 ms of the link then.
+const MOST_OF_LINK: u64 = 16;
+/// Less would make the end of each round long.
+const LEAST_OF_LINK: u64 = 32;
 /// Disks in step are behind by less than this, a round trip aside.
 const IN_STEP: Duration = Duration::from_millis(100);
 /// Whatever the link carries: a few chunks wait at any time (84 ms at 100 Mbit/s).
@@ -198,6 +215,22 @@ mod tests {
         let mut convergence = Convergence::default();
         let late = Progress { disks_in_step: false, ..progress(9, 0) };
         assert_eq!(convergence.decide(&late, &PauseBudget::default()), Decision::Continue);
+    }
+
+    #[test]
+    fn qemu_never_comes_to_the_end_of_a_round_between_two_looks_if_more_than_a_little_is_left() {
+        let link = Rate::mbit(100);
+        assert_eq!(writing_rate(Bytes(256 << 20), link), Rate(16 * 12_500_000));
+        let (mut left, mut looks) = (Bytes(256 << 20), 0);
+        while left.0 > 100_000 {
+            let written = writing_rate(left, link).bytes_in(Duration::from_millis(100));
+            assert!(written < left, "{written} of {left}");
+            left = Bytes(left.0 - written.0);
+            looks += 1;
+        }
+        assert!(looks < 20, "the end of a round takes {looks} looks");
+        assert_eq!(writing_rate(Bytes(0), link), Rate(12_500_000 / 32));
+        assert_eq!(writing_rate(Bytes(0), Rate::mbit(1)), SLOWEST);
     }
 
     #[test]
