@@ -235,6 +235,17 @@ fn assert_none_was_refused(requests: &Answers, view: &MigrationView) {
     assert!(in_pause > 0, "none was opened in the pause");
 }
 
+/// The client's connections to the machine's address still use what both ends had agreed on: timestamps, selective
+/// acknowledgements, window scaling.
+fn assert_they_use_their_options(scene: &Scene, to: IpAddr) {
+    let told = scene.world.client.output("ss", &["-tineOH", "dst", &to.to_string()]).unwrap();
+    let lived: Vec<&str> = told.lines().filter(|line| line.starts_with("ESTAB")).collect();
+    assert!(lived.len() >= 3, "{told}");
+    for line in lived {
+        assert!(line.contains(" ts sack ") && line.contains(" wscale:"), "{line}");
+    }
+}
+
 /// The machine moves to site b.
 async fn moved_to_b(scene: &Scene) -> MigrationView {
     let id = scene.begin_move().await.unwrap();
@@ -295,6 +306,7 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     let narrow = connect_over_a_narrow_path(&scene, home, care_of).await;
     later(&unrepeated[0].small).await;
     cut_and_restart(&mut scene, &unrepeated[0].small).await;
+    assert_they_use_their_options(&scene, home);
 
     let all = upload.end().await.unwrap();
     println!("an upload: {uploaded} bytes until the machine had moved, {all} in all");
