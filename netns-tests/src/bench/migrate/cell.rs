@@ -18,10 +18,12 @@ pub enum Profile {
     Transatlantic,
     /// 50 Mbit/s, 200 ms, 1 % loss.
     Lossy,
+    /// Faster than this machine emulates, 0.2 ms: the processors decide. Only if it is asked for.
+    Unshaped,
 }
 
 impl Profile {
-    /// All of them.
+    /// All that are raced if nothing else is asked for.
     pub const ALL: [Self; 4] = [Self::Metro, Self::Transatlantic, Self::Lossy, Self::Bradford];
 
     /// Its name in commands and reports.
@@ -31,6 +33,7 @@ impl Profile {
             Self::Metro => "metro",
             Self::Transatlantic => "transatlantic",
             Self::Lossy => "lossy",
+            Self::Unshaped => "unshaped",
         }
     }
 
@@ -41,6 +44,7 @@ impl Profile {
             Self::Metro => (1000.0, Duration::from_millis(5), 0.0),
             Self::Transatlantic => (100.0, Duration::from_millis(100), 0.001),
             Self::Lossy => (50.0, Duration::from_millis(200), 0.01),
+            Self::Unshaped => (10_000.0, Duration::from_micros(200), 0.0),
         }
     }
 
@@ -48,7 +52,7 @@ impl Profile {
     pub const fn rounds(self) -> u32 {
         match self {
             Self::Bradford | Self::Lossy => 1,
-            Self::Metro | Self::Transatlantic => 3,
+            Self::Metro | Self::Transatlantic | Self::Unshaped => 3,
         }
     }
 }
