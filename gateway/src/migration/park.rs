@@ -104,8 +104,8 @@ async fn park(
 async fn read_out(leaf: &SourceLeaf, taps: &[String]) {
     let vm = &leaf.attempt.vm;
     match wait_until_read(taps).await {
-        Ok(left) if left.is_empty() => {}
-        Ok(left) => tracing::debug!(%vm, ?left, "packets stay behind in the machine's taps"),
+        Ok(busy) if busy.is_empty() => {}
+        Ok(taps) => tracing::debug!(%vm, ?taps, "packets may stay behind in the machine's taps"),
         Err(error) => {
             tracing::debug!(%vm, error = chain(&error), "nobody knows what is left in the machine's taps")
         }
