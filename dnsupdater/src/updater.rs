@@ -155,26 +155,58 @@ impl Updater {
 
     /// Takes back a swap that was won: `new` becomes `old` again, if nobody has swapped since.
     ///
-    /// The time to live stays the swap's; call [`Updater::restore_ttl`] next. `Won` also if the swap was never applied.
+    /// The time to live stays the swap's; call [`Updater::restore_ttl`] next. `Won` also if the swap was never applied: then
+    /// no update of it that is still under way will be.
     pub async fn undo(&self, swap: &Swap) -> Result<Outcome, Error> {
         swap.check(&self.config.zone)?;
         let (swapped, after) = (swap.ownership()?, swap.inverse()?);
         let mut conversation = self.conversation();
-        let current = self.read_in(&mut conversation, &swap.name).await?;
-        let before = current.comparable()?.filter(|found| found.is_claim_of(&swapped)).cloned();
-        let Some(before) = before else {
-            let untouched = current.epoch() == swap.epoch_from && current.has(&swap.old);
-            let lost = Outcome::Lost { current: Box::new(current), rcode: None };
-            return Ok(if untouched { Outcome::Won } else { lost });
-        };
+        let mut current = self.read_in(&mut conversation, &swap.name).await?;
+        let is_ours = |found: &Ownership| found.is_claim_of(&swapped);
+        if !current.comparable()?.is_some_and(is_ours) {
+            if current.epoch() != swap.epoch_from || !current.has(&swap.old) {
+                return Ok(Outcome::Lost { current: Box::new(current), rcode: None });
+            }
+            match self.forestall(&mut conversation, swap, &current).await? {
+                // It was applied after all, before it could be kept from it.
+                Outcome::Lost { current: now, rcode: _ } if now.ownership().is_some_and(is_ours) => {
+                    current = *now
+                }
+                outcome @ (Outcome::Won | Outcome::Lost { .. }) => return Ok(outcome),
+            }
+        }
+        let before = current.comparable()?;
         let message = Change::of(&swap.name, &self.config.zone)?
-            .only_if(&Before { ownership: Some(&before), addresses: &swap.new })
+            .only_if(&Before { ownership: before, addresses: &swap.new })
             .own(&after)
             .point(&swap.new, &swap.old, |_| swap.ttl_s)
             .into_message();
-        let (before, after, proof) = (Some(&before), &after, Proof::Claim);
-        let update = Update { name: &swap.name, before, after, proof, message };
+        let update = Update { name: &swap.name, before, after: &after, proof: Proof::Claim, message };
         self.settle(&mut conversation, &update).await
+    }
+
+    /// Leaves an ownership record on which no update of a swap that was not applied can build.
+    async fn forestall(
+        &self,
+        conversation: &mut Conversation<'_>,
+        swap: &Swap,
+        found: &Records,
+    ) -> Result<Outcome, Error> {
+        let before = found.comparable()?;
+        let replaced = |(before, observed): (&Ownership, &Ownership)| !before.is_claim_of(observed);
+        if before.zip(swap.observed.as_ref()).is_some_and(replaced) {
+            return Ok(Outcome::Won);
+        }
+        let after = match before {
+            Some(before) => before.touched(),
+            None => swap.inverse()?,
+        };
+        let message = Change::of(&swap.name, &self.config.zone)?
+            .only_if(&Before { ownership: before, addresses: &found.addresses })
+            .own(&after)
+            .into_message();
+        let update = Update { name: &swap.name, before, after: &after, proof: Proof::Value, message };
+        self.settle(conversation, &update).await
     }
 
     /// Lowers the time to live of a name's addresses before a move, if it is higher, conditional on the addresses and

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use dnsupdater::{Error, Outcome, Transport, Updater, UpdaterConfig};
-use support::proxy::{Proxy, Verdict, is_update, unsigned};
+use dnsupdater::{Error, Outcome, Swap, Transport, Updater, UpdaterConfig};
+use support::proxy::{Proxy, Verdict, ask_tcp, is_update, unsigned};
 use support::*;
 use tokio::net::{TcpListener, UdpSocket};
 
@@ -18,6 +18,7 @@ on_every_server!(
     a_lost_request_is_sent_again,
     a_swap_whose_answer_was_lost_and_overtaken_is_lost,
     an_outcome_that_cannot_be_known_is_said_and_the_same_swap_settles_it_later,
+    a_swap_that_is_still_under_way_when_it_is_undone_does_nothing_when_it_arrives,
     a_truncated_answer_is_asked_for_again_over_tcp,
     a_slow_server_is_waited_for_until_the_timeout_and_no_longer,
     an_unsigned_answer_to_a_signed_question_is_not_believed,
@@ -136,6 +137,38 @@ async fn an_outcome_that_cannot_be_known_is_said_and_the_same_swap_settles_it_la
     let serial = state(world).await.4;
     assert_eq!(updater.swap(&swap).await.expect("the cut is over"), Outcome::Won);
     assert_eq!(state(world).await.4, serial, "it had been applied before");
+}
+
+async fn a_swap_that_is_still_under_way_when_it_is_undone_does_nothing_when_it_arrives(world: &World) {
+    let updater = world.updater(site_a());
+    let late = async |swap: &Swap| {
+        // The update waits in a queue, and nobody says so.
+        let swallow = |request: &[u8], _: Option<&[u8]>| match is_update(request) {
+            true => Verdict::Swallow,
+            false => Verdict::Pass,
+        };
+        let mut proxy = Proxy::start(world.address, swallow).await;
+        let error = through(&proxy, |config| config.retries = 0).swap(swap).await.expect_err("no answer");
+        assert!(matches!(error, Error::OutcomeUnknown { .. }), "{error:?}");
+        let before = updater.read(&app()).await.expect("readable");
+        assert_eq!(updater.undo(swap).await.expect("answered"), Outcome::Won, "it was not applied");
+        let [queued] = proxy.updates().try_into().expect("one update");
+        let reply = ask_tcp(world.address, &queued).await.expect("answered");
+        assert_ne!(reply[3] & 0xf, 0, "the late update was accepted");
+        let found = updater.read(&app()).await.expect("readable");
+        let said =
+            |records: &dnsupdater::Records| (records.addresses.clone(), records.ttl_s(), records.epoch());
+        assert_eq!(said(&found), said(&before), "the name is as it was");
+    };
+    late(&first_swap()).await;
+    assert_eq!(updater.swap(&first_swap()).await.expect("answered"), Outcome::Won);
+    let held = updater.read(&app()).await.expect("readable").ownership().cloned();
+    late(&second_swap().observed(held)).await;
+    assert_eq!(
+        updater.swap(&second_swap()).await.expect("answered"),
+        Outcome::Won,
+        "the name can still move"
+    );
 }
 
 async fn a_truncated_answer_is_asked_for_again_over_tcp(world: &World) {
