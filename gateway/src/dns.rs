@@ -90,7 +90,8 @@ pub struct Standing {
 pub struct NameMove<'a> {
     /// The name.
     pub name: &'a str,
-    /// Addresses that the machine had, and what stands in for each now. Those that the name lists are replaced.
+    /// Addresses that the machine had, and what clients are to find for each now: itself, if nothing else leads to it.
+    /// Those that the name lists are replaced, and what else it lists stays.
     pub addresses: &'a [(IpAddr, IpAddr)],
     /// The TTL of the new records.
     pub ttl_s: u32,
@@ -198,40 +199,47 @@ impl Names {
         }
     }
 
-    /// Moves the name in one atomic update. Asking again for the same move is not an error: a name that
-    /// already says what it should is done.
-    pub async fn swap(&self, wanted: &NameMove<'_>) -> Result<(), NamesError> {
+    /// Moves the name in one atomic update, and says what it lists then. Asking again for the same move is not an error:
+    /// a name that already says what it should is done.
+    pub async fn swap(&self, wanted: &NameMove<'_>) -> Result<Vec<IpAddr>, NamesError> {
         let name = parse(wanted.name)?;
         let found = self.updater.read(&name).await?;
         let register = found.ownership().cloned();
-        let moved: Vec<&(IpAddr, IpAddr)> =
-            wanted.addresses.iter().filter(|(home, _)| found.addresses.contains(home)).collect();
-        let old: Vec<IpAddr> = moved.iter().map(|(home, _)| *home).collect();
-        let new: BTreeSet<IpAddr> = moved.iter().map(|(_, care_of)| *care_of).collect();
-        let (mut old, mut new, mut ttl_s) = (old, new.into_iter().collect(), wanted.ttl_s);
-        if old.is_empty() {
+        let new = wanted.instead_of(&found.addresses);
+        let mut ttl_s = wanted.ttl_s;
+        if found.addresses.iter().all(|address| new.contains(address)) {
             let at = register.as_ref().map_or(0, |register| register.epoch().0);
             // A name that did not follow the last move is right already when the machine returns.
             let right = wanted.addresses.iter().any(|(_, new)| found.addresses.contains(new));
             if at == wanted.epoch.0 || (right && at > wanted.epoch.0) {
-                return Ok(());
+                return Ok(found.addresses);
             }
             if !right {
                 return Err(lost(wanted.name, &found.addresses));
             }
             // That move's update may still be under way, and would be applied to a record that stands as it found it.
-            (old, new) = (found.addresses.clone(), found.addresses.clone());
             ttl_s = found.ttl_s().unwrap_or(ttl_s);
         }
         expect_older(wanted.name, register.as_ref(), wanted.epoch)?;
         let from = found.epoch();
-        let swap = Swap::new(name, old, new, ttl_s, wanted.owner.as_str())
+        let new: Vec<IpAddr> = new.into_iter().collect();
+        let swap = Swap::new(name, found.addresses, new.clone(), ttl_s, wanted.owner.as_str())
             .epochs(from, dnsupdater::Epoch(wanted.epoch.0))
             .observed(register);
         match self.updater.swap(&swap).await? {
-            Outcome::Won => Ok(()),
+            Outcome::Won => Ok(new),
             Outcome::Lost { current, .. } => Err(lost(wanted.name, &current.addresses)),
         }
+    }
+}
+
+impl NameMove<'_> {
+    fn instead_of(&self, listed: &[IpAddr]) -> BTreeSet<IpAddr> {
+        let place = |address: &IpAddr| {
+            let pair = self.addresses.iter().find(|(old, _)| old == address);
+            pair.map_or(*address, |(_, new)| *new)
+        };
+        listed.iter().map(place).collect()
     }
 }
 

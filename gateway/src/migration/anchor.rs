@@ -74,7 +74,8 @@ pub struct Anchor {
     pub care_of: Vec<(IpAddr, IpAddr)>,
     /// Its name, if it follows.
     pub name: Option<String>,
-    /// Addresses that the name may have, and what replaces each.
+    /// Addresses that the name may have, and what replaces each: itself where nothing stands in for an address of this
+    /// site, and the name lists it.
     pub moves: Vec<(IpAddr, IpAddr)>,
     /// The name's TTL before the move; 0 if it is to be asked for.
     pub ttl_s: u32,
@@ -208,7 +209,7 @@ impl Anchor {
             epoch: attempt.epoch,
             peer: attempt.peer.clone(),
             nics: nics.collect(),
-            moves: replaced(row, attempt, &care_of),
+            moves: replaced(row, &care_of),
             care_of,
             names: if name.is_some() { NameState::Waiting } else { NameState::None },
             name,
@@ -250,6 +251,26 @@ impl Anchor {
                 Some(self.ttl_s).filter(|ttl_s| *ttl_s > 0)
             }
         }
+    }
+
+    /// What the name's addresses become. One of this site for which nothing stands in at the new place stays: the machine is
+    /// reached by it as long as it is attracted here.
+    pub(super) fn replacements(&self) -> Vec<(IpAddr, IpAddr)> {
+        let moves = |address: &IpAddr| self.moves.iter().any(|(old, _)| old == address);
+        let stay = self.addresses().into_iter().filter(|address| !moves(address));
+        self.moves.iter().copied().chain(stay.map(|address| (address, address))).collect()
+    }
+
+    /// The name has moved and lists these now.
+    pub(super) fn note_listed(&mut self, listed: &[IpAddr]) {
+        let mut moves = self.replacements();
+        moves.retain(|(old, new)| old != new || listed.contains(old));
+        self.moves = moves;
+    }
+
+    /// New clients are sent to one of these addresses of a NIC here: the name lists one that nothing stands in for.
+    pub(super) fn is_still_given(&self, from: Leaving, addresses: &[IpAddr]) -> bool {
+        from == Leaving::Home && addresses.iter().any(|address| self.moves.contains(&(*address, *address)))
     }
 
     /// These sites know where it is.
@@ -357,18 +378,15 @@ pub(super) fn names_of_return(edges: &Edges, attempt: &Attempt, proposal: &Propo
 }
 
 /// Every address that the machine's name may have, with the one that clients are to find from now on: its stand-in at
-/// the new place, or at its home, the home address itself.
-fn replaced(row: &MachineRow, attempt: &Attempt, care_of: &[(IpAddr, IpAddr)]) -> Vec<(IpAddr, IpAddr)> {
-    let goes_home = row.home_site == attempt.peer;
-    let new = |home: IpAddr| {
-        let stand_in = care_of.iter().find(|(of, _)| *of == home).map(|(_, stand_in)| *stand_in);
-        stand_in.or(goes_home.then_some(home))
-    };
+/// the new place, or the home address itself. Its home attracts that, and a place that it left may give its own away.
+fn replaced(row: &MachineRow, care_of: &[(IpAddr, IpAddr)]) -> Vec<(IpAddr, IpAddr)> {
+    let new =
+        |home: IpAddr| care_of.iter().find(|(of, _)| *of == home).map_or(home, |(_, stand_in)| *stand_in);
     let homes = row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| (home.addr, home.addr)));
     let carried = row.carried.iter().map(|carried| (carried.addr, carried.home));
     let here = row.care_of.iter().map(|care_of| (care_of.addr, care_of.home.addr));
     let all = homes.chain(carried).chain(here);
-    all.filter_map(|(old, home)| Some((old, new(home)?))).filter(|(old, new)| old != new).collect()
+    all.map(|(old, home)| (old, new(home))).filter(|(old, new)| old != new).collect()
 }
 
 /// The other sites that attract an address of the machine.
@@ -417,5 +435,23 @@ mod tests {
                 "nobody has said by which address"
             );
         }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn new_clients_are_sent_to_a_home_address_that_the_name_lists_and_nothing_stands_in_for() {
+        let settled = NameState::Settled { at_unix_ms: 1 };
+        let (v4, v6, away) = (ip("198.51.100.10"), ip("2001:db8::10"), ip("203.0.113.10"));
+        let given = |from, names, moves: &[(IpAddr, IpAddr)]| {
+            let anchor = Anchor { names, moves: moves.to_vec(), ..anchor("b") };
+            anchor.is_still_given(from, &[v4, v6])
+        };
+        let (moved, kept) = ([(v4, away)], [(v4, away), (v6, v6)]);
+        assert!(!given(Leaving::Home, settled, &moved));
+        assert!(given(Leaving::Home, settled, &kept));
+        assert!(!given(Leaving::Visit, settled, &kept), "the home's name gives it");
     }
 }

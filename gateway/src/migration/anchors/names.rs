@@ -55,14 +55,17 @@ impl AnchorTask {
             self.anchor.ttl_s = names.ttl_s(name).await?;
             self.write();
         }
+        let addresses = self.anchor.replacements();
         let wanted = NameMove {
             name,
-            addresses: &self.anchor.moves,
+            addresses: &addresses,
             ttl_s: names.move_ttl_s(),
             epoch: self.anchor.epoch,
             owner: &self.anchor.peer,
         };
-        names.swap(&wanted).await
+        let listed = names.swap(&wanted).await?;
+        self.anchor.note_listed(&listed);
+        Ok(())
     }
 
     /// A secondary that has not heard of the move gives the old addresses: the wait for old answers begins with the last.
@@ -195,7 +198,8 @@ mod tests {
     const HOME: &str = "198.51.100.10";
     const AWAY: &str = "203.0.113.10";
     const ZONE: &str = "$TTL 300\n@ IN SOA ns1 admin 1 3600 600 86400 5\nns1 IN A 127.0.0.1\nstale IN A 127.0.0.2\n\
-                        dead IN A 127.0.0.3\nweb1 5 IN A 198.51.100.10\nweb2 5 IN A 198.51.100.11\n";
+                        dead IN A 127.0.0.3\nweb1 5 IN A 198.51.100.10\nweb2 5 IN A 198.51.100.11\nweb3 5 IN A 198.51.100.12\n\
+                        web3 5 IN AAAA 2001:db8::12\nweb4 5 IN AAAA 2001:db8::14\n";
 
     fn key() -> Key {
         Key::new("site-a".parse().unwrap(), Algorithm::HmacSha256, vec![7; 32]).unwrap()
@@ -233,6 +237,37 @@ mod tests {
         let owner: SiteName = "b".parse().unwrap();
         let wanted = NameMove { name, addresses: &moved, ttl_s: 5, epoch: Epoch(2), owner: &owner };
         names.swap(&wanted).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_without_a_stand_in_stays_in_the_name_beside_those_that_move_and_is_there_on_the_return()
+     {
+        let primary = server(SocketAddr::from(([127, 0, 0, 1], 0)), &["ns1"]).await;
+        let there = names(primary.address());
+        let owner: SiteName = "b".parse().unwrap();
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        let (v4, v6, away) = (ip("198.51.100.12"), ip("2001:db8::12"), ip("203.0.113.12"));
+        let only_v6 = ip("2001:db8::14");
+        let ours = [v4, v6, away, only_v6];
+        let moves = async |name, addresses: &[(IpAddr, IpAddr)], epoch| {
+            let wanted = NameMove { name, addresses, ttl_s: 5, epoch: Epoch(epoch), owner: &owner };
+            there.swap(&wanted).await.unwrap();
+            let mut now = there.check(name, &ours, Epoch(9)).await.unwrap().addresses;
+            now.sort();
+            now
+        };
+        let dual = "web3.vm.example";
+        for _ in 0..2 {
+            assert_eq!(
+                moves(dual, &[(v4, away), (v6, v6)], 2).await,
+                [away, v6],
+                "and again changes nothing"
+            );
+        }
+        assert_eq!(moves(dual, &[(away, v4)], 3).await, [v4, v6]);
+        for _ in 0..2 {
+            assert_eq!(moves("web4.vm.example", &[(v4, away), (only_v6, only_v6)], 2).await, [only_v6]);
+        }
     }
 
     #[tokio::test]

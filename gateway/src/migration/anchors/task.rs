@@ -18,7 +18,7 @@ use super::telling::{tell_others, unheard};
 use super::{Begin, keep_rest, leave, put, release};
 use crate::api::types::AnchorView;
 use crate::journal::unix_ms;
-use crate::migration::anchor::Anchor;
+use crate::migration::anchor::{Anchor, AnchorNic};
 use crate::migration::{Edges, chain};
 use crate::tunnel::{TunnelError, TunnelStatus};
 
@@ -139,16 +139,20 @@ impl AnchorTask {
         let told_ms = self.anchor.since_unix_ms.max(self.anchor.names.moved_unix_ms().unwrap_or(0));
         let believed_until_ms = told_ms + u64::from(self.anchor.ttl_s) * 1000;
         let left = Duration::from_millis(believed_until_ms.saturating_sub(unix_ms()));
-        for key in &keys {
-            if let Err(error) = self.edges.tunnel.names_expire(key.clone(), left).await {
+        let is_given = |nic: &AnchorNic| self.anchor.is_still_given(nic.from, &nic.addresses);
+        for nic in self.anchor.nics.iter().filter(|nic| !is_given(nic)) {
+            let key = PortKey { machine: self.anchor.vm.clone(), nic: nic.nic.clone() };
+            if let Err(error) = self.edges.tunnel.names_expire(key, left).await {
                 tracing::warn!(vm = %self.anchor.vm, error = chain(&error), "tunnel lost the machine");
             }
         }
+        // At an earlier place something may have stood in for what is given now, and the tunnel was told so.
+        let is_needed = self.anchor.nics.iter().any(is_given);
         let mut status = self.edges.tunnel.status();
         loop {
             let (flows, may_end) = standing(&status.borrow_and_update(), &keys);
             self.show(|view| view.flows = flows);
-            if may_end || status.changed().await.is_err() {
+            if (may_end && !is_needed) || status.changed().await.is_err() {
                 return;
             }
         }

@@ -46,7 +46,9 @@ pub(super) async fn tell_others(
         }
         for site in left {
             let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
-            let moved = AnchorMessage::Moved { vm, epoch: anchor.epoch, to, care_of: anchor.moves.clone() };
+            // What the name keeps is this site's to attract.
+            let care_of = anchor.moves.iter().filter(|(old, new)| old != new).copied().collect();
+            let moved = AnchorMessage::Moved { vm, epoch: anchor.epoch, to, care_of };
             say(&edges, &site, moved);
         }
         tokio::select! {
