@@ -41,7 +41,7 @@ fn waits_for(held: &HeldBy) -> String {
         parts.push(format!("{alive} connections"));
     }
     match held.names_left {
-        None => parts.push("its name has not moved yet".to_owned()),
+        None => parts.push("new clients, who are still sent here".to_owned()),
         Some(left) if !left.is_zero() => parts.push(format!("old answers of name servers, {}", time(left))),
         Some(_) => {}
     }
@@ -127,7 +127,7 @@ mod tests {
         let text = waits_for(&held);
         assert_eq!(
             text,
-            "waits for 3 connections; its name has not moved yet; nobody new for 24 h; at most 10 min"
+            "waits for 3 connections; new clients, who are still sent here; nobody new for 24 h; at most 10 min"
         );
         held.flows = FlowCounts::default();
         (held.names_left, held.quiet_left, held.limit_left) = (Some(Duration::ZERO), Duration::ZERO, None);

@@ -268,9 +268,16 @@ impl Anchor {
         self.moves = moves;
     }
 
-    /// New clients are sent to one of these addresses of a NIC here: the name lists one that nothing stands in for.
+    /// New clients are sent to one of these addresses of a NIC here: nothing else is known of the machine, or its name lists
+    /// one that nothing stands in for.
     pub(super) fn is_still_given(&self, from: Leaving, addresses: &[IpAddr]) -> bool {
-        from == Leaving::Home && addresses.iter().any(|address| self.moves.contains(&(*address, *address)))
+        let is_of_name = match self.names {
+            NameState::None | NameState::Waiting | NameState::Pending => true,
+            NameState::Moved { .. } | NameState::Settled { .. } => {
+                addresses.iter().any(|address| self.moves.contains(&(*address, *address)))
+            }
+        };
+        from == Leaving::Home && is_of_name
     }
 
     /// These sites know where it is.
@@ -442,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn new_clients_are_sent_to_a_home_address_that_the_name_lists_and_nothing_stands_in_for() {
+    fn new_clients_are_sent_to_a_home_address_as_long_as_the_name_is_there_or_lists_it() {
         let settled = NameState::Settled { at_unix_ms: 1 };
         let (v4, v6, away) = (ip("198.51.100.10"), ip("2001:db8::10"), ip("203.0.113.10"));
         let given = |from, names, moves: &[(IpAddr, IpAddr)]| {
@@ -450,8 +457,12 @@ mod tests {
             anchor.is_still_given(from, &[v4, v6])
         };
         let (moved, kept) = ([(v4, away)], [(v4, away), (v6, v6)]);
+        assert!(given(Leaving::Home, NameState::None, &moved), "nothing else is known of the machine");
+        assert!(given(Leaving::Home, NameState::Pending, &moved), "the name has not moved");
         assert!(!given(Leaving::Home, settled, &moved));
-        assert!(given(Leaving::Home, settled, &kept));
-        assert!(!given(Leaving::Visit, settled, &kept), "the home's name gives it");
+        assert!(given(Leaving::Home, settled, &kept), "nothing stands in for it");
+        for names in [NameState::None, settled] {
+            assert!(!given(Leaving::Visit, names, &kept), "the home's name gives it");
+        }
     }
 }

@@ -622,6 +622,15 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn the_home_address_of_a_machine_whose_name_does_not_follow_never_becomes_quiet() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        put(&site.edges, &left_home());
+        let _running = restore(&site.edges, &watch::channel(BTreeMap::new()).0).await;
+        let expires = || site.asked.borrow().contains(&"names_expire web1/lan".to_owned());
+        assert!(!within(Duration::from_millis(300), expires).await, "clients know nothing else");
+    }
+
     fn known(epoch: u64) -> Known {
         let runs_there = watch::Sender::new(false);
         let mut told = runs_there.subscribe();
