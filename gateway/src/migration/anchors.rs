@@ -631,6 +631,21 @@ mod tests {
         assert!(!within(Duration::from_millis(300), expires).await, "clients know nothing else");
     }
 
+    #[tokio::test]
+    async fn a_ttl_that_cannot_be_restored_is_shown_and_does_not_keep_the_tunnel() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let edges = Edges { names: Some(Arc::new(silent_names())), ..site.edges.clone() };
+        let name = Some("web1.vm.example".to_owned());
+        put(&edges, &Anchor { name, ttl_s: 60, names: NameState::Moved { at_unix_ms: 1 }, ..left_home() });
+        let views = watch::channel(BTreeMap::new()).0;
+        let _running = restore(&edges, &views).await;
+        let expires = || site.asked.borrow().contains(&"names_expire web1/lan".to_owned());
+        assert!(within(PATIENCE, expires).await);
+        let is_shown = || views.borrow()[&left_home().vm].names_error.is_some();
+        assert!(within(PATIENCE, is_shown).await);
+        assert_eq!(views.borrow()[&left_home().vm].names, "moved");
+    }
+
     fn known(epoch: u64) -> Known {
         let runs_there = watch::Sender::new(false);
         let mut told = runs_there.subscribe();

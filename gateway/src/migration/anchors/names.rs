@@ -9,13 +9,17 @@
 //! What is asked for after the swap is not in the journal: a gateway that restarts swaps again, which changes nothing, and
 //! asks again. Which server counts is decided in [`longhaul_core::migration::spread`].
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use longhaul_core::ids::VmName;
 use longhaul_core::migration::spread::{Lagging, Spread};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::task::{AGAIN_AT_MOST, AnchorTask, standing};
+use super::task::{AGAIN_AT_MOST, AnchorTask, show, standing};
+use crate::api::types::AnchorView;
 use crate::config::DnsConfig;
 use crate::dns::{NameMove, Names, NamesError};
 use crate::journal::unix_ms;
@@ -122,27 +126,64 @@ impl AnchorTask {
         may_end && !self.anchor.ended
     }
 
-    /// Resolvers may believe an old answer for as long as its TTL; then the TTL can be what it was.
-    pub(super) async fn let_old_answers_expire(&mut self) {
-        let NameState::Moved { at_unix_ms } = self.anchor.names else { return };
-        let Some((name, names)) = self.name() else { return };
-        let believed = Duration::from_secs(names.move_ttl_s().into());
-        let passed = Duration::from_millis(unix_ms().saturating_sub(at_unix_ms));
-        tokio::time::sleep(believed.saturating_sub(passed)).await;
-        let mut wait = Duration::from_secs(1);
-        let ttl_s = if self.anchor.ttl_s == 0 { names.move_ttl_s() } else { self.anchor.ttl_s };
-        while let Err(error) = names.set_ttl(&name, ttl_s).await {
-            tracing::warn!(vm = %self.anchor.vm, name, error = chain(&error), "TTL could not be restored yet");
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(AGAIN_AT_MOST);
-        }
-        self.anchor.names = NameState::Settled { at_unix_ms };
+    /// The TTL of a name that has moved, if it is still what it was lowered to.
+    pub(super) fn lowered_ttl(&self) -> Option<LoweredTtl> {
+        let NameState::Moved { at_unix_ms } = self.anchor.names else { return None };
+        let (name, names) = self.name()?;
+        let before_s = if self.anchor.ttl_s == 0 { names.move_ttl_s() } else { self.anchor.ttl_s };
+        let (vm, views) = (self.anchor.vm.clone(), self.views.clone());
+        Some(LoweredTtl { vm, views, name, names, before_s, at_unix_ms })
+    }
+
+    /// The TTL is what it was.
+    pub(super) fn settled(&mut self, lowered: &LoweredTtl) {
+        self.anchor.names = NameState::Settled { at_unix_ms: lowered.at_unix_ms };
         self.write();
-        self.show(|view| view.names = "settled".into());
+        self.show(|view| (view.names, view.names_error) = ("settled".into(), None));
     }
 
     fn name(&self) -> Option<(String, Arc<Names>)> {
         Some((self.anchor.name.clone()?, self.edges.names.clone()?))
+    }
+}
+
+/// A TTL that is to be what it was before the move. Nobody's connection needs it.
+pub(super) struct LoweredTtl {
+    vm: VmName,
+    views: watch::Sender<BTreeMap<VmName, AnchorView>>,
+    name: String,
+    names: Arc<Names>,
+    before_s: u32,
+    at_unix_ms: u64,
+}
+
+impl LoweredTtl {
+    /// Resolvers may believe an old answer for as long as its TTL; then the TTL can be what it was. False if that has failed.
+    pub(super) async fn restore_in_time(&self) -> bool {
+        let believed = Duration::from_secs(self.names.move_ttl_s().into());
+        let passed = Duration::from_millis(unix_ms().saturating_sub(self.at_unix_ms));
+        tokio::time::sleep(believed.saturating_sub(passed)).await;
+        self.restore().await
+    }
+
+    /// Tries again until it is what it was.
+    pub(super) async fn restore_late(&self) {
+        let mut wait = Duration::from_secs(1);
+        loop {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(AGAIN_AT_MOST);
+            if self.restore().await {
+                return;
+            }
+        }
+    }
+
+    async fn restore(&self) -> bool {
+        let Err(error) = self.names.set_ttl(&self.name, self.before_s).await else { return true };
+        let (vm, name, text) = (&self.vm, &self.name, chain(&error));
+        tracing::warn!(%vm, name, error = text, "TTL could not be restored yet");
+        show(&self.views, vm, |view| view.names_error = Some(format!("its TTL is not restored yet: {text}")));
+        false
     }
 }
 

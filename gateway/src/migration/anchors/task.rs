@@ -120,18 +120,30 @@ impl AnchorTask {
         }
     }
 
-    /// Names, then flows: until the tunnel may end.
+    /// Names, then flows: until the tunnel may end, or if it has ended, until the name is as it was.
     async fn settle(&mut self) {
         self.move_name().await;
         self.wait_for_servers().await;
-        self.let_old_answers_expire().await;
+        if let Some(lowered) = self.lowered_ttl() {
+            if !lowered.restore_in_time().await {
+                // Nothing waits for a name server that may be gone.
+                tokio::select! {
+                    () = lowered.restore_late() => {}
+                    () = self.wait_for_flows(), if self.attracts() => return,
+                }
+            }
+            self.settled(&lowered);
+        }
         self.wait_for_flows().await;
     }
 
+    fn attracts(&self) -> bool {
+        !self.anchor.nics.is_empty() && !self.anchor.ended
+    }
+
     /// Until no old flow is left and nobody asks for the home address any more.
-    async fn wait_for_flows(&mut self) {
-        let keys = self.keys();
-        if keys.is_empty() || self.anchor.ended {
+    async fn wait_for_flows(&self) {
+        if !self.attracts() {
             return;
         }
         // A resolver that asked before the TTL was lowered believes its answer for the TTL of then, and so does one that
@@ -148,7 +160,7 @@ impl AnchorTask {
         }
         // At an earlier place something may have stood in for what is given now, and the tunnel was told so.
         let is_needed = self.anchor.nics.iter().any(is_given);
-        let mut status = self.edges.tunnel.status();
+        let (keys, mut status) = (self.keys(), self.edges.tunnel.status());
         loop {
             let (flows, may_end) = standing(&status.borrow_and_update(), &keys);
             self.show(|view| view.flows = flows);
@@ -190,12 +202,21 @@ impl AnchorTask {
     }
 
     pub fn show(&self, change: impl FnOnce(&mut AnchorView)) {
-        self.views.send_modify(|views| {
-            if let Some(view) = views.get_mut(&self.anchor.vm) {
-                change(view);
-            }
-        });
+        show(&self.views, &self.anchor.vm, change);
     }
+}
+
+/// Changes what is shown of an anchor, if it is.
+pub(super) fn show(
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    vm: &VmName,
+    change: impl FnOnce(&mut AnchorView),
+) {
+    views.send_modify(|views| {
+        if let Some(view) = views.get_mut(vm) {
+            change(view);
+        }
+    });
 }
 
 /// What `work` gives, or nothing when `limit` is over first.
