@@ -297,6 +297,9 @@ pub struct AnchorView {
     /// Its addresses that another host uses, and that are not attracted while that lasts.
     #[serde(default)]
     pub conflicts: Vec<ConflictView>,
+    /// Why an address of it is not attracted, while that lasts; it is tried again.
+    #[serde(default)]
+    pub attract_error: Option<String>,
     /// How the name stands: `none`, `pending`, `moved`, `settled`.
     pub names: String,
     /// When the name moved: at the primary, or once every name server of the zone has it, at the last of them.

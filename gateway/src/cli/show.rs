@@ -191,6 +191,9 @@ fn anchor_line(anchor: &AnchorView) -> String {
     if !anchor.names_behind.is_empty() {
         lines += &format!("    name servers that do not have it yet: {}\n", anchor.names_behind.join(", "));
     }
+    if let Some(error) = &anchor.attract_error {
+        lines += &format!("    NOT ATTRACTED, trying again: {error}\n");
+    }
     for conflict in &anchor.conflicts {
         let (address, mac) = (conflict.address, &conflict.mac);
         lines += &format!("    CONFLICT  {address} is used by {mac}; it is not attracted while that lasts\n");

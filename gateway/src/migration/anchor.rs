@@ -341,6 +341,7 @@ impl Anchor {
             flows: 0,
             flows_one_way: 0,
             conflicts: Vec::new(),
+            attract_error: None,
             names: names.to_owned(),
             names_moved_ms: self.names.moved_unix_ms(),
             names_error: None,

@@ -12,6 +12,7 @@
 //! server that is away delays new clients, it does not lose them. What an anchor is made of is [`super::anchor`]'s, what one
 //! does by itself `task`'s.
 
+mod attract;
 mod ended;
 mod names;
 mod task;
@@ -378,8 +379,9 @@ async fn start(
     let (noted, heard) = watch::channel(BTreeSet::new());
     views.send_modify(|views| drop(views.insert(anchor.vm.clone(), anchor.view())));
     let epoch = anchor.epoch;
-    let (edges, views, over) = (edges.clone(), views.clone(), watch::Sender::default());
-    let mut task = AnchorTask { edges, anchor, views, told, heard, over };
+    let (edges, views) = (edges.clone(), views.clone());
+    let (over, unattracted) = (watch::Sender::default(), watch::Sender::default());
+    let task = AnchorTask { edges, anchor, views, told, heard, over, unattracted };
     task.attract(begin).await;
     Known { epoch, runs_there, noted, task: tokio::spawn(task.run()) }
 }
@@ -644,6 +646,26 @@ mod tests {
         let is_shown = || views.borrow()[&left_home().vm].names_error.is_some();
         assert!(within(PATIENCE, is_shown).await);
         assert_eq!(views.borrow()[&left_home().vm].names, "moved");
+    }
+
+    #[tokio::test]
+    async fn an_address_that_cannot_be_attracted_is_shown_and_not_given_up() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let elsewhere = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (tunnel, _asked) = {
+            let _entered = elsewhere.enter();
+            crate::tunnel::Tunnel::noted()
+        };
+        // Nobody answers its commands any more.
+        elsewhere.shutdown_background();
+        let edges = Edges { tunnel, ..site.edges.clone() };
+        put(&edges, &left_home());
+        let views = watch::channel(BTreeMap::new()).0;
+        let running = restore(&edges, &views).await;
+        let text = views.borrow()[&left_home().vm].attract_error.clone();
+        assert!(text.is_some_and(|text| text.contains("tunnel")), "it is shown at once");
+        assert!(!running.known[&left_home().vm].task.is_finished());
+        assert!(row(&edges, &left_home().vm).is_some_and(|row| !row.ended));
     }
 
     fn known(epoch: u64) -> Known {

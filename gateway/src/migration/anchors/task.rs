@@ -4,6 +4,7 @@
 //! Where an anchor comes from and who may speak of it is [`super`]'s; how the name gets to its servers is [`super::names`]'.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::time::Duration;
 
 use longhaul_core::ids::{SiteName, VmName};
@@ -13,14 +14,15 @@ use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::attract::{Unattracted, again, attract_rest, beside};
 use super::ended::note_ended;
 use super::telling::{tell_others, unheard};
-use super::{Begin, keep_rest, leave, put, release};
+use super::{keep_rest, leave, put, release};
 use crate::api::types::AnchorView;
 use crate::journal::unix_ms;
 use crate::migration::anchor::{Anchor, AnchorNic};
 use crate::migration::{Edges, chain};
-use crate::tunnel::{TunnelError, TunnelStatus};
+use crate::tunnel::TunnelStatus;
 
 /// What it works with.
 pub(super) struct AnchorTask {
@@ -33,6 +35,8 @@ pub(super) struct AnchorTask {
     pub heard: watch::Receiver<BTreeSet<SiteName>>,
     /// Connections of before the move that are over.
     pub over: watch::Sender<BTreeSet<FlowTuple>>,
+    /// NICs whose addresses could not be attracted yet.
+    pub unattracted: watch::Sender<Vec<Unattracted>>,
 }
 
 /// How long addresses are attracted for sites that have not heard where the machine is.
@@ -44,7 +48,10 @@ pub(super) const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 
 impl AnchorTask {
     pub async fn run(mut self) {
-        if self.told.wait_for(|runs| *runs).await.is_err() {
+        let (tunnel, unattracted) = (self.edges.tunnel.clone(), self.unattracted.clone());
+        let attract = move |nic| again(tunnel.clone(), nic);
+        let mut rest = pin!(attract_rest(self.anchor.vm.clone(), unattracted, self.views.clone(), attract));
+        if beside(rest.as_mut(), self.told.wait_for(|runs| *runs)).await.is_err() {
             return;
         }
         if !self.anchor.runs_there {
@@ -55,14 +62,15 @@ impl AnchorTask {
         let telling = AbortOnDrop(telling);
         let noting = tokio::spawn(note_ended(self.edges.clone(), self.anchor.clone(), self.over.clone()));
         let noting = AbortOnDrop(noting);
-        if within(self.hold_left(), self.settle()).await.is_none() && !self.anchor.ended {
+        let limit = self.hold_left();
+        if beside(rest.as_mut(), within(limit, self.settle())).await.is_none() && !self.anchor.ended {
             tracing::warn!(vm = %self.anchor.vm, "the tunnel has reached its limit, whatever it is still held for");
         }
         if !self.anchor.ended {
             // A site that does not hear it has a detour over this one. One that is gone for good must not hold this for
             // ever.
             let limit = self.hold_left().unwrap_or(TELL_LIMIT).min(TELL_LIMIT);
-            let _ = within(Some(limit), self.others_have_heard()).await;
+            let _ = beside(rest, within(Some(limit), self.others_have_heard())).await;
             while !self.end().await {
                 tokio::time::sleep(RETURN_LOOKS).await;
                 let _ = within(self.hold_left(), self.wait_for_flows()).await;
@@ -90,36 +98,6 @@ impl AnchorTask {
         let _ = self.heard.wait_for(|heard| unheard(edges, anchor, heard).is_empty()).await;
     }
 
-    pub async fn attract(&mut self, begin: Begin) {
-        if self.anchor.ended {
-            return;
-        }
-        let holds = self.anchor.holds();
-        for (hold, nic) in holds.into_iter().zip(&self.anchor.nics) {
-            let key = hold.key.clone();
-            let tunnel = &self.edges.tunnel;
-            let known = match begin {
-                Begin::Held => tunnel.hold_end_attract(key.clone(), nic.flows.clone()).await,
-                Begin::Restored => Err(TunnelError::Stopped),
-            };
-            // A gateway that was killed before it wrote the anchor down knows of no hold either.
-            let attracted = match known {
-                Ok(()) => Ok(()),
-                Err(_) => match tunnel.hold_begin(hold).await {
-                    // Another host may have taken the address while there was no gateway.
-                    Ok(()) => tunnel.attract_again(key, nic.flows.clone()).await,
-                    Err(error) => Err(error),
-                },
-            };
-            if let Err(error) = attracted {
-                tracing::error!(vm = %self.anchor.vm, error = chain(&error), "home address cannot be attracted");
-            }
-        }
-        if !self.anchor.nics.is_empty() {
-            tracing::info!(vm = %self.anchor.vm, to = %self.anchor.peer, "address attracted");
-        }
-    }
-
     /// Names, then flows: until the tunnel may end, or if it has ended, until the name is as it was.
     async fn settle(&mut self) {
         self.move_name().await;
@@ -137,13 +115,17 @@ impl AnchorTask {
         self.wait_for_flows().await;
     }
 
-    fn attracts(&self) -> bool {
+    pub fn attracts(&self) -> bool {
         !self.anchor.nics.is_empty() && !self.anchor.ended
     }
 
     /// Until no old flow is left and nobody asks for the home address any more.
     async fn wait_for_flows(&self) {
         if !self.attracts() {
+            return;
+        }
+        // Of what is not attracted nobody can say whether it is needed.
+        if self.unattracted.subscribe().wait_for(Vec::is_empty).await.is_err() {
             return;
         }
         // A resolver that asked before the TTL was lowered believes its answer for the TTL of then, and so does one that
