@@ -17,7 +17,7 @@ use longhaul_core::migration::Attempt;
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::tunnel::handover::{FlowTuple, Mac};
 use longhaul_core::tunnel::policy::PortKey;
-use longhaul_core::wire::AnchorMessage;
+use longhaul_core::wire::{AnchorMessage, MAX_ADDRESSES};
 
 use super::stay::{left_behind, takes_along};
 use super::{Edges, MachineRow, chain};
@@ -230,7 +230,8 @@ impl Anchor {
             return Self { epoch, peer: to.clone(), since_unix_ms: unix_ms(), runs_there: true, ..self };
         }
         let names = if self.name.is_some() { NameState::Pending } else { NameState::None };
-        Self {
+        let left = self.clone();
+        let on = Self {
             epoch,
             peer: to.clone(),
             care_of: ours.copied().collect(),
@@ -240,7 +241,37 @@ impl Anchor {
             since_unix_ms: unix_ms(),
             runs_there: true,
             ..self
+        };
+        on.looks_also_at(&left)
+    }
+
+    /// The same for the name of a machine that is here again after `left`.
+    pub(super) fn of_return(self, left: &Self) -> Self {
+        Self { ttl_s: left.owed_ttl_s().unwrap_or(0), ..self }.looks_also_at(left)
+    }
+
+    /// Where earlier moves may have left the name, and what was to replace each: nothing once it has moved.
+    fn places(&self) -> Vec<(IpAddr, IpAddr)> {
+        match self.names {
+            NameState::None | NameState::Moved { .. } | NameState::Settled { .. } => Vec::new(),
+            NameState::Waiting | NameState::Pending => self.moves.clone(),
         }
+    }
+
+    /// Looks for the name also where `left` did, for what replaces an address now. Others are told of no more than they
+    /// listen to.
+    fn looks_also_at(mut self, left: &Self) -> Self {
+        let here: Vec<IpAddr> = self.addresses().into_iter().chain(left.addresses()).collect();
+        for (old, then) in left.places() {
+            let next = self.moves.iter().find(|(at, _)| *at == then).map(|(_, now)| *now);
+            let now = next.or(here.contains(&then).then_some(then));
+            let is_known = self.moves.iter().any(|(at, _)| *at == old);
+            match now.filter(|now| *now != old && !is_known) {
+                Some(now) if self.moves.len() < MAX_ADDRESSES => self.moves.push((old, now)),
+                Some(_) | None => {}
+            }
+        }
+        self
     }
 
     /// The name's TTL before the move, until the name has it again. Asked for meanwhile, the name says the lowered one.
@@ -465,5 +496,26 @@ mod tests {
         for names in [NameState::None, settled] {
             assert!(!given(Leaving::Visit, names, &kept), "the home's name gives it");
         }
+    }
+
+    #[test]
+    fn the_name_is_looked_for_where_earlier_moves_may_have_left_it() {
+        let (home, at_b, at_c) = (ip("198.51.100.10"), ip("203.0.113.10"), ip("203.0.113.200"));
+        let earlier = ip("203.0.113.99");
+        let left = |names| {
+            let moves = vec![(home, at_b), (earlier, at_b)];
+            let anchor = Anchor { names, moves, ..anchor("b") };
+            anchor.moved_on(Epoch(2), &"c".parse().unwrap(), &[(home, at_c), (at_b, at_c)]).moves
+        };
+        assert_eq!(left(NameState::Pending), [(home, at_c), (at_b, at_c), (earlier, at_c)]);
+        assert_eq!(left(NameState::Settled { at_unix_ms: 1 }), [(home, at_c), (at_b, at_c)], "it was at b");
+        let many = |moves: Vec<_>| Anchor { moves, ..anchor("b") };
+        let told: Vec<_> = (0..MAX_ADDRESSES as u8).map(|n| (IpAddr::from([192, 0, 2, n]), at_c)).collect();
+        let from = many(vec![(earlier, ip("192.0.2.1"))]);
+        assert_eq!(
+            from.moved_on(Epoch(2), &"c".parse().unwrap(), &told).moves,
+            told,
+            "others are told of them"
+        );
     }
 }

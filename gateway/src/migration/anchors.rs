@@ -100,10 +100,13 @@ pub async fn run(
                 views.send_modify(|views| drop(views.remove(&vm)));
                 match names {
                     // In the other's place at once: a crash in between would leave nobody who owes the name.
-                    Some(mut anchor) => {
-                        anchor.ttl_s = row(&edges, &vm).and_then(|left| left.owed_ttl_s()).unwrap_or(0);
+                    Some(anchor) => {
+                        let anchor = match row(&edges, &vm) {
+                            Some(left) => anchor.of_return(&left),
+                            None => *anchor,
+                        };
                         put(&edges, &anchor);
-                        anchors.insert(vm, start(&edges, *anchor, Begin::Held, &views).await);
+                        anchors.insert(vm, start(&edges, anchor, Begin::Held, &views).await);
                     }
                     None => forget(&edges, &vm),
                 }
@@ -666,6 +669,25 @@ mod tests {
         assert!(text.is_some_and(|text| text.contains("tunnel")), "it is shown at once");
         assert!(!running.known[&left_home().vm].task.is_finished());
         assert!(row(&edges, &left_home().vm).is_some_and(|row| !row.ended));
+    }
+
+    fn ip(text: &str) -> std::net::IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_name_that_comes_home_is_looked_for_where_an_earlier_move_may_have_left_it() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let edges = Edges { names: Some(Arc::new(silent_names())), ..site.edges.clone() };
+        let (home, at_b, at_c) = (ip("198.51.100.10"), ip("192.0.2.20"), ip("192.0.2.30"));
+        let vm: VmName = "web1".parse().unwrap();
+        put(&edges, &Anchor { moves: vec![(home, at_c), (at_b, at_c)], ..anchor("c") });
+        let names = Anchor { epoch: Epoch(2), moves: vec![(at_c, home)], ..anchor("a") };
+        let (done, ended) = oneshot::channel();
+        let back = AnchorCommand::CameBack { vm: vm.clone(), names: Some(Box::new(names)), done };
+        at_work(&edges).send(back).await.unwrap();
+        ended.await.unwrap();
+        assert_eq!(row(&edges, &vm).unwrap().moves, [(at_c, home), (at_b, home)]);
     }
 
     fn known(epoch: u64) -> Known {
