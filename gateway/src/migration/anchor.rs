@@ -245,6 +245,40 @@ impl Anchor {
         on.looks_also_at(&left)
     }
 
+    /// The same in the place of `left`. A name that is not known to have moved is owed on, also by a move without DNS: it may
+    /// say an address that somebody else gets next.
+    pub(super) fn in_place_of(self, left: &Self) -> Self {
+        if self.name.is_some() || left.name.is_none() || left.places().is_empty() {
+            return self.looks_also_at(left);
+        }
+        let (name, ttl_s) = (left.name.clone(), left.owed_ttl_s().unwrap_or(0));
+        Self { name, ttl_s, names: NameState::Pending, ..self }.looks_also_at(left)
+    }
+
+    /// The machine stays at its home after all: what its anchor owes to its name since before, which comes home.
+    pub(super) fn stayed(self, site: &SiteName) -> Option<Self> {
+        let owes_since_before = self.names == NameState::Pending && !self.runs_there;
+        let homes = self.addresses();
+        let home = |now: &IpAddr| {
+            let stands_in = |(at, new): &&(IpAddr, IpAddr)| new == now && homes.contains(at);
+            let of = self.moves.iter().find(stands_in).map(|(at, _)| *at);
+            of.or(homes.contains(now).then_some(*now))
+        };
+        let elsewhere = self.moves.iter().filter(|(old, _)| !homes.contains(old));
+        let moves = elsewhere.filter_map(|(old, new)| Some((*old, home(new)?))).collect();
+        owes_since_before.then(|| Self {
+            // The epoch of the move that was undone begins with the next.
+            epoch: Epoch(self.epoch.0.saturating_sub(1)),
+            peer: site.clone(),
+            nics: Vec::new(),
+            care_of: Vec::new(),
+            moves,
+            tell: Vec::new(),
+            runs_there: true,
+            ..self
+        })
+    }
+
     /// The same for the name of a machine that is here again after `left`.
     pub(super) fn of_return(self, left: &Self) -> Self {
         Self { ttl_s: left.owed_ttl_s().unwrap_or(0), ..self }.looks_also_at(left)

@@ -84,16 +84,22 @@ pub async fn run(
             AnchorCommand::Attract(anchor) if !anchors.is_news(&anchor.vm, anchor.epoch) => {}
             AnchorCommand::Attract(anchor) => {
                 anchors.end(&anchor.vm).await;
-                put(&edges, &anchor);
-                anchors.insert(anchor.vm.clone(), start(&edges, *anchor, Begin::Held, &views).await);
+                let anchor = match row(&edges, &anchor.vm) {
+                    Some(left) => anchor.in_place_of(&left),
+                    None => *anchor,
+                };
+                begin(&edges, &mut anchors, &views, anchor).await;
             }
             AnchorCommand::MoveNames(vm) => anchors.move_names(&vm),
             // What is left of an earlier stay, such as a name on its way home, is not this attempt's.
             AnchorCommand::Forget(vm, epoch) if row(&edges, &vm).is_none_or(|row| row.epoch != epoch) => {}
             AnchorCommand::Forget(vm, _) => {
                 anchors.end(&vm).await;
-                forget(&edges, &vm);
                 views.send_modify(|views| drop(views.remove(&vm)));
+                match row(&edges, &vm).and_then(|row| row.stayed(edges.site())) {
+                    Some(anchor) => begin(&edges, &mut anchors, &views, anchor).await,
+                    None => forget(&edges, &vm),
+                }
             }
             AnchorCommand::CameBack { vm, names, done } => {
                 anchors.end(&vm).await;
@@ -105,8 +111,7 @@ pub async fn run(
                             Some(left) => anchor.of_return(&left),
                             None => *anchor,
                         };
-                        put(&edges, &anchor);
-                        anchors.insert(vm, start(&edges, anchor, Begin::Held, &views).await);
+                        begin(&edges, &mut anchors, &views, anchor).await;
                     }
                     None => forget(&edges, &vm),
                 }
@@ -273,7 +278,7 @@ async fn follow(
     views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
     anchor: Anchor,
 ) {
-    let (vm, to) = (anchor.vm.clone(), anchor.peer.clone());
+    let (vm, to) = (&anchor.vm, &anchor.peer);
     for hold in anchor.holds() {
         if let Err(error) = edges.tunnel.retarget(hold.key, to.clone()).await {
             tracing::debug!(%vm, error = chain(&error), "nothing is attracted for it any more");
@@ -283,8 +288,18 @@ async fn follow(
     if !has_work(edges, &anchor) {
         return keep_rest(edges, &anchor);
     }
+    begin(edges, anchors, views, anchor).await;
+}
+
+/// Writes an anchor down and lets it work.
+async fn begin(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    anchor: Anchor,
+) {
     put(edges, &anchor);
-    anchors.insert(vm, start(edges, anchor, Begin::Held, views).await);
+    anchors.insert(anchor.vm.clone(), start(edges, anchor, Begin::Held, views).await);
 }
 
 fn say(edges: &Edges, to: &SiteName, message: AnchorMessage) {

@@ -272,6 +272,32 @@ async fn a_name_that_comes_home_is_looked_for_where_an_earlier_move_may_have_lef
     assert_eq!(row(&edges, &vm).unwrap().moves, [(at_c, home), (at_b, home)]);
 }
 
+#[tokio::test]
+async fn a_name_that_is_owed_follows_a_machine_that_leaves_again_without_it() {
+    let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+    let edges = Edges { names: Some(Arc::new(silent_names())), ..site.edges.clone() };
+    let (home, at_b, at_c) = (ip("203.0.113.10"), ip("192.0.2.20"), ip("192.0.2.30"));
+    // It came home from b, and its name still says so nowhere.
+    put(&edges, &Anchor { moves: vec![(at_b, home)], ..anchor("a") });
+    let leaves =
+        Anchor { epoch: Epoch(7), peer: "c".parse().unwrap(), moves: vec![(home, at_c)], ..left_home() };
+    let vm = leaves.vm.clone();
+    let commands = at_work(&edges);
+    commands.send(AnchorCommand::Attract(Box::new(Anchor { runs_there: false, ..leaves }))).await.unwrap();
+    assert!(within(PATIENCE, || row(&edges, &vm).is_some_and(|row| row.epoch == Epoch(7))).await);
+    let written = row(&edges, &vm).unwrap();
+    assert_eq!((written.name, written.ttl_s), (Some("web1.vm.example".to_owned()), 3600));
+    assert!(!matches!(written.names, NameState::None | NameState::Settled { .. }), "{:?}", written.names);
+    assert_eq!(written.moves, [(home, at_c), (at_b, at_c)]);
+
+    // The move is undone.
+    commands.send(AnchorCommand::Forget(vm.clone(), Epoch(7))).await.unwrap();
+    assert!(within(PATIENCE, || row(&edges, &vm).is_none_or(|row| row.epoch == Epoch(6))).await);
+    let written = row(&edges, &vm).expect("the name is owed on");
+    assert_eq!((written.peer.as_str(), written.ttl_s, written.owes_name()), ("a", 3600, true));
+    assert_eq!(written.moves, [(at_b, home)]);
+}
+
 fn known(epoch: u64) -> Known {
     let runs_there = watch::Sender::new(false);
     let mut told = runs_there.subscribe();
