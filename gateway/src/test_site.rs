@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dnsupdater::test_server::{Grant, TestServer, TestZone};
 use dnsupdater::{Algorithm, Key, UpdaterConfig};
 use longhaul_core::ids::{Epoch, MigrationId, SiteName};
 use longhaul_core::machine::MachineDefinition;
@@ -177,6 +178,19 @@ pub(crate) fn silent_names() -> Names {
     let nobody = SocketAddr::from(([127, 0, 0, 1], 1));
     let config = UpdaterConfig::new(vec![nobody], "vm.example".parse().unwrap(), key);
     Names::at(UpdaterConfig { retries: 0, timeout: Duration::from_millis(50), ..config }, 5)
+}
+
+/// A name server of the zone `vm.example` with these records in it, and who changes them.
+pub(crate) async fn names_of(records: &str) -> (TestServer, Names) {
+    let key = Key::new("site-a".parse().unwrap(), Algorithm::HmacSha256, vec![7; 32]).unwrap();
+    let text = format!(
+        "$TTL 300\n@ IN SOA ns1 admin 1 3600 600 86400 5\n@ IN NS ns1\nns1 IN A 127.0.0.1\n{records}"
+    );
+    let zone = TestZone { origin: "vm.example".parse().unwrap(), text };
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+    let server = TestServer::start(loopback, &[zone], &[Grant::everything(key.clone())]).await.unwrap();
+    let config = UpdaterConfig::new(vec![server.address()], "vm.example".parse().unwrap(), key);
+    (server, Names::at(config, 5))
 }
 
 fn config(name: &str, folder: &TempDir, peers: &[Peer<'_>]) -> Config {

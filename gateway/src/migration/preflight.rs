@@ -16,6 +16,7 @@ use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
 use super::stay::takes_along;
 use super::{MachineRow, chain, descriptors, host, hypervisor_failed, journal_room};
+use crate::dns::{NamesError, Standing};
 use crate::hypervisor::Guest;
 
 /// Checks, and reports what is to be proposed.
@@ -80,28 +81,37 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
             format!("{name} is to follow, but this site has no [dns]; use --without-dns to move without");
         return Err(Refusal::Names(text));
     };
-    if let Ok(Some(anchor)) = leaf.edges.journal.anchor::<Anchor>(&leaf.attempt.vm)
-        && anchor.names == NameState::Pending
-    {
-        // The next anchor takes its place: were that one forgotten, nobody would owe the name.
-        return Err(Refusal::Names(format!("{name} is still on its way home; try again when it is there")));
-    }
+    let owed = leaf.edges.journal.anchor::<Anchor>(&leaf.attempt.vm).ok().flatten();
+    let owed = owed.filter(|anchor| anchor.names == NameState::Pending);
     let here: Vec<_> = if row.care_of.is_empty() {
         row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect()
     } else {
         row.care_of.iter().map(|care_of| care_of.addr).collect()
     };
-    names
-        .check(name, &here, leaf.attempt.epoch)
-        .await
-        .map_err(|error| Refusal::Names(Refusal::text(chain(&error))))
-        .and_then(|standing| match leaf.attempt.commit {
-            CommitMode::Arbitrated(Arbiter::Dns) => {
-                let record = format!("the TXT record _longhaul.{name}");
-                not_behind(leaf, Arbiter::Dns, &record, standing.epoch()).map_err(Refusal::Names)
-            }
-            CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Etcd) => Ok(()),
-        })
+    let checked = names.check(name, &here, leaf.attempt.epoch).await;
+    expect_home(name, owed.as_ref(), checked).and_then(|standing| match leaf.attempt.commit {
+        CommitMode::Arbitrated(Arbiter::Dns) => {
+            let record = format!("the TXT record _longhaul.{name}");
+            not_behind(leaf, Arbiter::Dns, &record, standing.epoch()).map_err(Refusal::Names)
+        }
+        CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Etcd) => Ok(()),
+    })
+}
+
+/// The next anchor takes the place of one that owes the name: were that one forgotten, nobody would. What is owed once the
+/// primary has it are other name servers and the TTL, and those the next move waits for and restores as well.
+fn expect_home(
+    name: &str,
+    owed: Option<&Anchor>,
+    checked: Result<Standing, NamesError>,
+) -> Result<Standing, Refusal> {
+    let on_its_way =
+        || Refusal::Names(format!("{name} is still on its way home; try again when it is there"));
+    match (owed, checked) {
+        (Some(_), Err(NamesError::Elsewhere { .. })) => Err(on_its_way()),
+        (Some(anchor), Ok(standing)) if standing.epoch() < anchor.epoch => Err(on_its_way()),
+        (Some(_) | None, checked) => checked.map_err(|error| Refusal::Names(Refusal::text(chain(&error)))),
+    }
 }
 
 /// With etcd as the arbiter: it answers, and the machine's register is older than the move.
@@ -189,4 +199,38 @@ fn home_prefixes(leaf: &SourceLeaf, row: &MachineRow, nic: &Nic) -> Result<Vec<P
 fn parse_prefix(text: &str) -> Result<Prefix, Refusal> {
     crate::config::parse_prefix(text)
         .ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use longhaul_core::ids::SiteName;
+
+    use super::*;
+    use crate::dns::NameMove;
+    use crate::test_site::{anchor, names_of};
+
+    const NAME: &str = "web1.vm.example";
+
+    #[tokio::test]
+    async fn a_name_that_its_primary_has_does_not_keep_the_machine_whatever_a_secondary_says() {
+        let [home, at_b]: [IpAddr; 2] = ["198.51.100.10", "203.0.113.10"].map(|ip| ip.parse().unwrap());
+        let (_server, names) = names_of("web1 5 IN A 203.0.113.10\n").await;
+        let owed = Anchor { epoch: Epoch(2), ..anchor("a") };
+        assert_eq!(owed.names, NameState::Pending);
+        let looked = async || expect_home(NAME, Some(&owed), names.check(NAME, &[home], Epoch(3)).await);
+        let why = |looked: Result<Standing, Refusal>| looked.expect_err("it is not there").to_string();
+        assert!(why(looked().await).contains("still on its way home"));
+
+        let (addresses, owner): (_, SiteName) = ([(at_b, home)], "a".parse().unwrap());
+        let back = |epoch| NameMove { name: NAME, addresses: &addresses, ttl_s: 5, epoch, owner: &owner };
+        names.swap(&back(Epoch(1))).await.unwrap();
+        assert!(why(looked().await).contains("still on its way home"), "an update may be under way");
+        names.swap(&back(Epoch(2))).await.unwrap();
+        assert!(looked().await.is_ok());
+
+        let other = expect_home(NAME, None, names.check(NAME, &[at_b], Epoch(3)).await);
+        assert!(why(other).contains("does not point at the machine"), "nothing is on its way");
+    }
 }
