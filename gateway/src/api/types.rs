@@ -91,6 +91,9 @@ pub struct MachineView {
     /// Why nothing starts it here, if the journal is older than its disks.
     #[serde(default)]
     pub hold: Option<String>,
+    /// The TTL that its name had before a move that was undone, in seconds, until it could be restored.
+    #[serde(default)]
+    pub ttl_owed_s: Option<u32>,
     /// Guest memory.
     pub memory_bytes: u64,
     /// Its disks' sizes.

@@ -138,6 +138,11 @@ fn machine_lines(view: &StatusView) -> String {
         if let Some(why) = &machine.hold {
             lines += &format!("    HELD  {why}\n");
         }
+        if let Some(ttl_s) = machine.ttl_owed_s {
+            lines += &format!(
+                "    the TTL of its name is still lowered; {ttl_s} s is restored as soon as its name server takes it\n"
+            );
+        }
     }
     lines
 }

@@ -24,7 +24,12 @@ impl Daemon {
             let view = running.viewer.current();
             view.notices.into_iter().map(move |notice| (view.vm.clone(), notice))
         });
+        let owed = |machine: &Machine| {
+            let row = self.row(&machine.row.definition.name)?;
+            Some((row.definition.name.clone(), self.owed_ttl_s(&row)?))
+        };
         let doctor = Doctor {
+            ttls_owed: self.machines.values().filter_map(owed).collect(),
             edges: self.edges.clone(),
             machines: self.machines.clone(),
             through_here,
@@ -42,6 +47,8 @@ struct Doctor {
     edges: Edges,
     machines: BTreeMap<VmName, Machine>,
     through_here: Option<(u64, String)>,
+    /// TTLs that moves which were undone could not restore, in seconds.
+    ttls_owed: BTreeMap<VmName, u32>,
     /// What moves tell their operator.
     notices: Vec<(VmName, String)>,
 }
@@ -56,6 +63,15 @@ impl Doctor {
         findings.extend(self.unknown());
         findings.extend(self.notices.iter().map(|(vm, notice)| {
             bad(&format!("move of {vm}"), notice, "`longhaul status` shows it until that has ended")
+        }));
+        findings.extend(self.ttls_owed.iter().map(|(vm, ttl_s)| {
+            let detail =
+                format!("its TTL was lowered for a move that was undone, and is not {ttl_s} s again");
+            bad(
+                &format!("name of {vm}"),
+                &detail,
+                "check server and key; the gateway tries again every minute",
+            )
         }));
         for machine in self.machines.values() {
             if vm.as_ref().is_none_or(|vm| machine.row.definition.name == *vm) {

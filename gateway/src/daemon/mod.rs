@@ -21,6 +21,7 @@ mod image;
 mod inhibit;
 mod kept;
 mod limits;
+mod lowered;
 mod machines;
 mod power;
 mod proposals;
@@ -41,8 +42,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinError;
-use tokio::time::Instant;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, interval};
 use tracing_subscriber::EnvFilter;
 
 use longhaul_core::ids::{MigrationId, SiteName, VmName};
@@ -132,8 +133,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     // The first look is at once.
-    let mut daily = tokio::time::interval(kept::DAILY);
-    let mut sweep = tokio::time::interval(SWEEP);
+    let (mut daily, mut sweep, mut ttls) = (interval(kept::DAILY), interval(SWEEP), interval(lowered::AGAIN));
+    let mut restoring = JoinSet::new();
     loop {
         let retry_at = daemon.next_retry_at();
         let restart_at = daemon.watches.next_at();
@@ -155,6 +156,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(found) = answered.recv() => daemon.on_answered(found),
             ended = &mut api => return Err(api_ended(ended)),
             _ = daily.tick() => daemon.delete_due_disks(),
+            _ = ttls.tick() => daemon.restore_ttls(&mut restoring),
+            Some(restored) = restoring.join_next() => daemon.on_ttl_restored(restored),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }

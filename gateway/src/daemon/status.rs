@@ -113,6 +113,7 @@ impl Daemon {
             epoch: ownership.map_or(0, |ownership| ownership.epoch().0),
             // QEMU has not been asked yet.
             state: String::new(),
+            ttl_owed_s: self.owed_ttl_s(row),
             hold: held(&self.edges, row).map(|held| format!("{}; {}", held.why, held.remedy)),
             memory_bytes: definition.memory().0,
             disk_bytes: definition.volumes().map(|volume| volume.size_bytes).collect(),

@@ -197,7 +197,7 @@ async fn restore_ttl(leaf: &SourceLeaf, row: &MachineRow, before_s: Option<u32>)
         return;
     };
     if let Err(error) = names.set_ttl(name, ttl_s).await {
-        tracing::warn!(vm = %leaf.attempt.vm, name, ttl_s, error = chain(&error), "TTL could not be restored; set it by hand");
+        tracing::warn!(vm = %leaf.attempt.vm, name, ttl_s, error = chain(&error), "TTL could not be restored, trying again until it is");
         return;
     }
     let restored = |row: &mut MachineRow| row.ttl_before_s = None;
