@@ -83,11 +83,10 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
     };
     let owed = leaf.edges.journal.anchor::<Anchor>(&leaf.attempt.vm).ok().flatten();
     let owed = owed.filter(|anchor| anchor.names == NameState::Pending);
-    let here: Vec<_> = if row.care_of.is_empty() {
-        row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)).collect()
-    } else {
-        row.care_of.iter().map(|care_of| care_of.addr).collect()
-    };
+    let homes = row.definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr));
+    // What has no stand-in here is what clients know, and its home attracts.
+    let homes = homes.filter(|home| row.care_of.iter().all(|care_of| care_of.home.addr != *home));
+    let here: Vec<_> = homes.chain(row.care_of.iter().map(|care_of| care_of.addr)).collect();
     let checked = names.check(name, &here, leaf.attempt.epoch).await;
     expect_home(name, owed.as_ref(), checked).and_then(|standing| match leaf.attempt.commit {
         CommitMode::Arbitrated(Arbiter::Dns) => {
