@@ -336,6 +336,9 @@ pub struct FlowsView {
     pub nics: Vec<NicFlows>,
 }
 
+/// Flows that are shown per NIC at most.
+pub const MAX_FLOWS_SHOWN: usize = 1000;
+
 /// The same for one NIC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicFlows {
@@ -343,7 +346,7 @@ pub struct NicFlows {
     pub nic: DeviceName,
     /// What the tunnel waits for.
     pub held_by: HeldBy,
-    /// Flows, those first that were silent for the longest; 1000 at most.
+    /// Flows, those first that were silent for the longest; [`MAX_FLOWS_SHOWN`] at most. `held_by` counts all of them.
     pub flows: Vec<FlowEntry>,
 }
 

@@ -9,7 +9,7 @@ use longhaul_core::tunnel::packet::Side;
 use longhaul_core::units::Bytes;
 
 use crate::api::client::{Client, ClientError};
-use crate::api::types::{FlowsView, NicFlows};
+use crate::api::types::{FlowsView, MAX_FLOWS_SHOWN, NicFlows};
 
 /// Prints the flows, and first what the tunnel waits for.
 pub async fn run(client: &Client, vm: &VmName, json: bool) -> Result<ExitCode, ClientError> {
@@ -28,6 +28,10 @@ fn page(vm: &VmName, view: &FlowsView) -> String {
         page += &format!("{nic}: {}\n", waits_for(held_by));
         for flow in flows {
             page += &line(flow);
+        }
+        let left_out = held_by.flows.alive().saturating_sub(flows.len() as u64);
+        if flows.len() >= MAX_FLOWS_SHOWN && left_out > 0 {
+            page += &format!("  and {left_out} more, which were silent for less long\n");
         }
     }
     page
@@ -110,12 +114,12 @@ fn time(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use longhaul_core::tunnel::flows::FlowCounts;
+    use longhaul_core::tunnel::handover::FlowTuple;
 
     use super::*;
 
-    #[test]
-    fn what_the_tunnel_waits_for_is_said_in_words() {
-        let mut held = HeldBy {
+    fn held() -> HeldBy {
+        HeldBy {
             flows: FlowCounts { tcp_open: 2, udp: 1, ..FlowCounts::default() },
             linger_left: Duration::ZERO,
             untracked_left: Duration::ZERO,
@@ -123,7 +127,12 @@ mod tests {
             quiet_left: Duration::from_secs(86_400),
             limit_left: Some(Duration::from_secs(600)),
             released: false,
-        };
+        }
+    }
+
+    #[test]
+    fn what_the_tunnel_waits_for_is_said_in_words() {
+        let mut held = held();
         let text = waits_for(&held);
         assert_eq!(
             text,
@@ -132,5 +141,39 @@ mod tests {
         held.flows = FlowCounts::default();
         (held.names_left, held.quiet_left, held.limit_left) = (Some(Duration::ZERO), Duration::ZERO, None);
         assert_eq!(waits_for(&held), "waits for nothing any more");
+    }
+
+    #[test]
+    fn connections_that_are_not_shown_are_counted() {
+        let end = |address: [u8; 4]| std::net::IpAddr::from(address);
+        let tuple = FlowTuple {
+            protocol: 6,
+            local: end([198, 51, 100, 10]),
+            local_port: 22,
+            remote: end([192, 0, 2, 1]),
+            remote_port: 50_000,
+        };
+        let flow = FlowEntry {
+            tuple,
+            state: FlowState::Open,
+            origin: FlowOrigin::Seeded,
+            age: Duration::ZERO,
+            idle: Duration::ZERO,
+            idle_left: Duration::ZERO,
+            to_guest: Default::default(),
+            from_guest: Default::default(),
+            heard_only: None,
+        };
+        let mut held_by = held();
+        held_by.flows.tcp_open = MAX_FLOWS_SHOWN as u64 + 234;
+        let shown = |flows| {
+            let (nic, held_by) = ("lan".parse().unwrap(), held_by.clone());
+            let view = FlowsView { at: "b".parse().unwrap(), nics: vec![NicFlows { nic, held_by, flows }] };
+            page(&"web1".parse().unwrap(), &view)
+        };
+        let text = shown(vec![flow.clone(); MAX_FLOWS_SHOWN]);
+        assert!(text.ends_with("  and 235 more, which were silent for less long\n"), "{text}");
+        // What is over and not forgotten yet is counted, and not shown.
+        assert!(!shown(vec![flow]).contains("more"));
     }
 }

@@ -10,12 +10,9 @@ use tokio::sync::oneshot;
 
 use super::Daemon;
 use super::machines::failed;
-use crate::api::types::{AnchorView, ConflictView, FlowsView, NicFlows};
+use crate::api::types::{AnchorView, ConflictView, FlowsView, MAX_FLOWS_SHOWN, NicFlows};
 use crate::api::{Reply, RequestError};
 use crate::migration::anchor::{AnchorCommand, Released, tell};
-
-/// Flows that are shown per NIC.
-const MAX_SHOWN: usize = 1000;
 
 impl Daemon {
     /// What is held here of machines that left, with what the tunnel knows of it at this moment.
@@ -80,7 +77,7 @@ impl Daemon {
             let mut nics = Vec::new();
             for nic in row.definition.nics {
                 let key = PortKey { machine: vm.clone(), nic: nic.name.clone() };
-                match tunnel.flows(key, MAX_SHOWN).await {
+                match tunnel.flows(key, MAX_FLOWS_SHOWN).await {
                     Ok(listing) => {
                         let (held_by, flows) = (listing.held_by, listing.flows);
                         nics.push(NicFlows { nic: nic.name, held_by, flows });
