@@ -543,12 +543,11 @@ impl Datapath {
             Some(slot) => slot,
             None => PortSlot(self.take_slot()),
         };
-        let addresses: Vec<IpAddr> = routes.iter().map(|(address, _, _)| *address).collect();
-        if let Some((address, slot)) = self.policy.conflict(port, &addresses)
-            && !self.gives_way(slot, key)
-        {
-            let owner = self.ports.get(&slot).map_or_else(|| key.clone(), |port| port.key.clone());
-            return Err(AddressTaken { address, owner });
+        for (address, _, _) in routes {
+            let taken = self.policy.conflict(port, *address).filter(|grant| !self.gives_way(grant.port, key));
+            let Some(grant) = taken else { continue };
+            let owner = self.ports.get(&grant.port).map_or_else(|| key.clone(), |port| port.key.clone());
+            return Err(AddressTaken { address: *address, owner });
         }
         let known = self.ports.get(&port).is_some_and(|known| known.peer == peer);
         self.policy.forget(port);

@@ -179,12 +179,9 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The port that has one of `addresses` and is not `port`.
-    pub fn conflict(&self, port: PortSlot, addresses: &[IpAddr]) -> Option<(IpAddr, PortSlot)> {
-        addresses.iter().find_map(|address| {
-            let grant = self.grants.get(address).filter(|grant| grant.port != port)?;
-            Some((*address, grant.port))
-        })
+    /// What another port than `port` is allowed for `address`.
+    pub fn conflict(&self, port: PortSlot, address: IpAddr) -> Option<Grant> {
+        self.grants.get(&address).copied().filter(|grant| grant.port != port)
     }
 
     /// Lets `address` travel.

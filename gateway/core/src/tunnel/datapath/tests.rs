@@ -123,6 +123,19 @@ fn two_machines_with_one_address_do_not_share_a_tunnel() {
     home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
 }
 
+#[test]
+fn an_address_of_another_machine_is_refused_also_behind_one_of_the_machines_own() {
+    let mut home = Datapath::new(DatapathConfig::default());
+    home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+    home.begin_hold(&key("web2"), &site("b"), &[OTHER_HOME.into()]).unwrap();
+    let taken = home.visit(&key("web1"), &[route(HOME, "b"), route(OTHER_HOME, "b")]).unwrap_err();
+    assert_eq!((taken.address, taken.owner), (OTHER_HOME.into(), key("web2")));
+    let to_other: Bytes = ipv4(CLIENT, OTHER_HOME, 6, &tcp(1, 80, 0x10)).into();
+    home.attract(NOW, &key("web2"), &[]).unwrap();
+    assert!(home.poll_kept(NOW, &[]).is_none());
+    assert!(home.handle_packet(NOW, to_other).is_some(), "it is attracted as before");
+}
+
 fn arrive(datapath: &mut Datapath, peer: PeerSlot, datagram: Bytes) -> Option<(Way, Bytes)> {
     datapath.handle_datagram(NOW, peer, datagram);
     datapath.poll_packet(NOW, peer)
