@@ -38,6 +38,9 @@ macro_rules! lab_or_skip {
 #[path = "tunnel/advertised.rs"]
 mod advertised;
 
+#[path = "tunnel/carried.rs"]
+mod carried;
+
 #[path = "tunnel/duplicates.rs"]
 mod duplicates;
 

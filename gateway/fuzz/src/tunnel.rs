@@ -113,7 +113,7 @@ impl World {
         let (b, c) = (datapath.peer_slot(&sample::site("b")), datapath.peer_slot(&sample::site("c")));
         datapath.begin_hold(&key("web1"), &sample::site("b"), &[AWAY]).expect("a free address");
         datapath.attract(Duration::ZERO, &key("web1"), &[]).expect("it is held");
-        let route = VisitRoute { address: VISITS, peer: sample::site("b"), also: None };
+        let route = VisitRoute { address: VISITS, peer: sample::site("b"), also: None, carried: false };
         datapath.visit(&key("web2"), &[route]).expect("a free address");
         let there = Repair::new(RepairConfig::default(), Incarnation::default());
         Self { datapath, joining: Coalescer::new(true), b, c, now: Duration::ZERO, there }

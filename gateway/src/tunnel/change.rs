@@ -122,6 +122,20 @@ impl Changes {
         self.plans.insert(owner.clone(), plan);
     }
 
+    /// A table of `owner` has these rules now, which the kernel was told one by one.
+    pub(super) fn restate(&mut self, owner: &Owner, table: &Table) {
+        for planned in self.plans.get_mut(owner).into_iter().flatten() {
+            let is_it = matches!(planned, Change::Table(old) if (old.family, &old.name) == (table.family, &table.name));
+            if !is_it {
+                continue;
+            }
+            let now = Change::Table(table.clone());
+            let Some(in_force) = self.in_force.remove(planned) else { continue };
+            self.in_force.insert(now.clone(), in_force);
+            *planned = now;
+        }
+    }
+
     /// Undoes all changes of `owner` that nobody else needs, last first. Goes on after a failure and
     /// returns the first.
     pub(super) async fn undo(&mut self, owner: &Owner) -> Result<(), TunnelError> {

@@ -4,6 +4,7 @@
 //! one tells it when a NIC's packets are to be kept, to pass or to come back.
 
 mod attract;
+mod carried;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -36,6 +37,7 @@ use super::tap;
 pub use attract::AddressConflict;
 pub(super) use attract::Since;
 use attract::Spoken;
+use carried::Carry;
 
 /// Neighbours sampled per LAN.
 const MAX_NEIGHBOURS: usize = 256;
@@ -122,7 +124,7 @@ pub(super) struct Control {
     away: BTreeMap<PortKey, Away>,
     visits: BTreeMap<PortKey, Visit>,
     /// Machines at home that have brought addresses of their visits.
-    carries: BTreeMap<PortKey, CarryRequest>,
+    carries: BTreeMap<PortKey, Carry>,
 }
 
 impl Control {
@@ -239,8 +241,7 @@ impl Control {
                 drop(reply.send(listed.and_then(|listed| Ok(listed?))));
             }
             Command::ForgetAddress { key, address, reply } => {
-                let set = self.tell(|done| Move::ForgetAddress { key, address, done }).await;
-                drop(reply.send(set));
+                drop(reply.send(self.forget_address(key, address).await));
             }
             Command::VisitPrepare { request, reply } => drop(reply.send(self.visit_prepare(request).await)),
             Command::VisitFlows { key, flows, reply } => {
@@ -278,7 +279,7 @@ impl Control {
             Err(TunnelError::Nft { .. }) => return Err(TunnelError::NotSampled(key.clone())),
             other => other?,
         };
-        if let Some(request) = self.carries.get(key) {
+        if let Some(Carry { request, .. }) = self.carries.get(key) {
             let carried = plan::carried_rules(config, &request.carried);
             let turned = nft::turned(config, &tap::port_id(key), &carried).await?;
             known_elsewhere(&mut flows, &turned);
@@ -381,19 +382,6 @@ impl Control {
         undone
     }
 
-    /// The machine stays where it is, and packets to addresses of it that other sites attract go to it again, also if they
-    /// were passed on already.
-    async fn take_tunnels_back(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        let visit = self.visits.get(key).map(|visit| plan::visit_routes(&visit.request));
-        let Some(routes) = visit.or(self.carries.get(key).map(plan::carry_routes)) else { return Ok(()) };
-        let packets = self.end(key, Role::Relay).await?;
-        let port = key.clone();
-        self.tell(|done| Move::Visit { key: port, routes, done }).await??;
-        let port = key.clone();
-        self.tell(|done| Move::Resumed { key: port, done }).await??;
-        self.tell(|done| Move::Deliver { packets, done }).await
-    }
-
     async fn give_back_at_home(&mut self, request: &HoldRequest) -> Result<(), TunnelError> {
         let key = &request.key;
         let port = key.clone();
@@ -479,7 +467,8 @@ impl Control {
             }
         }
         let (key, routes) = (request.key.clone(), plan::visit_routes(&request));
-        self.tell(|done| Move::Visit { key, routes, done }).await??;
+        let given = self.tell(|done| Move::Visit { key, routes, done }).await??;
+        self.give_away(given).await;
         let owner = Owner::Visit(request.key.clone());
         let plan = Kernel::probe(&request.lan).map(|kernel| plan::visit_plan(&self.config, kernel, &request));
         if let Err(error) = self.apply(&owner, plan).await {
@@ -499,43 +488,6 @@ impl Control {
         let carried = plan::carried_rules(&self.config, &request.carried);
         let script = nft::visit_flows(&plan::visit_table_name(&self.config, key), flows, &care_of, &carried);
         if script.is_empty() { Ok(()) } else { nft::run(&script).await }
-    }
-
-    /// The machine is at home, and connections that were opened at its visits are carried here.
-    async fn carry(&mut self, request: CarryRequest, flows: &[FlowTuple]) -> Result<(), TunnelError> {
-        check_device_name(&request.lan)?;
-        check_device_name(&request.port)?;
-        let (key, routes) = (request.key.clone(), plan::carry_routes(&request));
-        self.tell(|done| Move::Visit { key, routes, done }).await??;
-        let lan_mac = self.netlink.link(&request.lan).await?.mac;
-        let lan_mac = lan_mac.ok_or_else(|| TunnelError::NoSuchDevice(request.lan.clone()))?;
-        let owner = Owner::Carry(request.key.clone());
-        let plan = Kernel::probe(&request.lan)
-            .map(|kernel| plan::carry_plan(&self.config, kernel, &request, lan_mac));
-        if let Err(error) = self.apply(&owner, plan).await {
-            self.end(&request.key, Role::Visiting).await?;
-            return Err(error);
-        }
-        let (id, carried) = (tap::port_id(&request.key), plan::carried_rules(&self.config, &request.carried));
-        let flows = &flows[..flows.len().min(self.config.max_flows as usize)];
-        let script = nft::carry_flows(&self.config, &id, &carried, flows);
-        if !script.is_empty() {
-            nft::run(&script).await?;
-        }
-        let key = request.key.clone();
-        self.tell(|done| Move::Resumed { key, done }).await??;
-        info!(port = %request.key, addresses = carried.len(), "carrying connections of visits");
-        self.carries.insert(request.key.clone(), request);
-        Ok(())
-    }
-
-    async fn carry_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        if self.carries.remove(key).is_none() {
-            return Ok(());
-        }
-        let undone = self.changes.undo(&Owner::Carry(key.clone())).await;
-        self.end(key, Role::Visiting).await?;
-        undone
     }
 
     async fn visit_resumed(&mut self, key: &PortKey) -> Result<(), TunnelError> {

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::coalesce::Coalescer;
 use longhaul_core::tunnel::datapath::{
-    Counters, Datapath, PortStatus, Traffic, UnknownPort, VisitRoute, Way,
+    Counters, Datapath, GivenAway, PortStatus, Traffic, UnknownPort, VisitRoute, Way,
 };
 use longhaul_core::tunnel::flows::{FlowEntry, FlowTable, HeldBy, OneWay};
 use longhaul_core::tunnel::handover::FlowTuple;
@@ -102,7 +102,7 @@ pub(super) enum Command {
     Visit {
         key: PortKey,
         routes: Vec<VisitRoute>,
-        done: oneshot::Sender<Result<(), AddressTaken>>,
+        done: oneshot::Sender<Result<Vec<GivenAway>, AddressTaken>>,
     },
     Resumed {
         key: PortKey,

@@ -54,6 +54,23 @@ pub(super) async fn run(script: &str) -> Result<(), TunnelError> {
     nft(&["-f", "-"], script).await.map(drop)
 }
 
+/// Removes the rules that have this comment; a table that is not there has none.
+pub(super) async fn strike(table: &Table, comment: &str) -> Result<(), TunnelError> {
+    let Table { family, name, .. } = table;
+    let listed = match nft(&["-t", "-a", "-j", "list", "table", family, name], "").await {
+        Err(TunnelError::Nft { .. }) => return Ok(()),
+        other => other?,
+    };
+    let listed: Value = serde_json::from_str(&listed).map_err(TunnelError::NftOutput)?;
+    let rules = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["rule"]);
+    let lines = rules.filter(|rule| rule["comment"] == comment).filter_map(|rule| {
+        let (chain, handle) = (rule["chain"].as_str()?, rule["handle"].as_u64()?);
+        Some(format!("delete rule {family} {name} {chain} handle {handle}\n"))
+    });
+    let script: String = lines.collect();
+    if script.is_empty() { Ok(()) } else { run(&script).await }
+}
+
 /// Frames to the machine's address that the bridge hands up are for us.
 pub(super) fn attract_table(config: &TunnelConfig, id: &str, mac: Mac, lan: &str) -> Table {
     let body = format!(

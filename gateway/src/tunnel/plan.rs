@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use super::change::Change;
 use super::config::TunnelConfig;
 use super::error::TunnelError;
-use super::nft;
+use super::nft::{self, Table};
 use super::routes::PolicyRule;
 use super::sysctl;
 use super::tap::port_id;
@@ -196,12 +196,16 @@ pub(super) fn carry_plan(
         plan.extend(keep_ra(kernel, lan));
         plan.extend(ipv6_switches(kernel, [lan, &config.device]));
     }
-    let carried = carried_rules(config, &request.carried);
-    let id = port_id(&request.key);
-    let home = nft::Home { id: &id, port: &request.port, lan, lan_mac, carried: &carried };
     plan.extend(tunnel_routes(config, lan, has_v6));
-    plan.extend(nft::carry_tables(config, &home).map(Change::Table));
+    plan.extend(carry_tables(config, request, lan_mac).map(Change::Table));
     plan
+}
+
+/// Its tables.
+pub(super) fn carry_tables(config: &TunnelConfig, request: &CarryRequest, lan_mac: Mac) -> [Table; 2] {
+    let carried = carried_rules(config, &request.carried);
+    let (id, port, lan) = (port_id(&request.key), &request.port, &request.lan);
+    nft::carry_tables(config, &nft::Home { id: &id, port, lan, lan_mac, carried: &carried })
 }
 
 /// The rules of a machine's carried addresses.
@@ -239,7 +243,7 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
         plan.extend(keep_ra(kernel, lan));
         plan.extend(ipv6_switches(kernel, [lan, port, &config.device]));
     }
-    plan.extend(visit_tables(config, request, &home));
+    plan.extend(visit_tables(config, request).map(Change::Table));
     plan.extend(tunnel_routes(config, port, has_v6));
     plan.extend(nic.neighbours.iter().filter(|neighbour| neighbour.addr.is_ipv6()).map(|neighbour| {
         // IPv4 is answered for whatever is asked; IPv6 has no such switch.
@@ -261,23 +265,27 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
 pub(super) fn visit_routes(request: &VisitRequest) -> Vec<VisitRoute> {
     let (home, from) = (&request.peer, request.from.as_ref().filter(|from| **from != request.peer));
     let routed = |prefix: &Prefix| match from {
-        Some(from) => VisitRoute { address: prefix.addr, peer: from.clone(), also: Some(home.clone()) },
-        None => VisitRoute { address: prefix.addr, peer: home.clone(), also: None },
+        Some(from) => uncarried(prefix.addr, from, Some(home.clone())),
+        None => uncarried(prefix.addr, home, None),
     };
     request.nic.home.iter().map(routed).chain(request.carried.iter().map(carried_route)).collect()
 }
 
 /// The same for a machine at home; what its last visit held for its home addresses comes from there.
 pub(super) fn carry_routes(request: &CarryRequest) -> Vec<VisitRoute> {
-    let held = request.from.iter().flat_map(|from| {
-        let route = |address: &IpAddr| VisitRoute { address: *address, peer: from.clone(), also: None };
-        request.home.iter().map(route)
-    });
+    let held = request
+        .from
+        .iter()
+        .flat_map(|from| request.home.iter().map(|address| uncarried(*address, from, None)));
     request.carried.iter().map(carried_route).chain(held).collect()
 }
 
 fn carried_route(carried: &CarriedRoute) -> VisitRoute {
-    VisitRoute { address: carried.addr, peer: carried.site.clone(), also: None }
+    VisitRoute { address: carried.addr, peer: carried.site.clone(), also: None, carried: true }
+}
+
+fn uncarried(address: IpAddr, peer: &SiteName, also: Option<SiteName>) -> VisitRoute {
+    VisitRoute { address, peer: peer.clone(), also, carried: false }
 }
 
 /// The flows of a machine at home are remembered.
@@ -310,19 +318,21 @@ fn port_changes(config: &TunnelConfig, request: &VisitRequest) -> Vec<Change> {
     plan
 }
 
-fn visit_tables(config: &TunnelConfig, request: &VisitRequest, home: &[IpAddr]) -> [Change; 2] {
+/// A visit's tables.
+pub(super) fn visit_tables(config: &TunnelConfig, request: &VisitRequest) -> [Table; 2] {
+    let home: Vec<IpAddr> = request.nic.home.iter().map(|prefix| prefix.addr).collect();
     let carried = carried_rules(config, &request.carried);
     let visit = nft::Visit {
         name: visit_table_name(config, &request.key),
         port: &request.port,
-        home,
+        home: &home,
         others: &request.others,
         home_prefixes: &request.nic.home_prefixes,
         care_of: request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect(),
         carried: &carried,
     };
     let stale = nft::stale_mac_table(config, &port_id(&request.key), &request.port);
-    [Change::Table(stale), Change::Table(nft::visit_table(config, &visit))]
+    [stale, nft::visit_table(config, &visit)]
 }
 
 fn lan_switches(lan: &str) -> Vec<Change> {

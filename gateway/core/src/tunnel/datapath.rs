@@ -18,6 +18,7 @@
 //! address, and what comes for its other addresses is held ([`Datapath::pause`]) and then passed on
 //! ([`Datapath::relay`]) until the sites that attract them have heard where it is.
 
+mod register;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use register::Route;
+pub use register::{GivenAway, VisitRoute};
 pub use status::{Counters, Phase, PortStatus, Traffic};
 
 use super::flows::{FlowConfig, FlowTable};
@@ -35,7 +38,7 @@ use super::fragment::{Parts, Reassembly, ReassemblyConfig, Splitter};
 use super::handover::FlowTuple;
 use super::hold::{Hold, HoldConfig};
 use super::packet::{Packet, Side};
-use super::policy::{AddressTaken, DropReason, Grant, Inbound, PeerSlot, Policy, PortKey, PortSlot, Role};
+use super::policy::{AddressTaken, DropReason, Inbound, PeerSlot, Policy, PortKey, PortSlot, Role};
 use super::repair::{
     FlowBucket, Incarnation, ROOM, Repair, RepairConfig, RepairCounters, RepairError, RepairPolicy, Treatment,
 };
@@ -99,17 +102,6 @@ struct Peer {
     incarnation: Incarnation,
     repair: Repair,
     reassembly: Reassembly,
-}
-
-/// An address of a machine that is here, and the site that attracts it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VisitRoute {
-    /// The address.
-    pub address: IpAddr,
-    /// The site that attracts it, or the one that passes its packets on.
-    pub peer: SiteName,
-    /// The other of the two, if it may be either.
-    pub also: Option<SiteName>,
 }
 
 #[derive(Debug)]
@@ -207,8 +199,9 @@ impl Datapath {
         home: &[IpAddr],
     ) -> Result<(), AddressTaken> {
         let peer = self.peer_slot(peer);
-        let routes: Vec<_> = home.iter().map(|address| (*address, peer, None)).collect();
-        self.register(key, peer, &routes, Role::Away)
+        let route = |address: &IpAddr| Route { address: *address, peer, also: None, carried: false };
+        let routes: Vec<Route> = home.iter().map(route).collect();
+        self.register(key, peer, &routes, Role::Away).map(drop)
     }
 
     /// The machine was handed over: kept packets leave for the peer, then new ones pass.
@@ -223,16 +216,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// A machine will be here whose addresses are attracted at other sites: until it runs, packets to it are kept.
-    pub fn visit(&mut self, key: &PortKey, routes: &[VisitRoute]) -> Result<(), AddressTaken> {
-        let routes: Vec<_> = routes
-            .iter()
-            .map(|route| {
-                let also = route.also.as_ref().map(|also| self.peer_slot(also));
-                (route.address, self.peer_slot(&route.peer), also)
-            })
-            .collect();
-        let peer = routes.first().map_or(PeerSlot(0), |(_, peer, _)| *peer);
+    /// A machine will be here whose addresses are attracted at other sites: until it runs, packets to it are kept. Returned:
+    /// those that were another machine's until now.
+    pub fn visit(&mut self, key: &PortKey, routes: &[VisitRoute]) -> Result<Vec<GivenAway>, AddressTaken> {
+        let routes: Vec<Route> = routes.iter().map(|route| self.route(route)).collect();
+        let peer = routes.first().map_or(PeerSlot(0), |first| first.peer);
         self.register(key, peer, &routes, Role::Visiting)
     }
 
@@ -530,57 +518,6 @@ impl Datapath {
         }
         let (peers, shares) = (&self.peers, &self.shares);
         self.ports.values_mut().filter_map(|port| port.status(now, peers, shares)).collect()
-    }
-
-    fn register(
-        &mut self,
-        key: &PortKey,
-        peer: PeerSlot,
-        routes: &[(IpAddr, PeerSlot, Option<PeerSlot>)],
-        role: Role,
-    ) -> Result<(), AddressTaken> {
-        let port = match self.slot(key, role) {
-            Some(slot) => slot,
-            None => PortSlot(self.take_slot()),
-        };
-        for (address, _, _) in routes {
-            let taken = self.policy.conflict(port, *address).filter(|grant| !self.gives_way(grant.port, key));
-            let Some(grant) = taken else { continue };
-            let owner = self.ports.get(&grant.port).map_or_else(|| key.clone(), |port| port.key.clone());
-            return Err(AddressTaken { address: *address, owner });
-        }
-        let known = self.ports.get(&port).is_some_and(|known| known.peer == peer);
-        self.policy.forget(port);
-        for (address, peer, also) in routes {
-            self.policy.allow(Grant { port, peer: *peer, also: *also, also_until: None, role }, *address);
-        }
-        if known {
-            return Ok(());
-        }
-        let hold = Hold::new(self.config.hold.clone());
-        let replaced = self.ports.get(&port).and_then(|replaced| replaced.share);
-        self.shares.leave(replaced);
-        let share = self.shares.enter(&key.machine);
-        let (key, phase, released_at) = (key.clone(), Phase::Holding, Duration::ZERO);
-        let new = Port {
-            key,
-            role,
-            peer,
-            onward: None,
-            returning: false,
-            phase,
-            released_at,
-            hold,
-            flows: None,
-            share,
-        };
-        self.ports.insert(port, new);
-        Ok(())
-    }
-
-    /// What a machine has here in another role gives way to the same machine: it comes, goes and comes again.
-    fn gives_way(&self, slot: PortSlot, key: &PortKey) -> bool {
-        self.ports.get(&slot).is_none_or(|port| port.key == *key)
     }
 
     /// Judges a joined packet; `None`: it was kept.

@@ -124,6 +124,8 @@ pub struct Grant {
     pub also_until: Option<Duration>,
     /// Which end we are.
     pub role: Role,
+    /// An address of an earlier visit: the site that attracts it may give it to another machine.
+    pub carried: bool,
 }
 
 /// How long a place that a machine left, or packets came by, is still believed: what it sent may be on its way, repeated
@@ -338,7 +340,8 @@ mod tests {
 
     fn policy(role: Role) -> Policy {
         let mut policy = Policy::default();
-        let grant = Grant { port: PortSlot(1), peer: PeerSlot(1), also: None, also_until: None, role };
+        let (port, peer) = (PortSlot(1), PeerSlot(1));
+        let grant = Grant { port, peer, also: None, also_until: None, role, carried: false };
         policy.allow(grant, IpAddr::from(HOME));
         policy
     }
@@ -371,6 +374,7 @@ mod tests {
             also: Some(PeerSlot(2)),
             also_until: None,
             role: Role::Relay,
+            carried: false,
         };
         policy.allow(grant, IpAddr::from(HOME));
         (policy, grant)
@@ -406,6 +410,7 @@ mod tests {
             also: Some(PeerSlot(2)),
             also_until: None,
             role: Role::Away,
+            carried: false,
         };
         policy.allow(grant, IpAddr::from(HOME));
         assert!(inbound(&policy, HOME, CLIENT, 1).is_ok() && inbound(&policy, HOME, CLIENT, 2).is_ok());

@@ -34,7 +34,8 @@ pub(in crate::tunnel) struct CarriedRule {
 }
 
 impl CarriedRule {
-    /// The name of its set of flows, without the IP version.
+    /// The name of its set of flows, without the IP version; also the comment of its rules, by which they are removed when
+    /// nobody uses the address any more.
     pub fn set(&self) -> String {
         format!("by{}_", self.number)
     }
@@ -119,11 +120,12 @@ pub(in crate::tunnel) async fn turned(
 pub(super) fn carried_marks(config: &TunnelConfig, carried: &[CarriedRule], v6: bool) -> String {
     let rule = |rule: &CarriedRule| {
         format!(
-            "\t\tiifname \"{}\" {} daddr {} ct state new ct mark set {:#x}\n",
+            "\t\tiifname \"{}\" {} daddr {} ct state new ct mark set {:#x} comment \"{}\"\n",
             config.device,
             rule.ip(),
             rule.addr,
-            rule.mark
+            rule.mark,
+            rule.set(),
         )
     };
     carried.iter().filter(|rule| rule.addr.is_ipv6() == v6).map(rule).collect()
@@ -134,9 +136,9 @@ pub(super) fn carried_flows(carried: &[CarriedRule]) -> String {
     let rule = |rule: &CarriedRule| {
         let (ip, version) = (rule.ip(), if rule.addr.is_ipv6() { 6 } else { 4 });
         format!(
-            "\t\tct state new meta l4proto . {ip} daddr . th dport . th sport @{}{version} ct mark set {:#x}\n",
-            rule.set(),
-            rule.mark
+            "\t\tct state new meta l4proto . {ip} daddr . th dport . th sport @{set}{version} ct mark set {:#x} comment \"{set}\"\n",
+            rule.mark,
+            set = rule.set(),
         )
     };
     carried.iter().map(rule).collect()
@@ -146,7 +148,12 @@ pub(super) fn carried_flows(carried: &[CarriedRule]) -> String {
 pub(super) fn carried_in(config: &TunnelConfig, carried: &[CarriedRule]) -> String {
     let rule = |rule: &CarriedRule| {
         let (ip, tun) = (rule.ip(), &config.device);
-        format!("\t\tiifname \"{tun}\" {ip} daddr {} dnat {ip} to {}\n", rule.addr, rule.home)
+        format!(
+            "\t\tiifname \"{tun}\" {ip} daddr {} dnat {ip} to {} comment \"{}\"\n",
+            rule.addr,
+            rule.home,
+            rule.set()
+        )
     };
     carried.iter().map(rule).collect()
 }
@@ -156,8 +163,11 @@ pub(super) fn carried_out(config: &TunnelConfig, carried: &[CarriedRule]) -> Str
     let rule = |rule: &CarriedRule| {
         let (ip, tun) = (rule.ip(), &config.device);
         format!(
-            "\t\toifname \"{tun}\" ct mark {:#x} {ip} saddr {} snat {ip} to {}\n",
-            rule.mark, rule.home, rule.addr
+            "\t\toifname \"{tun}\" ct mark {:#x} {ip} saddr {} snat {ip} to {} comment \"{}\"\n",
+            rule.mark,
+            rule.home,
+            rule.addr,
+            rule.set()
         )
     };
     carried.iter().map(rule).collect()
@@ -199,16 +209,17 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     );
     for rule in home.carried {
         let (ip, set, addr) = (rule.ip(), rule.set(), rule.addr);
+        let comment = format!("comment \"{set}\"");
         let key = format!("meta l4proto . {ip} saddr . th sport . th dport");
         let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
         let _ = write!(
             body,
-            "\t\t{ip} daddr {addr} meta l4proto udp update @{set}{version} {{ {key} timeout {udp}s }}\n\
-             \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }}\n\
-             \t\t{ip} daddr {addr} tcp flags & rst == rst update @{set}gone{version} {{ {key} }}\n\
-             \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return\n\
-             \t\t{ip} daddr {addr} meta l4proto tcp update @{set}{version} {{ {key} }}\n\
-             \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }}\n",
+            "\t\t{ip} daddr {addr} meta l4proto udp update @{set}{version} {{ {key} timeout {udp}s }} {comment}\n\
+             \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }} {comment}\n\
+             \t\t{ip} daddr {addr} tcp flags & rst == rst update @{set}gone{version} {{ {key} }} {comment}\n\
+             \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return {comment}\n\
+             \t\t{ip} daddr {addr} meta l4proto tcp update @{set}{version} {{ {key} }} {comment}\n\
+             \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }} {comment}\n",
         );
     }
     let _ = writeln!(
@@ -218,14 +229,15 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     );
     for rule in home.carried {
         let (ip, set, own) = (rule.ip(), rule.set(), rule.home);
+        let comment = format!("comment \"{set}\"");
         let key = format!("meta l4proto . {ip} daddr . th dport . th sport");
         let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
         let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
         let _ = write!(
             body,
-            "\t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }}\n\
-             \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host}\n\
-             \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host}\n",
+            "\t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }} {comment}\n\
+             \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host} {comment}\n\
+             \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host} {comment}\n",
         );
     }
     body.push_str("\t}\n");
@@ -256,10 +268,11 @@ fn translate_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     for rule in home.carried {
         let _ = writeln!(
             body,
-            "\t\t{} saddr {} ct mark {:#x} meta mark set {tunnel:#x}",
+            "\t\t{} saddr {} ct mark {:#x} meta mark set {tunnel:#x} comment \"{}\"",
             rule.ip(),
             rule.home,
-            rule.mark
+            rule.mark,
+            rule.set(),
         );
     }
     let _ = write!(

@@ -136,13 +136,36 @@ fn an_address_of_another_machine_is_refused_also_behind_one_of_the_machines_own(
     assert!(home.handle_packet(NOW, to_other).is_some(), "it is attracted as before");
 }
 
+#[test]
+fn an_address_that_its_site_has_given_to_another_machine_is_that_ones() {
+    const CARE_OF: [u8; 4] = [203, 0, 113, 200];
+    let carried = |peer| VisitRoute { carried: true, ..route(CARE_OF, peer) };
+    let mut home = Datapath::new(DatapathConfig::default());
+    home.visit(&key("web1"), &[route(HOME, "b"), carried("c")]).unwrap();
+    // Another site has not given it away, and a home address is nobody's to give.
+    assert_eq!(home.visit(&key("web2"), &[carried("b")]).unwrap_err().owner, key("web1"));
+    assert_eq!(home.visit(&key("web2"), &[route(CARE_OF, "c")]).unwrap_err().owner, key("web1"));
+    let own_home = VisitRoute { carried: true, ..route(HOME, "b") };
+    assert_eq!(home.visit(&key("web2"), &[own_home]).unwrap_err().owner, key("web1"));
+    let given = home.visit(&key("web2"), &[carried("c"), route(OTHER_HOME, "b")]).unwrap();
+    assert_eq!(given, [GivenAway { address: CARE_OF.into(), from: key("web1") }]);
+    home.resumed(NOW, &key("web2")).unwrap();
+    assert!(home.poll_kept(NOW, &[]).is_none());
+    let (c, mut site_c) = (home.peer_slot(&site("c")), Datapath::new(DatapathConfig::default()));
+    let dialled: Bytes = ipv4(CLIENT, CARE_OF, 6, &tcp(1, 80, 0x02)).into();
+    let any = site_c.peer_slot(&site("any"));
+    let datagram = datagrams(&mut site_c, any, &dialled).remove(0);
+    assert_eq!(arrive(&mut home, c, datagram), Some((Way::Device, dialled)), "web1 still waits");
+    assert!(home.handle_packet(NOW, from_guest(1)).is_some(), "the rest of web1's is its own");
+}
+
 fn arrive(datapath: &mut Datapath, peer: PeerSlot, datagram: Bytes) -> Option<(Way, Bytes)> {
     datapath.handle_datagram(NOW, peer, datagram);
     datapath.poll_packet(NOW, peer)
 }
 
 fn route(address: [u8; 4], peer: &str) -> VisitRoute {
-    VisitRoute { address: address.into(), peer: site(peer), also: None }
+    VisitRoute { address: address.into(), peer: site(peer), also: None, carried: false }
 }
 
 /// What `from` sends to `to` about a packet.

@@ -209,7 +209,7 @@ fn what_arrives_while_the_link_is_down_after_the_hand_over_is_counted_once() {
 fn what_the_guest_sends_is_not_kept_while_packets_to_it_are() {
     let to_client = || Bytes::from(ipv4(HOME, CLIENT, UDP, &[0; 8]));
     let mut visited = Datapath::new(DatapathConfig::default());
-    let route = VisitRoute { address: HOME.into(), peer: peer(), also: None };
+    let route = VisitRoute { address: HOME.into(), peer: peer(), also: None, carried: false };
     visited.visit(&key(), &[route]).unwrap();
     let to_peer = visited.peer_slot(&peer());
     assert_eq!(visited.handle_packet(NOW, to_client()), Some(to_peer));

@@ -1,0 +1,149 @@
+//! Connections by an address of an earlier visit: which of them are carried at the machine's home, and for how long they
+//! are remembered there.
+
+use gateway::tunnel::{CarriedRoute, CarryRequest, Leaving, VisitRequest};
+use longhaul_core::tunnel::datapath::Phase;
+use longhaul_core::tunnel::policy::Role;
+
+use super::*;
+
+/// An address that clients dialled at a third site.
+const ELSEWHERE: &str = "192.0.2.200";
+
+fn other_key() -> PortKey {
+    PortKey { machine: "web2".parse().unwrap(), nic: "net0".parse().unwrap() }
+}
+
+fn carried(addresses: &[(&str, &str, &str)]) -> Vec<CarriedRoute> {
+    let route = |(number, (home, addr, site)): (u32, &(&str, &str, &str))| CarriedRoute {
+        number,
+        home: address(home),
+        addr: address(addr),
+        site: site.parse().unwrap(),
+    };
+    (0u32..).zip(addresses).map(route).collect()
+}
+
+/// Of a machine at site a; each address as home address, address that was dialled, site that attracts it.
+fn carry_request(key: PortKey, port: &str, addresses: &[(&str, &str, &str)]) -> CarryRequest {
+    CarryRequest {
+        key,
+        from: None,
+        home: vec![address(addresses[0].0)],
+        carried: carried(addresses),
+        port: port.to_owned(),
+        lan: "br0".to_owned(),
+    }
+}
+
+/// The machine is at its home, and site b attracts the addresses that it had there.
+async fn carrying(lab: &Lab) -> Sites {
+    let sites = lab.start_sites(TunnelConfig::default()).await;
+    let left = HoldRequest {
+        peer: "a".parse().unwrap(),
+        from: Leaving::Visit,
+        addresses: vec![address(CARE_OF), address(CARE_OF_V6)],
+        port: "tapb".to_owned(),
+        ..hold_request()
+    };
+    sites.b.tunnel.hold_begin(left).await.unwrap();
+    sites.b.tunnel.hold_end_attract(key(), Vec::new()).await.unwrap();
+    let brought = [(HOME, CARE_OF, "b"), (HOME_V6, CARE_OF_V6, "b")];
+    sites.a.tunnel.carry(carry_request(key(), "tapa", &brought), Vec::new()).await.unwrap();
+    sites
+}
+
+/// The phase of the machine's tunnel at a site that it visits.
+fn phase(site: &Site, of: &PortKey) -> Option<Phase> {
+    let status = site.tunnel.status();
+    let status = status.borrow();
+    status.ports.iter().find(|port| port.key == *of && port.role == Role::Visiting).map(|port| port.phase)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_its_site_has_given_to_another_machine_is_carried_for_that_one() {
+    let lab = lab_or_skip!();
+    let sites = carrying(&lab).await;
+    let a = &sites.a.tunnel;
+    let dnat = |to: &str| format!("ip daddr {CARE_OF} dnat ip to {to}");
+    assert!(lab.network("ga").contains(&dnat(HOME)));
+
+    // That nobody uses it any more was said once, and lost.
+    a.carry(carry_request(other_key(), "tapn", &[("198.51.100.20", CARE_OF, "b")]), Vec::new())
+        .await
+        .unwrap();
+    let rules = lab.network("ga");
+    assert!(rules.contains(&dnat("198.51.100.20")) && !rules.contains(&dnat(HOME)), "{rules}");
+    assert!(rules.contains(&format!("ip6 daddr {CARE_OF_V6} dnat ip6 to {HOME_V6}")), "{rules}");
+
+    // Another site cannot give it away, and what else the machine brings is carried.
+    let third = PortKey { machine: "web3".parse().unwrap(), nic: "net0".parse().unwrap() };
+    let brought = [("198.51.100.30", CARE_OF, "c"), ("198.51.100.30", ELSEWHERE, "c")];
+    a.carry(carry_request(third, "tapn", &brought), Vec::new()).await.unwrap();
+    let rules = lab.network("ga");
+    assert!(rules.contains(&dnat("198.51.100.20")) && !rules.contains(&dnat("198.51.100.30")), "{rules}");
+    assert!(rules.contains(&format!("ip daddr {ELSEWHERE} dnat ip to 198.51.100.30")), "{rules}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_is_over_has_no_rule_and_the_others_keep_theirs() {
+    let lab = lab_or_skip!();
+    serve_echo(&lab, "vm");
+    let sites = carrying(&lab).await;
+    let a = &sites.a.tunnel;
+    a.carry_undo(key()).await.unwrap();
+    let without = lab.look("ga");
+    let brought = [(HOME, ELSEWHERE, "c"), (HOME, CARE_OF, "b")];
+    a.carry(carry_request(key(), "tapa", &brought), Vec::new()).await.unwrap();
+    let mut open = lab.within("c", || connect(server(CARE_OF)).unwrap()).join().unwrap();
+    exchange(&mut open, 100);
+
+    a.forget_address(key(), address(ELSEWHERE)).await.unwrap();
+    a.forget_address(key(), address(ELSEWHERE)).await.unwrap();
+
+    let rules = lab.network("ga");
+    assert!(!rules.contains(ELSEWHERE) && rules.contains(CARE_OF), "{rules}");
+    assert!(!rules.contains("0x00004c03") && rules.contains("0x00004c04"), "{rules}");
+    exchange(&mut open, 100);
+    a.carry_undo(key()).await.unwrap();
+    assert_same(&lab.look("ga"), &without);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_stays_is_reached_although_an_address_of_it_is_anothers_by_now() {
+    let lab = lab_or_skip!();
+    let site = lab.start_site("gb", TunnelConfig::default());
+    let (mut visit, b) = (visit_request(Vec::new()), &site.tunnel);
+    visit.carried = carried(&[(HOME, ELSEWHERE, "c")]);
+    b.visit_prepare(visit.clone()).await.unwrap();
+    b.visit_resumed(key()).await.unwrap();
+    let onward = HoldRequest {
+        peer: "c".parse().unwrap(),
+        from: Leaving::Visit,
+        addresses: vec![address(CARE_OF)],
+        port: "tapb".to_owned(),
+        ..hold_request()
+    };
+    b.hold_begin(onward.clone()).await.unwrap();
+
+    // While it is held its site c says that the address is free, and gives it to another machine, which comes here.
+    b.forget_address(key(), address(ELSEWHERE)).await.unwrap();
+    assert!(!lab.network("gb").contains(ELSEWHERE), "{}", lab.network("gb"));
+    let port = b.create_tap(other_key(), 0, None).await.unwrap();
+    let mut others = VisitRequest { key: other_key(), port, care_of: Vec::new(), ..visit };
+    for (prefix, last) in others.nic.home.iter_mut().zip(["198.51.100.11", "2001:db8:a::11"]) {
+        prefix.addr = address(last);
+    }
+    others.carried[0].home = address("198.51.100.11");
+    b.visit_prepare(others).await.unwrap();
+
+    b.hold_undo(onward).await.unwrap();
+    let passes = |phase: Option<Phase>| phase.is_some_and(|phase| phase != Phase::Holding);
+    let mut status = b.status();
+    while !passes(phase(&site, &key())) {
+        let changed = tokio::time::timeout(Duration::from_secs(5), status.changed()).await;
+        assert!(changed.is_ok(), "{:?}", status.borrow().ports);
+    }
+    b.visit_undo(other_key()).await.unwrap();
+    b.remove_tap(other_key()).await.unwrap();
+}
