@@ -50,6 +50,9 @@ mod one_way;
 #[path = "tunnel/unread.rs"]
 mod unread;
 
+#[path = "tunnel/reassert.rs"]
+mod reassert;
+
 fn server(text: &str) -> SocketAddr {
     SocketAddr::new(address(text), PORT)
 }

@@ -5,6 +5,8 @@
 //! before is remembered and put back. After a crash that memory is gone, but for sysctls: then
 //! [`sweep`](Changes::sweep) removes what carries our names and numbers.
 
+mod reassert;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -17,6 +19,8 @@ use super::error::TunnelError;
 use super::nft::{self, Table};
 use super::routes::{Netlink, PolicyRule};
 use super::sysctl::Switches;
+
+pub(super) use reassert::{Reasserted, name};
 
 /// One change to the host's network.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -59,6 +59,9 @@ pub struct TunnelConfig {
     /// An address that is attracted here and that another host uses is that host's until it was silent for this long,
     /// although it was asked. Default 60 s.
     pub duplicate_silent: Duration,
+    /// How often it is looked whether what was changed on the host still stands: as long does a reload of its firewall
+    /// interrupt visitors. Default 10 s.
+    pub reassert_interval: Duration,
     /// How often the status is published while nothing happens. Default 200 ms.
     pub status_interval: Duration,
     /// Bounds of what is held, joined and tracked.
@@ -99,6 +102,7 @@ impl Default for TunnelConfig {
             announce: AnnounceConfig::default(),
             router_advertisements: Duration::from_secs(200),
             duplicate_silent: Duration::from_secs(60),
+            reassert_interval: Duration::from_secs(10),
             status_interval: Duration::from_millis(200),
             datapath: DatapathConfig::default(),
         }

@@ -5,8 +5,9 @@
 
 mod attract;
 mod carried;
+mod reassert;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -18,7 +19,7 @@ use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour};
 use longhaul_core::tunnel::host::HostAddresses;
 use longhaul_core::tunnel::policy::{PortKey, Role};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
 use super::announce::{self, Announcement, FrameSocket, Repeating};
@@ -100,6 +101,8 @@ struct Away {
 
 struct Visit {
     request: VisitRequest,
+    /// What was open before the move.
+    flows: BTreeSet<FlowTuple>,
     announcing: Option<Repeating>,
 }
 
@@ -125,6 +128,8 @@ pub(super) struct Control {
     visits: BTreeMap<PortKey, Visit>,
     /// Machines at home that have brought addresses of their visits.
     carries: BTreeMap<PortKey, Carry>,
+    /// Others have removed it, and it could not be made again.
+    not_standing: Vec<Change>,
 }
 
 impl Control {
@@ -147,6 +152,7 @@ impl Control {
             away: BTreeMap::new(),
             visits: BTreeMap::new(),
             carries: BTreeMap::new(),
+            not_standing: Vec::new(),
         }
     }
 
@@ -165,9 +171,16 @@ impl Control {
         mut commands: mpsc::Receiver<Command>,
         mut findings: mpsc::Receiver<Finding>,
     ) {
+        let first_look = Instant::now() + self.config.reassert_interval;
+        let mut looks = tokio::time::interval_at(first_look, self.config.reassert_interval);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let command = tokio::select! {
                 command = commands.recv() => command,
+                _ = looks.tick() => {
+                    self.reassert().await;
+                    continue;
+                }
                 Some(finding) = findings.recv() => {
                     self.handle_finding(finding).await;
                     continue;
@@ -229,7 +242,7 @@ impl Control {
                 drop(reply.send(self.come_back(&key, &neighbours).await));
             }
             Command::Carry { request, flows, reply } => {
-                drop(reply.send(self.carry(request, &flows).await));
+                drop(reply.send(self.carry(request, flows).await));
             }
             Command::CarryUndo { key, reply } => drop(reply.send(self.carry_undo(&key).await)),
             Command::PeerRestarted { site, reply } => {
@@ -245,7 +258,7 @@ impl Control {
             }
             Command::VisitPrepare { request, reply } => drop(reply.send(self.visit_prepare(request).await)),
             Command::VisitFlows { key, flows, reply } => {
-                drop(reply.send(self.visit_flows(&key, &flows).await));
+                drop(reply.send(self.visit_flows(&key, flows).await));
             }
             Command::VisitResumed { key, reply } => drop(reply.send(self.visit_resumed(&key).await)),
             Command::VisitUndo { key, reply } => drop(reply.send(self.visit_undo(&key).await)),
@@ -477,16 +490,17 @@ impl Control {
         }
         info!(port = %request.key, home = %request.peer, "ready for a visitor");
         let key = request.key.clone();
-        self.visits.entry(key).or_insert(Visit { request, announcing: None });
+        self.visits.entry(key).or_insert(Visit { request, flows: BTreeSet::new(), announcing: None });
         Ok(())
     }
 
-    async fn visit_flows(&mut self, key: &PortKey, flows: &[FlowTuple]) -> Result<(), TunnelError> {
-        let flows = &flows[..flows.len().min(self.config.max_flows as usize)];
-        let Some(Visit { request, .. }) = self.visits.get(key) else { return Ok(()) };
-        let care_of: Vec<IpAddr> = request.care_of.iter().map(|pair| pair.care_of).collect();
-        let carried = plan::carried_rules(&self.config, &request.carried);
-        let script = nft::visit_flows(&plan::visit_table_name(&self.config, key), flows, &care_of, &carried);
+    async fn visit_flows(&mut self, key: &PortKey, mut flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
+        let max = self.config.max_flows as usize;
+        flows.truncate(max);
+        let Some(visit) = self.visits.get_mut(key) else { return Ok(()) };
+        let room = max.saturating_sub(visit.flows.len());
+        visit.flows.extend(flows.iter().take(room));
+        let script = plan::visit_flows(&self.config, &visit.request, &flows);
         if script.is_empty() { Ok(()) } else { nft::run(&script).await }
     }
 

@@ -21,7 +21,9 @@ use tokio::process::Command;
 use super::config::TunnelConfig;
 use super::error::TunnelError;
 
-pub(super) use carry::{CarriedRule, Home, carry_flows, carry_tables, left_name, left_table, turned};
+pub(super) use carry::{
+    CarriedRule, Home, carry_flows, carry_names, carry_tables, left_name, left_table, turned,
+};
 pub(super) use visit::{Visit, visit_flows, visit_table, visited};
 
 /// A table of ours.
@@ -167,16 +169,22 @@ pub(super) async fn sampled(table: &str, max: usize) -> Result<Vec<FlowTuple>, T
     Ok(read_sampled(&listed, "", max))
 }
 
-/// The names of our tables and their families, by prefix.
+/// The families and names of our tables, by prefix.
 pub(super) async fn our_tables(config: &TunnelConfig) -> Result<Vec<(String, String)>, TunnelError> {
+    let ours = format!("{}_", config.prefix);
+    let tables = all_tables().await?;
+    Ok(tables.into_iter().filter(|(_, name)| name.starts_with(&ours)).collect())
+}
+
+/// The families and names of all tables on this host.
+pub(super) async fn all_tables() -> Result<BTreeSet<(String, String)>, TunnelError> {
     let listed = nft(&["-j", "list", "tables"], "").await?;
     let listed: Value = serde_json::from_str(&listed).map_err(TunnelError::NftOutput)?;
-    let ours = format!("{}_", config.prefix);
-    let tables = listed["nftables"].as_array().into_iter().flatten().filter_map(|item| {
+    let table = |item: &Value| {
         let (family, name) = (item["table"]["family"].as_str()?, item["table"]["name"].as_str()?);
-        name.starts_with(&ours).then(|| (family.to_owned(), name.to_owned()))
-    });
-    Ok(tables.collect())
+        Some((family.to_owned(), name.to_owned()))
+    };
+    Ok(listed["nftables"].as_array().into_iter().flatten().filter_map(table).collect())
 }
 
 /// The transaction that removes a table, there or not.

@@ -23,7 +23,7 @@ use std::net::IpAddr;
 
 use longhaul_core::ids::SiteName;
 use longhaul_core::tunnel::datapath::VisitRoute;
-use longhaul_core::tunnel::handover::{Mac, Neighbour, NicHandover, Prefix};
+use longhaul_core::tunnel::handover::{FlowTuple, Mac, Neighbour, NicHandover, Prefix};
 use longhaul_core::tunnel::policy::PortKey;
 
 use serde::{Deserialize, Serialize};
@@ -296,6 +296,18 @@ pub(super) fn sampler_plan(config: &TunnelConfig, key: &PortKey, port: &str) -> 
 /// The name of a visit's table, to which flows are added.
 pub(super) fn visit_table_name(config: &TunnelConfig, key: &PortKey) -> String {
     format!("{}_visit_{}", config.prefix, port_id(key))
+}
+
+/// The transaction that adds flows of before the move to it.
+pub(super) fn visit_flows(config: &TunnelConfig, request: &VisitRequest, flows: &[FlowTuple]) -> String {
+    let care_of: Vec<IpAddr> = request.care_of.iter().map(|pair| pair.care_of).collect();
+    let (table, carried) = (visit_table_name(config, &request.key), carried_rules(config, &request.carried));
+    nft::visit_flows(&table, flows, &care_of, &carried)
+}
+
+/// The same at the machine's home.
+pub(super) fn carry_flows(config: &TunnelConfig, request: &CarryRequest, flows: &[FlowTuple]) -> String {
+    nft::carry_flows(config, &port_id(&request.key), &carried_rules(config, &request.carried), flows)
 }
 
 fn port_changes(config: &TunnelConfig, request: &VisitRequest) -> Vec<Change> {

@@ -4,6 +4,8 @@
 //! carries our routing protocol number, so that it can be found again after a crash. It decides
 //! nothing; `plan` does.
 
+mod standing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
@@ -23,6 +25,8 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Error, Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
 use super::error::TunnelError;
+
+pub(super) use standing::Standing;
 
 /// A device as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

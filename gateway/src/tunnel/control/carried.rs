@@ -15,13 +15,14 @@ use super::super::config::check_device_name;
 use super::super::error::TunnelError;
 use super::super::nft::{self, Table};
 use super::super::plan::{self, CarriedRoute, CarryRequest, Kernel};
-use super::super::tap;
 use super::{Control, Move, Visit};
 
 /// A machine at home that has brought addresses of its visits.
 pub(super) struct Carry {
     pub request: CarryRequest,
     pub lan_mac: Mac,
+    /// What was open when it came.
+    pub flows: Vec<FlowTuple>,
 }
 
 impl Control {
@@ -29,7 +30,7 @@ impl Control {
     pub(super) async fn carry(
         &mut self,
         mut request: CarryRequest,
-        flows: &[FlowTuple],
+        mut flows: Vec<FlowTuple>,
     ) -> Result<(), TunnelError> {
         check_device_name(&request.lan)?;
         check_device_name(&request.port)?;
@@ -44,16 +45,16 @@ impl Control {
             self.end(&request.key, Role::Visiting).await?;
             return Err(error);
         }
-        let (id, carried) = (tap::port_id(&request.key), plan::carried_rules(&self.config, &request.carried));
-        let flows = &flows[..flows.len().min(self.config.max_flows as usize)];
-        let script = nft::carry_flows(&self.config, &id, &carried, flows);
+        flows.truncate(self.config.max_flows as usize);
+        let (key, carry) = (request.key.clone(), Carry { request, lan_mac, flows });
+        let script = plan::carry_flows(&self.config, &carry.request, &carry.flows);
         if !script.is_empty() {
             nft::run(&script).await?;
         }
-        let key = request.key.clone();
-        self.tell(|done| Move::Resumed { key, done }).await??;
-        info!(port = %request.key, addresses = carried.len(), "carrying connections of visits");
-        self.carries.insert(request.key.clone(), Carry { request, lan_mac });
+        let port = key.clone();
+        self.tell(|done| Move::Resumed { key: port, done }).await??;
+        info!(port = %key, addresses = carry.request.carried.len(), "carrying connections of visits");
+        self.carries.insert(key, carry);
         Ok(())
     }
 
@@ -127,7 +128,7 @@ impl Control {
             let tables = plan::visit_tables(&self.config, request);
             self.strike(Owner::Visit(key.clone()), &tables, over).await?;
         }
-        if let Some(Carry { request, lan_mac }) = self.carries.get_mut(key)
+        if let Some(Carry { request, lan_mac, .. }) = self.carries.get_mut(key)
             && let Some(over) = take_out(&mut request.carried, address)
         {
             let tables = plan::carry_tables(&self.config, request, *lan_mac);

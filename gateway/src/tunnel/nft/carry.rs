@@ -84,8 +84,12 @@ pub(in crate::tunnel) fn carry_tables(config: &TunnelConfig, home: &Home<'_>) ->
     [turn_table(config, home), translate_table(config, home)]
 }
 
-/// The name of the table that turns frames.
-pub(in crate::tunnel) fn turn_name(config: &TunnelConfig, id: &str) -> String {
+/// The names of both.
+pub(in crate::tunnel) fn carry_names(config: &TunnelConfig, id: &str) -> [String; 2] {
+    [turn_name(config, id), carry_name(config, id)]
+}
+
+fn turn_name(config: &TunnelConfig, id: &str) -> String {
     format!("{}_turn_{id}", config.prefix)
 }
 
