@@ -153,3 +153,11 @@ fn a_definition_that_could_not_start_is_refused() {
     std::fs::write(&definition, right).unwrap();
     site.define_as(&definition, &image).success();
 }
+
+#[test]
+fn a_gateway_that_has_lost_its_tunnels_device_ends_with_an_error() {
+    let Some(site) = Site::new() else { return };
+    let mut gateway = site.serve();
+    gateway.remove_device("lh0");
+    assert_eq!(gateway.ended().code(), Some(1));
+}

@@ -135,6 +135,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // The first look is at once.
     let (mut daily, mut sweep, mut ttls) = (interval(kept::DAILY), interval(SWEEP), interval(lowered::AGAIN));
     let mut restoring = JoinSet::new();
+    let tunnel = daemon.edges.tunnel.clone();
     loop {
         let retry_at = daemon.next_retry_at();
         let restart_at = daemon.watches.next_at();
@@ -155,6 +156,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(end) = gone.recv() => daemon.on_gone(end),
             Some(found) = answered.recv() => daemon.on_answered(found),
             ended = &mut api => return Err(api_ended(ended)),
+            // Connections through here stall until it is started again; machines and rules stay.
+            () = tunnel.ended() => anyhow::bail!("The tunnel has ended; see the log for why, and start the gateway again"),
             _ = daily.tick() => daemon.delete_due_disks(),
             _ = ttls.tick() => daemon.restore_ttls(&mut restoring),
             Some(restored) = restoring.join_next() => daemon.on_ttl_restored(restored),

@@ -17,6 +17,9 @@ const TCP_OFFLOADS: libc::c_uint = 0x01 | 0x02 | 0x04 | 0x08;
 /// And, from Linux 6.2, UDP datagrams of one length.
 const UDP_OFFLOADS: libc::c_uint = 0x20 | 0x40;
 
+/// A device that is taken away is an error and no more: whoever waited for packets alone would wait for ever.
+const WAKES: Interest = Interest::READABLE.add(Interest::ERROR);
+
 nix::ioctl_write_int_bad!(
     /// Says which unfinished packets the program behind the device takes.
     set_offloads,
@@ -74,7 +77,7 @@ impl TunDevice {
     /// Waits for a packet and reads it with its header. Cancel-safe.
     pub async fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let mut ready = self.device.readable().await?;
+            let mut ready = self.device.ready(WAKES).await?;
             if let Ok(read) = ready.try_io(|_| self.read(buffer)) {
                 return read;
             }
@@ -118,7 +121,7 @@ impl TunDevice {
 fn register(device: tun::Device) -> io::Result<AsyncFd<Open>> {
     // SAFETY: the descriptor is the same as long as the device is open, and the device is closed only with the
     // `AsyncFd` that owns it.
-    unsafe { AsyncFd::register_with_interest(Open(device), Interest::READABLE) }.map_err(io::Error::from)
+    unsafe { AsyncFd::register_with_interest(Open(device), WAKES) }.map_err(io::Error::from)
 }
 
 /// Offers the kernel what we finish for it; says whether it knows UDP super-packets.

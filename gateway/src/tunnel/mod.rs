@@ -302,6 +302,15 @@ impl Tunnel {
         self.ask(|reply| Command::Flows { key, max, reply }).await
     }
 
+    /// Waits until a task without which there is no tunnel has ended, which none does while there is a handle. Cancel-safe.
+    pub async fn ended(&self) {
+        let mut status = self.status.clone();
+        tokio::select! {
+            _ = status.wait_for(|_| false) => {}
+            () = self.commands.closed() => {}
+        }
+    }
+
     /// What passes, what is kept, which tunnels may end.
     pub fn status(&self) -> watch::Receiver<TunnelStatus> {
         self.status.clone()

@@ -238,7 +238,7 @@ impl Mover {
                     self.datapath.handle_strange_frame();
                 }
                 Event::Device(Err(error)) => {
-                    warn!(%error, "tunnel device failed; restart the gateway");
+                    warn!(%error, "tunnel device failed; the gateway ends, and must be started again");
                     return;
                 }
                 Event::Peer(peer) => self.handle_datagrams(peer, &mut batch),

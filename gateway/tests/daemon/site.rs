@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -179,6 +179,27 @@ impl Said {
 
 /// A gateway that runs until it is dropped.
 pub struct Gateway(Child);
+
+impl Gateway {
+    /// Takes a device away from it.
+    pub fn remove_device(&self, name: &str) {
+        let namespace = format!("--net=/proc/{}/ns/net", self.0.id());
+        let removed = Command::new("nsenter").args([&namespace, "ip", "link", "del", name]).status().unwrap();
+        assert!(removed.success());
+    }
+
+    /// How it ended by itself.
+    pub fn ended(&mut self) -> ExitStatus {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status;
+            }
+            assert!(began.elapsed() < LIMIT, "the gateway runs on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
 
 impl Drop for Gateway {
     fn drop(&mut self) {
