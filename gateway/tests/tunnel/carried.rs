@@ -1,6 +1,8 @@
 //! Connections by an address of an earlier visit: which of them are carried at the machine's home, and for how long they
 //! are remembered there.
 
+use std::net::UdpSocket;
+
 use gateway::tunnel::{CarriedRoute, CarryRequest, Leaving, VisitRequest};
 use longhaul_core::tunnel::datapath::Phase;
 use longhaul_core::tunnel::policy::Role;
@@ -146,4 +148,31 @@ async fn a_machine_that_stays_is_reached_although_an_address_of_it_is_anothers_b
     }
     b.visit_undo(other_key()).await.unwrap();
     b.remove_tap(other_key()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_datagram_in_fragments_is_answered_the_way_it_came() {
+    let lab = lab_or_skip!();
+    serve_echo(&lab, "vm");
+    // Where bridges hand packets to the host's tables, which some hosts have switched on, fragments are joined before.
+    lab.script("x ga sysctl -qw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0 2> /dev/null || true");
+    let _sites = carrying(&lab).await;
+    let ask = |to: &'static str| {
+        let question = move || {
+            let any = if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.connect(server(to)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(4))).unwrap();
+            socket.send(&[7; 1900]).unwrap();
+            let mut answer = [0; 2048];
+            let len = socket.recv(&mut answer).unwrap_or_default();
+            answer[..len] == [7; 1900]
+        };
+        lab.within("c", question).join().unwrap()
+    };
+    // By its home address too, towards a client that has a flow by the other one.
+    for to in [CARE_OF, CARE_OF_V6, HOME, HOME_V6] {
+        assert!(ask(to), "no answer from {to}");
+    }
+    lab.script("x c ping -c 1 -W 4 -s 1900 203.0.113.10");
 }

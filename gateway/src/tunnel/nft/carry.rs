@@ -9,13 +9,14 @@
 //! this host anyway. One that is at home is on its LAN's bridge: the frames of those flows alone are turned to the host
 //! where they leave the guest. A site that the machine has left translates nothing of these flows any more.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use longhaul_core::tunnel::handover::{FlowTuple, Mac};
 use serde_json::Value;
 
-use super::visit::add_elements;
+use super::visit::{add_elements, element_lines};
 use super::{Table, mac_text, nft, read_turned};
 use crate::tunnel::config::TunnelConfig;
 use crate::tunnel::error::TunnelError;
@@ -106,7 +107,21 @@ pub(in crate::tunnel) fn carry_flows(
         carried.iter().find(|rule| rule.addr == flow.local).map(CarriedRule::set).unwrap_or_default()
     };
     add_elements("netdev", &turn_name(config, id), &ours, set)
+        + &add_peers(&turn_name(config, id), &ours, set)
         + &add_elements("inet", &carry_name(config, id), &ours, set)
+}
+
+/// Whom the machine has sent datagrams that may have come in fragments.
+fn add_peers(table: &str, flows: &[FlowTuple], set: impl Fn(&FlowTuple) -> String) -> String {
+    const UDP: u8 = 17;
+    let mut sets: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for flow in flows.iter().filter(|flow| flow.protocol == UDP) {
+        if flow.remote.is_ipv6() == flow.local.is_ipv6() {
+            let version = if flow.remote.is_ipv6() { 6 } else { 4 };
+            sets.entry(format!("{}peer{version}", set(flow))).or_default().insert(flow.remote.to_string());
+        }
+    }
+    element_lines("netdev", table, sets)
 }
 
 /// Of a machine at home: the flows that are turned, each by the address that its other end knows.
@@ -189,7 +204,9 @@ const CLOSING_S: u64 = 60;
 const LAST_WORDS_S: u64 = 5;
 
 /// A flow is known by what came for it out of the tunnel, or from before, and is forgotten soon after its end: `gone` holds
-/// those that have ended, whose stragglers keep them for a moment only. ICMP echo has no ports; its askers are kept.
+/// those that have ended, whose stragglers keep them for a moment only. ICMP echo has no ports; its askers are kept. Nor has a
+/// later fragment, and nothing is joined before this: all fragments to whoever may get a large answer are turned, and the
+/// host joins them and forwards those of other flows.
 fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
     let (prefix, tcp) = (&config.prefix, config.tcp_flow_timeout.as_secs());
     let udp = config.udp_flow_timeout.as_secs();
@@ -203,7 +220,8 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
              \t\tflags dynamic,timeout\n\t\ttimeout {tcp}s\n\t}}\n\
              \tset {set}gone{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
              \t\tflags dynamic,timeout\n\t\ttimeout {CLOSING_S}s\n\t}}\n\
-             \tset {set}ping{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout 1m\n\t}}\n",
+             \tset {set}ping{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout 1m\n\t}}\n\
+             \tset {set}peer{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {udp}s\n\t}}\n",
         );
     }
     let _ = writeln!(
@@ -219,6 +237,7 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
         let _ = write!(
             body,
             "\t\t{ip} daddr {addr} meta l4proto udp update @{set}{version} {{ {key} timeout {udp}s }} {comment}\n\
+             \t\t{ip} daddr {addr} meta l4proto udp update @{set}peer{version} {{ {ip} saddr }} {comment}\n\
              \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }} {comment}\n\
              \t\t{ip} daddr {addr} tcp flags & rst == rst update @{set}gone{version} {{ {key} }} {comment}\n\
              \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return {comment}\n\
@@ -236,10 +255,13 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
         let comment = format!("comment \"{set}\"");
         let key = format!("meta l4proto . {ip} daddr . th dport . th sport");
         let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
+        let fragment = if rule.addr.is_ipv6() { "exthdr frag exists" } else { "ip frag-off & 0x3fff != 0" };
         let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
         let _ = write!(
             body,
-            "\t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }} {comment}\n\
+            "\t\t{ip} saddr {own} {fragment} {ip} daddr @{set}peer{version} {to_host} {comment}\n\
+             \t\t{ip} saddr {own} {fragment} {ip} daddr @{set}ping{version} {to_host} {comment}\n\
+             \t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }} {comment}\n\
              \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host} {comment}\n\
              \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host} {comment}\n",
         );

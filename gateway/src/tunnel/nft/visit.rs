@@ -3,7 +3,7 @@
 //!
 //! Which addresses it has, and which flows were open before it came, is its caller's to say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
@@ -70,13 +70,17 @@ pub(super) fn add_elements(
     flows: &[FlowTuple],
     set: impl Fn(&FlowTuple) -> String,
 ) -> String {
-    let mut sets: std::collections::BTreeMap<String, BTreeSet<String>> = Default::default();
+    let mut sets: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for flow in flows.iter().filter(|flow| flow.remote.is_ipv6() == flow.local.is_ipv6()) {
         let version = if flow.remote.is_ipv6() { 6 } else { 4 };
         let element =
             format!("{} . {} . {} . {}", flow.protocol, flow.remote, flow.remote_port, flow.local_port);
         sets.entry(format!("{}{version}", set(flow))).or_default().insert(element);
     }
+    element_lines(family, table, sets)
+}
+
+pub(super) fn element_lines(family: &str, table: &str, sets: BTreeMap<String, BTreeSet<String>>) -> String {
     let line = |(set, elements): (String, BTreeSet<String>)| {
         let elements: Vec<String> = elements.into_iter().collect();
         format!("add element {family} {table} {set} {{ {} }}\n", elements.join(", "))
