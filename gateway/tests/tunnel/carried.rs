@@ -55,6 +55,21 @@ async fn carrying(lab: &Lab) -> Sites {
     sites
 }
 
+/// The client's ports of the connections that site a turns, with the seconds for which it will remember each.
+fn turned(lab: &Lab) -> Vec<(u16, u64)> {
+    let listed = lab.script(
+        "t=$(x ga nft list tables netdev | sed -n 's/.*\\(lh_turn_.*\\)/\\1/p'); x ga nft -j list set netdev $t by0_4",
+    );
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let sets = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["set"]);
+    let elements = sets.flat_map(|set| set["elem"].as_array().into_iter().flatten());
+    let read = |element: &serde_json::Value| {
+        let port = element["elem"]["val"]["concat"][2].as_u64()?;
+        Some((port.try_into().ok()?, element["elem"]["expires"].as_u64()?))
+    };
+    elements.filter_map(read).collect()
+}
+
 /// The phase of the machine's tunnel at a site that it visits.
 fn phase(site: &Site, of: &PortKey) -> Option<Phase> {
     let status = site.tunnel.status();
@@ -175,4 +190,28 @@ async fn a_datagram_in_fragments_is_answered_the_way_it_came() {
         assert!(ask(to), "no answer from {to}");
     }
     lab.script("x c ping -c 1 -W 4 -s 1900 203.0.113.10");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_only_asks_for_a_connection_is_remembered_for_a_moment() {
+    let lab = lab_or_skip!();
+    serve_echo(&lab, "vm");
+    let _sites = carrying(&lab).await;
+    let open = lab.within("c", || connect(server(CARE_OF)).unwrap()).join().unwrap();
+    exchange(&mut open.try_clone().unwrap(), 100);
+    // A client that does not hear the answers is as good as a forged one.
+    lab.script("x c nft 'add table ip deaf; add chain ip deaf in { type filter hook input priority 0; }; add rule ip deaf in tcp flags & (syn | ack) == (syn | ack) drop'");
+    let asked = lab.within("c", || {
+        std::net::TcpStream::connect_timeout(&server(CARE_OF), Duration::from_millis(300)).is_ok()
+    });
+    assert!(!asked.join().unwrap());
+
+    let remembered = turned(&lab);
+    let live = open.local_addr().unwrap().port();
+    assert!(remembered.iter().any(|(port, _)| *port != live), "{remembered:?}");
+    for (port, expires) in remembered {
+        assert_eq!(expires > 60, port == live, "port {port} for {expires} s");
+    }
+    // It goes on, and is not shortened by who asks under its name.
+    exchange(&mut open.try_clone().unwrap(), 100);
 }

@@ -203,6 +203,10 @@ const CLOSING_S: u64 = 60;
 /// its answers must not be taken for the old one's.
 const LAST_WORDS_S: u64 = 5;
 
+/// And of a connection of which one segment has come, until there is another: whoever sends SYNs under foreign addresses must not
+/// fill the set for hours.
+const ASKED_S: u64 = 60;
+
 /// A flow is known by what came for it out of the tunnel, or from before, and is forgotten soon after its end: `gone` holds
 /// those that have ended, whose stragglers keep them for a moment only. ICMP echo has no ports; its askers are kept. Nor has a
 /// later fragment, and nothing is joined before this: all fragments to whoever may get a large answer are turned, and the
@@ -241,7 +245,8 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
              \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }} {comment}\n\
              \t\t{ip} daddr {addr} tcp flags & rst == rst update @{set}gone{version} {{ {key} }} {comment}\n\
              \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return {comment}\n\
-             \t\t{ip} daddr {addr} meta l4proto tcp update @{set}{version} {{ {key} }} {comment}\n\
+             \t\t{ip} daddr {addr} tcp flags & syn == 0 {key} @{set}{version} update @{set}{version} {{ {key} }} {comment}\n\
+             \t\t{ip} daddr {addr} meta l4proto tcp add @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
              \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }} {comment}\n",
         );
     }
@@ -262,6 +267,7 @@ fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
             "\t\t{ip} saddr {own} {fragment} {ip} daddr @{set}peer{version} {to_host} {comment}\n\
              \t\t{ip} saddr {own} {fragment} {ip} daddr @{set}ping{version} {to_host} {comment}\n\
              \t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }} {comment}\n\
+             \t\t{ip} saddr {own} tcp flags & syn == syn {key} @{set}{version} update @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
              \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host} {comment}\n\
              \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host} {comment}\n",
         );
