@@ -1,7 +1,8 @@
 //! Connections by an address of an earlier visit: which of them are carried at the machine's home, and for how long they
 //! are remembered there.
 
-use std::net::UdpSocket;
+use std::io::{Read, Write};
+use std::net::{TcpListener, UdpSocket};
 
 use gateway::tunnel::{CarriedRoute, CarryRequest, Leaving, VisitRequest};
 use longhaul_core::tunnel::datapath::Phase;
@@ -68,6 +69,29 @@ fn turned(lab: &Lab) -> Vec<(u16, u64)> {
         Some((port.try_into().ok()?, element["elem"]["expires"].as_u64()?))
     };
     elements.filter_map(read).collect()
+}
+
+/// A segment with RST that is not where the receiver's window is: TCP ignores it.
+fn forge_reset(lab: &Lab, from_port: u16, to_port: u16) {
+    let (from, to): ([u8; 4], [u8; 4]) = ([192, 0, 2, 10], [203, 0, 113, 10]);
+    let mut segment = [0; 20];
+    segment[..2].copy_from_slice(&from_port.to_be_bytes());
+    segment[2..4].copy_from_slice(&to_port.to_be_bytes());
+    (segment[12], segment[13]) = (5 << 4, 4);
+    let pseudo = [&from[..], &to[..], &[0, 6, 0, 20], &segment[..]].concat();
+    let sum: u32 = pseudo.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    segment[16..18].copy_from_slice(&(!(folded as u16)).to_be_bytes());
+    let send = move || {
+        use nix::sys::socket::{
+            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
+        };
+        use std::os::fd::AsRawFd;
+        let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Tcp).unwrap();
+        let to = SockaddrIn::new(to[0], to[1], to[2], to[3], 0);
+        sendto(raw.as_raw_fd(), &segment, &to, MsgFlags::empty()).unwrap();
+    };
+    lab.within("c", send).join().unwrap();
 }
 
 /// The phase of the machine's tunnel at a site that it visits.
@@ -214,4 +238,34 @@ async fn who_only_asks_for_a_connection_is_remembered_for_a_moment() {
     }
     // It goes on, and is not shortened by who asks under its name.
     exchange(&mut open.try_clone().unwrap(), 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_a_forged_reset_concerns_goes_on_when_the_guest_speaks_first() {
+    const OWN_PORT: u16 = 7001;
+    let lab = lab_or_skip!();
+    let _sites = carrying(&lab).await;
+    let listening = lab.within("vm", || TcpListener::bind(("0.0.0.0", OWN_PORT)).unwrap()).join().unwrap();
+    let to_guest = || connect(SocketAddr::new(address(CARE_OF), OWN_PORT)).unwrap();
+    let mut client = lab.within("c", to_guest).join().unwrap();
+    let (mut guest, _) = listening.accept().unwrap();
+    let (mut heard, port) = ([0; 5], client.local_addr().unwrap().port());
+    client.write_all(b"hello").unwrap();
+    guest.read_exact(&mut heard).unwrap();
+    guest.write_all(&heard).unwrap();
+    client.read_exact(&mut heard).unwrap();
+
+    forge_reset(&lab, port, OWN_PORT);
+    // Until what is remembered of a connection that was reset is over.
+    let begun = Instant::now();
+    while turned(&lab).iter().any(|(known, _)| *known == port) {
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", turned(&lab));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    guest.write_all(b"first").unwrap();
+    client.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"first");
+    client.write_all(b"after").unwrap();
+    guest.read_exact(&mut heard).unwrap();
+    assert_eq!(&heard, b"after");
 }

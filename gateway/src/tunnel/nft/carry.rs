@@ -199,81 +199,91 @@ fn carry_name(config: &TunnelConfig, id: &str) -> String {
 /// For how long the last words of a connection are turned after the guest has closed it and nobody has answered: a cut of the
 /// link in that moment may last as long.
 const CLOSING_S: u64 = 60;
-/// And after the other end has answered, or reset it. A client may use the same port for a connection to the home address next:
+/// And after the other end has answered, or reset it and the guest is silent. A client may use the same port for a connection to the home address next:
 /// its answers must not be taken for the old one's.
 const LAST_WORDS_S: u64 = 5;
 
-/// And of a connection of which one segment has come, until there is another: whoever sends SYNs under foreign addresses must not
+/// And of a connection of which one segment has come, until there is another, or on which an end speaks after a reset: whoever sends SYNs under foreign addresses must not
 /// fill the set for hours.
 const ASKED_S: u64 = 60;
 
 /// A flow is known by what came for it out of the tunnel, or from before, and is forgotten soon after its end: `gone` holds
-/// those that have ended, whose stragglers keep them for a moment only. ICMP echo has no ports; its askers are kept. Nor has a
+/// those that have ended, whose stragglers keep them for a moment only. A reset by the other end may be forged, and only the
+/// guest knows: `reset` holds what is turned if it speaks on, until either end begins anew. ICMP echo has no ports; its askers are kept. Nor has a
 /// later fragment, and nothing is joined before this: all fragments to whoever may get a large answer are turned, and the
 /// host joins them and forwards those of other flows.
 fn turn_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
-    let (prefix, tcp) = (&config.prefix, config.tcp_flow_timeout.as_secs());
-    let udp = config.udp_flow_timeout.as_secs();
-    let mut body = String::new();
-    for rule in home.carried {
-        let (version, address) = if rule.addr.is_ipv6() { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
-        let (set, size) = (rule.set(), config.max_flows);
-        let _ = write!(
-            body,
-            "\tset {set}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
-             \t\tflags dynamic,timeout\n\t\ttimeout {tcp}s\n\t}}\n\
-             \tset {set}gone{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
-             \t\tflags dynamic,timeout\n\t\ttimeout {CLOSING_S}s\n\t}}\n\
-             \tset {set}ping{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout 1m\n\t}}\n\
-             \tset {set}peer{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {udp}s\n\t}}\n",
-        );
-    }
-    let _ = writeln!(
-        body,
-        "\tchain {prefix}_come {{\n\t\ttype filter hook ingress device \"{}\" priority 0; policy accept;",
-        config.device
+    let prefix = &config.prefix;
+    let of_each = |lines: &dyn Fn(&CarriedRule) -> String| home.carried.iter().map(lines).collect::<String>();
+    let body = format!(
+        "{}\tchain {prefix}_come {{\n\t\ttype filter hook ingress device \"{}\" priority 0; policy accept;\n{}\t}}\n\
+         \tchain {prefix}_turn {{\n\t\ttype filter hook ingress device \"{}\" priority -5; policy accept;\n{}\t}}\n",
+        of_each(&|rule| turn_sets(config, rule)),
+        config.device,
+        of_each(&|rule| come_rules(config, rule)),
+        home.port,
+        of_each(&|rule| turn_rules(home, rule)),
     );
-    for rule in home.carried {
-        let (ip, set, addr) = (rule.ip(), rule.set(), rule.addr);
-        let comment = format!("comment \"{set}\"");
-        let key = format!("meta l4proto . {ip} saddr . th sport . th dport");
-        let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
-        let _ = write!(
-            body,
-            "\t\t{ip} daddr {addr} meta l4proto udp update @{set}{version} {{ {key} timeout {udp}s }} {comment}\n\
-             \t\t{ip} daddr {addr} meta l4proto udp update @{set}peer{version} {{ {ip} saddr }} {comment}\n\
-             \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }} {comment}\n\
-             \t\t{ip} daddr {addr} tcp flags & rst == rst update @{set}gone{version} {{ {key} }} {comment}\n\
-             \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return {comment}\n\
-             \t\t{ip} daddr {addr} tcp flags & syn == 0 {key} @{set}{version} update @{set}{version} {{ {key} }} {comment}\n\
-             \t\t{ip} daddr {addr} meta l4proto tcp add @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
-             \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }} {comment}\n",
-        );
-    }
-    let _ = writeln!(
-        body,
-        "\t}}\n\tchain {prefix}_turn {{\n\t\ttype filter hook ingress device \"{}\" priority -5; policy accept;",
-        home.port
-    );
-    for rule in home.carried {
-        let (ip, set, own) = (rule.ip(), rule.set(), rule.home);
-        let comment = format!("comment \"{set}\"");
-        let key = format!("meta l4proto . {ip} daddr . th dport . th sport");
-        let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
-        let fragment = if rule.addr.is_ipv6() { "exthdr frag exists" } else { "ip frag-off & 0x3fff != 0" };
-        let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
-        let _ = write!(
-            body,
-            "\t\t{ip} saddr {own} {fragment} {ip} daddr @{set}peer{version} {to_host} {comment}\n\
-             \t\t{ip} saddr {own} {fragment} {ip} daddr @{set}ping{version} {to_host} {comment}\n\
-             \t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }} {comment}\n\
-             \t\t{ip} saddr {own} tcp flags & syn == syn {key} @{set}{version} update @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
-             \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host} {comment}\n\
-             \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host} {comment}\n",
-        );
-    }
-    body.push_str("\t}\n");
     Table { family: "netdev", name: turn_name(config, home.id), body }
+}
+
+fn turn_sets(config: &TunnelConfig, rule: &CarriedRule) -> String {
+    let (tcp, udp) = (config.tcp_flow_timeout.as_secs(), config.udp_flow_timeout.as_secs());
+    let (version, address) = if rule.addr.is_ipv6() { (6, "ipv6_addr") } else { (4, "ipv4_addr") };
+    let (set, size) = (rule.set(), config.max_flows);
+    format!(
+        "\tset {set}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
+         \t\tflags dynamic,timeout\n\t\ttimeout {tcp}s\n\t}}\n\
+         \tset {set}gone{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
+         \t\tflags dynamic,timeout\n\t\ttimeout {CLOSING_S}s\n\t}}\n\
+         \tset {set}reset{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {size}\n\
+         \t\tflags dynamic,timeout\n\t\ttimeout {tcp}s\n\t}}\n\
+         \tset {set}ping{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout 1m\n\t}}\n\
+         \tset {set}peer{version} {{\n\t\ttype {address}\n\t\tsize {size}\n\t\tflags dynamic,timeout\n\t\ttimeout {udp}s\n\t}}\n",
+    )
+}
+
+/// What comes out of the tunnel for it.
+fn come_rules(config: &TunnelConfig, rule: &CarriedRule) -> String {
+    let udp = config.udp_flow_timeout.as_secs();
+    let (ip, set, addr) = (rule.ip(), rule.set(), rule.addr);
+    let comment = format!("comment \"{set}\"");
+    let key = format!("meta l4proto . {ip} saddr . th sport . th dport");
+    let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
+    format!(
+        "\t\t{ip} daddr {addr} meta l4proto udp update @{set}{version} {{ {key} timeout {udp}s }} {comment}\n\
+         \t\t{ip} daddr {addr} meta l4proto udp update @{set}peer{version} {{ {ip} saddr }} {comment}\n\
+         \t\t{ip} daddr {addr} tcp flags & syn == syn delete @{set}gone{version} {{ {key} }} delete @{set}reset{version} {{ {key} }} {comment}\n\
+         \t\t{ip} daddr {addr} tcp flags & rst == rst {key} @{set}{version} update @{set}reset{version} {{ {key} }} {comment}\n\
+         \t\t{ip} daddr {addr} tcp flags & rst == rst {key} @{set}{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} {comment}\n\
+         \t\t{ip} daddr {addr} tcp flags & rst == rst return {comment}\n\
+         \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}reset{version} update @{set}{version} {{ {key} timeout {ASKED_S}s }} return {comment}\n\
+         \t\t{ip} daddr {addr} meta l4proto tcp {key} @{set}gone{version} update @{set}{version} {{ {key} timeout {LAST_WORDS_S}s }} return {comment}\n\
+         \t\t{ip} daddr {addr} tcp flags & syn == 0 {key} @{set}{version} update @{set}{version} {{ {key} }} {comment}\n\
+         \t\t{ip} daddr {addr} meta l4proto tcp add @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
+         \t\t{ip} daddr {addr} {echo} echo-request update @{set}ping{version} {{ {ip} saddr }} {comment}\n",
+    )
+}
+
+/// What leaves the guest.
+fn turn_rules(home: &Home<'_>, rule: &CarriedRule) -> String {
+    let (ip, set, own) = (rule.ip(), rule.set(), rule.home);
+    let comment = format!("comment \"{set}\"");
+    let key = format!("meta l4proto . {ip} daddr . th dport . th sport");
+    let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
+    let fragment = if rule.addr.is_ipv6() { "exthdr frag exists" } else { "ip frag-off & 0x3fff != 0" };
+    let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
+    format!(
+        "\t\t{ip} saddr {own} {fragment} {ip} daddr @{set}peer{version} {to_host} {comment}\n\
+         \t\t{ip} saddr {own} {fragment} {ip} daddr @{set}ping{version} {to_host} {comment}\n\
+         \t\t{ip} saddr {own} tcp flags & (fin | rst) != 0 {key} @{set}{version} update @{set}gone{version} {{ {key} }} update @{set}{version} {{ {key} timeout {CLOSING_S}s }} {comment}\n\
+         \t\t{ip} saddr {own} tcp flags & syn == syn {key} @{set}reset{version} delete @{set}{version} {{ {key} }} delete @{set}reset{version} {{ {key} }} {comment}\n\
+         \t\t{ip} saddr {own} tcp flags & (syn | rst) == 0 {key} @{set}reset{version} update @{set}reset{version} {{ {key} }} update @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
+         \t\t{ip} saddr {own} tcp flags & (syn | rst) == 0 {key} @{set}reset{version} {to_host} {comment}\n\
+         \t\t{ip} saddr {own} tcp flags & syn == syn {key} @{set}{version} update @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
+         \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host} {comment}\n\
+         \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host} {comment}\n",
+    )
 }
 
 fn translate_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
