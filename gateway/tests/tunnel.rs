@@ -53,6 +53,9 @@ mod unread;
 #[path = "tunnel/reassert.rs"]
 mod reassert;
 
+#[path = "tunnel/remembered.rs"]
+mod remembered;
+
 fn server(text: &str) -> SocketAddr {
     SocketAddr::new(address(text), PORT)
 }

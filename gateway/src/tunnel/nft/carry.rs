@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use longhaul_core::tunnel::handover::{FlowTuple, Mac};
 use serde_json::Value;
 
-use super::visit::{add_elements, element_lines};
+use super::visit::{add_elements, element_lines, keep_known};
 use super::{Table, mac_text, nft, read_turned};
 use crate::tunnel::config::TunnelConfig;
 use crate::tunnel::error::TunnelError;
@@ -135,16 +135,15 @@ pub(in crate::tunnel) async fn turned(
     Ok(carried.iter().flat_map(|rule| read_turned(&listed, &rule.set(), rule.addr)).collect())
 }
 
-/// New connections by a carried address, as they come out of the tunnel.
+/// New connections by a carried address, as they come out of the tunnel; those of before are kept in mind.
 pub(super) fn carried_marks(config: &TunnelConfig, carried: &[CarriedRule], v6: bool) -> String {
     let rule = |rule: &CarriedRule| {
+        let (ip, set) = (rule.ip(), rule.set());
+        let comes = format!("iifname \"{}\" {ip} daddr {}", config.device, rule.addr);
+        let kept = keep_known(ip, &format!("{set}{}", if v6 { 6 } else { 4 }));
         format!(
-            "\t\tiifname \"{}\" {} daddr {} ct state new ct mark set {:#x} comment \"{}\"\n",
-            config.device,
-            rule.ip(),
-            rule.addr,
+            "\t\t{comes} ct state new ct mark set {:#x} comment \"{set}\"\n\t\t{comes} {kept} comment \"{set}\"\n",
             rule.mark,
-            rule.set(),
         )
     };
     carried.iter().filter(|rule| rule.addr.is_ipv6() == v6).map(rule).collect()
@@ -294,7 +293,7 @@ fn translate_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
         let _ = writeln!(
             body,
             "\tset {}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\t\tsize {}\n\
-             \t\tflags timeout\n\t\ttimeout {}s\n\t}}",
+             \t\tflags dynamic,timeout\n\t\ttimeout {}s\n\t}}",
             rule.set(),
             config.max_flows,
             config.tcp_flow_timeout.as_secs(),

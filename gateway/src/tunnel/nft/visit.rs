@@ -120,7 +120,7 @@ fn visit_sets(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
         let _ = writeln!(
             body,
             "\tset flows{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\
-             \t\tsize {}\n\t\tflags timeout\n\t\ttimeout {}s\n\t}}",
+             \t\tsize {}\n\t\tflags dynamic,timeout\n\t\ttimeout {}s\n\t}}",
             config.max_flows,
             config.tcp_flow_timeout.as_secs(),
         );
@@ -128,7 +128,7 @@ fn visit_sets(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
             let _ = writeln!(
                 body,
                 "\tset {set}{version} {{\n\t\ttype inet_proto . {address} . inet_service . inet_service\n\
-                 \t\tsize {}\n\t\tflags timeout\n\t\ttimeout {}s\n\t}}",
+                 \t\tsize {}\n\t\tflags dynamic,timeout\n\t\ttimeout {}s\n\t}}",
                 config.max_flows,
                 config.tcp_flow_timeout.as_secs(),
             );
@@ -188,16 +188,21 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
         config.prefix
     );
     for (ip, v6) in [("ip", false), ("ip6", true)] {
+        let kept = |set: &str| keep_known(ip, &format!("{set}{}", if v6 { 6 } else { 4 }));
         for home in family_of(visit.home, v6) {
-            let _ = writeln!(
+            let comes = format!("iifname \"{tun}\" {ip} daddr {home}");
+            let _ = write!(
                 body,
-                "\t\tiifname \"{tun}\" {ip} daddr {home} ct state new ct mark set {tunnel:#x}"
+                "\t\t{comes} ct state new ct mark set {tunnel:#x}\n\t\t{comes} {}\n",
+                kept("flows")
             );
         }
         for (_, care_of) in visit.care_of.iter().filter(|(_, care_of)| care_of.is_ipv6() == v6) {
-            let _ = writeln!(
+            let comes = format!("iifname != \"{port}\" {ip} daddr {care_of}");
+            let _ = write!(
                 body,
-                "\t\tiifname != \"{port}\" {ip} daddr {care_of} ct state new ct mark set {local:#x}"
+                "\t\t{comes} ct state new ct mark set {local:#x}\n\t\t{comes} {}\n",
+                kept("local")
             );
         }
         body.push_str(&carried_marks(config, visit.carried, v6));
@@ -219,6 +224,13 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
          \t}}\n",
         carried = carried_flows(visit.carried),
     );
+}
+
+/// A flow of before keeps its place in `set` for as long as its other end answers: the kernel may forget it between two
+/// packets however old it is, and the guest's next one must be known. What only the guest says proves no way back.
+pub(super) fn keep_known(ip: &str, set: &str) -> String {
+    let key = format!("meta l4proto . {ip} saddr . th sport . th dport");
+    format!("{key} @{set} update @{set} {{ {key} }}")
 }
 
 /// Remembers the visitor's flows with their marks, which tell by which of its addresses the other end knows it.
