@@ -117,7 +117,7 @@ pub(super) fn sampler_table(config: &TunnelConfig, id: &str, port: &str) -> Tabl
 fn sampling_sets(config: &TunnelConfig, tag: &str) -> String {
     let mut sets = String::new();
     for (version, address) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
-        for set in ["open", "closed"] {
+        for set in ["open", "half", "closed"] {
             let _ = writeln!(
                 sets,
                 "\tset {set}{tag}{version} {{\n\t\ttype inet_proto . {address} . inet_service . {address} . inet_service\n\
@@ -131,7 +131,8 @@ fn sampling_sets(config: &TunnelConfig, tag: &str) -> String {
 
 /// The rules that fill them, with what fulfils `condition`. A server's short connections must not fill a set that its
 /// long ones need: what has ended leaves `open` at once and `closed` soon. A connection of which only the guest's SYN was seen
-/// may be one that is silent for hours: it stays, and whoever sends SYNs under foreign addresses can fill the set.
+/// may be one that is silent for hours: it stays, in a set of its own, which whoever sends SYNs under foreign addresses can
+/// fill without taking room of those that have spoken.
 fn sampling_rules(config: &TunnelConfig, tag: &str, condition: &str) -> String {
     let (tcp, udp) = (config.tcp_flow_timeout.as_secs(), config.udp_flow_timeout.as_secs());
     let mut rules = String::new();
@@ -142,11 +143,13 @@ fn sampling_rules(config: &TunnelConfig, tag: &str, condition: &str) -> String {
         let _ = write!(
             rules,
             "\t\t{tcp_rule} tcp flags & syn == syn delete @closed{set} {{ {key} }}\n\
-             \t\t{tcp_rule} tcp flags & (fin | rst) != 0 delete @open{set} {{ {key} }}\n\
+             \t\t{tcp_rule} tcp flags & (fin | rst) != 0 delete @open{set} {{ {key} }} delete @half{set} {{ {key} }}\n\
              \t\t{tcp_rule} tcp flags & (fin | rst) != 0 update @closed{set} {{ {key} timeout {CLOSED_S}s }}\n\
              \t\t{tcp_rule} tcp flags & (fin | rst) != 0 return\n\
              \t\t{tcp_rule} {key} @closed{set} update @closed{set} {{ {key} timeout {CLOSED_S}s }} return\n\
-             \t\t{tcp_rule} update @open{set} {{ {key} timeout {tcp}s }}\n\
+             \t\t{tcp_rule} tcp flags & syn == syn update @half{set} {{ {key} timeout {tcp}s }}\n\
+             \t\t{tcp_rule} tcp flags & syn == syn return\n\
+             \t\t{tcp_rule} delete @half{set} {{ {key} }} update @open{set} {{ {key} timeout {tcp}s }}\n\
              \t\t{family} meta l4proto udp update @open{set} {{ {key} timeout {udp}s }}\n",
         );
     }
@@ -166,7 +169,7 @@ pub(super) fn sampler_name(config: &TunnelConfig, id: &str) -> String {
 pub(super) async fn sampled(table: &str, max: usize) -> Result<Vec<FlowTuple>, TunnelError> {
     let listed = nft(&["-j", "list", "table", "netdev", table], "").await?;
     let listed: Value = serde_json::from_str(&listed).map_err(TunnelError::NftOutput)?;
-    Ok(read_sampled(&listed, "", max))
+    Ok(Sampled::read(&listed, "").first(max))
 }
 
 /// The families and names of our tables, by prefix.
@@ -235,19 +238,42 @@ fn mac_text(mac: Mac) -> String {
     mac.0.map(|octet| format!("{octet:02x}")).join(":")
 }
 
-fn read_sampled(listed: &Value, tag: &str, max: usize) -> Vec<FlowTuple> {
-    let (mut open, mut closed) = (BTreeSet::new(), BTreeSet::new());
-    for set in listed["nftables"].as_array().into_iter().flatten().map(|item| &item["set"]) {
-        let name = set["name"].as_str().and_then(|name| name.strip_suffix(['4', '6'])).unwrap_or_default();
-        let into = match name.split_at_checked(name.len().saturating_sub(tag.len())) {
-            Some(("open", of)) if of == tag => &mut open,
-            Some(("closed", of)) if of == tag => &mut closed,
-            Some(_) | None => continue,
+/// What a sampler remembers.
+#[derive(Debug, Default)]
+struct Sampled {
+    open: BTreeSet<FlowTuple>,
+    /// Nothing but the guest's SYN was seen of them.
+    half: BTreeSet<FlowTuple>,
+}
+
+impl Sampled {
+    /// Of the sets with this tag, without what has ended.
+    fn read(listed: &Value, tag: &str) -> Self {
+        let (mut sampled, mut closed) = (Self::default(), BTreeSet::new());
+        for set in listed["nftables"].as_array().into_iter().flatten().map(|item| &item["set"]) {
+            let name =
+                set["name"].as_str().and_then(|name| name.strip_suffix(['4', '6'])).unwrap_or_default();
+            let into = match name.split_at_checked(name.len().saturating_sub(tag.len())) {
+                Some(("open", of)) if of == tag => &mut sampled.open,
+                Some(("half", of)) if of == tag => &mut sampled.half,
+                Some(("closed", of)) if of == tag => &mut closed,
+                Some(_) | None => continue,
+            };
+            into.extend(set["elem"].as_array().into_iter().flatten().filter_map(read_flow));
+        }
+        let goes_on = |flow: &FlowTuple| {
+            !closed.contains(flow) && !flow.remote.is_multicast() && flow.remote != IpAddr::from([255; 4])
         };
-        into.extend(set["elem"].as_array().into_iter().flatten().filter_map(read_flow));
+        sampled.open.retain(goes_on);
+        sampled.half.retain(goes_on);
+        sampled
     }
-    let unicast = |flow: &&FlowTuple| !flow.remote.is_multicast() && flow.remote != IpAddr::from([255; 4]);
-    open.difference(&closed).filter(unicast).take(max).copied().collect()
+
+    /// At most `max` of them, those first that have spoken.
+    fn first(self, max: usize) -> Vec<FlowTuple> {
+        let silent = self.half.difference(&self.open);
+        self.open.iter().chain(silent).take(max).copied().collect()
+    }
 }
 
 /// The flows in the sets `set`4 and `set`6, which hold remote address, remote port and the guest's port.
@@ -346,17 +372,25 @@ mod tests {
             {"set": {"name": "open4", "elem": [flow(1), flow(2), multicast]}},
             {"set": {"name": "closed4", "elem": [flow(2)]}},
         ]});
-        let flows = read_sampled(&listed, "", 10);
-        assert_eq!(flows.iter().map(|flow| flow.remote_port).collect::<Vec<_>>(), [1]);
-        assert!(read_sampled(&listed, "", 0).is_empty());
-        assert!(read_sampled(&listed, "by0_", 10).is_empty());
+        let ports = |listed, tag, max| {
+            let flows = Sampled::read(listed, tag).first(max);
+            flows.iter().map(|flow| flow.remote_port).collect::<Vec<_>>()
+        };
+        assert_eq!(ports(&listed, "", 10), [1]);
+        assert!(ports(&listed, "", 0).is_empty() && ports(&listed, "by0_", 10).is_empty());
         let tagged = serde_json::json!({"nftables": [
             {"set": {"name": "openby0_4", "elem": [flow(1), flow(2)]}},
             {"set": {"name": "closedby0_4", "elem": [flow(2)]}},
             {"set": {"name": "open4", "elem": [flow(3)]}},
         ]});
-        let flows = read_sampled(&tagged, "by0_", 10);
-        assert_eq!(flows.iter().map(|flow| flow.remote_port).collect::<Vec<_>>(), [1]);
+        assert_eq!(ports(&tagged, "by0_", 10), [1]);
+        let asked = serde_json::json!({"nftables": [
+            {"set": {"name": "half4", "elem": [flow(1), flow(2), flow(5), flow(6)]}},
+            {"set": {"name": "open4", "elem": [flow(5), flow(7)]}},
+            {"set": {"name": "closed4", "elem": [flow(2)]}},
+        ]});
+        assert_eq!(ports(&asked, "", 10), [5, 7, 1, 6]);
+        assert_eq!(ports(&asked, "", 3), [5, 7, 1]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use longhaul_core::tunnel::handover::{FlowTuple, Prefix};
 use serde_json::Value;
 
 use super::carry::{CarriedRule, carried_flows, carried_in, carried_marks, carried_out};
-use super::{Table, family_of, first_address, nft, read_sampled, sampling_rules, sampling_sets};
+use super::{Sampled, Table, family_of, first_address, nft, sampling_rules, sampling_sets};
 use crate::tunnel::config::TunnelConfig;
 use crate::tunnel::error::TunnelError;
 
@@ -104,10 +104,13 @@ pub(in crate::tunnel) async fn visited(
         let local = here.map(|(_, care_of)| *care_of).or(earlier.map(|rule| rule.addr));
         FlowTuple { local: local.unwrap_or(flow.local), ..flow }
     };
-    let sampled = |(tag, mark): (String, u32)| {
-        read_sampled(&listed, &tag, max).into_iter().map(move |flow| known_as(flow, mark))
-    };
-    Ok(sampled_marks(config, carried).into_iter().flat_map(sampled).take(max).collect())
+    let mut all = Sampled::default();
+    for (tag, mark) in sampled_marks(config, carried) {
+        let Sampled { open, half } = Sampled::read(&listed, &tag);
+        all.open.extend(open.into_iter().map(|flow| known_as(flow, mark)));
+        all.half.extend(half.into_iter().map(|flow| known_as(flow, mark)));
+    }
+    Ok(all.first(max))
 }
 
 /// Sets beside the one of flows that go home.
