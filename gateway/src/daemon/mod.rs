@@ -130,8 +130,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (requests_tx, mut requests) = mpsc::channel::<Request>(64);
     tracing::info!(site = %daemon.edges.site(), api = %api.path().display(), "gateway is ready");
     let mut api = tokio::spawn(api.serve(requests_tx));
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     // The first look is at once.
     let (mut daily, mut sweep, mut ttls) = (interval(kept::DAILY), interval(SWEEP), interval(lowered::AGAIN));
     let mut restoring = JoinSet::new();
@@ -156,7 +155,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             Some(end) = gone.recv() => daemon.on_gone(end),
             Some(found) = answered.recv() => daemon.on_answered(found),
             ended = &mut api => return Err(api_ended(ended)),
-            // Connections through here stall until it is started again; machines and rules stay.
             () = tunnel.ended() => anyhow::bail!("The tunnel has ended; see the log for why, and start the gateway again"),
             _ = daily.tick() => daemon.delete_due_disks(),
             _ = ttls.tick() => daemon.restore_ttls(&mut restoring),
