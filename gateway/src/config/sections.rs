@@ -63,8 +63,8 @@ pub struct LinkSection {
     /// The address and port to listen on and to dial from (default `0.0.0.0:4789`).
     pub listen: SocketAddr,
     /// The most that is sent to a peer, in Mbit/s (default 100). Too low leaves the link unused. What the path
-    /// carries at present is found within it, so that it need not be exact unless `congestion` is `"fixed"`; QEMU is
-    /// given sixteen times as much, and stops a guest by itself when far less than that arrives.
+    /// carries at present is found within it, so that it need not be exact unless `congestion` is `"fixed"`; QEMU may
+    /// write up to sixteen times as much, for what the other site has already is hardly sent.
     pub rate_mbit: u64,
     /// How that is found (default `"model"`: from what the path delivers, like BBR). `"fixed"` sends at
     /// `rate_mbit` whatever happens, for a path that carries exactly that and nothing else: on another one it fills
@@ -73,8 +73,8 @@ pub struct LinkSection {
     /// The largest UDP payload the path carries unfragmented, in bytes (default 1400). Too high and nothing
     /// passes at all.
     pub mtu_bytes: u16,
-    /// The most bulk data in flight per channel, in MiB (default 64). Three round trips at `rate_mbit` are used, and at
-    /// least 4 MiB. Too low limits the rate to a third of it per round trip; too high costs memory at either site.
+    /// The most bulk data in flight per channel, in MiB (default 64). Three round trips of at least 100 ms at
+    /// `rate_mbit` are used, and at least 4 MiB; less for memory. Too low limits the rate to a third of it per round trip; too high costs memory at either site.
     pub window_mib: u64,
     /// The kernel's buffers of the UDP socket, in MiB (default 8).
     pub socket_buffer_mib: u64,

@@ -220,6 +220,14 @@ impl Guest {
         self.qmp.execute("migrate-set-parameters", parameters).await.map(drop)
     }
 
+    /// Denies the guest no more of its processors' time than this from now on, in percent; at least one, for QEMU takes no less.
+    /// QMP `migrate-set-parameters`.
+    pub async fn limit_throttle(&self, percent: u32) -> Result<(), QmpError> {
+        let parameters =
+            json!({ "max-cpu-throttle": percent.clamp(1, 99), "cpu-throttle-initial": percent.clamp(1, 20) });
+        self.qmp.execute("migrate-set-parameters", parameters).await.map(drop)
+    }
+
     /// Starts to send the machine into the socket at `path`. QMP `migrate`.
     pub async fn migrate_to(&self, path: &Path) -> Result<(), QmpError> {
         self.qmp.execute("migrate", json!({ "uri": unix(path) })).await.map(drop)

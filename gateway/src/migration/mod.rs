@@ -25,6 +25,7 @@ pub mod partial;
 mod precopy;
 mod preflight;
 mod prepare;
+mod reins;
 mod release;
 pub mod remembered;
 mod rollback;

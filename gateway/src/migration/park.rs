@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use longhaul_core::migration::convergence::SLOWEST;
 use longhaul_core::migration::message::{Handover, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::NicHandover;
@@ -63,8 +62,6 @@ async fn park(
     transfer: &mut Transfer,
 ) -> Result<Handover, Refusal> {
     let tunnel = &leaf.edges.tunnel;
-    // With nothing left to write QEMU would stop the guest before its packets are held.
-    guest.limit_bandwidth(Some(SLOWEST)).await.map_err(hypervisor_failed)?;
     let holds = holds(&leaf.edges, row, &leaf.attempt.peer)?;
     let taps: Vec<String> = holds.iter().map(|hold| hold.port.clone()).collect();
     for hold in holds {
@@ -74,12 +71,15 @@ async fn park(
         return Err(Refusal::Other("Memory was not started".into()));
     };
     memory.set_mode(SourceMode::Absorb);
-    read_out(leaf, &taps).await;
+    // Before the pause: a QEMU that has written what it may now sleeps for up to a tenth of a second.
+    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
+    if guest.status().await.is_ok_and(|state| state == RunState::Running) {
+        read_out(leaf, &taps).await;
+    }
     leaf.report(Event::GuestStopped).await;
     let mut events = guest.events();
     guest.stop().await.map_err(hypervisor_failed)?;
     leaf.viewer.paused_for(stopped_for(&mut events).await);
-    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
     unlimit(leaf).await;
     let waiting = |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover;
     expect(guest, waiting, MigrationStatus::PreSwitchover).await?;

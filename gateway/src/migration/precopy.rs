@@ -26,6 +26,7 @@ use longhaul_core::migration::source::Event;
 use longhaul_core::units::{Bytes, Rate};
 
 use super::anchor::owed_ttl_s;
+use super::reins::Reins;
 use super::source::SourceLeaf;
 use super::view::round;
 use super::{MachineRow, chain, hypervisor_failed, remembered, told_to_stop};
@@ -148,13 +149,13 @@ async fn copy(
     row: &MachineRow,
     transfer: &mut Transfer,
 ) -> Result<(), Refusal> {
-    let mut goodput = Goodput::up_to(Rate::mbit(leaf.edges.config.link.rate_mbit));
+    let link = Rate::mbit(leaf.edges.config.link.rate_mbit);
+    let (mut goodput, mut reins) = (Goodput::up_to(link), Reins::new(link, transfer.max_throttle_percent));
     let (mut pace, began) = (DiskPace::new(), Instant::now());
     let mut sync = LastSync::default();
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
     let mut steps = MigrationSteps::new(guest.events());
-    let mut writing = Writing::on(Rate::mbit(leaf.edges.config.link.rate_mbit));
     let mut looks: u32 = 0;
     loop {
         tokio::select! {
@@ -181,16 +182,9 @@ async fn copy(
             tracing::info!(vm = %leaf.attempt.vm, "disks are in step, memory begins");
             start_memory(leaf, guest, &peer, Bytes(memory_total), transfer).await?;
         }
-        let memory = match &mut transfer.memory {
-            Some(handle) => {
-                // Memory that came to its end before the disks would let QEMU stop the guest by itself.
-                handle.set_mode(if disks_in_step { SourceMode::Streaming } else { SourceMode::Held });
-                let pump = handle.progress().borrow().clone();
-                Some((pump, guest.migration().await.map_err(hypervisor_failed)?))
-            }
-            None => None,
-        };
-        if let Some(limit) = pace.handle_left(began.elapsed(), Bytes(disks.left), Bytes(disks.sent), rate) {
+        let memory = look_at_memory(guest, transfer, disks_in_step).await?;
+        let left = (!disks_in_step).then_some(Bytes(disks.owed + disks.unacknowledged));
+        if let Some(limit) = pace.handle_left(began.elapsed(), left, Bytes(disks.sent), rate) {
             slow_disks(leaf, guest, row, transfer.max_throttle_percent.is_some(), limit).await?;
         }
         let unacknowledged = disks.unacknowledged + memory.as_ref().map_or(0, |(pump, _)| pump.backlog.0);
@@ -204,8 +198,8 @@ async fn copy(
         };
         if let Some((pump, info)) = &memory {
             check_memory(info)?;
-            writing.follow(guest, info).await?;
             add_memory(&mut progress, pump, info, &mut sync);
+            reins.follow(guest, &progress, info).await?;
             show_throttle(leaf, info.throttle_percent);
             show_memory(leaf, pump);
             if info.status == MigrationStatus::PreSwitchover {
@@ -216,6 +210,19 @@ async fn copy(
         show(leaf, &progress, &disks, memory_total);
         leaf.report(Event::Progress(progress)).await;
     }
+}
+
+/// What pump and QEMU say of memory. It waits while the disks are out of step: if it came to its end before them, QEMU would
+/// stop the guest by itself.
+async fn look_at_memory(
+    guest: &Guest,
+    transfer: &Transfer,
+    disks_in_step: bool,
+) -> Result<Option<(SourceProgress, MigrationInfo)>, Refusal> {
+    let Some(handle) = &transfer.memory else { return Ok(None) };
+    handle.set_mode(if disks_in_step { SourceMode::Streaming } else { SourceMode::Held });
+    let pump = handle.progress().borrow().clone();
+    Ok(Some((pump, guest.migration().await.map_err(hypervisor_failed)?)))
 }
 
 fn add_memory(progress: &mut Progress, pump: &SourceProgress, info: &MigrationInfo, sync: &mut LastSync) {
@@ -316,7 +323,6 @@ struct Disks {
     total: u64,
     same: u64,
     owed: u64,
-    left: u64,
     sent: u64,
     unacknowledged: u64,
 }
@@ -355,7 +361,7 @@ async fn check_mirrors(guest: &Guest, transfer: &Transfer) -> Result<(), Refusal
 
 /// The disk whose copy has ended is an error.
 fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
-    let mut sum = Disks { copied: 0, total: 0, same: 0, owed: 0, left: 0, sent: 0, unacknowledged: 0 };
+    let mut sum = Disks { copied: 0, total: 0, same: 0, owed: 0, sent: 0, unacknowledged: 0 };
     for (at, (_, disk)) in transfer.disks.iter().enumerate() {
         let progress = disk.progress();
         if progress.has_changed().is_err() {
@@ -367,7 +373,6 @@ fn look_at_disks(transfer: &Transfer) -> Result<Disks, usize> {
         sum.total += progress.total_bytes;
         sum.sent += progress.counters.chunk_bytes;
         sum.owed += progress.owed_bytes;
-        sum.left += progress.owed_bytes + progress.queued_bytes;
         sum.unacknowledged += progress.queued_bytes + progress.unacknowledged_bytes;
     }
     Ok(sum)
@@ -455,28 +460,6 @@ fn reduction(pump: &SourceProgress) -> u32 {
     match bytes {
         SEEN.. => permille(bytes, wire_bytes),
         _ => permille(pump.original.0, pump.wire.0).max(HOPED_PERMILLE),
-    }
-}
-
-/// How fast QEMU may write at present.
-struct Writing {
-    link: Rate,
-    allowed: Rate,
-}
-
-impl Writing {
-    fn on(link: Rate) -> Self {
-        Self { link, allowed: Rate::default() }
-    }
-
-    async fn follow(&mut self, guest: &Guest, info: &MigrationInfo) -> Result<(), Refusal> {
-        let wanted = writing_rate(info.remaining, self.link);
-        let differs = wanted.0.abs_diff(self.allowed.0) > self.allowed.0 / 8;
-        if info.status == MigrationStatus::Active && differs {
-            guest.limit_bandwidth(Some(wanted)).await.map_err(hypervisor_failed)?;
-            self.allowed = wanted;
-        }
-        Ok(())
     }
 }
 

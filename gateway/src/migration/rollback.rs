@@ -94,10 +94,18 @@ async fn end_memory_surely(leaf: &SourceLeaf, guest: &Guest, transfer: &mut Tran
 
 async fn end_memory(guest: &Guest, transfer: &mut Transfer) -> Result<(), QmpError> {
     guest.end_migration(QEMU_LIMIT).await?;
+    unlimit(guest).await;
     if let Some(memory) = transfer.memory.take() {
         memory.abort();
     }
     Ok(())
+}
+
+/// A migration that somebody else begins, such as a backup, is not to be as slow as the end of ours.
+async fn unlimit(guest: &Guest) {
+    if let Err(error) = guest.limit_bandwidth(None).await {
+        tracing::debug!(error = chain(&error), "QEMU's own limit on migrations stays");
+    }
 }
 
 /// Lets the guest run if its user wants it to and it stands still for us. A QEMU that does not answer may still have our
@@ -147,6 +155,7 @@ async fn end_disks(guest: &Guest, row: &MachineRow, transfer: &mut Transfer) {
 /// resumed, and another attempt finds its names taken.
 pub(crate) async fn end_what_is_left(guest: &Guest, row: &MachineRow) -> Result<(), QmpError> {
     guest.end_migration(QEMU_LIMIT).await?;
+    unlimit(guest).await;
     end_mirrors(guest, row).await;
     end_exports(guest, row).await;
     Ok(())

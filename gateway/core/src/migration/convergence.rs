@@ -67,7 +67,7 @@ pub fn disks_in_step(waiting: Bytes, goodput: Rate, rtt: Duration) -> bool {
     waiting <= goodput.bytes_in(rtt + IN_STEP).max(IN_STEP_BYTES)
 }
 
-/// How fast QEMU may write while so much of a round is left: in a look and a half at the earliest it is at its end, because with
+/// How fast QEMU may write while so much is left, of this round and of what was changed since it began: in a look and a half at the earliest it is at its end, because with
 /// nothing left it stops the guest by itself, before packets are held for it. A machine that was at the other site before
 /// travels as a few bytes per page, so that much more than the link carries may be written.
 pub fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
@@ -75,8 +75,8 @@ pub fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
     Rate(fitting.0.min(link.0.saturating_mul(MOST_OF_LINK)).max(link.0 / LEAST_OF_LINK)).max(SLOWEST)
 }
 
-/// Hardly anything, and in time for the guest's end: QEMU takes 0 for no limit, and counts in tenths of a second.
-pub const SLOWEST: Rate = Rate(10 * 4096);
+/// QEMU takes 0 for no limit, and counts in tenths of a second.
+const SLOWEST: Rate = Rate(10 * 4096);
 
 /// The outcome of one look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,6 +231,40 @@ mod tests {
         assert!(looks < 20, "the end of a round takes {looks} looks");
         assert_eq!(writing_rate(Bytes(0), link), Rate(12_500_000 / 32));
         assert_eq!(writing_rate(Bytes(0), Rate::mbit(1)), SLOWEST);
+    }
+
+    /// A guest that changes `share` of what the link carries, copied in rounds: the shortest pause it could have, a look
+    /// each tenth of a second, within a minute.
+    fn shortest_pause(share: f64) -> Duration {
+        let link = Rate::mbit(100);
+        let dirty_rate = Rate((link.0 as f64 * share) as u64);
+        let (mut left, mut since_sync, mut shortest) = (64 << 20, Duration::ZERO, Duration::MAX);
+        for _ in 0..600 {
+            let changed = dirty_rate.bytes_in(since_sync);
+            let rest = Progress {
+                memory_remaining: Bytes(left),
+                goodput: link,
+                dirty_rate,
+                since_sync,
+                ..progress(2, left)
+            };
+            shortest = shortest.min(rest.predicted_pause().unwrap_or(Duration::MAX));
+            let allowed = writing_rate(Bytes(left + changed.0), link).0.min(link.0);
+            since_sync += Duration::from_millis(100);
+            left = left.saturating_sub(allowed / 10);
+            if left == 0 {
+                (left, since_sync) = (dirty_rate.bytes_in(since_sync).0, Duration::ZERO);
+            }
+        }
+        shortest
+    }
+
+    #[test]
+    fn a_busy_guests_rounds_get_as_short_as_its_writing_lets_them() {
+        let target = PauseBudget::default().target + Duration::from_millis(150);
+        for share in [0.1, 0.3, 0.5, 0.7] {
+            assert!(shortest_pause(share) <= target, "{share}: {:?}", shortest_pause(share));
+        }
     }
 
     #[test]
