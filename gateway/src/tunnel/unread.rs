@@ -76,18 +76,18 @@ async fn count(handle: &Handle, tap: &str) -> Result<Option<Counts>, TunnelError
         found => found.map_err(failed())?,
     };
     let Some(link) = link else { return Ok(None) };
-    let read = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::Stats64(stats) => Some((stats.tx_packets + stats.tx_dropped) as u32),
-        _ => None,
+    let read = link.attributes.iter().find_map(|attribute| {
+        let LinkAttribute::Stats64(stats) = attribute else { return None };
+        Some((stats.tx_packets + stats.tx_dropped) as u32)
     });
     let index = link.header.index as i32;
     let mut disciplines = handle.qdisc().get().index(index).execute();
     let mut handed = None;
     while let Some(discipline) = disciplines.try_next().await.map_err(failed())? {
         if discipline.header.index == index && discipline.header.parent == TcHandle::ROOT {
-            handed = discipline.attributes.iter().find_map(|attribute| match attribute {
-                TcAttribute::Stats(stats) => Some(stats.packets.wrapping_add(stats.qlen)),
-                _ => None,
+            handed = discipline.attributes.iter().find_map(|attribute| {
+                let TcAttribute::Stats(stats) = attribute else { return None };
+                Some(stats.packets.wrapping_add(stats.qlen))
             });
         }
     }
