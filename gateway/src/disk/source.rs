@@ -159,7 +159,7 @@ impl DiskSource {
     }
 
     /// Begins to copy what the disk holds, from a read-only export of the source QEMU. The mirror job
-    /// must be running. Without it ([`Existing::Mirrored`]) what found no room could not be read again.
+    /// must be running. Without it ([`longhaul_core::disk::Existing::Mirrored`]) what found no room could not be read again.
     pub async fn begin(&mut self, socket: &Path, export: &str) -> Result<(), DiskSourceError> {
         let client = NbdClient::connect(socket, export).await?;
         if client.size() != self.size {
