@@ -102,19 +102,7 @@ pub async fn run(
                 }
             }
             AnchorCommand::CameBack { vm, names, done } => {
-                anchors.end(&vm).await;
-                views.send_modify(|views| drop(views.remove(&vm)));
-                match names {
-                    // In the other's place at once: a crash in between would leave nobody who owes the name.
-                    Some(anchor) => {
-                        let anchor = match row(&edges, &vm) {
-                            Some(left) => anchor.of_return(&left),
-                            None => *anchor,
-                        };
-                        begin(&edges, &mut anchors, &views, anchor).await;
-                    }
-                    None => forget(&edges, &vm),
-                }
+                came_back(&edges, &mut anchors, &views, &vm, names).await;
                 // Who asked may have gone.
                 let _ = done.send(());
             }
@@ -143,6 +131,25 @@ pub async fn run(
             }
         }
     }
+}
+
+/// The machine is here again: nothing is held for it, and its name may be owed.
+async fn came_back(
+    edges: &Edges,
+    anchors: &mut Anchors,
+    views: &watch::Sender<BTreeMap<VmName, AnchorView>>,
+    vm: &VmName,
+    names: Option<Box<Anchor>>,
+) {
+    anchors.end(vm).await;
+    views.send_modify(|views| drop(views.remove(vm)));
+    let Some(anchor) = names else { return forget(edges, vm) };
+    let anchor = match row(edges, vm) {
+        Some(left) => anchor.of_return(&left),
+        None => *anchor,
+    };
+    // In the other's place at once: a crash in between would leave nobody who owes the name.
+    begin(edges, anchors, views, anchor).await;
 }
 
 /// Ends an anchor whatever it still holds.
