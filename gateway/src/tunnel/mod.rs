@@ -198,7 +198,7 @@ impl Tunnel {
     }
 
     /// No resolver knows the old address any more once `after` has passed. Until this is said the tunnel
-    /// does not report that it may end; without DNS, say zero.
+    /// does not report that it may end; say zero where no name was ever given out for it.
     pub async fn names_expire(&self, key: PortKey, after: Duration) -> Result<(), TunnelError> {
         self.ask(|reply| Command::NamesExpire { key, after, reply }).await
     }

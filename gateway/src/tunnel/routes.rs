@@ -499,9 +499,9 @@ fn read_link(message: &LinkMessage) -> Link {
     link
 }
 
-fn read_neighbour(entry: &NeighbourMessage) -> Option<KnownNeighbour> {
-    let mut address = None;
-    let mut mac = None;
+/// Whom an entry is about, and the link-layer address in it.
+fn neighbour_addresses(entry: &NeighbourMessage) -> (Option<IpAddr>, Option<Mac>) {
+    let (mut address, mut mac) = (None, None);
     for attribute in &entry.attributes {
         if let NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) = attribute {
             address = Some(IpAddr::V4(*v4));
@@ -513,6 +513,11 @@ fn read_neighbour(entry: &NeighbourMessage) -> Option<KnownNeighbour> {
             mac = octets.first_chunk().map(|octets| Mac(*octets));
         }
     }
+    (address, mac)
+}
+
+fn read_neighbour(entry: &NeighbourMessage) -> Option<KnownNeighbour> {
+    let (address, mac) = neighbour_addresses(entry);
     let unresolved = [NeighbourState::Failed, NeighbourState::Incomplete, NeighbourState::Noarp];
     if unresolved.contains(&entry.header.state) {
         return None;

@@ -53,6 +53,7 @@ async fn a_flow_that_goes_on_is_known_for_as_long_as_it_does() {
     let moved = Instant::now();
     while moved.elapsed() < Duration::from_secs(7) {
         assert_eq!(ask_udp(&udp), old, "after {:?}", moved.elapsed());
+        // Not a wait: a silence that is longer than the kernel remembers the flow.
         tokio::time::sleep(Duration::from_millis(1300)).await;
     }
 }

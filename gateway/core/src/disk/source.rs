@@ -403,11 +403,6 @@ impl MirrorSource {
         }
     }
 
-    /// Nothing is owed and at most `threshold` bytes are queued.
-    pub fn in_step(&self, threshold: u64) -> bool {
-        self.owed_bytes() == 0 && self.queue.bytes() <= threshold
-    }
-
     /// Bytes that must still be read from the source's disk, or are being read.
     pub fn owed_bytes(&self) -> u64 {
         ((self.dirty.count() + self.reading.count()) * BLOCK).min(self.size)
@@ -603,7 +598,7 @@ impl MirrorSource {
     }
 
     fn pack_barrier(&mut self) {
-        if self.phase != Phase::Finishing || !self.in_step(0) {
+        if self.phase != Phase::Finishing || self.owed_bytes() > 0 || self.queue.bytes() > 0 {
             return;
         }
         let barrier = self.digest.barrier();

@@ -67,9 +67,10 @@ pub fn disks_in_step(waiting: Bytes, goodput: Rate, rtt: Duration) -> bool {
     waiting <= goodput.bytes_in(rtt + IN_STEP).max(IN_STEP_BYTES)
 }
 
-/// How fast QEMU may write while so much is left, of this round and of what was changed since it began: in a look and a half at the earliest it is at its end, because with
-/// nothing left it stops the guest by itself, before packets are held for it. A machine that was at the other site before
-/// travels as a few bytes per page, so that much more than the link carries may be written.
+/// How fast QEMU may write while so much is left, of this round and of what was changed since it began: it is at its end in a
+/// look and a half at the earliest, because with nothing left it stops the guest by itself, before packets are held for it.
+/// A machine that was at the other site before travels as a few bytes per page, so that much more than the link carries may
+/// be written.
 pub fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
     let fitting = Rate((remaining.0 as f64 / LOOK_AND_A_HALF.as_secs_f64()) as u64);
     Rate(fitting.0.min(link.0.saturating_mul(MOST_OF_LINK)).max(link.0 / LEAST_OF_LINK)).max(SLOWEST)

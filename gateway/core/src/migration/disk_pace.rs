@@ -8,8 +8,8 @@
 //! ```
 //!
 //! What is sent makes what is left less by as much, and by more where it compresses, unless the guest adds to it. A copy that
-//! gains less than an eighth would take eight times as long. While the link is down nothing is learnt. A limit stays until the attempt ends: what was too much will be
-//! again. Deliberately not here: setting it, and the guest's memory, which [`super::convergence`] follows.
+//! gains less than an eighth would take eight times as long. While the link is down nothing is learnt. A limit stays until the
+//! attempt ends: what was too much will be again. Deliberately not here: setting it, and the guest's memory, which [`super::convergence`] follows.
 
 use std::time::Duration;
 
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_carries_nothing_or_memory_first_is_not_the_guests_fault() {
+    fn a_link_that_carries_nothing_is_not_the_guests_fault() {
         let mut pace = DiskPace::new();
         let mut look = |tenth: u64, left: u64, sent: u64| {
             pace.handle_left(Duration::from_millis(tenth * 100), out_of_step(left), Bytes(sent), GOODPUT)

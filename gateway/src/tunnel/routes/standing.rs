@@ -10,12 +10,10 @@ use futures_util::TryStreamExt;
 use longhaul_core::tunnel::handover::{Mac, Prefix};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressScope;
-use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-};
+use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use rtnetlink::Error;
 
-use super::{Netlink, PolicyRule, errno};
+use super::{Netlink, PolicyRule, errno, neighbour_addresses};
 use crate::tunnel::error::TunnelError;
 
 /// Entries of the neighbour tables, each with its device.
@@ -34,17 +32,17 @@ impl Netlink {
     pub(in crate::tunnel) async fn standing(&self) -> Result<Standing, TunnelError> {
         let mut standing = Standing::default();
         for entry in self.entries(AddressFamily::Unspec, true).await? {
-            let (address, _) = read(&entry);
+            let (address, _) = neighbour_addresses(&entry);
             standing.proxies.extend(address.map(|address| (address, entry.header.ifindex)));
         }
         let permanent = |entry: &NeighbourMessage| entry.header.state == NeighbourState::Permanent;
         for entry in self.entries(AddressFamily::Unspec, false).await?.into_iter().filter(permanent) {
-            if let (Some(address), Some(mac)) = read(&entry) {
+            if let (Some(address), Some(mac)) = neighbour_addresses(&entry) {
                 standing.fixed.insert((address, mac, entry.header.ifindex));
             }
         }
         for entry in self.entries(AddressFamily::Bridge, false).await?.into_iter().filter(permanent) {
-            let (_, mac) = read(&entry);
+            let (_, mac) = neighbour_addresses(&entry);
             standing.bridges.extend(mac.map(|mac| (mac, entry.header.ifindex)));
         }
         Ok(standing)
@@ -102,20 +100,4 @@ fn was_missing(added: Result<(), Error>) -> Result<bool, Error> {
         Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-fn read(entry: &NeighbourMessage) -> (Option<IpAddr>, Option<Mac>) {
-    let (mut address, mut mac) = (None, None);
-    for attribute in &entry.attributes {
-        if let NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) = attribute {
-            address = Some(IpAddr::V4(*v4));
-        }
-        if let NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) = attribute {
-            address = Some(IpAddr::V6(*v6));
-        }
-        if let NeighbourAttribute::LinkLayerAddress(octets) = attribute {
-            mac = octets.first_chunk().map(|octets| Mac(*octets));
-        }
-    }
-    (address, mac)
 }
