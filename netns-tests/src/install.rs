@@ -34,6 +34,7 @@ pub const LAB_NEEDS: &[Need] = &[
     need("tc", "iproute2", "to see whether the kernel has netem"),
     need("ping", "iputils-ping", "whether the sites reach each other"),
     need("nft", "nftables", "the routers' firewalls and the counters"),
+    need("sysctl", "procps", "the routers' and hosts' switches"),
     need("qemu-system-x86_64", "qemu-system-x86", "the machines that move"),
     need("qemu-img", "qemu-utils", "disk images"),
     need("named", "bind9", "the name server of `--dns bind9`"),
