@@ -17,7 +17,7 @@ use longhaul_core::migration::message::{CareOf, Carried, Proposal, Refusal, Rese
 use longhaul_core::units::Bytes;
 use longhaul_core::wan::MAX_SHADOW_PAGES;
 
-use super::{Edges, MachineRow, descriptors, host, journal_room, partial};
+use super::{Edges, MachineRow, descriptors, host, journal_room, neighbourhood, partial};
 use crate::config::Config;
 
 /// What this host has left.
@@ -295,6 +295,7 @@ pub async fn admit(edges: &Edges, peer: &SiteName, proposal: &Proposal) -> Resul
     let known = known.map_err(|error| Refusal::Other(Refusal::text(super::chain(&error))))?;
     check_home(known.as_ref(), edges.site(), proposal)?;
     check_homes(edges, proposal).await?;
+    neighbourhood::check_visitor(edges, proposal)?;
     check_register(edges, proposal).await?;
     let (storage, vm) = (&edges.config.storage, &proposal.definition.name);
     let kept = partial::kept_for(&storage.pool, vm, peer);

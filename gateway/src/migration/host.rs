@@ -13,37 +13,36 @@ use crate::tunnel::TunnelError;
 /// Where the C library finds the name servers it asks (resolv.conf(5)).
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// What a host needs where the machine is at home: in one of its LANs.
+/// What a host needs where the machine is at home, and its home addresses are routed to the tunnel while it is away.
 pub(super) async fn as_home(edges: &Edges) -> Result<HostAddresses, TunnelError> {
-    gather(edges, Vec::new()).await
+    let mut host = as_visited(edges).await?;
+    host.routers = edges.tunnel.host_addresses().await?.routers;
+    // Without the file the C library asks this host itself.
+    host.name_servers = resolvers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default());
+    let updated = edges.config.dns.iter().flat_map(|dns| &dns.servers);
+    host.name_servers.extend(updated.map(|server| server.ip().to_canonical()));
+    Ok(host)
 }
 
-/// What a host needs where the machine visits: its LANs are others'.
+/// What a host needs where the machine visits. The way to it is one of its own: routers, name servers and stations of
+/// this LAN may have its home addresses.
 pub(super) async fn as_visited(edges: &Edges) -> Result<HostAddresses, TunnelError> {
-    let lans: BTreeSet<String> = edges.config.lan.values().map(|lan| lan.bridge.clone()).collect();
-    gather(edges, lans.into_iter().collect()).await
-}
-
-/// Whether the machine's home addresses can be routed here.
-pub(super) fn check(host: &HostAddresses, definition: &MachineDefinition) -> Result<(), HomeNeeded> {
-    host.check(definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)))
-}
-
-async fn gather(edges: &Edges, lans: Vec<String>) -> Result<HostAddresses, TunnelError> {
     let config = &edges.config;
-    let mut host = edges.tunnel.host_addresses(lans).await?;
+    let own = edges.tunnel.host_addresses().await?.own;
+    let mut host = HostAddresses { own, ..HostAddresses::default() };
     for peer in &config.peer {
         let now = edges.peer(&peer.name).and_then(|peer| peer.remote()).map(|(remote, _)| remote);
         let addresses = [peer.address, now].into_iter().flatten();
         host.peers.extend(addresses.map(|address| (address.ip().to_canonical(), peer.name.clone())));
     }
-    // Without the file the C library asks this host itself.
-    host.name_servers = resolvers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default());
-    let updated = config.dns.iter().flat_map(|dns| &dns.servers);
-    host.name_servers.extend(updated.map(|server| server.ip().to_canonical()));
     // A pool that does not parse gives nobody an address.
     host.care_of = config.lan.values().filter_map(|lan| lan.care_of_addresses().ok()).flatten().collect();
     Ok(host)
+}
+
+/// Whether the machine's home addresses can be routed here.
+pub(super) fn check(host: &HostAddresses, definition: &MachineDefinition) -> Result<(), HomeNeeded> {
+    host.check(definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)))
 }
 
 fn resolvers(resolv_conf: &str) -> BTreeSet<IpAddr> {

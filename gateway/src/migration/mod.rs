@@ -20,6 +20,7 @@ mod discard;
 mod host;
 pub mod journal_room;
 pub mod kept;
+mod neighbourhood;
 mod park;
 pub mod partial;
 mod precopy;

@@ -15,7 +15,7 @@ use super::anchor::{Anchor, NameState};
 use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
 use super::stay::takes_along;
-use super::{MachineRow, chain, descriptors, host, hypervisor_failed, journal_room};
+use super::{MachineRow, chain, descriptors, host, hypervisor_failed, journal_room, neighbourhood};
 use crate::dns::{NamesError, Standing};
 use crate::hypervisor::Guest;
 
@@ -58,6 +58,7 @@ async fn check(
             flows: Vec::new(),
         });
     }
+    neighbourhood::check_leaving(&leaf.edges, row, &nics)?;
     Ok(Proposal {
         definition: row.definition.clone(),
         home_site: row.home_site.clone(),

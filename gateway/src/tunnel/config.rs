@@ -32,13 +32,20 @@ pub struct TunnelConfig {
     pub prefix: String,
     /// The routing table whose default route is the tunnel. Default 7100.
     pub route_table: u32,
-    /// The priority of the policy rules that lead there. Default 95.
+    /// The routing table of the ways to visitors, which is looked up for what carries `mark_visitor` alone: this host's LAN
+    /// may have the same private addresses. Default 7101.
+    pub visit_table: u32,
+    /// The priority of the policy rules that lead into the tunnel; the next one is ours, too, and leads to visitors.
+    /// Default 95. Where this host has an address of a visitor's home, those into the tunnel come before all others.
     pub rule_priority: u32,
-    /// The connection mark of flows that leave locally. Default 0x4c01.
+    /// The connection mark of flows that leave locally. The marks' defaults keep clear of the bits that Kubernetes, Cilium,
+    /// Calico and Tailscale test. Default 0x1041.
     pub mark_local: u32,
-    /// The connection and packet mark of flows that go back through the tunnel. Default 0x4c02. Flows by addresses of
+    /// The connection and packet mark of flows that go back through the tunnel. Default 0x1042. Flows by addresses of
     /// earlier visits have the marks behind it, one for each address that a machine may bring.
     pub mark_tunnel: u32,
+    /// The packet mark of what goes to a visitor. Default 0x1040.
+    pub mark_visitor: u32,
     /// The routing protocol number by which our routes, rules and neighbours are told from others'.
     /// Default 176; `/etc/iproute2/rt_protos` may name it.
     pub route_protocol: u8,
@@ -91,9 +98,11 @@ impl Default for TunnelConfig {
             tap_queue: 8192,
             prefix: "lh".to_owned(),
             route_table: 7100,
+            visit_table: 7101,
             rule_priority: 95,
-            mark_local: 0x4c01,
-            mark_tunnel: 0x4c02,
+            mark_local: 0x1041,
+            mark_tunnel: 0x1042,
+            mark_visitor: 0x1040,
             route_protocol: 176,
             tcp_flow_timeout: Duration::from_secs(7440),
             udp_flow_timeout: Duration::from_secs(300),
@@ -126,13 +135,24 @@ impl TunnelConfig {
             return Err(TunnelError::Config("prefix must be 1 to 4 lower-case letters"));
         }
         let tunnel = self.mark_tunnel..=self.mark_tunnel.saturating_add(MAX_CARRIED as u32);
-        if self.mark_local == 0 || self.mark_tunnel == 0 || tunnel.contains(&self.mark_local) {
+        let others = [self.mark_local, self.mark_visitor];
+        let clash = others.iter().any(|mark| *mark == 0 || tunnel.contains(mark));
+        if clash || self.mark_tunnel == 0 || self.mark_local == self.mark_visitor {
             return Err(TunnelError::Config(
-                "mark_local must differ from mark_tunnel and from the 16 marks behind it, and neither may be 0",
+                "mark_local and mark_visitor must differ from each other, from mark_tunnel and from the 16 marks behind \
+                 it, and none may be 0",
             ));
         }
-        if matches!(self.route_table, 0 | 253..=255) {
-            return Err(TunnelError::Config("route_table must be one of our own, not 0 or 253 to 255"));
+        let tables = [self.route_table, self.visit_table];
+        if tables.iter().any(|table| matches!(table, 0 | 253..=255)) || tables[0] == tables[1] {
+            return Err(TunnelError::Config(
+                "route_table and visit_table must be two of our own, not 0 or 253 to 255",
+            ));
+        }
+        if !(1..32_765).contains(&self.rule_priority) {
+            return Err(TunnelError::Config(
+                "rule_priority must be 1 to 32764, between the kernel's own rules",
+            ));
         }
         if self.route_protocol < 5 {
             return Err(TunnelError::Config("route_protocol must be 5 or more; lower ones are the kernel's"));
@@ -170,7 +190,12 @@ mod tests {
         assert!(refused(|c| c.mark_local = c.mark_tunnel));
         assert!(refused(|c| c.mark_local = c.mark_tunnel + MAX_CARRIED as u32));
         assert!(!refused(|c| c.mark_local = c.mark_tunnel + MAX_CARRIED as u32 + 1));
+        assert!(refused(|c| c.mark_visitor = c.mark_local));
+        assert!(refused(|c| c.mark_visitor = c.mark_tunnel));
         assert!(refused(|c| c.route_table = 254));
+        assert!(refused(|c| c.visit_table = 254));
+        assert!(refused(|c| c.visit_table = c.route_table));
+        assert!(refused(|c| c.rule_priority = 0) && refused(|c| c.rule_priority = 32_765));
         assert!(refused(|c| c.prefix = "LH".to_owned()));
         assert!(refused(|c| c.device = "a-name-of-sixteen".to_owned()));
         assert!(refused(|c| c.device = "a\"b".to_owned()));

@@ -66,7 +66,7 @@ pub(super) enum Command {
     SampleEnd { key: PortKey, reply: Reply<()> },
     HomeNeighbours { lan: String, reply: Reply<Vec<Neighbour>> },
     SolicitRouters { lan: String, asked: oneshot::Sender<()>, reply: Reply<()> },
-    HostAddresses { lans: Vec<String>, reply: Reply<HostAddresses> },
+    HostAddresses { reply: Reply<HostAddresses> },
     HoldBegin { request: HoldRequest, reply: Reply<()> },
     HoldEndAttract { key: PortKey, flows: Vec<FlowTuple>, since: Since, reply: Reply<()> },
     HoldUndo { request: HoldRequest, reply: Reply<()> },
@@ -219,7 +219,7 @@ impl Control {
             Command::SolicitRouters { lan, asked, reply } => {
                 drop(reply.send(self.solicit_routers(&lan, asked).await));
             }
-            Command::HostAddresses { lans, reply } => drop(reply.send(self.host_addresses(&lans).await)),
+            Command::HostAddresses { reply } => drop(reply.send(self.host_addresses().await)),
             Command::HoldBegin { request, reply } => drop(reply.send(self.hold_begin(request).await)),
             Command::HoldEndAttract { key, flows, since, reply } => {
                 drop(reply.send(self.hold_end_attract(key, flows, since).await));
@@ -322,6 +322,7 @@ impl Control {
             let is_missing = |router: &&IpAddr| !known.iter().any(|neighbour| neighbour.addr == **router);
             let missing: Vec<&IpAddr> = wanted.iter().filter(is_missing).collect();
             if missing.is_empty() || started.elapsed() > ROUTER_WAIT {
+                let known = [known, self.netlink.own_neighbours(lan).await?].concat();
                 return Ok(routes::as_handover(&routers, &known, heard, MAX_NEIGHBOURS));
             }
             missing.into_iter().for_each(|router| routes::make_kernel_ask(*router, device));
@@ -335,19 +336,12 @@ impl Control {
         self.tell_routers(routers::Command::Solicit { device, reply }).await
     }
 
-    async fn host_addresses(&self, lans: &[String]) -> Result<HostAddresses, TunnelError> {
-        let mut devices = Vec::new();
-        for lan in lans {
-            devices.push(self.netlink.link(lan).await?.index);
-        }
-        let mut host = HostAddresses { routers: self.netlink.routers().await?, ..HostAddresses::default() };
-        for (device, prefix) in self.netlink.addresses().await? {
-            host.own.insert(prefix.addr);
-            if devices.contains(&device) {
-                host.lans.insert(prefix);
-            }
-        }
-        Ok(host)
+    async fn host_addresses(&self) -> Result<HostAddresses, TunnelError> {
+        let routers = self.netlink.routers().await?;
+        let own = self.netlink.addresses().await?;
+        let own = own.into_iter().flat_map(|(_, prefix)| [Some(prefix.addr), prefix.broadcast()]);
+        let own = own.flatten().collect();
+        Ok(HostAddresses { own, routers, ..HostAddresses::default() })
     }
 
     async fn hold_begin(&mut self, request: HoldRequest) -> Result<(), TunnelError> {
@@ -483,7 +477,9 @@ impl Control {
         let given = self.tell(|done| Move::Visit { key, routes, done }).await??;
         self.give_away(given).await;
         let owner = Owner::Visit(request.key.clone());
-        let plan = Kernel::probe(&request.lan).map(|kernel| plan::visit_plan(&self.config, kernel, &request));
+        let own = self.host_addresses().await?.own;
+        let plan =
+            Kernel::probe(&request.lan).map(|kernel| plan::visit_plan(&self.config, kernel, &request, &own));
         if let Err(error) = self.apply(&owner, plan).await {
             self.end(&request.key, Role::Visiting).await?;
             return Err(error);

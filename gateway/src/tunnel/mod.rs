@@ -168,10 +168,10 @@ impl Tunnel {
         self.ask(|reply| Command::HomeNeighbours { lan, reply }).await
     }
 
-    /// What this host has and where its routes go: its own addresses, its routers, and the networks of the
-    /// devices `lans`. What the kernel does not know stays empty.
-    pub async fn host_addresses(&self, lans: Vec<String>) -> Result<HostAddresses, TunnelError> {
-        self.ask(|reply| Command::HostAddresses { lans, reply }).await
+    /// What this host has and where its routes go: its own addresses and its routers. What the kernel does not know
+    /// stays empty.
+    pub async fn host_addresses(&self) -> Result<HostAddresses, TunnelError> {
+        self.ask(|reply| Command::HostAddresses { reply }).await
     }
 
     /// From now, packets to the guest are kept; its own still leave. Call it before the guest is stopped.

@@ -86,11 +86,14 @@ pub(super) fn attract_table(config: &TunnelConfig, id: &str, mac: Mac, lan: &str
     Table { family: "netdev", name: away_name(config, id, mac), body }
 }
 
-/// Frames to whatever address the guest still believes in are for us.
-pub(super) fn stale_mac_table(config: &TunnelConfig, id: &str, port: &str) -> Table {
+/// Frames to whatever address the guest still believes in are for us. Whether somebody has its own is not: a station of this
+/// LAN may, and the host would answer for it.
+pub(super) fn stale_mac_table(config: &TunnelConfig, id: &str, port: &str, home: &[IpAddr]) -> Table {
+    let probe = |own: &IpAddr| format!("\t\tether type arp arp daddr ip {own} drop\n");
+    let probes: String = home.iter().filter(|own| own.is_ipv4()).map(probe).collect();
     let body = format!(
         "\tchain {prefix}_stale {{\n\
-         \t\ttype filter hook ingress device \"{port}\" priority 0; policy accept;\n\
+         \t\ttype filter hook ingress device \"{port}\" priority 0; policy accept;\n{probes}\
          \t\tether type {{ ip, ip6 }} meta pkttype other meta pkttype set host\n\
          \t}}\n",
         prefix = config.prefix,

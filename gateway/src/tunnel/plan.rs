@@ -4,11 +4,23 @@
 //! last, because frames go up to the host from that moment and must find their route there. In a visit
 //! all rules stand before the route to the guest.
 //!
+//! A visitor and its home LAN may have the private addresses of this site's LAN and of this host. Which of the two is
+//! meant follows from where a packet comes from, and the routing tables of the host are as they were:
+//!
+//! | priority | packets | look up |
+//! |---|---|---|
+//! | 95; 0 if this host has an address of the visitor's home | of a visitor, to its home | the tunnel |
+//! | 96 | to a visitor: out of the tunnel, to its care-of address, of other visitors | the visitors |
+//!
+//! Priority 0 is before the host's own addresses, and rules that others add without a priority land there as well, so that
+//! it is taken only where it must be.
+//!
 //! Sysctls and why:
 //!
 //! | key | value | why |
 //! |---|---|---|
 //! | `conf/DEVICE/forwarding` | 1 | packets are routed between LAN, tunnel and tap; not the host-wide `ip_forward` |
+//! | `conf/TUN/accept_local` | 1 | somebody at a visitor's home may have an address that this host has |
 //! | `conf/TUN/rp_filter` | 2 | packets of any source come out of the tunnel; loose holds even where `all` is strict, given an address |
 //! | `conf/TAP/rp_filter` | 2 | the same for a visitor's replies, by whichever of its NICs; forged sources are dropped by our rules |
 //! | `conf/TAP/proxy_arp` | 1 | the visitor asks for its old neighbours |
@@ -19,6 +31,7 @@
 //! | IPv6 `conf/all/proxy_ndp` | 1 | who asks a proxied address itself whether it is still there is answered, and not forwarded |
 //! | IPv6 `proxy_ndp`, `accept_dad`, `force_forwarding` or `all/forwarding` | | the same for IPv6 |
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use longhaul_core::ids::SiteName;
@@ -37,6 +50,8 @@ use super::sysctl;
 use super::tap::port_id;
 
 const MAIN_TABLE: u32 = 254;
+/// Before the host's own addresses.
+pub(super) const FIRST: u32 = 0;
 
 /// A machine that is about to leave this site, one of its NICs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,6 +168,7 @@ pub(super) fn device_plan(config: &TunnelConfig) -> Vec<Change> {
     let device = &config.device;
     vec![
         switch(format!("net/ipv4/conf/{device}/forwarding"), "1"),
+        switch(format!("net/ipv4/conf/{device}/accept_local"), "1"),
         switch(format!("net/ipv4/conf/{device}/rp_filter"), "2"),
         switch(format!("net/ipv4/conf/{device}/send_redirects"), "0"),
         switch(format!("net/ipv6/conf/{device}/addr_gen_mode"), "1"),
@@ -196,7 +212,7 @@ pub(super) fn carry_plan(
         plan.extend(keep_ra(kernel, lan));
         plan.extend(ipv6_switches(kernel, [lan, &config.device]));
     }
-    plan.extend(tunnel_routes(config, lan, has_v6));
+    plan.extend(tunnel_routes(config, lan, has_v6, config.rule_priority));
     plan.extend(carry_tables(config, request, lan_mac).map(Change::Table));
     plan
 }
@@ -220,20 +236,32 @@ pub(super) fn carried_rules(config: &TunnelConfig, carried: &[CarriedRoute]) -> 
 }
 
 /// Marked packets that come in by `input` go into the tunnel.
-fn tunnel_routes(config: &TunnelConfig, input: &str, has_v6: bool) -> Vec<Change> {
+fn tunnel_routes(config: &TunnelConfig, input: &str, has_v6: bool, priority: u32) -> Vec<Change> {
     let mut plan = vec![switch("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1")];
     for v6 in [false, true].into_iter().filter(|v6| !v6 || has_v6) {
         let unspecified: IpAddr = if v6 { [0; 16].into() } else { [0; 4].into() };
         let (device, table) = (config.device.clone(), config.route_table);
         plan.push(Change::Route { to: Prefix { addr: unspecified, len: 0 }, device, table });
-        let (priority, mark) = (config.rule_priority, config.mark_tunnel);
-        plan.push(Change::Rule(PolicyRule { v6, priority, input: input.to_owned(), mark, table }));
+        let (input, mark) = (Some(input.to_owned()), Some(config.mark_tunnel));
+        plan.push(Change::Rule(PolicyRule { v6, priority, input, mark, table }));
     }
     plan
 }
 
+/// Where the ways to visitors are looked for.
+fn visitor_rule(config: &TunnelConfig, v6: bool) -> Change {
+    let (priority, mark, table) = (config.rule_priority + 1, Some(config.mark_visitor), config.visit_table);
+    Change::Rule(PolicyRule { v6, priority, input: None, mark, table })
+}
+
 /// A visitor finds everything as it was at home, and its replies their way.
-pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitRequest) -> Vec<Change> {
+/// `own` are this host's addresses.
+pub(super) fn visit_plan(
+    config: &TunnelConfig,
+    kernel: Kernel,
+    request: &VisitRequest,
+    own: &BTreeSet<IpAddr>,
+) -> Vec<Change> {
     let VisitRequest { port, lan, nic, .. } = request;
     let home: Vec<IpAddr> = nic.home.iter().map(|prefix| prefix.addr).collect();
     let has_v6 = home.iter().any(IpAddr::is_ipv6);
@@ -244,14 +272,17 @@ pub(super) fn visit_plan(config: &TunnelConfig, kernel: Kernel, request: &VisitR
         plan.extend(ipv6_switches(kernel, [lan, port, &config.device]));
     }
     plan.extend(visit_tables(config, request).map(Change::Table));
-    plan.extend(tunnel_routes(config, port, has_v6));
+    let clash = own.iter().any(|own| nic.home_prefixes.iter().any(|prefix| prefix.contains(*own)));
+    let priority = if clash { FIRST } else { config.rule_priority };
+    plan.extend(tunnel_routes(config, port, has_v6, priority));
+    plan.extend([false, true].into_iter().filter(|v6| !v6 || has_v6).map(|v6| visitor_rule(config, v6)));
     plan.extend(nic.neighbours.iter().filter(|neighbour| neighbour.addr.is_ipv6()).map(|neighbour| {
         // IPv4 is answered for whatever is asked; IPv6 has no such switch.
         Change::Proxy { address: neighbour.addr, device: port.clone(), router: neighbour.is_router() }
     }));
     for address in &home {
         plan.push(Change::Fixed { address: *address, mac: nic.mac, device: port.clone() });
-        plan.push(Change::Route { to: host(*address), device: port.clone(), table: MAIN_TABLE });
+        plan.push(Change::Route { to: host(*address), device: port.clone(), table: config.visit_table });
     }
     for CareOf { care_of, .. } in &request.care_of {
         // Translation comes before routing; untranslated it is for a machine that has left.
@@ -337,13 +368,14 @@ pub(super) fn visit_tables(config: &TunnelConfig, request: &VisitRequest) -> [Ta
     let visit = nft::Visit {
         name: visit_table_name(config, &request.key),
         port: &request.port,
+        lan: &request.lan,
         home: &home,
         others: &request.others,
         home_prefixes: &request.nic.home_prefixes,
         care_of: request.care_of.iter().map(|pair| (pair.home, pair.care_of)).collect(),
         carried: &carried,
     };
-    let stale = nft::stale_mac_table(config, &port_id(&request.key), &request.port);
+    let stale = nft::stale_mac_table(config, &port_id(&request.key), &request.port, &home);
     [stale, nft::visit_table(config, &visit)]
 }
 

@@ -4,6 +4,7 @@
 //! carries our routing protocol number, so that it can be found again after a crash. It decides
 //! nothing; `plan` does.
 
+mod rules;
 mod standing;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,11 +22,11 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteVia,
 };
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::{Error, Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{Error, Handle, LinkUnspec, RouteMessageBuilder};
 
 use super::error::TunnelError;
 
+pub(super) use rules::PolicyRule;
 pub(super) use standing::Standing;
 
 /// A device as the kernel has it.
@@ -44,16 +45,6 @@ pub(super) struct KnownNeighbour {
     pub mac: Mac,
     /// It says of itself that it is a router; IPv6 only.
     pub router: bool,
-}
-
-/// A policy rule of ours: packets from `input` that carry `mark` look up `table`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct PolicyRule {
-    pub v6: bool,
-    pub priority: u32,
-    pub input: String,
-    pub mark: u32,
-    pub table: u32,
 }
 
 /// A connection to the kernel's routing.
@@ -177,23 +168,6 @@ impl Netlink {
         self.delete_route_message(self.route(to, 0, table)).await
     }
 
-    /// Adds a policy rule.
-    pub(super) async fn add_rule(&self, rule: &PolicyRule) -> Result<(), TunnelError> {
-        let mut request = self.handle.rule().add();
-        *request.message_mut() = self.rule(rule);
-        match request.execute().await {
-            Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
-            other => other.map_err(TunnelError::netlink(format!("add a policy rule for {}", rule.input))),
-        }
-    }
-
-    /// Removes a policy rule.
-    pub(super) async fn delete_rule(&self, rule: &PolicyRule) -> Result<(), TunnelError> {
-        let deleted = self.handle.rule().del(self.rule(rule)).execute().await;
-        gone_is_fine(deleted)
-            .map_err(TunnelError::netlink(format!("delete the policy rule for {}", rule.input)))
-    }
-
     /// Answers for `address` on `device` (proxy ARP or NDP), as a router or as a host.
     pub(super) async fn add_proxy(
         &self,
@@ -290,6 +264,14 @@ impl Netlink {
         Ok(known)
     }
 
+    /// This host as its machines' neighbour on a LAN.
+    pub(super) async fn own_neighbours(&self, lan: &str) -> Result<Vec<KnownNeighbour>, TunnelError> {
+        let Link { index, mac: Some(mac), .. } = self.link(lan).await? else { return Ok(Vec::new()) };
+        let its = |(device, prefix): (u32, Prefix)| (device == index).then_some(prefix.addr);
+        let own = self.addresses().await?.into_iter().filter_map(its);
+        Ok(own.map(|addr| KnownNeighbour { addr, mac, router: false }).collect())
+    }
+
     /// Removes every route, rule and neighbour that carries our protocol number, the bridge entries of `macs`,
     /// and the address `dummy` from all devices but `device`: what a gateway that crashed has left.
     pub(super) async fn sweep(&self, macs: &[Mac], dummy: Ipv4Addr, device: &str) -> Result<(), TunnelError> {
@@ -320,20 +302,6 @@ impl Netlink {
                 .map_err(TunnelError::netlink("list the routes"))?;
             for route in routes.into_iter().filter(|route| u8::from(route.header.protocol) == self.protocol) {
                 self.delete_route_message(route).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn sweep_rules(&self) -> Result<(), TunnelError> {
-        for version in [IpVersion::V4, IpVersion::V6] {
-            let listed = self.handle.rule().get(version).execute().try_collect::<Vec<_>>().await;
-            let ours = RuleAttribute::Protocol(RouteProtocol::from(self.protocol));
-            for rule in listed.map_err(TunnelError::netlink("list the policy rules"))? {
-                if rule.attributes.contains(&ours) {
-                    gone_is_fine(self.handle.rule().del(rule).execute().await)
-                        .map_err(TunnelError::netlink("delete a policy rule"))?;
-                }
             }
         }
         Ok(())
@@ -410,20 +378,6 @@ impl Netlink {
         if device != 0 {
             message.attributes.push(RouteAttribute::Oif(device));
         }
-        message
-    }
-
-    fn rule(&self, rule: &PolicyRule) -> RuleMessage {
-        let mut message = RuleMessage::default();
-        message.header.family = if rule.v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        message.header.action = RuleAction::ToTable;
-        message.attributes = vec![
-            RuleAttribute::Iifname(rule.input.clone()),
-            RuleAttribute::Priority(rule.priority),
-            RuleAttribute::FwMark(rule.mark),
-            RuleAttribute::Table(rule.table),
-            RuleAttribute::Protocol(RouteProtocol::from(self.protocol)),
-        ];
         message
     }
 

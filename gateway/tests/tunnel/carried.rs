@@ -144,7 +144,7 @@ async fn an_address_that_is_over_has_no_rule_and_the_others_keep_theirs() {
 
     let rules = lab.network("ga");
     assert!(!rules.contains(ELSEWHERE) && rules.contains(CARE_OF), "{rules}");
-    assert!(!rules.contains("0x00004c03") && rules.contains("0x00004c04"), "{rules}");
+    assert!(!rules.contains("0x00001043") && rules.contains("0x00001044"), "{rules}");
     exchange(&mut open, 100);
     a.carry_undo(key()).await.unwrap();
     assert_same(&lab.look("ga"), &without);

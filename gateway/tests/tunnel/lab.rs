@@ -210,7 +210,7 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        for name in ["c", "r", "ra", "rb", "ga", "gb", "plug", "vm", "n"] {
+        for name in ["c", "r", "ra", "rb", "ga", "gb", "plug", "vm", "n", "s"] {
             // One that was never made cannot be deleted.
             let _ = Command::new("ip").args(["netns", "del", &self.namespace(name)]).output();
         }

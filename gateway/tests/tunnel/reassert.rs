@@ -37,7 +37,8 @@ async fn what_a_reload_of_the_hosts_firewall_and_network_removes_is_made_again()
            x $n ip route flush table all proto 176
            x $n ip -6 route flush table all proto 176
          done
-         x gb ip rule del pref 95; x gb ip -6 rule del pref 95
+         x gb ip rule del pref 96; x gb ip -6 rule del pref 96
+         x gb ip rule del fwmark 0x1042; x gb ip -6 rule del fwmark 0x1042
          x ga ip neigh del proxy 198.51.100.10 dev br0; x gb ip neigh del proxy 203.0.113.10 dev br0
          x gb ip neigh del 198.51.100.10 dev tapb; x gb ip addr del 192.0.0.8/32 dev tapb
          x ga bridge fdb del 52:54:00:aa:00:10 dev br0 self",

@@ -4,7 +4,7 @@
 //! until the guest stopped). Purely data: applying it is the gateway's work.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +29,31 @@ pub struct Prefix {
     pub addr: IpAddr,
     /// The block's length in bits.
     pub len: u8,
+}
+
+impl Prefix {
+    /// Whether `address` is inside; no address of one IP version is inside a block of the other.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.addr, address) {
+            (IpAddr::V4(block), IpAddr::V4(address)) => {
+                (u32::from(block) ^ u32::from(address)).leading_zeros() >= u32::from(self.len)
+            }
+            (IpAddr::V6(block), IpAddr::V6(address)) => {
+                (u128::from(block) ^ u128::from(address)).leading_zeros() >= u32::from(self.len)
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
+        }
+    }
+
+    /// The address by which all of a network is reached, of IPv4 networks with more than two addresses.
+    pub fn broadcast(&self) -> Option<IpAddr> {
+        match self.addr {
+            IpAddr::V4(addr) if self.len <= 30 => {
+                Some(Ipv4Addr::from(u32::from(addr) | u32::MAX >> self.len).into())
+            }
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        }
+    }
 }
 
 /// One flow of the guest, as the guest's own packets carry it: local is the guest.
@@ -103,4 +128,35 @@ pub struct NicHandover {
     pub home_prefixes: Vec<Prefix>,
     /// Flows seen before the move.
     pub flows: Vec<FlowTuple>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(text: &str, len: u8) -> Prefix {
+        Prefix { addr: text.parse().unwrap(), len }
+    }
+
+    #[test]
+    fn blocks_of_every_length_hold_what_they_should() {
+        let holds = |block: Prefix, text: &str| block.contains(text.parse().unwrap());
+        assert!(holds(block("0.0.0.0", 0), "255.255.255.255"));
+        assert!(holds(block("192.0.2.1", 32), "192.0.2.1") && !holds(block("192.0.2.1", 32), "192.0.2.0"));
+        assert!(
+            holds(block("203.0.113.2", 24), "203.0.113.77")
+                && !holds(block("203.0.113.2", 24), "203.0.114.2")
+        );
+        assert!(holds(block("2001:db8:b::2", 64), "2001:db8:b::77"));
+        assert!(!holds(block("::", 0), "192.0.2.1"));
+    }
+
+    #[test]
+    fn a_network_of_ipv4_has_a_broadcast_address() {
+        let broadcast = |text, len| block(text, len).broadcast().map(|address| address.to_string());
+        assert_eq!(broadcast("198.51.100.65", 29).as_deref(), Some("198.51.100.71"));
+        assert_eq!(broadcast("198.51.100.65", 0).as_deref(), Some("255.255.255.255"));
+        assert_eq!(broadcast("198.51.100.65", 31), None);
+        assert_eq!(broadcast("2001:db8::1", 64), None);
+    }
 }

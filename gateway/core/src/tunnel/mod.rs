@@ -13,6 +13,7 @@ pub mod fragment;
 pub mod handover;
 pub mod hold;
 pub mod host;
+pub mod neighbourhood;
 pub mod offload;
 pub mod packet;
 pub mod policy;

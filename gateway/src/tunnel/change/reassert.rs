@@ -120,7 +120,7 @@ pub(in crate::tunnel) fn name(change: &Change) -> String {
     match change {
         Change::Table(table) => format!("table {} {}", table.family, table.name),
         Change::Route { to, device, .. } => format!("route {}/{} to {device}", to.addr, to.len),
-        Change::Rule(rule) => format!("policy rule {} for {}", rule.priority, rule.input),
+        Change::Rule(rule) => rule.to_string(),
         Change::Proxy { address, device, .. } => format!("proxy entry {address} on {device}"),
         Change::Fixed { address, device, .. } => format!("neighbour {address} on {device}"),
         Change::BridgeAddress { mac, bridge } => format!("entry {mac} of bridge {bridge}"),

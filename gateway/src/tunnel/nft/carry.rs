@@ -41,7 +41,7 @@ impl CarriedRule {
         format!("by{}_", self.number)
     }
 
-    fn ip(&self) -> &'static str {
+    pub(super) fn ip(&self) -> &'static str {
         if self.addr.is_ipv6() { "ip6" } else { "ip" }
     }
 }

@@ -20,6 +20,8 @@ pub(in crate::tunnel) struct Visit<'a> {
     pub name: String,
     /// The guest's tap.
     pub port: &'a str,
+    /// This site's bridge.
+    pub lan: &'a str,
     pub home: &'a [IpAddr],
     /// The home addresses of the machine's other NICs.
     pub others: &'a [IpAddr],
@@ -39,6 +41,7 @@ pub(in crate::tunnel) fn visit_table(config: &TunnelConfig, visit: &Visit<'_>) -
     }
     guard_chain(&mut body, config, visit);
     mark_chain(&mut body, config, visit);
+    visitor_chains(&mut body, config, visit);
     sample_chain(&mut body, config, visit);
     nat_chains(&mut body, config, visit);
     Table { family: "inet", name: visit.name.clone(), body }
@@ -181,7 +184,8 @@ fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
 
 /// Flows that came through the tunnel, or were open before the move, go back through it; all others
 /// leave locally. The last rule that matches decides. A packet of no tracked flow goes back, because
-/// leaving locally without translation it would only be dropped as forged.
+/// leaving locally without translation it would only be dropped as forged. What is said to neighbours and to groups stays
+/// on the port.
 fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     let (port, tun) = (visit.port, &config.device);
     let (local, tunnel) = (config.mark_local, config.mark_tunnel);
@@ -224,9 +228,49 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
          {carried}\
          \t\tmeta mark set {tunnel:#x}\n\
          \t\tct mark {local:#x} meta mark set 0\n\
+         \t\tip daddr {{ 224.0.0.0/4, 255.255.255.255 }} meta mark set 0\n\
+         \t\tip6 daddr {{ fe80::/10, ff00::/8 }} meta mark set 0\n\
          \t}}\n",
         carried = carried_flows(visit.carried),
     );
+}
+
+/// What goes to the visitor, whoever may have its address here: by its care-of addresses, out of the tunnel, of other
+/// visitors, and what this host itself says. A visitor's packets to its home do not, although somebody there may have an
+/// address that is a care-of address here; nor do those of a machine that has left, which are not tracked.
+fn visitor_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
+    let (prefix, tun, local) = (&config.prefix, &config.device, config.mark_local);
+    let (home_bound, to_visitor) = (config.mark_tunnel, format!("meta mark set {:#x}", config.mark_visitor));
+    let marks: Vec<String> =
+        sampled_marks(config, visit.carried).iter().map(|(_, mark)| format!("{mark:#x}")).collect();
+    let (mut comes, mut says) = (String::new(), String::new());
+    for (_, care_of) in &visit.care_of {
+        let to = format!("{} daddr {care_of}", ip_of(care_of));
+        let _ = writeln!(comes, "\t\t{to} meta mark != {home_bound:#x} {to_visitor}");
+        let _ = writeln!(says, "\t\t{to} ct state new ct mark set {local:#x}\n\t\t{to} {to_visitor}");
+    }
+    for home in visit.home {
+        let to = format!("{} daddr {home}", ip_of(home));
+        let _ = write!(
+            comes,
+            "\t\tiifname \"{tun}\" {to} ct state != untracked {to_visitor}\n\
+             \t\tiifname \"{prefix}-*\" {to} ct mark {local:#x} ct direction original {to_visitor}\n",
+        );
+        let _ = writeln!(says, "\t\t{to} ct mark {{ {} }} {to_visitor}", marks.join(", "));
+    }
+    for rule in visit.carried {
+        let (ip, addr, set) = (rule.ip(), rule.addr, rule.set());
+        let _ = writeln!(comes, "\t\tiifname \"{tun}\" {ip} daddr {addr} {to_visitor} comment \"{set}\"");
+    }
+    let _ = write!(
+        body,
+        "\tchain {prefix}_visitor {{\n\t\ttype filter hook prerouting priority mangle + 1; policy accept;\n{comes}\t}}\n\
+         \tchain {prefix}_says {{\n\t\ttype route hook output priority mangle; policy accept;\n{says}\t}}\n",
+    );
+}
+
+fn ip_of(address: &IpAddr) -> &'static str {
+    if address.is_ipv6() { "ip6" } else { "ip" }
 }
 
 /// A flow of before keeps its place in `set` for as long as its other end answers: the kernel may forget it between two
@@ -255,8 +299,12 @@ fn sampled_marks(config: &TunnelConfig, carried: &[CarriedRule]) -> Vec<(String,
     own.into_iter().chain(carried.iter().map(|rule| (rule.set(), rule.mark))).collect()
 }
 
+/// A visitor's local flows are known by its care-of address. If it dials itself by that it hears it, too, and somebody of
+/// the LAN who has its home address is heard by one that nobody has: its kernel takes nothing that seems to come from
+/// itself.
 fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
-    let (prefix, tun, port) = (&config.prefix, &config.device, visit.port);
+    let (prefix, tun, port, lan) = (&config.prefix, &config.device, visit.port, visit.lan);
+    let (local, home_bound) = (config.mark_local, config.mark_tunnel);
     let chains = [
         (format!("{prefix}_in"), "prerouting priority dstnat", carried_in(config, visit.carried)),
         (format!("{prefix}_own"), "output priority -100", String::new()),
@@ -264,8 +312,8 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     for (name, hook, carried) in chains {
         let _ = writeln!(body, "\tchain {name} {{\n\t\ttype nat hook {hook}; policy accept;");
         for (home, care_of) in &visit.care_of {
-            let ip = if care_of.is_ipv6() { "ip6" } else { "ip" };
-            let _ = writeln!(body, "\t\t{ip} daddr {care_of} dnat {ip} to {home}");
+            let ip = ip_of(care_of);
+            let _ = writeln!(body, "\t\tct mark != {home_bound:#x} {ip} daddr {care_of} dnat {ip} to {home}");
         }
         let _ = writeln!(body, "{carried}\t}}");
     }
@@ -274,11 +322,16 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
         "\tchain {prefix}_out {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;"
     );
     for (home, care_of) in &visit.care_of {
-        let ip = if care_of.is_ipv6() { "ip6" } else { "ip" };
-        let _ = writeln!(
+        let ip = ip_of(care_of);
+        let _ = write!(
             body,
-            "\t\toifname != {{ \"{tun}\", \"{port}\" }} {ip} saddr {home} snat {ip} to {care_of}"
+            "\t\tiifname != \"{lan}\" oifname != {{ \"{tun}\", \"{port}\" }} ct mark {local:#x} {ip} saddr {home} snat {ip} to {care_of}\n\
+             \t\tiifname \"{port}\" oifname \"{port}\" {ip} saddr {home} snat {ip} to {care_of}\n"
         );
+        if care_of.is_ipv4() {
+            let stranger = format!("iifname \"{lan}\" oifname \"{port}\" ip saddr {home}");
+            let _ = writeln!(body, "\t\t{stranger} snat ip to {}", config.device_address);
+        }
     }
     let _ = writeln!(body, "{}\t}}", carried_out(config, visit.carried));
 }
@@ -293,6 +346,7 @@ mod tests {
         let visit = Visit {
             name: "t".to_owned(),
             port: "lh-web1-lan",
+            lan: "br0",
             home: &[address("198.51.100.10")],
             others: &[address("198.51.100.11"), address("2001:db8::11")],
             home_prefixes: &[],
@@ -317,7 +371,7 @@ mod tests {
         let carried = CarriedRule {
             home: "198.51.100.10".parse().unwrap(),
             addr: "203.0.113.200".parse().unwrap(),
-            mark: 0x4c03,
+            mark: 0x1043,
             number: 0,
         };
         let care_of = ["192.0.2.200".parse().unwrap()];

@@ -13,7 +13,7 @@ use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use rtnetlink::Error;
 
-use super::{Netlink, PolicyRule, errno, neighbour_addresses};
+use super::{Netlink, errno, neighbour_addresses};
 use crate::tunnel::error::TunnelError;
 
 /// Entries of the neighbour tables, each with its device.
@@ -71,14 +71,6 @@ impl Netlink {
         let added = self.handle.route().add(self.route(to, device, table)).execute().await;
         was_missing(added)
             .map_err(TunnelError::netlink(format!("route {}/{} to device {device}", to.addr, to.len)))
-    }
-
-    /// The same for a policy rule.
-    pub(in crate::tunnel) async fn add_missing_rule(&self, rule: &PolicyRule) -> Result<bool, TunnelError> {
-        let mut request = self.handle.rule().add();
-        *request.message_mut() = self.rule(rule);
-        was_missing(request.execute().await)
-            .map_err(TunnelError::netlink(format!("add a policy rule for {}", rule.input)))
     }
 
     /// The same for an address that is never chosen as a source.
