@@ -1,6 +1,6 @@
 //! One machine moves while a client uses it in every way there is; then the path between the sites narrows, is cut, and
-//! the gateways are started anew. Two machines that talk to each other move to different sites, from behind NATs whose
-//! tables are lost and whose addresses change. What must live, lives; what no transport repeats is not lost either.
+//! the gateways are started anew. Two machines that talk to each other move to one site and to different ones, from behind
+//! NATs whose tables are lost and whose addresses change. What must live, lives; what no transport repeats is not lost either.
 //!
 //! One scene for each. Machines that move more than once are `journeys`' affair.
 
@@ -22,10 +22,12 @@ mod probes;
 mod quic;
 #[path = "support/scenes.rs"]
 mod scenes;
+#[path = "support/strangers.rs"]
+mod strangers;
 #[path = "support/upload.rs"]
 mod upload;
 
-use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use gateway::api::types::{MigrationView, Progressing};
@@ -34,7 +36,7 @@ use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT, UDP_PORT, UPLOAD
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::scene::{SECOND_VM, Scene, VM};
 use netns_tests::scenario::traffic::Client;
-use netns_tests::topology::{CLIENT, Watch};
+use netns_tests::topology::{CLIENT, CLIENT6, Watch};
 use netns_tests::traffic::{DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
 use netns_tests::wan::PacketMatch;
 
@@ -42,6 +44,7 @@ use beside::{Beside, lived, through};
 use elsewhere::Elsewhere;
 use probes::{Answers, Datagrams, Pings, Requests};
 use scenes::{build, close, state, state_of, turn, wait};
+use strangers::Strangers;
 use upload::Upload;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -115,13 +118,16 @@ async fn cut_and_restart(scene: &mut Scene, datagrams: &Datagrams) {
     assert_eq!(state(&scene.b).as_deref(), Some("running"));
 }
 
-/// Packets that the core had to refuse because they must not be split, and said so (`FragFails`, RFC 4293).
+/// Packets that the core had to refuse because they must not be split, and said so (`FragFails`, RFC 4293), of both IP
+/// versions.
 fn refused_as_too_large(scene: &Scene) -> u64 {
-    let text = scene.world.net.output("cat", &["/proc/net/snmp"]).unwrap();
+    let text = scene.world.net.output("cat", &["/proc/net/snmp", "/proc/net/snmp6"]).unwrap();
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip: "));
     let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
     let mut fields = names.split(' ').zip(values.split(' '));
-    fields.find(|(name, _)| *name == "FragFails").unwrap().1.parse().unwrap()
+    let v4: u64 = fields.find(|(name, _)| *name == "FragFails").unwrap().1.parse().unwrap();
+    let v6 = text.lines().find_map(|line| line.strip_prefix("Ip6FragFails")).unwrap();
+    v4 + v6.trim().parse::<u64>().unwrap()
 }
 
 /// What the machine always reaches through the tunnel in one scene: the half of its home LAN with `beside`'s neighbour.
@@ -250,17 +256,28 @@ async fn moved_to_b(scene: &Scene) -> MigrationView {
     view
 }
 
-/// From here on the path from the core to the client takes less than the guest sends, which must hear of that. Gives
-/// connections of before and after the move to the two addresses, opened now.
-async fn connect_over_a_narrow_path(
-    scene: &Scene,
-    home: IpAddr,
-    care_of: IpAddr,
-) -> [(&'static str, Client); 2] {
-    scene.world.net.ip(&[format!("route add {CLIENT}/32 dev client0 mtu lock {NARROW_MTU}")]).unwrap();
-    let clients = [("opened after it", connect(scene, home).await), ("at b", connect(scene, care_of).await)];
-    let refused = || (refused_as_too_large(scene) > 0).then_some(());
-    wait("a packet that the narrow path refused", 20 * SECOND, refused).await;
+/// Another address of the client's. What the guest has learnt of the path to one says nothing of the other.
+const SECOND_CLIENT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
+
+/// From here on the path from the core to the client takes less than the guest sends, which must hear of that by each of
+/// its ways: through the tunnel in both IP versions, and by its care-of address. Gives connections opened now.
+async fn connect_over_a_narrow_path(scene: &Scene) -> Vec<(String, Client)> {
+    let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
+    let (client, core) = (&scene.world.client, Ipv4Addr::new(192, 0, 2, 1));
+    let second = format!("addr add {SECOND_CLIENT}/24 dev eth0");
+    client.ip(&[second, format!("route add {care_of}/32 via {core} src {SECOND_CLIENT}")]).unwrap();
+    let ways: [(IpAddr, IpAddr); 3] =
+        [(CLIENT.into(), home), (CLIENT6.into(), scene.home6().unwrap()), (SECOND_CLIENT.into(), care_of)];
+    let mut clients = Vec::new();
+    for (from, to) in ways {
+        let len = if from.is_ipv6() { 128 } else { 32 };
+        let narrow = format!("route add {from}/{len} dev client0 mtu lock {NARROW_MTU}");
+        scene.world.net.ip(&[narrow]).unwrap();
+        let before = refused_as_too_large(scene);
+        clients.push((format!("from {from} to {to}, over a narrow path"), connect(scene, to).await));
+        let refused = || (refused_as_too_large(scene) > before).then_some(());
+        wait(&format!("a packet to {from} that the narrow path refused"), 20 * SECOND, refused).await;
+    }
     clients
 }
 
@@ -278,6 +295,7 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     };
     let mut scene = build(options).await;
     let outside = Outside::serve(&scene);
+    let strangers = Strangers::settle(&scene, beside::NEIGHBOUR);
     scene.start_guest().await.unwrap();
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let mut beside = Beside::start(&scene).await;
@@ -297,9 +315,10 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     }
     beside.goes_on(&scene, "b", home, care_of).await;
     beside.goes_on(&scene, "b", care_of, care_of).await;
+    outsiders.extend(strangers.call(care_of).await);
     outsiders.push(outside.called(&scene, home, care_of).await);
 
-    let narrow = connect_over_a_narrow_path(&scene, home, care_of).await;
+    let narrow = connect_over_a_narrow_path(&scene).await;
     later(&unrepeated[0].small).await;
     cut_and_restart(&mut scene, &unrepeated[0].small).await;
     assert_they_use_their_options(&scene, home);
@@ -312,8 +331,9 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     }
     beside.end(&scene).await;
     lived(outsiders).await;
-    for (what, client) in [("opened before the move", old)].into_iter().chain(narrow) {
-        whole(what, client).await;
+    strangers.are_reached_from_the_host_alone(&scene).await;
+    for (what, client) in [("opened before the move".to_owned(), old)].into_iter().chain(narrow) {
+        whole(&what, client).await;
     }
     scene.keep_logs();
     close(scene);
@@ -330,13 +350,19 @@ async fn whole(what: &str, client: Client) {
 }
 
 /// Where site a's NAT puts its gateway after its provider has given it another address.
-const RENUMBERED: SocketAddrV4 = SocketAddrV4::new(std::net::Ipv4Addr::new(198, 51, 100, 250), 40_000);
+const RENUMBERED: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 250), 40_000);
 
-async fn moved(scene: &Scene, vm: &str, to: &str) {
-    let id = scene.begin_move_of(vm, "a", to).await.unwrap();
-    let view = scene.wait_move(&id, MOVE_LIMIT).await.unwrap();
+async fn moved(scene: &Scene, vm: &str, from: &str, to: &str) {
+    let id = scene.begin_move_of(vm, from, to).await.unwrap();
+    let view = scene.wait_move_from(from, &id, MOVE_LIMIT).await.unwrap();
     scene.keep_logs();
-    assert_eq!(view.progressing, Progressing::Moved, "{vm}: {:?}\n{}", view.reason, scene.a.log_tail());
+    assert_eq!(
+        view.progressing,
+        Progressing::Moved,
+        "{vm}: {:?}\n{}",
+        view.reason,
+        scene.gateway(from).unwrap().log_tail()
+    );
     assert_eq!(state_of(scene.gateway(to).unwrap(), vm).as_deref(), Some("running"));
 }
 
@@ -362,14 +388,29 @@ async fn crossed(scene: &Scene) {
     }
 }
 
-/// Connections that both machines open to each other.
+/// Connections that both machines open to each other, by their home addresses.
 async fn each_other(scene: &Scene, when: &str) -> Vec<(String, Client)> {
+    let called = [scene.home().unwrap(), scene.second_home().unwrap()];
+    each_other_by(scene, called, when).await
+}
+
+/// The same by the addresses `called`.
+async fn each_other_by(scene: &Scene, called: [IpAddr; 2], when: &str) -> Vec<(String, Client)> {
     let (first, second) = (scene.home().unwrap(), scene.second_home().unwrap());
     let to = |address| SocketAddr::new(address, RECORD_PORT);
     vec![
-        (format!("{VM} to {SECOND_VM}, {when}"), through(scene, first, to(second)).await),
-        (format!("{SECOND_VM} to {VM}, {when}"), through(scene, second, to(first)).await),
+        (format!("{VM} to {SECOND_VM}, {when}"), through(scene, first, to(called[1])).await),
+        (format!("{SECOND_VM} to {VM}, {when}"), through(scene, second, to(called[0])).await),
     ]
+}
+
+/// The address that a machine has at site b besides its home address.
+fn care_of_at_b(scene: &Scene, vm: &str) -> IpAddr {
+    let rules = scene.world.site("b").unwrap().host.output("nft", &["list", "ruleset"]).unwrap();
+    let home = if vm == VM { scene.home() } else { scene.second_home() }.unwrap();
+    let translated = format!(" dnat ip to {home}");
+    let rule = rules.lines().find(|line| line.ends_with(&translated)).unwrap_or_else(|| panic!("{rules}"));
+    rule.trim_end_matches(&translated).split("ip daddr ").nth(1).unwrap().parse().unwrap()
 }
 
 /// `change` happens to the path of `datagrams`: at most for two seconds none is answered.
@@ -383,7 +424,7 @@ async fn outlives(what: &str, datagrams: &Datagrams, change: impl FnOnce() -> an
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn machines_that_talk_to_each_other_move_to_different_sites_from_behind_nats_that_change() {
+async fn machines_that_talk_to_each_other_move_to_one_site_and_to_two_from_behind_nats_that_change() {
     let Some(_turn) = turn().await else { return };
     let scene = build(SceneOptions {
         ttl_s: 5,
@@ -402,10 +443,14 @@ async fn machines_that_talk_to_each_other_move_to_different_sites_from_behind_na
     let to_second =
         Datagrams::start(client, SocketAddr::new(second, UDP_PORT), 200, Duration::from_millis(20));
 
-    moved(&scene, VM, "b").await;
+    moved(&scene, VM, "a", "b").await;
     clients.extend(each_other(&scene, "opened while one was away").await);
-    moved(&scene, SECOND_VM, "c").await;
-    clients.extend(each_other(&scene, "opened while both were away").await);
+    moved(&scene, SECOND_VM, "a", "b").await;
+    clients.extend(each_other(&scene, "opened while both were at one site").await);
+    let called = [VM, SECOND_VM].map(|vm| care_of_at_b(&scene, vm));
+    lived(each_other_by(&scene, called, "by their addresses there").await).await;
+    moved(&scene, SECOND_VM, "b", "c").await;
+    clients.extend(each_other(&scene, "opened while they were at two sites").await);
     for (what, client) in &clients {
         assert_eq!(client.lost(), None, "{what}");
     }

@@ -17,7 +17,7 @@ use super::scenes::wait;
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// The number of a neighbour in the home LAN; the DHCP server is there too.
-const NEIGHBOUR: u8 = 67;
+pub const NEIGHBOUR: u8 = 67;
 const LEASE_S: u32 = 3600;
 
 /// All of it, at work.
@@ -92,9 +92,14 @@ pub async fn lived(clients: Vec<(String, Client)>) {
 
 /// Records over a connection that the guest at `relay` opens to `to`.
 pub async fn through(scene: &Scene, relay: IpAddr, to: SocketAddr) -> Client {
+    let relay = SocketAddr::new(relay, RELAY_PORT);
+    Client::start(&scene.world.client, records(to, Some(relay))).await.unwrap()
+}
+
+/// Records to `address`, at a leisurely pace.
+pub fn records(address: SocketAddr, through: Option<SocketAddr>) -> TrafficPlan {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut plan = TrafficPlan::new(now.as_millis() as u64);
-    let relay = SocketAddr::new(relay, RELAY_PORT);
-    plan.record = Some(RecordPlan { address: to, through: Some(relay), interval_ms: 50, gap_ms: 300 });
-    Client::start(&scene.world.client, plan).await.unwrap()
+    plan.record = Some(RecordPlan { address, through, interval_ms: 50, gap_ms: 300 });
+    plan
 }
