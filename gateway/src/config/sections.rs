@@ -251,7 +251,8 @@ pub struct TunnelSection {
     /// The same for all other protocols (default true).
     pub repair_other: bool,
     /// Destinations that visiting machines of this home always reach through the tunnel, as `PREFIX/LEN`
-    /// (default: the LANs of the machine's own home addresses).
+    /// (default: the LANs of the machine's own home addresses, and the home's private resolvers and time servers outside of
+    /// them that are known, 32 per NIC at most: [`longhaul_core::tunnel::home_servers`]). A list takes the default's place.
     pub home_prefixes: Option<Vec<String>>,
     /// How often a visiting machine hears the router advertisements of its home, imitated (default 200 s; 4 to 1800, as
     /// RFC 4861 has it), and more often where something they say would run out within three times that.

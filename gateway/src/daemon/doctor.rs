@@ -2,7 +2,8 @@
 //!
 //! Looks, and changes nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use longhaul_core::ids::{Epoch, VmName};
 use tokio::sync::oneshot;
@@ -13,7 +14,10 @@ use super::unknown::unknown;
 use super::{Daemon, Machine};
 use crate::api::types::Finding;
 use crate::config::{ArbiterChoice, PeerConfig};
-use crate::migration::{Edges, chain, journal_room};
+use crate::migration::{Edges, chain, home_servers, journal_room};
+
+/// Servers that are named of one machine.
+const MAX_SERVERS_SHOWN: usize = 4;
 
 impl Daemon {
     /// Looks in a task of its own: QEMUs and name servers may take long to answer.
@@ -243,9 +247,19 @@ impl Doctor {
             })),
             Err(error) => findings.push(bad(&check, &chain(&error), "check its QEMU")),
         }
+        findings.extend(self.stays_at_home(machine).await);
         findings.extend(self.names(machine).await);
         findings.extend(self.register(machine).await);
         findings
+    }
+
+    /// Servers of its home that the machine would lose. A move is not in danger, but what it does there may be.
+    async fn stays_at_home(&self, machine: &Machine) -> Option<Finding> {
+        if machine.row.visits(self.edges.site()) {
+            return None;
+        }
+        let servers = home_servers::not_reached(&self.edges, &machine.row).await;
+        lost_servers(&machine.row.definition.name, &servers)
     }
 
     /// Whether etcd could be asked about the machine's next move, where a peer's arbiter is etcd.
@@ -287,10 +301,51 @@ impl Doctor {
     }
 }
 
+/// Nothing fails because of them, so that this is worth a look only.
+fn lost_servers(vm: &VmName, servers: &BTreeSet<(IpAddr, u16)>) -> Option<Finding> {
+    let shown: Vec<String> = servers
+        .iter()
+        .take(MAX_SERVERS_SHOWN)
+        .map(|(address, port)| format!("{address} port {port}"))
+        .collect();
+    let more = match servers.len() - shown.len() {
+        0 if shown.is_empty() => return None,
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let detail = format!(
+        "it speaks with {}{more}, which are private addresses outside of its home_prefixes: after a move new connections \
+         to them leave at the visited site, by the care-of address",
+        shown.join(", ")
+    );
+    let remedy = "if they answer at its home only, name their networks in tunnel.home_prefixes, and its LAN and resolvers \
+        with them: the list takes the place of the default";
+    Some(Finding { remedy: Some(remedy.to_owned()), ..good(&format!("servers of {vm}"), detail) })
+}
+
 fn good(check: &str, detail: String) -> Finding {
     Finding { check: check.to_owned(), ok: true, detail, remedy: None }
 }
 
 fn bad(check: &str, detail: &str, remedy: &str) -> Finding {
     Finding { check: check.to_owned(), ok: false, detail: detail.to_owned(), remedy: Some(remedy.to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_a_machine_would_lose_are_named_with_the_remedy_and_fail_nothing() {
+        let vm: VmName = "web1".parse().unwrap();
+        let servers = |count: u8| -> BTreeSet<(IpAddr, u16)> {
+            (0..count).map(|n| (IpAddr::from([10, 0, 0, n]), 5432)).collect()
+        };
+        assert_eq!(lost_servers(&vm, &servers(0)).map(|finding| finding.detail), None);
+        let finding = lost_servers(&vm, &servers(1)).unwrap();
+        assert!(finding.ok && finding.detail.contains("10.0.0.0 port 5432, which"), "{}", finding.detail);
+        assert!(finding.remedy.is_some_and(|remedy| remedy.contains("tunnel.home_prefixes")));
+        let finding = lost_servers(&vm, &servers(7)).unwrap();
+        assert!(finding.detail.contains("10.0.0.3 port 5432 and 3 more"), "{}", finding.detail);
+    }
 }

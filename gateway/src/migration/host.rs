@@ -17,8 +17,7 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 pub(super) async fn as_home(edges: &Edges) -> Result<HostAddresses, TunnelError> {
     let mut host = as_visited(edges).await?;
     host.routers = edges.tunnel.host_addresses().await?.routers;
-    // Without the file the C library asks this host itself.
-    host.name_servers = resolvers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default());
+    host.name_servers = asked_here();
     let updated = edges.config.dns.iter().flat_map(|dns| &dns.servers);
     host.name_servers.extend(updated.map(|server| server.ip().to_canonical()));
     Ok(host)
@@ -43,6 +42,12 @@ pub(super) async fn as_visited(edges: &Edges) -> Result<HostAddresses, TunnelErr
 /// Whether the machine's home addresses can be routed here.
 pub(super) fn check(host: &HostAddresses, definition: &MachineDefinition) -> Result<(), HomeNeeded> {
     host.check(definition.nics.iter().flat_map(|nic| nic.home.iter().map(|home| home.addr)))
+}
+
+/// The name servers that this host asks.
+pub(super) fn asked_here() -> BTreeSet<IpAddr> {
+    // Without the file the C library asks this host itself.
+    resolvers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default())
 }
 
 fn resolvers(resolv_conf: &str) -> BTreeSet<IpAddr> {

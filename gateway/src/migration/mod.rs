@@ -17,6 +17,7 @@ mod arbitrate;
 pub mod descriptors;
 mod destination;
 mod discard;
+pub(crate) mod home_servers;
 mod host;
 pub mod journal_room;
 pub mod kept;

@@ -9,13 +9,15 @@ use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::message::{Proposal, Refusal};
 use longhaul_core::migration::source::Event;
-use longhaul_core::tunnel::handover::{NicHandover, Prefix};
+use longhaul_core::tunnel::handover::{Neighbour, NicHandover, Prefix};
 
 use super::anchor::{Anchor, NameState};
 use super::park::tunnel_failed;
 use super::source::{SourceLeaf, SourceOptions};
 use super::stay::takes_along;
-use super::{MachineRow, chain, descriptors, host, hypervisor_failed, journal_room, neighbourhood};
+use super::{
+    MachineRow, chain, descriptors, home_servers, host, hypervisor_failed, journal_room, neighbourhood,
+};
 use crate::dns::{NamesError, Standing};
 use crate::hypervisor::Guest;
 
@@ -49,12 +51,14 @@ async fn check(
     let status = guest.status().await.map_err(hypervisor_failed)?;
     let mut nics = Vec::new();
     for nic in &row.definition.nics {
+        let neighbours = neighbours(leaf, row, nic).await?;
+        let home_prefixes = home_prefixes(leaf, row, nic, &neighbours).await?;
         nics.push(NicHandover {
             nic: nic.name.clone(),
             mac: nic.mac,
             home: nic.home.clone(),
-            neighbours: neighbours(leaf, row, nic).await?,
-            home_prefixes: home_prefixes(leaf, row, nic)?,
+            neighbours,
+            home_prefixes,
             flows: Vec::new(),
         });
     }
@@ -165,11 +169,7 @@ fn not_behind(leaf: &SourceLeaf, kind: Arbiter, register: &str, now: Epoch) -> R
     ))
 }
 
-async fn neighbours(
-    leaf: &SourceLeaf,
-    row: &MachineRow,
-    nic: &Nic,
-) -> Result<Vec<longhaul_core::tunnel::handover::Neighbour>, Refusal> {
+async fn neighbours(leaf: &SourceLeaf, row: &MachineRow, nic: &Nic) -> Result<Vec<Neighbour>, Refusal> {
     let known = row.handover.as_ref().filter(|_| row.visits(leaf.edges.site()));
     if let Some(known) = known.and_then(|known| known.nics.iter().find(|handed| handed.nic == nic.name)) {
         return Ok(known.neighbours.clone());
@@ -184,21 +184,18 @@ async fn neighbours(
     leaf.edges.tunnel.home_neighbours(lan.bridge.clone()).await.map_err(failed)
 }
 
-/// What the machine always reaches through the tunnel: what the operator of its home says, or its own LANs.
-fn home_prefixes(leaf: &SourceLeaf, row: &MachineRow, nic: &Nic) -> Result<Vec<Prefix>, Refusal> {
+/// What the machine always reaches through the tunnel: what its home has said, or says now.
+async fn home_prefixes(
+    leaf: &SourceLeaf,
+    row: &MachineRow,
+    nic: &Nic,
+    neighbours: &[Neighbour],
+) -> Result<Vec<Prefix>, Refusal> {
     let known = row.handover.as_ref().filter(|_| row.visits(leaf.edges.site()));
     if let Some(handed) = known.and_then(|known| known.nics.iter().find(|handed| handed.nic == nic.name)) {
         return Ok(handed.home_prefixes.clone());
     }
-    let Some(configured) = &leaf.edges.config.tunnel.home_prefixes else {
-        return Ok(nic.home.clone());
-    };
-    configured.iter().map(|text| parse_prefix(text)).collect()
-}
-
-fn parse_prefix(text: &str) -> Result<Prefix, Refusal> {
-    crate::config::parse_prefix(text)
-        .ok_or_else(|| Refusal::Other(format!("tunnel.home_prefixes: {text:?} is not ADDRESS/LENGTH")))
+    home_servers::prefixes(&leaf.edges, row, nic, neighbours).await
 }
 
 #[cfg(test)]

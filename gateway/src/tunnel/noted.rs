@@ -1,15 +1,26 @@
 //! A tunnel that changes nothing on the host and writes down what it is asked for. For tests.
 
+use longhaul_core::tunnel::handover::FlowTuple;
 use longhaul_core::tunnel::host::HostAddresses;
+use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, watch};
 
 use super::control::Command;
 use super::mover::TunnelStatus;
 use super::{COMMANDS, Tunnel, TunnelError};
 
+type Sampled = Result<Vec<FlowTuple>, TunnelError>;
+
 impl Tunnel {
     /// Everything that it is asked for succeeds.
     pub(crate) fn noted() -> (Self, watch::Receiver<Vec<String>>) {
+        Self::noted_with(|_| Ok(Vec::new()))
+    }
+
+    /// The same, and this is what it has sampled.
+    pub(crate) fn noted_with(
+        sample: impl Fn(&PortKey) -> Sampled + Send + 'static,
+    ) -> (Self, watch::Receiver<Vec<String>>) {
         let (commands, mut asked_for) = mpsc::channel(COMMANDS);
         let (note, noted) = watch::channel(Vec::new());
         let (publish, status) = watch::channel(TunnelStatus::default());
@@ -18,7 +29,7 @@ impl Tunnel {
             while let Some(command) = asked_for.recv().await {
                 let text = text(&command);
                 note.send_modify(|noted| noted.push(text));
-                answer(command);
+                answer(command, &sample);
             }
             drop((publish, show));
         });
@@ -62,10 +73,10 @@ fn text(command: &Command) -> String {
 }
 
 /// Who asked may have gone.
-fn answer(command: Command) {
+fn answer(command: Command, sample: &impl Fn(&PortKey) -> Sampled) {
     match command {
         Command::CreateTap { key, reply, .. } => drop(reply.send(Ok(key.to_string()))),
-        Command::Sample { reply, .. } => drop(reply.send(Ok(Vec::new()))),
+        Command::Sample { key, reply } => drop(reply.send(sample(&key))),
         Command::HomeNeighbours { reply, .. } => drop(reply.send(Ok(Vec::new()))),
         Command::HostAddresses { reply, .. } => drop(reply.send(Ok(HostAddresses::default()))),
         // Nothing was attracted here.

@@ -138,6 +138,17 @@ impl Advertisement {
         ends.min().map(|seconds| Duration::from_secs(seconds.into()))
     }
 
+    /// The name servers that its link's hosts are to ask, but those that it takes back (RFC 8106, 5.1).
+    pub fn name_servers(&self) -> Vec<Ipv6Addr> {
+        let said = options(&self.0[HEADER_BYTES..]).unwrap_or_default().into_iter();
+        let lasting = said.filter(|option| option[0] == NAME_SERVERS && read_u32(option, 4) > 0);
+        let servers = lasting.filter_map(|option| option.get(8..)).flat_map(|rest| rest.chunks_exact(16));
+        servers
+            .filter_map(|octets| octets.first_chunk::<16>())
+            .map(|octets| Ipv6Addr::from(*octets))
+            .collect()
+    }
+
     /// The packet in which the router at `source`, with the link-layer address `mac`, says it to all hosts of a link.
     pub fn packet(&self, source: Ipv6Addr, mac: Mac) -> Vec<u8> {
         const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);

@@ -12,6 +12,7 @@ pub mod flows;
 pub mod fragment;
 pub mod handover;
 pub mod hold;
+pub mod home_servers;
 pub mod host;
 pub mod neighbourhood;
 pub mod offload;

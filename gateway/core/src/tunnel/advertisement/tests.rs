@@ -75,6 +75,17 @@ fn what_a_host_needs_is_kept_and_the_routers_link_layer_address_is_told_apart() 
 }
 
 #[test]
+fn the_name_servers_that_a_router_names_are_those_it_does_not_take_back() {
+    let mut two = name_server(1200);
+    two[1] = 5;
+    two.extend("fd00::53".parse::<Ipv6Addr>().unwrap().octets());
+    let named = |options: &[Vec<u8>]| Advertisement::parse(&message(options)).unwrap().name_servers();
+    let expected = ["2001:db8:a::53", "fd00::53"].map(|address| address.parse::<Ipv6Addr>().unwrap());
+    assert_eq!(named(&[prefix(86400, 14400), two]), expected);
+    assert!(named(&[name_server(0), prefix(86400, 14400)]).is_empty());
+}
+
+#[test]
 fn what_does_not_come_from_a_router_of_the_link_is_refused() {
     let heard = message(&[]);
     let refused = |change: fn(&mut Received<'_>)| {
