@@ -43,6 +43,8 @@ const ETCD_REGISTERS: TableDefinition<&str, u64> = TableDefinition::new("etcd_re
 const MACHINES: TableDefinition<&str, &[u8]> = TableDefinition::new("machines");
 /// Machines that left and whose connections are still held here, by the machine's name.
 const ANCHORS: TableDefinition<&str, &[u8]> = TableDefinition::new("anchors");
+/// When an address of an anchor was last known to be needed, in milliseconds since the UNIX epoch, by the machine's name.
+const NEEDED: TableDefinition<&str, u64> = TableDefinition::new("anchors_needed");
 /// Disks of machines that left, by their path.
 const KEPT: TableDefinition<&str, &[u8]> = TableDefinition::new("kept_disks");
 
@@ -128,6 +130,7 @@ impl Journal {
             transaction.open_table(OWNERSHIP)?;
             transaction.open_table(MACHINES)?;
             transaction.open_table(ANCHORS)?;
+            transaction.open_table(NEEDED)?;
             transaction.open_table(KEPT)?;
             transaction.open_table(EPOCHS)?;
             transaction.open_table(REGISTERS)?;
@@ -357,6 +360,24 @@ impl Journal {
     pub fn remove_anchor(&self, vm: &VmName) -> Result<(), JournalError> {
         self.write(|transaction| {
             transaction.open_table(ANCHORS)?.remove(vm.as_str())?;
+            transaction.open_table(NEEDED)?.remove(vm.as_str())?;
+            Ok(())
+        })
+    }
+
+    /// When an address of the anchor of `vm` was last needed, in milliseconds since the UNIX epoch, as it was noted.
+    pub fn anchor_needed_ms(&self, vm: &VmName) -> Result<Option<u64>, JournalError> {
+        let transaction = self.database.begin_read().map_err(store)?;
+        let table = transaction.open_table(NEEDED).map_err(store)?;
+        Ok(table.get(vm.as_str()).map_err(store)?.map(|at| at.value()))
+    }
+
+    /// Notes that, if there is an anchor.
+    pub fn note_anchor_needed(&self, vm: &VmName, at_unix_ms: u64) -> Result<(), JournalError> {
+        self.write(|transaction| {
+            if transaction.open_table(ANCHORS)?.get(vm.as_str())?.is_some() {
+                transaction.open_table(NEEDED)?.insert(vm.as_str(), at_unix_ms)?;
+            }
             Ok(())
         })
     }

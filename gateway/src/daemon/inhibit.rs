@@ -113,6 +113,7 @@ mod tests {
                 limit_left: None,
                 released: false,
             }),
+            unneeded_for: None,
             one_way: OneWay::default(),
             over_share: 0,
             may_end: false,

@@ -15,6 +15,7 @@
 mod attract;
 mod ended;
 mod names;
+mod needed;
 mod task;
 mod telling;
 
@@ -406,7 +407,11 @@ async fn start(
     let epoch = anchor.epoch;
     let (edges, views) = (edges.clone(), views.clone());
     let (over, unattracted) = (watch::Sender::default(), watch::Sender::default());
-    let task = AnchorTask { edges, anchor, views, told, heard, over, unattracted };
+    let needed_ms = match begin {
+        Begin::Held => None,
+        Begin::Restored => needed::noted_ms(&edges, &anchor),
+    };
+    let task = AnchorTask { edges, anchor, views, told, heard, over, unattracted, needed_ms };
     task.attract(begin).await;
     Known { epoch, runs_there, noted, task: tokio::spawn(task.run()) }
 }

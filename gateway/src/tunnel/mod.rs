@@ -186,9 +186,15 @@ impl Tunnel {
     }
 
     /// The same by a gateway that was started anew: before it announces an address it asks whether another host has taken
-    /// it meanwhile.
-    pub async fn attract_again(&self, key: PortKey, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {
-        self.ask(|reply| Command::HoldEndAttract { key, flows, since: Since::Earlier, reply }).await
+    /// it meanwhile. Nobody had needed the addresses for `quiet`.
+    pub async fn attract_again(
+        &self,
+        key: PortKey,
+        flows: Vec<FlowTuple>,
+        quiet: Duration,
+    ) -> Result<(), TunnelError> {
+        let since = Since::Earlier { quiet };
+        self.ask(|reply| Command::HoldEndAttract { key, flows, since, reply }).await
     }
 
     /// The guest stays: everything as it was, and what was kept is delivered to it. A hold that a gateway

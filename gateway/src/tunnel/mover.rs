@@ -97,6 +97,8 @@ pub(super) enum Command {
     Attract {
         key: PortKey,
         flows: Vec<FlowTuple>,
+        /// Nobody had needed the addresses for this long.
+        quiet: Duration,
         done: oneshot::Sender<Result<(), UnknownPort>>,
     },
     Visit {
@@ -296,8 +298,8 @@ impl Mover {
             Command::BeginHold { key, peer, home, done } => {
                 let _ = done.send(self.datapath.begin_hold(&key, &peer, &home));
             }
-            Command::Attract { key, flows, done } => {
-                let _ = done.send(self.datapath.attract(now, &key, &flows));
+            Command::Attract { key, flows, quiet, done } => {
+                let _ = done.send(self.datapath.attract_again(now, &key, &flows, quiet));
             }
             Command::Visit { key, routes, done } => {
                 let _ = done.send(self.datapath.visit(&key, &routes));

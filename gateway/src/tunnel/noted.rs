@@ -5,7 +5,7 @@ use longhaul_core::tunnel::host::HostAddresses;
 use longhaul_core::tunnel::policy::PortKey;
 use tokio::sync::{mpsc, watch};
 
-use super::control::Command;
+use super::control::{Command, Since};
 use super::mover::TunnelStatus;
 use super::{COMMANDS, Tunnel, TunnelError};
 
@@ -49,7 +49,10 @@ fn text(command: &Command) -> String {
         Command::SolicitRouters { lan, .. } => ("solicit_routers", lan.clone()),
         Command::HostAddresses { .. } => ("host_addresses", String::new()),
         Command::HoldBegin { request, .. } => ("hold_begin", request.key.to_string()),
-        Command::HoldEndAttract { key, .. } => ("hold_end_attract", key.to_string()),
+        Command::HoldEndAttract { key, since: Since::JustNow, .. } => ("hold_end_attract", key.to_string()),
+        Command::HoldEndAttract { key, since: Since::Earlier { quiet }, .. } => {
+            ("attract_again", format!("{key} after {} s", quiet.as_secs()))
+        }
         Command::HoldUndo { request, .. } => ("hold_undo", request.key.to_string()),
         Command::NamesExpire { key, .. } => ("names_expire", key.to_string()),
         Command::AttractEnd { key, .. } => ("attract_end", key.to_string()),

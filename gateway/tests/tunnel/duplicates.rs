@@ -122,7 +122,7 @@ async fn a_gateway_that_comes_back_asks_before_it_announces_and_leaves_an_addres
 
     let site = lab.start_site("ga", config());
     site.tunnel.hold_begin(hold_request()).await.unwrap();
-    site.tunnel.attract_again(key(), Vec::new()).await.unwrap();
+    site.tunnel.attract_again(key(), Vec::new(), Duration::ZERO).await.unwrap();
     conflicts(&site, &lab, &[HOME, HOME_V6]).await;
     until(|| !answered_for(&lab).contains(HOME), "it answers for what another host has").await;
     let found = found_by_router(&lab);

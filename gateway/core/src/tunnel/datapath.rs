@@ -206,7 +206,18 @@ impl Datapath {
 
     /// The machine was handed over: kept packets leave for the peer, then new ones pass.
     pub fn attract(&mut self, now: Duration, key: &PortKey, flows: &[FlowTuple]) -> Result<(), UnknownPort> {
-        let table = FlowTable::new(self.config.flows.clone(), now);
+        self.attract_again(now, key, flows, Duration::ZERO)
+    }
+
+    /// The same by a gateway that was started anew, when nobody had needed the addresses for `quiet`.
+    pub fn attract_again(
+        &mut self,
+        now: Duration,
+        key: &PortKey,
+        flows: &[FlowTuple],
+        quiet: Duration,
+    ) -> Result<(), UnknownPort> {
+        let table = FlowTable::continued(self.config.flows.clone(), now, quiet);
         let slot = self.slot(key, Role::Away).ok_or_else(|| UnknownPort(key.clone()))?;
         let ours = self.policy.addresses(slot);
         let flows: Vec<FlowTuple> = flows.iter().filter(|flow| ours.contains(&flow.local)).copied().collect();
@@ -618,6 +629,7 @@ impl Port {
             held_packets: self.hold.len() as u64,
             held_bytes: self.hold.bytes() as u64,
             held_by: self.flows.as_ref().map(|flows| flows.held_by(now)),
+            unneeded_for: self.flows.as_ref().map(|flows| flows.unneeded_for(now)),
             one_way: self.flows.as_mut().map(|flows| flows.count_one_way(now)).unwrap_or_default(),
             over_share: shares.dropped(self.share),
             may_end,

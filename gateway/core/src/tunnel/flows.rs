@@ -137,6 +137,10 @@ pub struct FlowTable {
     /// When a closed connection last had a packet.
     last_closed: Option<Duration>,
     last_new: Duration,
+    /// How long nobody new had come before this table began. Nothing once somebody has.
+    quiet_before: Duration,
+    /// The last packet of a flow that is in use and that the source did not see.
+    last_used: Option<Duration>,
     untracked_until: Duration,
     names_expire_at: Option<Duration>,
     pass: Pass,
@@ -145,6 +149,11 @@ pub struct FlowTable {
 impl FlowTable {
     /// An empty table of a tunnel that begins `now`.
     pub fn new(config: FlowConfig, now: Duration) -> Self {
+        Self::continued(config, now, Duration::ZERO)
+    }
+
+    /// An empty table of a tunnel that an earlier gateway has had, and that nobody had needed for `quiet` by `now`.
+    pub fn continued(config: FlowConfig, now: Duration, quiet: Duration) -> Self {
         let store = Store::new(config.hash_key, config.max_flows);
         Self {
             config,
@@ -155,6 +164,8 @@ impl FlowTable {
             released: false,
             last_closed: None,
             last_new: now,
+            quiet_before: quiet,
+            last_used: None,
             untracked_until: Duration::ZERO,
             names_expire_at: None,
             pass: Pass::default(),
@@ -257,16 +268,21 @@ impl FlowTable {
         if state.is_over() {
             self.last_closed = Some(now);
         }
+        let (mut is_taken_up, mut is_in_use) = (false, false);
         self.store.update(id, |flow| {
             if is_reused {
                 *flow = Flow::new(now, flow.tuple, state, FlowOrigin::New);
             }
             flow.state = state;
             flow.count(now, seen.sender, traffic);
+            (is_taken_up, is_in_use) = (flow.is_taken_up(), flow.is_in_use());
         });
         let is_asked_for = is_reused && seen.sender == Side::Guest;
-        if is_asked_for || !was_taken_up && self.store.flow(id).is_taken_up() {
-            self.last_new = now;
+        if is_asked_for || !was_taken_up && is_taken_up {
+            self.note_new(now);
+        }
+        if is_in_use {
+            self.last_used = Some(now);
         }
     }
 
@@ -274,12 +290,16 @@ impl FlowTable {
         let Seen { tuple, flags, sender } = seen;
         let Some(state) = State::first(flags, sender) else { return };
         if flags.is_none_or(TcpFlags::opens) && sender == Side::Guest {
-            self.last_new = now;
+            self.note_new(now);
         }
         let origin = if flags.is_none_or(TcpFlags::syn) { FlowOrigin::New } else { FlowOrigin::Underway };
         let mut flow = Flow::new(now, tuple, state, origin);
         flow.count(now, sender, traffic);
         self.open(flow);
+    }
+
+    fn note_new(&mut self, now: Duration) {
+        (self.last_new, self.quiet_before) = (now, Duration::ZERO);
     }
 
     /// Keeps a flow that is not known, or keeps the tunnel for it.

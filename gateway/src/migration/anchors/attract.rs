@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use super::Begin;
 use super::task::{AGAIN_AT_MOST, AnchorTask, show};
 use crate::api::types::AnchorView;
+use crate::journal::unix_ms;
 use crate::migration::chain;
 use crate::tunnel::{HoldRequest, Tunnel, TunnelError};
 
@@ -27,6 +28,8 @@ const AGAIN: Duration = Duration::from_millis(200);
 pub(super) struct Unattracted {
     hold: HoldRequest,
     flows: Vec<FlowTuple>,
+    /// Nobody had needed them for this long when the gateway began.
+    quiet: Duration,
 }
 
 impl AnchorTask {
@@ -35,9 +38,11 @@ impl AnchorTask {
         if !self.attracts() {
             return;
         }
+        let quiet = self.needed_ms.map_or(0, |needed_ms| unix_ms().saturating_sub(needed_ms));
+        let quiet = Duration::from_millis(quiet);
         let mut failed = Vec::new();
         for (hold, nic) in self.anchor.holds().into_iter().zip(&self.anchor.nics) {
-            let nic = Unattracted { hold, flows: nic.flows.clone() };
+            let nic = Unattracted { hold, flows: nic.flows.clone(), quiet };
             if let Err(error) = begin_with(&self.edges.tunnel, &nic, begin).await {
                 let (vm, nic_name) = (&self.anchor.vm, &nic.hold.key.nic);
                 tracing::error!(%vm, nic = %nic_name, error = chain(&error), "home address cannot be attracted yet, trying again");
@@ -64,12 +69,12 @@ async fn begin_with(tunnel: &Tunnel, nic: &Unattracted, begin: Begin) -> Result<
     }
     tunnel.hold_begin(nic.hold.clone()).await?;
     // Another host may have taken the address while there was no gateway.
-    tunnel.attract_again(key, flows).await
+    tunnel.attract_again(key, flows, nic.quiet).await
 }
 
 /// The same once more: what the first try has begun is not begun twice.
 pub(super) async fn again(tunnel: Tunnel, nic: Unattracted) -> Result<(), TunnelError> {
-    match tunnel.attract_again(nic.hold.key.clone(), nic.flows.clone()).await {
+    match tunnel.attract_again(nic.hold.key.clone(), nic.flows.clone(), nic.quiet).await {
         Err(TunnelError::UnknownPort(_)) => {}
         tried => return tried,
     }
@@ -140,7 +145,7 @@ mod tests {
             addresses: Vec::new(),
             lan: "br-lan".to_owned(),
         };
-        Unattracted { hold, flows: Vec::new() }
+        Unattracted { hold, flows: Vec::new(), quiet: Duration::ZERO }
     }
 
     #[tokio::test]

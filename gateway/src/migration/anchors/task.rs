@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::attract::{Unattracted, again, attract_rest, beside};
 use super::ended::note_ended;
+use super::needed::note_needed;
 use super::telling::{tell_others, unheard};
 use super::{keep_rest, leave, put, release};
 use crate::api::types::AnchorView;
@@ -37,6 +38,8 @@ pub(super) struct AnchorTask {
     pub over: watch::Sender<BTreeSet<FlowTuple>>,
     /// NICs whose addresses could not be attracted yet.
     pub unattracted: watch::Sender<Vec<Unattracted>>,
+    /// When an earlier gateway knew its addresses to be needed last, milliseconds since the UNIX epoch.
+    pub needed_ms: Option<u64>,
 }
 
 /// How long addresses are attracted for sites that have not heard where the machine is.
@@ -62,6 +65,9 @@ impl AnchorTask {
         let telling = AbortOnDrop(telling);
         let noting = tokio::spawn(note_ended(self.edges.clone(), self.anchor.clone(), self.over.clone()));
         let noting = AbortOnDrop(noting);
+        let status = self.edges.tunnel.status();
+        let needed = note_needed(self.edges.clone(), self.anchor.clone(), self.needed_ms, status);
+        let needed = AbortOnDrop(tokio::spawn(needed));
         let limit = self.hold_left();
         if beside(rest.as_mut(), within(limit, self.settle())).await.is_none() && !self.anchor.ended {
             tracing::warn!(vm = %self.anchor.vm, "the tunnel has reached its limit, whatever it is still held for");
@@ -78,7 +84,7 @@ impl AnchorTask {
         }
         // The name is owed whatever became of the tunnel.
         self.settle().await;
-        drop(noting);
+        drop((noting, needed));
         self.others_have_heard().await;
         drop(telling);
         self.note_news();

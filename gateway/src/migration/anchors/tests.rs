@@ -105,13 +105,13 @@ async fn an_anchor_that_everybody_has_heard_of_ends_when_it_is_released() {
 }
 
 /// What web1 left at its home when it went to b in epoch 5. It has no name.
-fn left_home() -> Anchor {
+pub(super) fn left_home() -> Anchor {
     let nics = visited().nics.into_iter().map(|nic| AnchorNic { from: Leaving::Home, ..nic }).collect();
     Anchor { epoch: Epoch(5), nics, tell: Vec::new(), name: None, names: NameState::None, ..anchor("b") }
 }
 
 /// Whether it is seen within `limit`.
-async fn within(limit: Duration, seen: impl Fn() -> bool) -> bool {
+pub(super) async fn within(limit: Duration, seen: impl Fn() -> bool) -> bool {
     let looking = async {
         while !seen() {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -191,6 +191,29 @@ async fn the_operators_limit_counts_from_the_move_and_holds_although_the_name_ca
     assert!(within(PATIENCE, let_go).await);
     let owed = || row(&edges, &left(0).vm).is_some_and(|row| row.ended && row.owes_name());
     assert!(within(PATIENCE, owed).await);
+}
+
+#[tokio::test]
+async fn the_quiet_time_goes_on_when_the_gateway_is_started_anew() {
+    let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+    let left = Anchor { since_unix_ms: 1, ..left_home() };
+    let quiet_s = async |needed_ms: Option<u64>| {
+        site.edges.journal.remove_anchor(&left.vm).unwrap();
+        put(&site.edges, &left);
+        if let Some(needed_ms) = needed_ms {
+            site.edges.journal.note_anchor_needed(&left.vm, needed_ms).unwrap();
+        }
+        let mut running = restore(&site.edges, &watch::channel(BTreeMap::new()).0).await;
+        running.end(&left.vm).await;
+        let asked = site.asked.borrow();
+        let said = asked.iter().rev().find_map(|said| said.strip_prefix("attract_again web1/lan after "));
+        said.and_then(|said| said.strip_suffix(" s")?.parse::<u64>().ok()).expect("it attracts again")
+    };
+    let (hour_s, now_ms) = (3600, unix_ms());
+    let quiet = quiet_s(Some(now_ms - 23 * hour_s * 1000)).await;
+    assert!((23 * hour_s - 60..23 * hour_s).contains(&quiet), "{quiet} s: what is noted may be a minute old");
+    assert_eq!(quiet_s(None).await, 0, "nobody knows");
+    assert_eq!(quiet_s(Some(now_ms + hour_s * 1000)).await, 0, "the clock was put back");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use longhaul_core::tunnel::duplicates::{Attracted, Finding};
 use longhaul_core::tunnel::handover::{FlowTuple, Mac};
@@ -38,7 +38,10 @@ pub(in super::super) enum Since {
     /// The machine was here just now.
     JustNow,
     /// An earlier gateway: another host may have taken the address meanwhile.
-    Earlier,
+    Earlier {
+        /// Nobody had needed the address for this long.
+        quiet: Duration,
+    },
 }
 
 /// Which of a machine's addresses are this host's to speak for.
@@ -58,13 +61,17 @@ impl Control {
         since: Since,
     ) -> Result<(), TunnelError> {
         let (port, old_flows) = (key.clone(), flows.len());
-        self.tell(|done| Move::Attract { key: port, flows, done }).await??;
+        let quiet = match since {
+            Since::JustNow => Duration::ZERO,
+            Since::Earlier { quiet } => quiet,
+        };
+        self.tell(|done| Move::Attract { key: port, flows, quiet, done }).await??;
         let Some(away) = self.away.get_mut(&key) else { return Ok(()) };
         away.attracted.get_or_insert_with(Instant::now);
         let request = away.request.clone();
         away.spoken.asked = match since {
             Since::JustNow => BTreeSet::new(),
-            Since::Earlier => request.addresses.iter().copied().collect(),
+            Since::Earlier { .. } => request.addresses.iter().copied().collect(),
         };
         if self.has_tunnels(&key) {
             let (key, onward) = (key.clone(), request.peer.clone());
@@ -77,7 +84,7 @@ impl Control {
             device: link.index,
             ours: [host, request.mac],
             addresses: request.addresses,
-            ask: since == Since::Earlier,
+            ask: since != Since::JustNow,
         };
         self.tell_duplicates(duplicates::Command::Watch(attracted)).await?;
         self.announce_spoken(&key).await?;

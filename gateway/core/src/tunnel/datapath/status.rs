@@ -1,6 +1,7 @@
 //! What the datapath shows of itself: counters, and how each NIC's tunnel stands. Nothing is decided by it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -88,6 +89,8 @@ pub struct PortStatus {
     pub held_bytes: u64,
     /// What holds it; `None` where flows are not tracked (visits).
     pub held_by: Option<HeldBy>,
+    /// How long nobody has needed its addresses but flows of before the move; `None` like `held_by`.
+    pub unneeded_for: Option<Duration>,
     /// Flows that are heard from one end only.
     pub one_way: OneWay,
     /// Packets of the machine, all its NICs together, that were more than its share.

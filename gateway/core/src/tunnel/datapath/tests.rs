@@ -293,6 +293,21 @@ fn the_status_says_when_a_tunnel_may_end() {
     assert!(may_end(&mut home));
 }
 
+#[test]
+fn a_tunnel_that_a_new_gateway_takes_up_ends_when_the_earlier_one_would_have_ended_it() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let mut home = Datapath::new(DatapathConfig::default());
+    home.begin_hold(&key("web1"), &site("b"), &[HOME.into()]).unwrap();
+    home.attract_again(NOW, &key("web1"), &[], 23 * HOUR).unwrap();
+    home.set_names_expire_at(&key("web1"), NOW).unwrap();
+    let status = home.handle_status(NOW).remove(0);
+    assert_eq!((status.may_end, status.unneeded_for), (false, Some(23 * HOUR)));
+    assert!(home.handle_status(NOW + HOUR)[0].may_end);
+    // Tried once more, as after a bridge that was made later, it does not begin once more.
+    home.attract_again(NOW + HOUR, &key("web1"), &[], Duration::ZERO).unwrap();
+    assert!(home.handle_status(NOW + HOUR)[0].may_end);
+}
+
 /// web1 and web2 of home a are at b, and each may take 8 Mbit/s.
 fn two_with_a_share() -> [Datapath; 2] {
     let config = DatapathConfig {

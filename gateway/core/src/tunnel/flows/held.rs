@@ -110,16 +110,27 @@ impl FlowTable {
     pub fn held_by(&self, now: Duration) -> HeldBy {
         let now = now.max(self.clock);
         let until = |at: Duration| at.saturating_sub(now);
+        let quiet = self.config.quiet.saturating_sub(self.quiet_before);
         let linger = self.last_closed.map(|at| at.saturating_add(self.config.closed_linger));
         HeldBy {
             flows: self.counts(now),
             linger_left: linger.map(until).unwrap_or_default(),
             untracked_left: until(self.untracked_until),
             names_left: self.names_expire_at.map(until),
-            quiet_left: until(self.last_new.saturating_add(self.config.quiet)),
+            quiet_left: until(self.last_new.saturating_add(quiet)),
             limit_left: self.config.limit.map(|limit| until(self.started.saturating_add(limit))),
             released: self.released,
         }
+    }
+
+    /// How long nobody has needed the addresses but flows that the source saw: no new flow came, and none was in use.
+    pub fn unneeded_for(&self, now: Duration) -> Duration {
+        let now = now.max(self.clock);
+        if self.untracked_until > now {
+            return Duration::ZERO;
+        }
+        let quiet = (now - self.last_new).saturating_add(self.quiet_before);
+        self.last_used.map_or(quiet, |at| quiet.min(now - at))
     }
 
     /// The flows from `from` on. Looks at `limit` places at most. A flow that is there from the first page to the last

@@ -172,8 +172,13 @@ impl Flow {
     /// Whether it began after the move and both ends have spoken since, TCP beyond its handshake: what was refused, or never
     /// answered, is nobody who needs the address.
     pub fn is_taken_up(&self) -> bool {
+        self.origin == FlowOrigin::New && self.is_in_use()
+    }
+
+    /// The same of one that may have begun before the move without the source having seen it.
+    pub fn is_in_use(&self) -> bool {
         let both_spoke = self.from_guest.packets > 0 && self.to_guest.packets > 0;
-        self.origin == FlowOrigin::New && both_spoke && matches!(self.state, State::Open { .. })
+        self.origin != FlowOrigin::Seeded && both_spoke && matches!(self.state, State::Open { .. })
     }
 }
 

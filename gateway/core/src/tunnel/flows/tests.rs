@@ -143,6 +143,51 @@ fn a_new_connection_to_the_home_address_restarts_the_quiet_time() {
 }
 
 #[test]
+fn a_gateway_that_begins_anew_waits_for_what_is_left_of_the_quiet_time() {
+    const HOUR: u64 = 3600;
+    let anew = |quiet_h| {
+        let mut table = FlowTable::continued(FlowConfig::default(), at(7), at(quiet_h * HOUR));
+        table.set_names_expire_at(at(0));
+        table
+    };
+    let mut table = anew(23);
+    assert_eq!(table.held_by(at(7)).quiet_left, at(HOUR));
+    assert!(!table.may_end(at(7 + HOUR - 1)) && table.may_end(at(7 + HOUR)));
+    assert!(anew(25).may_end(at(7)));
+
+    let mut table = anew(23);
+    from_guest(&mut table, 100, 1000, SYN);
+    from_guest(&mut table, 100, 1000, RST);
+    assert!(!table.may_end(at(100 + 24 * HOUR - 1)), "somebody new has come");
+    assert!(table.may_end(at(100 + 24 * HOUR)));
+}
+
+#[test]
+fn the_address_was_needed_when_a_flow_that_the_source_did_not_see_was_last_in_use() {
+    let mut table = FlowTable::continued(config(), at(5), at(10));
+    table.seed(at(30), &[tuple(1000)]);
+    from_remote(&mut table, 31, 1000, ACK);
+    from_guest(&mut table, 31, 1000, ACK);
+    assert_eq!(table.unneeded_for(at(35)), at(40), "it is known without this table");
+    for port in 2000..2100 {
+        from_remote(&mut table, 36, port, SYN);
+    }
+    from_guest(&mut table, 36, 2000, SYN | ACK);
+    assert_eq!(table.unneeded_for(at(40)), at(45), "whoever knocks needs nothing");
+    from_remote(&mut table, 41, 2000, ACK);
+    assert_eq!(table.unneeded_for(at(50)), at(9));
+    from_guest(&mut table, 60, 2000, ACK);
+    assert_eq!(table.unneeded_for(at(70)), at(10));
+    from_remote(&mut table, 80, 2000, RST);
+    assert_eq!(table.unneeded_for(at(90)), at(30), "it is over");
+    // A connection of before that was opened while the earlier gateway had the tunnel.
+    from_remote(&mut table, 100, 3000, ACK);
+    assert_eq!(table.unneeded_for(at(110)), at(50));
+    from_guest(&mut table, 120, 3000, ACK);
+    assert_eq!(table.unneeded_for(at(121)), at(1));
+}
+
+#[test]
 fn whoever_knocks_and_is_not_let_in_restarts_nothing() {
     let mut table = table();
     from_remote(&mut table, 50, 1000, SYN);
