@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,8 @@ use support::*;
 use tokio::net::{TcpListener, UdpSocket};
 
 const SHORT: Duration = Duration::from_millis(300);
+/// When nobody waits for an answer any more.
+const TOO_LATE: Duration = Duration::from_millis(600);
 
 on_every_server!(
     a_lost_answer_is_won_by_reading_back,
@@ -21,6 +23,8 @@ on_every_server!(
     a_swap_that_is_still_under_way_when_it_is_undone_does_nothing_when_it_arrives,
     a_truncated_answer_is_asked_for_again_over_tcp,
     a_slow_server_is_waited_for_until_the_timeout_and_no_longer,
+    an_update_whose_answer_comes_too_late_is_won_and_applied_once,
+    an_outcome_that_comes_too_late_to_be_known_is_settled_by_the_same_swap,
     an_unsigned_answer_to_a_signed_question_is_not_believed,
     an_unsigned_success_of_an_update_counts_only_after_a_signed_reading,
     a_forged_refusal_does_not_hide_a_swap_that_was_applied,
@@ -199,6 +203,48 @@ async fn a_slow_server_is_waited_for_until_the_timeout_and_no_longer(world: &Wor
     let error = hasty.read(&app()).await.expect_err("too late");
     assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
     assert!(started.elapsed() < Duration::from_secs(2));
+}
+
+async fn an_update_whose_answer_comes_too_late_is_won_and_applied_once(world: &World) {
+    for transport in [Transport::Tcp, Transport::Udp] {
+        let world = &world.another().await;
+        let before = state(world).await.4;
+        let slow = |request: &[u8], _: Option<&[u8]>| {
+            if is_update(request) { Verdict::Late(TOO_LATE) } else { Verdict::Pass }
+        };
+        let mut proxy = Proxy::start(world.address, slow).await;
+        let updater = through(&proxy, |config| config.transport = transport);
+        let swap = first_swap();
+        assert_eq!(updater.swap(&swap).await.expect("resolved"), Outcome::Won, "{transport:?}");
+        assert_eq!(proxy.updates().len(), 1, "the reading settles it, nothing is sent again");
+        assert_eq!(updater.swap(&swap).await.expect("resolved"), Outcome::Won, "{transport:?}, again");
+        let found = world.updater(site_a()).read(&app()).await.expect("readable");
+        assert_eq!(found.ownership(), Some(&swap.ownership().expect("valid")));
+        assert_eq!(found.serial, before + 1, "{transport:?}");
+    }
+}
+
+async fn an_outcome_that_comes_too_late_to_be_known_is_settled_by_the_same_swap(world: &World) {
+    for transport in [Transport::Tcp, Transport::Udp] {
+        let world = &world.another().await;
+        let before = state(world).await.4;
+        // From the first update on every answer is late, until the server is quick again.
+        let (updated, quick) = (AtomicBool::new(false), Arc::new(AtomicBool::new(false)));
+        let rule_quick = quick.clone();
+        let proxy = Proxy::start(world.address, move |request, _| {
+            updated.fetch_or(is_update(request), Ordering::Relaxed);
+            let is_late = updated.load(Ordering::Relaxed) && !rule_quick.load(Ordering::Relaxed);
+            if is_late { Verdict::Late(TOO_LATE) } else { Verdict::Pass }
+        })
+        .await;
+        let updater = through(&proxy, |config| (config.transport, config.retries) = (transport, 0));
+        let swap = first_swap();
+        let error = updater.swap(&swap).await.expect_err("nothing came in time");
+        assert!(matches!(&error, Error::OutcomeUnknown { txn, .. } if *txn == swap.txn), "{error:?}");
+        quick.store(true, Ordering::Relaxed);
+        assert_eq!(updater.swap(&swap).await.expect("in time"), Outcome::Won, "{transport:?}");
+        assert_eq!(state(world).await.4, before + 1, "{transport:?}: it had been applied before");
+    }
 }
 
 #[tokio::test]

@@ -114,7 +114,9 @@ async fn relay_tcp(
             continue;
         }
         let Some(reply) = ask_tcp(upstream, &request).await else { return };
-        for message in judge(&*rule, &request, reply).await {
+        let (delay, messages) = judge(&*rule, &request, reply);
+        tokio::time::sleep(delay).await;
+        for message in messages {
             let framed = framed(&message);
             if client.write_all(&framed).await.is_err() {
                 return;
@@ -129,6 +131,8 @@ async fn relay_udp(
     rule: Arc<Rule>,
     seen: mpsc::UnboundedSender<Vec<u8>>,
 ) {
+    let udp = Arc::new(udp);
+    let mut late = JoinSet::new();
     let mut buffer = [0; 4096];
     loop {
         let (length, client) = udp.recv_from(&mut buffer).await.expect("bound");
@@ -138,21 +142,26 @@ async fn relay_udp(
             continue;
         }
         let Some(reply) = ask_tcp(upstream, &request).await else { continue };
-        for message in judge(&*rule, &request, reply).await {
-            udp.send_to(&message, client).await.expect("the loopback carries it");
-        }
+        let (delay, messages) = judge(&*rule, &request, reply);
+        let udp = udp.clone();
+        let send = async move {
+            tokio::time::sleep(delay).await;
+            for message in messages {
+                udp.send_to(&message, client).await.expect("the loopback carries it");
+            }
+        };
+        // What is asked meanwhile does not wait for a late reply.
+        if delay.is_zero() { send.await } else { drop(late.spawn(send)) }
     }
 }
 
-async fn judge(rule: &Rule, request: &[u8], reply: Vec<u8>) -> Vec<Vec<u8>> {
+/// What is sent, and how much later.
+fn judge(rule: &Rule, request: &[u8], reply: Vec<u8>) -> (Duration, Vec<Vec<u8>>) {
     match rule(request, Some(&reply)) {
-        Verdict::Pass => vec![reply],
-        Verdict::Swallow | Verdict::Drop => vec![],
-        Verdict::Instead(messages) => messages,
-        Verdict::Late(delay) => {
-            tokio::time::sleep(delay).await;
-            vec![reply]
-        }
+        Verdict::Pass => (Duration::ZERO, vec![reply]),
+        Verdict::Swallow | Verdict::Drop => (Duration::ZERO, vec![]),
+        Verdict::Instead(messages) => (Duration::ZERO, messages),
+        Verdict::Late(delay) => (delay, vec![reply]),
     }
 }
 
