@@ -20,12 +20,15 @@ mod quic;
 #[path = "support/scenes.rs"]
 mod scenes;
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use gateway::api::types::{MigrationView, Progressing};
+use gateway::api::types::{FlowsView, MigrationView, Progressing};
 use longhaul_core::migration::Stage;
 use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
@@ -361,6 +364,55 @@ async fn ten_moves_in_a_row_lose_no_connection_and_keep_one_disk_at_each_site() 
     close(scene);
 }
 
+/// What an operator of site a types.
+fn longhaul(scene: &Scene, arguments: &[&str]) -> Output {
+    let mut command = Command::new(&scene.programs.longhaul);
+    command.arg("--socket").arg(scene.a.socket()).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// What site a tells Prometheus.
+fn metrics(scene: &Scene) -> String {
+    let mut socket = UnixStream::connect(scene.a.socket()).unwrap();
+    socket.set_read_timeout(Some(10 * SECOND)).unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: longhaul\r\nConnection: close\r\n\r\n").unwrap();
+    let mut page = String::new();
+    socket.read_to_string(&mut page).unwrap();
+    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+    page
+}
+
+/// The programs show this connection: with whom, how much, how long silent. It speaks once before.
+async fn operators_see(scene: &Scene, nic: &str, mut connection: TcpStream) {
+    connection.set_read_timeout(Some(10 * SECOND)).unwrap();
+    connection.write_all(b"a word\n").unwrap();
+    let mut answer = [0; 256];
+    assert!(connection.read(&mut answer).unwrap() > 0, "no answer after the move");
+    let client = connection.local_addr().unwrap();
+    let shown = longhaul(scene, &["flows", VM]);
+    let text = String::from_utf8(shown.stdout).unwrap();
+    println!("{text}");
+    assert!(shown.status.success() && text.starts_with(&format!("{VM} is at b\n")), "{text}");
+    let line = text.lines().find(|line| line.contains(&format!(" <- {client} "))).expect("the connection");
+    for part in ["tcp ", ":7002 <- ", "open, from before the move", ", silent "] {
+        assert!(line.contains(part), "{part:?}: {line}");
+    }
+    assert!(!line.contains(", 0 B in") && !line.contains(", 0 B out"), "{line}");
+
+    let json = longhaul(scene, &["flows", VM, "--json"]).stdout;
+    let view: FlowsView = serde_json::from_slice(&json).unwrap();
+    let flow = view.nics[0].flows.iter().find(|flow| flow.tuple.remote_port == client.port()).unwrap();
+    assert_eq!(SocketAddr::new(flow.tuple.remote, flow.tuple.remote_port), client);
+    assert!(flow.to_guest.bytes > 7 && flow.from_guest.bytes > 7 && flow.idle < 60 * SECOND, "{flow:?}");
+
+    let sample = format!("longhaul_held_flows{{machine=\"{VM}\",nic=\"{nic}\",kind=\"tcp_open\"}} ");
+    let held = || {
+        let page = metrics(scene);
+        let count = page.lines().find_map(|line| line.strip_prefix(&sample)?.parse::<u64>().ok());
+        count.filter(|count| *count >= 1)
+    };
+    wait("the connection among longhaul_held_flows", 10 * SECOND, held).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_held_for_a_machine_that_left_is_listed_and_its_operator_can_end_it() {
     let Some(_turn) = turn().await else { return };
@@ -378,7 +430,11 @@ async fn what_is_held_for_a_machine_that_left_is_listed_and_its_operator_can_end
     let flow = flow.unwrap_or_else(|| panic!("{view:?}"));
     assert_eq!((flow.state, flow.origin), (FlowState::Open, FlowOrigin::Seeded));
     assert!(view.at.as_str() == "b" && !view.nics[0].held_by.may_end(), "{view:?}");
-    at_a.release(&vm).await.unwrap();
+    operators_see(&scene, view.nics[0].nic.as_str(), silent).await;
+    let released = longhaul(&scene, &["release", VM]);
+    assert!(released.status.success(), "{released:?}");
+    assert!(!longhaul(&scene, &["flows", VM]).status.success(), "nothing is held any more");
+    assert!(!metrics(&scene).contains("longhaul_held_flows{"), "{}", metrics(&scene));
     let host = &scene.world.site("a").unwrap().host;
     assert!(!attracts(host, home).unwrap(), "the home address is free");
     assert!(at_a.flows(&vm).await.is_err());
