@@ -34,6 +34,7 @@ use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
 use netns_tests::agent::{DOWNLOAD_PORT, IDLE_PORT, RECORD_PORT};
+use netns_tests::exec::run_with_input;
 use netns_tests::scenario::disk_check::{arrived_disk, blocks_that_differ, compare_at, kept_disk};
 use netns_tests::scenario::monitor::Monitor;
 use netns_tests::scenario::names::Names;
@@ -45,7 +46,8 @@ use netns_tests::topology::{CLIENT, Watch};
 use netns_tests::traffic::{DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
 use netns_tests::wan::{Direction, PacketMatch};
 
-use beside::Beside;
+use beside::{Beside, through};
+use elsewhere::Elsewhere;
 use scenes::{build, close, state, turn, wait};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -485,5 +487,34 @@ async fn both_ip_versions_and_what_the_guest_opens_come_home_over_a_narrow_path_
     let download = download.finish().await.unwrap().download.unwrap();
     assert!(download.content_ok, "{download:?}");
     all_lived(&scene, clients, &boot_id, 5000).await;
+    close(scene);
+}
+
+/// A name server in another, private subnet of site a, behind its router.
+fn private_resolver(scene: &Scene) -> Elsewhere {
+    let (router, host) =
+        (&scene.world.site("a").unwrap().router, scene.world.lab.namespace("resolver").unwrap());
+    let link =
+        format!("link add far0 netns {} type veth peer name eth0 netns {}", router.name(), host.name());
+    run_with_input("ip", &["-batch", "-"], &link).unwrap();
+    router.ip(&["addr add 10.53.0.1/24 dev far0", "link set far0 up"]).unwrap();
+    host.ip(&["addr add 10.53.0.53/24 dev eth0", "link set eth0 up", "route add default via 10.53.0.1"])
+        .unwrap();
+    Elsewhere::serve(&host, SocketAddr::from(([10, 53, 0, 53], 53)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_goes_on_asking_a_private_resolver_in_another_subnet_of_its_home() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("resolver")).await;
+    let resolver = private_resolver(&scene);
+    scene.start_guest().await.unwrap();
+    let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
+    let before = through(&scene, home, resolver.address).await;
+    moved(&scene, "a", "b").await;
+    let after = through(&scene, care_of, resolver.address).await;
+    assert_eq!(resolver.seen(), [home, home], "its own connections come from its home address");
+    let asked = [("asked at home", before), ("asked at b", after)];
+    beside::lived(asked.map(|(what, client)| (what.to_owned(), client)).into()).await;
     close(scene);
 }
