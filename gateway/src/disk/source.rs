@@ -295,8 +295,11 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
         }
     }
 
-    /// Packs harder from now on, or less hard.
+    /// Packs harder from now on, or less hard. What is seen while a level is not in force yet, or only just, is not judged.
     fn weigh(&mut self) {
+        if !self.mirror.is_level_tried() {
+            return;
+        }
         if let Some(level) = self.seen.judge(&mut self.effort) {
             self.mirror.set_level(level);
         }
@@ -407,12 +410,14 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
         if let Some(barrier) = self.mirror.barrier()
             && let Some(done) = self.finishing.take()
         {
-            let SourceCounters { sent_bytes, same_bytes, chunk_bytes, .. } = self.mirror.counters();
+            let SourceCounters { sent_bytes, same_bytes, chunk_bytes, level_changes, .. } =
+                self.mirror.counters();
             tracing::debug!(
                 sent_bytes,
                 same_bytes,
                 chunk_bytes,
                 level = self.effort.level(),
+                level_changes,
                 "disk was packed"
             );
             let _ = done.send(barrier);

@@ -315,8 +315,12 @@ impl<S: ChunkSend> Pump<S> {
 
     fn say_what_it_took(&self) {
         let EncoderCounters { stream, wire_bytes, known_pages, disk_pages, .. } = self.encoder.counters();
-        let (pages, level) = (stream.pages, self.encoder.memory_level());
-        debug!(bytes = stream.bytes, wire_bytes, pages, known_pages, disk_pages, level, "Memory was packed");
+        let (pages, level, level_changes) =
+            (stream.pages, self.encoder.memory_level(), self.effort.changes());
+        debug!(
+            bytes = stream.bytes,
+            wire_bytes, pages, known_pages, disk_pages, level, level_changes, "Memory was packed"
+        );
     }
 
     /// Packs harder from now on, or less hard.

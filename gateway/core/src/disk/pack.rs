@@ -7,7 +7,8 @@
 //! Integers are little-endian; the length is that of the body before packing. With flag 1 the body is the next piece of a zstd
 //! stream that all chunks of the disk make up, flushed at the chunk's end: what a disk holds twice, a long way apart, is found
 //! within the window that both sites keep. It rests on the bulk channel, which brings each chunk once and in order. A change of
-//! the level ends a frame of the stream and begins another.
+//! the level ends a frame of the stream and begins another, without what was in the window: zstd takes a level within a frame
+//! only where it packs with threads of its own, and those begin anew at each flush.
 
 use bytes::{Buf, Bytes};
 use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Operation, OutBuffer};
@@ -28,7 +29,7 @@ const CHUNK_HEADER: usize = 18;
 const SLACK: usize = 256;
 const FIRST_LEVEL: i32 = 1;
 /// A change of level forgets the window: it must be worth that. In bytes.
-const LEAST_AT_A_LEVEL: u64 = if cfg!(test) { 1 << 16 } else { 4 << 20 };
+const LEAST_AT_A_LEVEL: u64 = if cfg!(test) { 1 << 16 } else { 16 << 20 };
 
 /// Packs records into chunks of bounded size.
 pub(super) struct ChunkPacker {
@@ -45,6 +46,7 @@ struct Stream {
     wanted_level: i32,
     /// What was packed at this level, in bytes.
     packed: u64,
+    changes: u64,
 }
 
 impl ChunkPacker {
@@ -67,6 +69,18 @@ impl ChunkPacker {
         if let Some(stream) = &mut self.stream {
             stream.wanted_level = level;
         }
+    }
+
+    /// Whether the level that was set last is in force, and for long enough to judge it by what it took.
+    pub(super) fn is_level_tried(&self) -> bool {
+        let tried =
+            |stream: &Stream| stream.level == stream.wanted_level && stream.packed >= LEAST_AT_A_LEVEL;
+        self.stream.as_ref().is_some_and(tried)
+    }
+
+    /// How often another level came into force.
+    pub(super) fn level_changes(&self) -> u64 {
+        self.stream.as_ref().map_or(0, |stream| stream.changes)
     }
 
     /// Whether `record` still fits. One record always fits an empty chunk of reasonable size.
@@ -106,7 +120,7 @@ impl Stream {
         let mut encoder = Encoder::new(FIRST_LEVEL)?;
         encoder.set_parameter(CParameter::WindowLog(window_log))?;
         encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
-        Ok(Self { encoder, level: FIRST_LEVEL, wanted_level: FIRST_LEVEL, packed: 0 })
+        Ok(Self { encoder, level: FIRST_LEVEL, wanted_level: FIRST_LEVEL, packed: 0, changes: 0 })
     }
 
     /// Appends the body's piece of the stream.
@@ -120,6 +134,7 @@ impl Stream {
             }
             self.encoder.set_parameter(CParameter::CompressionLevel(self.wanted_level))?;
             (self.level, self.packed) = (self.wanted_level, 0);
+            self.changes += 1;
         }
         self.packed += body.len() as u64;
         let mut input = InBuffer::around(body);
@@ -325,6 +340,26 @@ mod tests {
         }
         assert!(chunks[2].len() < 2000, "{} bytes for what was two chunks before", chunks[2].len());
         assert!(pack(&[write(0, vec![7; 60_000])], MAX_BODY, &[])[0].len() < 200);
+    }
+
+    #[test]
+    fn a_level_is_tried_before_another_follows_and_one_that_is_taken_back_forgets_nothing() {
+        let mut packer = ChunkPacker::new(MAX_BODY, DEFAULT_WINDOW_LOG);
+        let pack = |packer: &mut ChunkPacker, offset| {
+            packer.push(&write(offset, noise(1, LEAST_AT_A_LEVEL as usize)));
+            packer.finish(1).len()
+        };
+        assert!(!packer.is_level_tried());
+        pack(&mut packer, 0);
+        assert!(packer.is_level_tried());
+        packer.set_level(9);
+        assert!(!packer.is_level_tried(), "it is not in force yet");
+        packer.set_level(FIRST_LEVEL);
+        assert!(pack(&mut packer, 1) < 1000, "the window was forgotten for nothing");
+        packer.set_level(9);
+        assert!(pack(&mut packer, 2) > LEAST_AT_A_LEVEL as usize, "a frame of its own");
+        assert!(packer.is_level_tried());
+        assert_eq!(packer.level_changes(), 1);
     }
 
     #[test]

@@ -122,7 +122,7 @@ pub enum Content {
     Zero(u64),
 }
 
-/// What has happened so far. All in bytes, but for `records`.
+/// What has happened so far. All in bytes, but for `records` and `level_changes`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SourceCounters {
     /// Disk content in records already put into chunks, zeros included.
@@ -141,6 +141,8 @@ pub struct SourceCounters {
     pub overtaken_bytes: u64,
     /// Records put into chunks.
     pub records: u64,
+    /// How often chunks began to be packed at another level.
+    pub level_changes: u64,
 }
 
 /// A guest write that cannot belong to this mirror.
@@ -375,6 +377,11 @@ impl MirrorSource {
         self.packer.set_level(level);
     }
 
+    /// Whether the level in force has had its time: a change costs what is remembered of the disk.
+    pub fn is_level_tried(&self) -> bool {
+        self.packer.is_level_tried()
+    }
+
     /// The next chunk to send, if there is anything to send.
     pub fn poll_chunk(&mut self) -> Option<Bytes> {
         let first_number = self.digest.records() + 1;
@@ -392,6 +399,7 @@ impl MirrorSource {
         self.counters.records = self.digest.records();
         let chunk = self.packer.finish(first_number);
         self.counters.chunk_bytes += chunk.len() as u64;
+        self.counters.level_changes = self.packer.level_changes();
         Some(chunk)
     }
 

@@ -2,8 +2,11 @@
 //!
 //! ```text
 //!   the link was waited for, packing took little   --> one level up
-//!   the link waited for the packer                 --> one level down
+//!   the link waited for the packer                 --> one level down, and none up for a while
 //! ```
+//!
+//! What else a host does makes it look busy in one moment and idle in the next, and on a disk each change of level costs what
+//! is remembered (`core/disk/pack.rs`): so it looks at a while, and after a step down it waits, each time for longer.
 //!
 //! It measures nothing itself, and one of these belongs to one stream: what else the processor does shows in how long
 //! packing takes.
@@ -24,15 +27,37 @@ const LIGHT: f64 = 0.25;
 /// The share of the time that the link must have been waited for to be what everything waits for.
 const WAITED: f64 = 0.3;
 
+/// So much is seen before it is judged.
+const JUDGED_OVER: Duration = Duration::from_millis(500);
+/// No step up for so long after a step down; twice as long each time that a step up was taken back, up to the second.
+const FIRST_REST: Duration = Duration::from_secs(5);
+const LONGEST_REST: Duration = Duration::from_secs(60);
+
 /// Chooses the level.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     level: usize,
+    seen: Seen,
+    /// How long there is still no step up, and how long there is none after the next step down.
+    rest: Duration,
+    next_rest: Duration,
+    /// The last step was up.
+    climbed: bool,
+    changes: u32,
+}
+
+/// What was seen since it was judged last.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    time: Duration,
+    packing: Duration,
+    waiting: Duration,
 }
 
 impl Default for Effort {
     fn default() -> Self {
-        Self { level: FIRST }
+        let (seen, rest) = (Seen::default(), Duration::ZERO);
+        Self { level: FIRST, seen, rest, next_rest: FIRST_REST, climbed: false, changes: 0 }
     }
 }
 
@@ -40,16 +65,45 @@ impl Effort {
     /// What was seen in the last `interval`: how long packing took, and how long the link was full. Gives the level from now
     /// on. An interval in which nothing was packed says nothing.
     pub fn handle_interval(&mut self, interval: Duration, packing: Duration, waiting: Duration) -> i32 {
-        let share = |part: Duration| part.as_secs_f64() / interval.as_secs_f64().max(1e-9);
+        self.rest = self.rest.saturating_sub(interval);
         if packing.is_zero() {
             return self.level();
         }
-        if share(packing) > HEAVY && share(waiting) < WAITED {
-            self.level = self.level.saturating_sub(1);
-        } else if share(packing) < LIGHT && share(waiting) >= WAITED {
-            self.level = (self.level + 1).min(LEVELS.len() - 1);
+        self.seen.time += interval;
+        self.seen.packing += packing;
+        self.seen.waiting += waiting;
+        if self.seen.time >= JUDGED_OVER {
+            let seen = std::mem::take(&mut self.seen);
+            self.judge(seen);
         }
         self.level()
+    }
+
+    fn judge(&mut self, seen: Seen) {
+        let share = |part: Duration| part.as_secs_f64() / seen.time.as_secs_f64();
+        let before = self.level;
+        if share(seen.packing) > HEAVY && share(seen.waiting) < WAITED {
+            self.level = self.level.saturating_sub(1);
+        } else if share(seen.packing) < LIGHT && share(seen.waiting) >= WAITED && self.rest.is_zero() {
+            self.level = (self.level + 1).min(LEVELS.len() - 1);
+        }
+        self.changes += u32::from(self.level != before);
+        if self.level > before {
+            self.climbed = true;
+            // Once one was taken back, they come one at a time.
+            self.rest = if self.next_rest > FIRST_REST { FIRST_REST } else { Duration::ZERO };
+        }
+        if self.level < before {
+            self.rest = self.next_rest;
+            if std::mem::take(&mut self.climbed) {
+                self.next_rest = (self.next_rest * 2).min(LONGEST_REST);
+            }
+        }
+    }
+
+    /// How often the level has changed.
+    pub fn changes(&self) -> u32 {
+        self.changes
     }
 
     /// zstd's level.
@@ -91,6 +145,29 @@ mod tests {
             let steps = LEVELS.iter().position(|known| *known == level).unwrap() as i32 - FIRST as i32;
             let share = link / (1000.0 / 2f64.powi(steps));
             assert!(share <= HEAVY, "{level} takes {share:.2} for a link of {link}");
+        }
+    }
+
+    /// How often the level changes in a minute in which packing takes these shares of the time, each for so long, in turn.
+    fn changes(shares: [f64; 2], each: Duration) -> usize {
+        let mut effort = Effort::default();
+        let (mut last, mut changes) = (effort.level(), 0);
+        for tick in 0..600u32 {
+            let turn = (TICK * tick).as_millis() / each.as_millis();
+            let share = shares[turn as usize % 2];
+            let level = effort.handle_interval(TICK, TICK.mul_f64(share), TICK.mul_f64(0.9 - share));
+            changes += usize::from(level != last);
+            last = level;
+        }
+        changes
+    }
+
+    #[test]
+    fn a_noisy_processor_does_not_make_it_hunt() {
+        assert_eq!(changes([0.2, 0.7], TICK), 0, "a half of the time is neither much nor little");
+        for each_ms in [300, 1000, 3000, 10_000] {
+            let changes = changes([0.2, 0.7], Duration::from_millis(each_ms));
+            assert!(changes <= 20, "{changes} changes in a minute of {each_ms} ms each");
         }
     }
 
