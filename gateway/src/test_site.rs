@@ -200,7 +200,8 @@ fn config(name: &str, folder: &TempDir, peers: &[Peer<'_>]) -> Config {
          [storage]\npool = \"{path}\"\n[lan.lan]\nbridge = \"br-lan\"\n"
     );
     for (peer, key, _) in peers {
-        text += &format!("[[peer]]\nname = \"{peer}\"\nkey = \"{}\"\n", key.public_key());
+        text +=
+            &format!("[[peer]]\nname = \"{peer}\"\nkey = \"{}\"\nmay_receive = [\"*\"]\n", key.public_key());
     }
     Config::parse(std::path::Path::new("site.toml"), &text).unwrap()
 }

@@ -179,6 +179,9 @@ fn line(view: &MigrationView) -> String {
     if let Some(limit) = view.disk_limit {
         line += &format!("  disk writes limited to {}", Rate(limit));
     }
+    if let Some(mbit) = view.limit_mbit {
+        line += &format!("  limited to {mbit} Mbit/s");
+    }
     if let Some(eta) = view.eta_s {
         line += &format!("  ETA {eta} s");
     }

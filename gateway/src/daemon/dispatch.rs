@@ -92,6 +92,7 @@ impl Daemon {
         if let Some(running) = self.migrations.get_mut(&id) {
             running.request = Some(request);
         }
+        self.keep_limit(id, follows).await;
         Ok(Started { id: id.to_string() })
     }
 
@@ -203,8 +204,8 @@ impl Daemon {
             },
             span,
         ));
-        self.migrations
-            .insert(id, Running { attempt, request: None, inbox: Some(inbox), viewer, guest: Some(guest) });
+        let (request, limit_mbit, inbox, guest) = (None, None, Some(inbox), Some(guest));
+        self.migrations.insert(id, Running { attempt, request, limit_mbit, inbox, viewer, guest });
     }
 
     /// A peer said something.

@@ -218,6 +218,9 @@ struct Running {
     attempt: Attempt,
     /// What was asked for, where this site is the source.
     request: Option<MigrateRequest>,
+    /// What an operator lets it take of the link, in Mbit/s. The attempts that follow it begin with that, also where its pause
+    /// has lifted it.
+    limit_mbit: Option<u64>,
     /// `None` once it has ended.
     inbox: Option<mpsc::Sender<Inbound>>,
     viewer: Viewer,
@@ -302,6 +305,7 @@ impl Daemon {
         let Some(running) = self.migrations.get_mut(&end.id) else { return Ok(()) };
         running.inbox = None;
         self.plan_retry(end.id);
+        self.forget_limit(end.id).await;
         let shown: BTreeSet<MigrationId> = self
             .migrations
             .iter()

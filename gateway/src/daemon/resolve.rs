@@ -415,7 +415,8 @@ mod tests {
             }
             let (inbox, outbox) = tokio::sync::mpsc::channel(1);
             inboxes.push((id, outbox));
-            let running = Running { attempt, request: None, inbox: Some(inbox), viewer, guest: None };
+            let (request, limit_mbit, inbox, guest) = (None, None, Some(inbox), None);
+            let running = Running { attempt, request, limit_mbit, inbox, viewer, guest };
             daemon.migrations.insert(id, running);
         }
         let request = ResolveRequest { keep: Keep::There, destroyed: None };
@@ -443,8 +444,14 @@ mod tests {
         site.edges.journal.remove_machine(&attempt.vm).unwrap();
         let viewer = Viewer::new(&attempt, site.edges.site(), &attempt.peer);
         let (guest, id) = (watch::channel(None).1, attempt.id);
-        let running =
-            Running { attempt, request: None, inbox: None, viewer: viewer.clone(), guest: Some(guest) };
+        let running = Running {
+            attempt,
+            request: None,
+            limit_mbit: None,
+            inbox: None,
+            viewer: viewer.clone(),
+            guest: Some(guest),
+        };
         daemon.migrations.insert(id, running);
         viewer
     }

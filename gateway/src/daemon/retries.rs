@@ -25,13 +25,15 @@ pub(super) struct PlannedRetry {
     give_up_at: Instant,
 }
 
-/// Which attempt it follows, and which retry it is.
+/// Which attempt it follows, which retry it is, and what an operator lets it take of the link.
 #[derive(Clone, Copy)]
 pub(super) struct Following {
     /// The attempt before.
     pub id: MigrationId,
     /// From 1.
     pub number: u32,
+    /// In Mbit/s, if it is limited.
+    pub limit_mbit: Option<u64>,
 }
 
 impl Daemon {
@@ -47,7 +49,7 @@ impl Daemon {
         let Some(left) = left else { return self.no_retry(id, Some(TOO_LATE)) };
         let planned = PlannedRetry {
             request: request.clone(),
-            follows: Following { id, number: retry.number },
+            follows: Following { id, number: retry.number, limit_mbit: running.limit_mbit },
             due: now + Duration::from_millis(retry.delay_ms),
             give_up_at: now + left,
         };
@@ -90,6 +92,12 @@ impl Daemon {
         for id in waiting {
             self.no_retry(id, None);
         }
+    }
+
+    /// Limits what will follow this attempt; false if nothing will.
+    pub(super) fn limit_retry_after(&mut self, id: MigrationId, limit_mbit: Option<u64>) -> bool {
+        let planned = self.retries.values_mut().find(|planned| planned.follows.id == id);
+        planned.map(|planned| planned.follows.limit_mbit = limit_mbit).is_some()
     }
 
     /// Forgets what would follow this attempt; false if nothing would.
@@ -161,8 +169,14 @@ mod tests {
             max_downtime_ms: None,
             no_throttle: false,
         };
-        let running =
-            Running { attempt, request: Some(request), inbox: None, viewer: viewer.clone(), guest: None };
+        let running = Running {
+            attempt,
+            request: Some(request),
+            limit_mbit: None,
+            inbox: None,
+            viewer: viewer.clone(),
+            guest: None,
+        };
         daemon.migrations.insert(id, running);
         daemon.forget_retries(&vm);
         daemon.plan_retry(id);

@@ -28,6 +28,8 @@ mod probe;
 mod process;
 mod qmp;
 mod run_dir;
+#[cfg(test)]
+mod test_guest;
 mod travel;
 
 pub use accelerator::{Accelerator, AcceleratorChoice};
