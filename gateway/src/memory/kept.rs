@@ -43,7 +43,8 @@ pub fn write(path: &Path, remembered: &Remembered) -> io::Result<()> {
         out.write_all(&page.to_be_bytes())?;
         out.write_all(content)?;
     }
-    out.into_inner().map_err(io::IntoInnerError::into_error)?;
+    // Before its name, so that no crash leaves a file of that name whose pages are not there.
+    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
     std::fs::rename(&unfinished, path)
 }
 
@@ -52,7 +53,11 @@ pub fn digest(path: &Path) -> Option<[u8; 32]> {
     head(&mut File::open(path).ok()?).ok()
 }
 
-/// Reads what has this digest, at most so many pages.
+/// Reads what has this digest, if that is at most so many pages.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::FileTooLarge`] if it is more; any other if what is there cannot be what was kept.
 pub fn read(path: &Path, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembered> {
     let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
     let damaged = || io::Error::from(io::ErrorKind::InvalidData);
@@ -61,10 +66,13 @@ pub fn read(path: &Path, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembe
     }
     let mut remembered = Remembered::with_room(max_pages);
     let (mut name, mut number, mut content) = ([0; 255], [0; 8], vec![0; PAGE_BYTES]);
-    loop {
+    for page in 0.. {
         let mut length = [0];
         if file.read(&mut length)? == 0 {
             break;
+        }
+        if page == max_pages {
+            return Err(io::ErrorKind::FileTooLarge.into());
         }
         let name = &mut name[..usize::from(length[0])];
         file.read_exact(name)?;
@@ -114,7 +122,8 @@ mod tests {
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(read(&path, known, 8).unwrap().digest(), known);
         assert!(read(&path, [1; 32], 8).is_err(), "another is meant");
-        assert!(read(&path, known, 2).is_err(), "more than there is room for");
+        let more = read(&path, known, 2).err().map(|error| error.kind());
+        assert_eq!(more, Some(io::ErrorKind::FileTooLarge));
         let mut bytes = std::fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(&path, bytes).unwrap();

@@ -14,6 +14,7 @@ pub mod admission;
 pub mod anchor;
 pub mod anchors;
 mod arbitrate;
+mod damage;
 pub mod descriptors;
 mod destination;
 mod discard;

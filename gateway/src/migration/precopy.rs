@@ -267,7 +267,9 @@ async fn start_memory(
     let wanted = transfer
         .memory_base
         .filter(|theirs| digest(&leaf.edges.kept_memory(&leaf.attempt.vm)) == Some(*theirs));
+    // Without it all of memory is sent.
     let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, wanted, transfer.shadow_pages).await;
+    let base = base.unwrap_or_default();
     let named_by = named_by(&mut transfer.disks).await?;
     let source =
         MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base).with_disks(named_by);

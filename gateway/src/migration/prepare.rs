@@ -29,7 +29,7 @@ use super::destination::DestinationLeaf;
 use super::partial::{self, PartialOf};
 use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
 use super::stay::Stay;
-use super::{chain, hypervisor_failed, kept, remembered, told_to_stop};
+use super::{damage, hypervisor_failed, kept, remembered, told_to_stop};
 use crate::disk::nbd::NbdClient;
 use crate::disk::{Base, DiskMap, DiskTarget};
 use crate::hypervisor::{
@@ -52,8 +52,15 @@ pub(super) struct Held {
     /// For each image, what is there of it already.
     there: Vec<There>,
     pub maps: Vec<DiskMap>,
-    disks: Vec<DiskTarget>,
+    disks: Vec<Arriving>,
     pub memory: Option<TargetHandle>,
+}
+
+/// A disk that fills.
+struct Arriving {
+    name: DeviceName,
+    size: Bytes,
+    target: DiskTarget,
 }
 
 /// What this site has of a disk before anything is sent.
@@ -242,7 +249,7 @@ async fn receive(
         });
         let size = volume.size_bytes;
         let target = DiskTarget::spawn(size, mirror, channel, client, base).map_err(disk_failed)?;
-        held.disks.push(target);
+        held.disks.push(Arriving { name: volume.name.clone(), size: Bytes(size), target });
     }
     let incoming = guest_socket(guest, &own, "incoming.sock");
     guest.incoming(&incoming).await.map_err(hypervisor_failed)?;
@@ -250,8 +257,9 @@ async fn receive(
     let channel = peer.bulk_receiver(id, window).await.map_err(memory_failed)?;
     let config = TargetConfig { shadow_pages: reservation.shadow_pages, ..TargetConfig::default() };
     let (base, pages) = (reservation.memory_base, reservation.shadow_pages);
-    let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, base, pages).await;
-    let disks = held.disks.iter().map(DiskTarget::named).collect();
+    // The source may begin with what is damaged here: better now than when all disks are copied.
+    let base = remembered::of_both(&leaf.edges, &leaf.attempt.vm, base, pages).await?;
+    let disks = held.disks.iter().map(|disk| disk.target.named()).collect();
     held.memory = Some(MemoryTarget::start(incoming, channel, config, base, disks));
     Ok(())
 }
@@ -260,15 +268,15 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     let (Some(guest), Some(memory)) = (&held.guest, &mut held.memory) else {
         return Err(Refusal::Other("nothing was prepared".into()));
     };
+    let (site, pool) = (leaf.edges.site(), &leaf.edges.config.storage.pool);
+    let names: Vec<DeviceName> = held.disks.iter().map(|disk| disk.name.clone()).collect();
     // Whichever fails first says why; the others may wait for ever.
-    let disks = try_join_all(held.disks.iter_mut().map(async |disk| {
-        disk.proven().await.map(drop).map_err(|error| Refusal::Verification(Refusal::text(chain(&error))))
+    let disks = try_join_all(held.disks.iter_mut().map(async |Arriving { name, size, target }| {
+        let proven = target.proven().await.map(drop);
+        proven.map_err(|error| damage::of_disk(site, pool, (&*name, *size), &error))
     }));
     let loaded = async {
-        let end = memory.ended().await;
-        if !matches!(end, MemoryEnd::Proven(_)) {
-            return Err(Refusal::Verification(Refusal::text(format!("memory: {end}"))));
-        }
+        memory_proven(leaf, &names, memory).await?;
         let info = guest.wait_migration(|_| false, QEMU_LIMIT).await.map_err(hypervisor_failed)?;
         if info.status == MigrationStatus::Completed {
             return Ok(());
@@ -295,9 +303,26 @@ async fn load(leaf: &DestinationLeaf, held: &mut Held) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Waits for memory; `disks` are the names of the machine's.
+async fn memory_proven(
+    leaf: &DestinationLeaf,
+    disks: &[DeviceName],
+    memory: &mut TargetHandle,
+) -> Result<(), Refusal> {
+    let end = memory.ended().await;
+    if matches!(end, MemoryEnd::Proven(_)) {
+        return Ok(());
+    }
+    if matches!(end, MemoryEnd::Mismatch(_)) {
+        // Whatever it was that differed: the next attempt sends all of it.
+        remembered::forget(&leaf.edges, &leaf.attempt.vm);
+    }
+    Err(damage::of_memory(leaf.edges.site(), disks, &end))
+}
+
 /// Nobody writes to the disks but the guest from here on.
-async fn close_disks(guest: &Guest, disks: &mut Vec<DiskTarget>) -> Result<(), Refusal> {
-    join_all(disks.drain(..).map(DiskTarget::close)).await;
+async fn close_disks(guest: &Guest, disks: &mut Vec<Arriving>) -> Result<(), Refusal> {
+    join_all(disks.drain(..).map(|disk| disk.target.close())).await;
     guest.close_exports(CLOSE_LIMIT).await.map_err(hypervisor_failed)?;
     guest.nbd_stop().await.map_err(hypervisor_failed)
 }

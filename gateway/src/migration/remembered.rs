@@ -3,10 +3,12 @@
 //!
 //! It is a help and never needed: whatever goes wrong with it is logged, and the next move sends all memory.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use longhaul_core::ids::VmName;
+use longhaul_core::migration::message::Refusal;
 use longhaul_core::wan::Remembered;
 
 use super::Edges;
@@ -32,25 +34,41 @@ pub(super) fn keep(edges: &Edges, vm: &VmName, remembered: Option<Remembered>) {
     });
 }
 
-/// Reads what the other site remembers as well.
+/// Reads what the other site remembers as well; nothing if there is no room for it, as there then is none at the source.
+///
+/// # Errors
+///
+/// [`Refusal::Verification`] if what is kept here is not what it was. It is forgotten: the other site may begin with it, so
+/// that this attempt has to end, and the next must not.
 pub(super) async fn of_both(
     edges: &Edges,
     vm: &VmName,
     digest: Option<[u8; 32]>,
     max_pages: u32,
-) -> Option<Remembered> {
-    let (path, wanted) = (edges.kept_memory(vm), digest?);
-    let read = move || {
-        let read = kept::read(&path, wanted, max_pages);
-        if read.is_err() {
-            // The other site may begin with it all the same: this attempt fails then, the next must not.
-            kept::forget(&path)?;
+) -> Result<Option<Remembered>, Refusal> {
+    let (path, Some(wanted)) = (edges.kept_memory(vm), digest) else { return Ok(None) };
+    let read = tokio::task::spawn_blocking(move || read_or_forget(&path, wanted, max_pages)).await;
+    match read.unwrap_or_else(|ended| Err(io::Error::other(ended))) {
+        Ok(remembered) => Ok(Some(remembered)),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            tracing::info!(%vm, "its memory of before is more than may be remembered now, and is not used");
+            Ok(None)
         }
-        read
-    };
-    let read = tokio::task::spawn_blocking(read).await;
-    let read = read.unwrap_or_else(|ended| Err(std::io::Error::other(ended)));
-    read.inspect_err(|error| tracing::info!(%vm, %error, "its memory of before is not used")).ok()
+        Err(error) => {
+            tracing::warn!(%vm, %error, "its kept memory is damaged and was forgotten");
+            let site = edges.site();
+            let text = format!("memory: what site {site} kept of it is damaged, and was forgotten: {error}");
+            Err(Refusal::Verification(Refusal::text(text)))
+        }
+    }
+}
+
+fn read_or_forget(path: &Path, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembered> {
+    let read = kept::read(path, wanted, max_pages);
+    if matches!(&read, Err(error) if error.kind() != io::ErrorKind::FileTooLarge) {
+        kept::forget(path)?;
+    }
+    read
 }
 
 /// Forgets it, with the machine.
@@ -76,5 +94,37 @@ pub fn expire(edges: &Edges) {
         {
             tracing::warn!(file = %file.path().display(), %error, "kept memory could not be removed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::memory::PAGE_BYTES;
+
+    use super::*;
+    use crate::identity::Identity;
+    use crate::test_site::TestSite;
+
+    #[tokio::test]
+    async fn kept_memory_that_is_damaged_ends_the_attempt_before_anything_is_copied_and_not_the_next() {
+        let site = TestSite::open("b", &Identity::generate().unwrap(), &[]).await;
+        let (edges, vm) = (&site.edges, "web1".parse().unwrap());
+        let path = edges.kept_memory(&vm);
+        let mut remembered = Remembered::with_room(2);
+        for page in 0..2u64 {
+            assert!(remembered.put(b"pc.ram", page, &[page as u8; PAGE_BYTES]));
+        }
+        kept::write(&path, &remembered).unwrap();
+        let named = kept::digest(&path);
+        assert!(of_both(edges, &vm, named, 2).await.unwrap().is_some());
+        assert!(of_both(edges, &vm, named, 1).await.unwrap().is_none(), "no room is no damage");
+        assert!(of_both(edges, &vm, None, 2).await.unwrap().is_none());
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(kept::digest(&path), named, "it is named to the source all the same");
+        let why = of_both(edges, &vm, named, 2).await.err();
+        assert!(matches!(&why, Some(Refusal::Verification(text)) if text.contains("site b")), "{why:?}");
+        assert_eq!(kept::digest(&path), None);
     }
 }

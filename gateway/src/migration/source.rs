@@ -24,7 +24,9 @@ use super::arbitrate::{Questions, Register};
 use super::precopy::Transfer;
 use super::view::Viewer;
 use super::work::Work;
-use super::{Edges, Inbound, Leaf, MachineRow, chain, park, precopy, preflight, release, rollback};
+use super::{
+    Edges, Inbound, Leaf, MachineRow, chain, park, precopy, preflight, release, remembered, rollback,
+};
 use crate::api::types::{Progressing, RetryView, WanBytes};
 use crate::hypervisor::Guest;
 use crate::journal::JournalError;
@@ -399,6 +401,10 @@ impl SourceDriver {
             return;
         }
         let edges = &self.leaf.edges;
+        if matches!(why, Refusal::Verification(_)) {
+            // Whatever it was that differed: the next attempt begins with nothing that both sites only believe to have.
+            remembered::forget(edges, &self.leaf.attempt.vm);
+        }
         let limits = edges.config.migration.retry_limits();
         let retry = limits.after(self.options.retry, why, edges.site()).filter(|_| !self.ended_by_operator);
         // First what follows: who sees the end must see both.
@@ -436,5 +442,37 @@ pub fn wan_bytes(peer: &PeerHandle) -> WanBytes {
         disk: shares.disk_bytes,
         tunnel: shares.datagram_bytes,
         control: shares.control_bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::{Epoch, MigrationId};
+    use longhaul_core::migration::CommitMode;
+
+    use super::*;
+    use crate::identity::Identity;
+    use crate::test_site::{TestSite, machine_row};
+
+    #[tokio::test]
+    async fn what_came_damaged_is_tried_again_without_the_memory_that_both_sites_kept() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let (row, id, epoch) = (machine_row(&site.edges), MigrationId(1), Epoch(1));
+        let (vm, peer) = (row.definition.name.clone(), "b".parse().unwrap());
+        let attempt = Attempt { id, vm, peer, epoch, commit: CommitMode::Confirmed };
+        let kept = site.edges.kept_memory(&attempt.vm);
+        std::fs::create_dir_all(kept.parent().unwrap()).unwrap();
+        let stayed = |why: Refusal| {
+            std::fs::write(&kept, "").unwrap();
+            let (edges, options) = (site.edges.clone(), SourceOptions::default());
+            let (inbox, anchors) = (mpsc::channel(1).1, mpsc::channel(1).0);
+            let driver =
+                SourceDriver::new(edges, attempt.clone(), None, row.clone(), options, inbox, anchors);
+            driver.stay(&why);
+            (kept.exists(), driver.viewer().current().retry.is_some())
+        };
+        assert_eq!(stayed(Refusal::PauseBudget), (true, true));
+        assert_eq!(stayed(Refusal::Verification("memory: digest".into())), (false, true));
+        assert_eq!(stayed(Refusal::Operator), (true, false));
     }
 }

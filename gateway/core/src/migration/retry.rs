@@ -2,7 +2,7 @@
 //!
 //! A retry is a new attempt with an id of its own and the same epoch; the stage machines know nothing of
 //! it. Only what passes by itself is tried again: a pause that took too long, a gateway at the other
-//! site that was restarted. What an operator has to look at is not, and an operator's word ends it all.
+//! site that was restarted, what came damaged and is sent anew. What an operator has to look at is not, and an operator's word ends it all.
 
 use std::time::Duration;
 
@@ -47,6 +47,9 @@ fn passes(number: u32, why: &Refusal, site: &SiteName) -> bool {
         Refusal::PauseBudget => true,
         // Our own restart forgets what was asked for.
         Refusal::Restarted(restarted) => restarted != site,
+        // The next attempt asks anew what the other site has, and sends the rest again. One that is damaged, too, has a host
+        // that is broken.
+        Refusal::Verification(_) => number == 0,
         // The other site may still be tidying up after the attempt before.
         Refusal::Busy(_) => number > 0,
         Refusal::NotAllowed { .. }
@@ -54,7 +57,6 @@ fn passes(number: u32, why: &Refusal, site: &SiteName) -> bool {
         | Refusal::Incompatible(_)
         | Refusal::CannotTravel(_)
         | Refusal::Names(_)
-        | Refusal::Verification(_)
         | Refusal::Link(_)
         | Refusal::Hypervisor(_)
         | Refusal::Operator
@@ -95,6 +97,13 @@ mod tests {
         let restarted = |site: &str| Refusal::Restarted(site.parse().unwrap());
         assert_eq!(after(0, &restarted("b")), Some((1, 2)));
         assert_eq!(after(0, &restarted("a")), None);
+    }
+
+    #[test]
+    fn what_came_damaged_is_sent_once_more() {
+        let damaged = Refusal::Verification("disk root: digest".into());
+        assert_eq!(after(0, &damaged), Some((1, 2)));
+        assert_eq!(after(1, &damaged), None, "twice is no accident");
     }
 
     #[test]
