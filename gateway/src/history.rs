@@ -24,12 +24,12 @@ use crate::migration::{MachineRow, moved_name};
 /// How long after its release a QEMU may still write: as long as it is given to end, and some more.
 const QEMU_ENDS_MS: u64 = 60_000;
 
-/// The migrations of `vm`, or of every machine, oldest first. `qemu` is what is known of QEMUs here; one that
+/// The migrations of `vm`, or of every machine, oldest first. `seen` is what is known of QEMUs here; one that
 /// is not in it was not asked. Without `site` what stands beside disks that came is not looked at.
 pub fn views(
     journal: &Journal,
     vm: Option<&VmName>,
-    qemu: &BTreeMap<VmName, Qemu>,
+    seen: &BTreeMap<VmName, Seen>,
     site: Option<Site<'_>>,
 ) -> Result<Vec<JournalView>, JournalError> {
     let histories = journal.histories()?;
@@ -42,7 +42,7 @@ pub fn views(
             owner: owner.as_ref(),
             row: rows.get(&attempt.vm),
             shares_images: shares_images(&attempt.vm, rows.iter()),
-            qemu: qemu.get(&attempt.vm).copied().unwrap_or(Qemu::Unknown),
+            seen: seen.get(&attempt.vm).copied().unwrap_or(Qemu::Unknown.into()),
             anchor: anchored(journal, &attempt.vm)?,
             site,
         };
@@ -62,6 +62,21 @@ pub struct Site<'a> {
     pub pool: &'a Path,
 }
 
+/// What was seen of a machine's QEMU here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// How it stands.
+    pub qemu: Qemu,
+    /// It holds what an attempt made in it.
+    pub encumbered: bool,
+}
+
+impl From<Qemu> for Seen {
+    fn from(qemu: Qemu) -> Self {
+        Self { qemu, encumbered: false }
+    }
+}
+
 /// What is known besides the records.
 pub struct Known<'a> {
     /// Who owns the machine, by the ledger.
@@ -71,7 +86,7 @@ pub struct Known<'a> {
     /// A file that it had as a disk is another machine's by now.
     pub shares_images: bool,
     /// Its QEMU here.
-    pub qemu: Qemu,
+    pub seen: Seen,
     /// The epoch of its anchor here.
     pub anchor: Option<Epoch>,
     /// This site, if its disks can be looked at.
@@ -88,7 +103,9 @@ pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<Ne
         arbitrated: history.attempt.commit != CommitMode::Confirmed,
         wanted: wanted(history),
         settled: known.row.is_some_and(|row| row.settled_in == Some(history.attempt.epoch)),
-        qemu: known.qemu,
+        qemu: known.seen.qemu,
+        // One driver takes away what all attempts left.
+        encumbered: known.seen.encumbered && is_latest(history, all),
         untidied: untidied(history, known),
         owes_names: known.row.is_some_and(|row| row.ttl_before_s.is_some()),
         overtaken: is_overtaken(history, all),
@@ -169,6 +186,16 @@ fn is_overtaken(history: &History, all: &[History]) -> bool {
         let is_later = other.attempt.id != history.attempt.id && other.attempt.epoch >= history.attempt.epoch;
         other.attempt.vm == history.attempt.vm && is_later && !refused
     })
+}
+
+/// Whether no other attempt with the machine began after this one.
+fn is_latest(history: &History, all: &[History]) -> bool {
+    let begun = |it: &History| {
+        let first = it.entries.first().map(|entry| entry.at_unix_ms);
+        (it.attempt.epoch, first, it.attempt.id)
+    };
+    let mut others = all.iter().filter(|other| other.attempt.vm == history.attempt.vm);
+    others.all(|other| begun(other) <= begun(history))
 }
 
 /// Whether an attempt to bring the machine here began after this one.
@@ -340,6 +367,28 @@ mod tests {
     }
 
     #[test]
+    fn what_attempts_left_in_a_qemu_is_undone_by_the_latest_of_them() {
+        let aborted = |id, at_unix_ms| {
+            let mut aborted =
+                history(id, 3, Record::Source(SourceRecord::Aborted { why: Refusal::Operator }));
+            aborted.entries[0].at_unix_ms = at_unix_ms;
+            aborted
+        };
+        let all = [aborted(9, 1000), aborted(4, 2000), aborted(2, 3000)];
+        let here = Ownership::Here { epoch: Epoch(2) };
+        let known = Known {
+            owner: Some(&here),
+            row: None,
+            shares_images: false,
+            seen: Seen { qemu: Qemu::Runs, encumbered: true },
+            anchor: None,
+            site: None,
+        };
+        let next = all.each_ref().map(|history| judge(history, &all, &known).unwrap());
+        assert_eq!(next, [NextStep::Nothing, NextStep::Nothing, NextStep::RollBack]);
+    }
+
+    #[test]
     fn a_view_says_what_was_decided_why_and_what_comes_next() {
         let here = Ownership::Here { epoch: Epoch(3) };
         let history = history(1, 3, refused());
@@ -347,7 +396,7 @@ mod tests {
             owner: Some(&here),
             row: None,
             shares_images: false,
-            qemu: Qemu::Runs,
+            seen: Qemu::Runs.into(),
             anchor: None,
             site: None,
         };
@@ -369,7 +418,7 @@ mod tests {
             owner: Some(&away),
             row: None,
             shares_images: false,
-            qemu: Qemu::Runs,
+            seen: Qemu::Runs.into(),
             anchor: None,
             site,
         };
@@ -406,7 +455,7 @@ mod tests {
         let site = Some(Site { name: &a, pool: folder.path() });
         let judged = |released: &History, shares_images| {
             let (owner, row) = (Some(&away), Some(&row));
-            let known = Known { owner, row, shares_images, qemu: Qemu::Gone, anchor: None, site };
+            let known = Known { owner, row, shares_images, seen: Qemu::Gone.into(), anchor: None, site };
             judge(released, std::slice::from_ref(released), &known).unwrap()
         };
         assert_eq!(judged(&released, false), NextStep::Nothing, "there is none");
@@ -443,8 +492,14 @@ mod tests {
         let a: SiteName = "a".parse().unwrap();
         let next = || {
             let site = Some(Site { name: &a, pool: folder.path() });
-            let known =
-                Known { owner: None, row: None, shares_images: false, qemu: Qemu::Gone, anchor: None, site };
+            let known = Known {
+                owner: None,
+                row: None,
+                shares_images: false,
+                seen: Qemu::Gone.into(),
+                anchor: None,
+                site,
+            };
             judge(&refused, std::slice::from_ref(&refused), &known).unwrap()
         };
         assert_eq!(next(), NextStep::Nothing);

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::Daemon;
 use super::machines::held;
 use super::unknown::unknown;
-use crate::history::{Known, Site, anchored, judge, shares_images};
+use crate::history::{Known, Seen, Site, anchored, judge, shares_images};
 use crate::hypervisor::{Guest, HypervisorError};
 use crate::journal::History;
 use crate::migration::anchor::{AnchorCommand, tell};
@@ -38,8 +38,8 @@ struct Taken {
 }
 
 impl Taken {
-    async fn qemu(&self) -> Qemu {
-        if self.silent.is_some() { Qemu::Unknown } else { qemu(self.guest.as_ref()).await }
+    async fn seen(&self) -> Seen {
+        if self.silent.is_some() { Qemu::Unknown.into() } else { seen(self.guest.as_ref()).await }
     }
 }
 
@@ -97,11 +97,11 @@ impl Daemon {
         let Some((proposal, reservation, without_dns)) = source_facts(&history.entries) else { return };
         let Some(taken) = found.get(&attempt.vm) else { return };
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
-        let (qemu, anchor) = (taken.qemu().await, self.anchored(&attempt.vm));
+        let (seen, anchor) = (taken.seen().await, self.anchored(&attempt.vm));
         let (row, guest) = (taken.row.clone(), taken.guest.clone());
         let site = Some(self.site());
         let shares_images = shares_images(&attempt.vm, found.iter().map(|(vm, taken)| (vm, &taken.row)));
-        let known = Known { owner: owner.as_ref(), row: Some(&row), shares_images, qemu, anchor, site };
+        let known = Known { owner: owner.as_ref(), row: Some(&row), shares_images, seen, anchor, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
             return;
@@ -161,7 +161,8 @@ impl Daemon {
         let owner = self.edges.journal.ownership(&attempt.vm).unwrap_or_default();
         let (anchor, site) = (self.anchored(&attempt.vm), Some(self.site()));
         let row = taken.map(|taken| &taken.row);
-        let known = Known { owner: owner.as_ref(), row, shares_images: false, qemu, anchor, site };
+        let (owner, seen) = (owner.as_ref(), qemu.into());
+        let known = Known { owner, row, shares_images: false, seen, anchor, site };
         let Some(step) = judge(history, all, &known) else { return };
         if step == NextStep::Hold {
             tracing::error!(vm = %attempt.vm, id = %attempt.id, text = step.text(&attempt.vm, &attempt.peer), "machine is held");
@@ -254,8 +255,22 @@ impl Daemon {
     }
 }
 
-/// How a machine's QEMU stands.
-pub(super) async fn qemu(guest: Option<&Guest>) -> Qemu {
+/// How a machine's QEMU stands, and whether it holds what an attempt made in it. One that cannot say may.
+pub(super) async fn seen(guest: Option<&Guest>) -> Seen {
+    let qemu = qemu(guest).await;
+    let Some(guest) = guest.filter(|_| matches!(qemu, Qemu::Runs | Qemu::StandsStill)) else {
+        return qemu.into();
+    };
+    let held = guest.is_encumbered().await;
+    let encumbered = held.unwrap_or_else(|error| {
+        tracing::warn!(vm = %guest.name(), error = chain(&error), "QEMU does not say what it holds of a move");
+        true
+    });
+    Seen { qemu, encumbered }
+}
+
+/// How it stands.
+async fn qemu(guest: Option<&Guest>) -> Qemu {
     let Some(guest) = guest else { return Qemu::Gone };
     match guest.status().await {
         Ok(state) if state.is_running() => Qemu::Runs,
@@ -314,9 +329,62 @@ fn destination_facts(entries: &[Entry]) -> Option<(Proposal, Reservation)> {
 
 #[cfg(test)]
 mod tests {
-    use longhaul_core::migration::CommitMode;
+    use std::time::Duration;
+
+    use longhaul_core::ids::MigrationId;
+    use longhaul_core::migration::message::Refusal;
+    use longhaul_core::migration::step::Step;
+    use longhaul_core::migration::{Attempt, CommitMode};
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::identity::Identity;
+    use crate::test_site::{TestSite, machine_row};
+
+    /// A QEMU whose guest runs, and which still exports its disk to a gateway that was killed.
+    fn exporting(command: &str) -> Value {
+        match command {
+            "query-status" => json!({ "status": "running" }),
+            "query-block-exports" => {
+                json!([{ "id": "nbd-root", "node-name": "root", "shutting-down": false }])
+            }
+            "query-block-jobs" | "query-named-block-nodes" => json!([]),
+            _ => json!({}),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_attempt_left_in_a_qemu_is_taken_away_although_its_guest_runs() {
+        let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
+        let (edges, row) = (site.edges.clone(), machine_row(&site.edges));
+        let (vm, peer) = (row.definition.name.clone(), "b".parse::<SiteName>().unwrap());
+        edges.journal.define(&vm, &Ownership::Here { epoch: Epoch(0) }).unwrap();
+        let proposal = Proposal {
+            definition: row.definition.clone(),
+            home_site: "a".parse().unwrap(),
+            hypervisor: "7.2".into(),
+            epoch: Epoch(0),
+            running: true,
+            commit: CommitMode::Confirmed,
+            nics: Vec::new(),
+            carried: Vec::new(),
+        };
+        let (id, epoch, commit) = (MigrationId(1), Epoch(1), CommitMode::Confirmed);
+        let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
+        let reserved = SourceRecord::Reserved { peer, proposal: Box::new(proposal), without_names: false };
+        let aborted = SourceRecord::Aborted { why: Refusal::PauseBudget };
+        for record in [reserved, aborted.clone()] {
+            let step = Step::<()>::record(Record::Source(record), Vec::new());
+            edges.journal.commit(&attempt, step).await.unwrap();
+        }
+        let (guest, mut asked) = Guest::answered_by(exporting).await;
+        let found = Found::from([(vm, Taken { row, guest: Some(guest), silent: None })]);
+        let histories = edges.journal.histories().unwrap();
+        Daemon::idle(edges).recover_source(&histories[0], &histories, aborted, &found).await;
+        let ended = asked.wait_for(|asked| asked.iter().any(|command| command == "nbd-server-stop"));
+        tokio::time::timeout(Duration::from_secs(60), ended).await.expect("in time").unwrap();
+        assert!(asked.borrow().iter().any(|command| command == "block-export-del"));
+    }
 
     #[test]
     fn a_move_that_was_begun_without_names_goes_on_without_them() {

@@ -7,19 +7,18 @@ use futures_util::future::join_all;
 use longhaul_core::ids::{MigrationId, VmName};
 use longhaul_core::migration::Stage;
 use longhaul_core::migration::ledger::Ownership;
-use longhaul_core::migration::recovery::Qemu;
 use longhaul_core::units::Rate;
 use tokio::sync::oneshot;
 
 use super::machines::held;
-use super::recovery::qemu;
+use super::recovery::seen;
 use super::{Daemon, Machine};
 use crate::api::types::{
     AnchorView, JournalView, MachineView, MigrationView, PartialView, PeerView, Progressing, StatusView,
     TunnelView,
 };
 use crate::api::{Reply, RequestError};
-use crate::history::{self, Site};
+use crate::history::{self, Seen, Site};
 use crate::hypervisor::{Guest, QmpError};
 use crate::link::PeerHandle;
 use crate::metrics::{Figures, LinkFigures, page};
@@ -143,9 +142,9 @@ impl Daemon {
         let edges = self.edges.clone();
         tokio::spawn(async move {
             let site = Site { name: edges.site(), pool: &edges.config.storage.pool };
-            let asked = guests.into_iter().map(async |(vm, guest)| (vm, qemu(guest.as_ref()).await));
-            let qemus: BTreeMap<VmName, Qemu> = join_all(asked).await.into_iter().collect();
-            let views = history::views(&edges.journal, vm.as_ref(), &qemus, Some(site)).map(|mut views| {
+            let asked = guests.into_iter().map(async |(vm, guest)| (vm, seen(guest.as_ref()).await));
+            let seen: BTreeMap<VmName, Seen> = join_all(asked).await.into_iter().collect();
+            let views = history::views(&edges.journal, vm.as_ref(), &seen, Some(site)).map(|mut views| {
                 for view in &mut views {
                     view.under_way = under_way.contains(&view.id);
                 }

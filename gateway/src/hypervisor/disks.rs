@@ -36,6 +36,10 @@ pub struct Export {
     pub shutting_down: bool,
 }
 
+pub(super) fn export_id(disk: &DeviceName) -> String {
+    format!("nbd-{disk}")
+}
+
 impl Guest {
     /// Starts the NBD server at the UNIX socket `path`. QMP `nbd-server-start`.
     pub async fn nbd_start(&self, path: &Path) -> Result<(), QmpError> {
@@ -59,7 +63,7 @@ impl Guest {
         access: Access,
         bitmaps: &[&str],
     ) -> Result<String, QmpError> {
-        let id = format!("nbd-{disk}");
+        let id = export_id(disk);
         let mut arguments = json!({
             "type": "nbd",
             "id": id,

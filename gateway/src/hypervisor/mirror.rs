@@ -112,7 +112,7 @@ impl From<BlockJob> for MirrorStatus {
 /// [`Guest::mirror_resume`] connects anew.
 const CONNECT_S: u64 = 10;
 
-fn job_id(disk: &DeviceName) -> String {
+pub(super) fn job_id(disk: &DeviceName) -> String {
     format!("mirror-{disk}")
 }
 

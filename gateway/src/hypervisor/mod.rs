@@ -18,6 +18,7 @@ mod config;
 mod console;
 mod definition_file;
 mod disks;
+mod encumbered;
 mod foreign;
 mod guest;
 mod inspect;

@@ -23,9 +23,11 @@ async fn a_mirror_whose_target_goes_away_is_aborted_and_the_guest_runs_on() {
     destination.export(&root, Access::Write, &[]).await.unwrap();
     source.mirror_start(&root, &nbd, "root", MirrorMode::None).await.unwrap();
     assert_eq!(source.mirror_settled(&root, LIMIT).await.unwrap().state, JobState::Ready);
+    assert!(source.is_encumbered().await.unwrap(), "it has a mirror");
     b.hypervisor.discard(&definition.name).await.unwrap();
     source.mirror_abort(&root, true, Duration::from_secs(2)).await.unwrap();
     assert_eq!(source.mirror_status(&root).await.unwrap(), None);
+    assert!(!source.is_encumbered().await.unwrap());
     assert!(source.status().await.unwrap().is_running());
     source.mirror_abort(&root, true, LIMIT).await.expect("no mirror is no error");
     let error = source.mirror_finish(&root, LIMIT).await.unwrap_err();
@@ -76,8 +78,15 @@ async fn what_a_guest_may_write_to_a_disk_is_bounded_and_its_own_again() {
     assert_eq!(bound().await, []);
     guest.limit_writes(&disk("root"), Some(Rate(1 << 20))).await.unwrap();
     assert_eq!(bound().await, [(1 << 20, 0)], "of one disk, and not what it reads");
+    assert!(guest.is_encumbered().await.unwrap(), "it has a bound");
     guest.limit_writes(&disk("root"), None).await.unwrap();
     assert_eq!(bound().await, []);
+    assert!(!guest.is_encumbered().await.unwrap());
+    guest.nbd_start(&site.path("nbd.sock")).await.unwrap();
+    guest.export(&disk("root"), Access::Read, &[]).await.unwrap();
+    assert!(guest.is_encumbered().await.unwrap(), "it has an export");
+    guest.close_exports(LIMIT).await.unwrap();
+    assert!(!guest.is_encumbered().await.unwrap());
     guest.limit_writes(&disk("nowhere"), None).await.expect("no disk of the guest's");
     guest.quit(LIMIT).await.unwrap();
 }

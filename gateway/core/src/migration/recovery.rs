@@ -40,6 +40,8 @@ pub struct Facts<'a> {
     pub settled: bool,
     /// Its QEMU here.
     pub qemu: Qemu,
+    /// QEMU holds what an attempt made in it: a bound on what the guest writes, a mirror, an export.
+    pub encumbered: bool,
     /// Disks of it lie here under the names that they had while it was here, or coming: what was to follow the end of
     /// its QEMU was not done.
     pub untidied: bool,
@@ -161,7 +163,7 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
             NextStep::Release
         }
         SourceRecord::Released => NextStep::Nothing,
-        // Undone before the crash or not: a guest that should run and stands still tells, or a TTL.
+        // Undone before the crash or not: a guest that should run and stands still tells, or what QEMU holds, or a TTL.
         SourceRecord::Aborted { .. }
         | SourceRecord::Returned { .. }
         | SourceRecord::Settled
@@ -175,7 +177,7 @@ fn of_source(last: &SourceRecord, facts: &Facts<'_>) -> NextStep {
             let owes_register = facts.arbitrated && matches!(last, SourceRecord::Returned { .. });
             // Its addresses would be attracted for the other site while it is started here.
             let attracts = facts.anchor == Some(facts.epoch);
-            if may && (stands || facts.owes_names || owes_register || attracts) {
+            if may && (stands || facts.encumbered || facts.owes_names || owes_register || attracts) {
                 NextStep::RollBack
             } else {
                 NextStep::Nothing
@@ -220,7 +222,7 @@ fn of_destination(last: &DestinationRecord, facts: &Facts<'_>) -> NextStep {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::message::{Handover, Refusal};
+    use crate::migration::message::{Handover, Refusal, Reservation};
 
     fn source(last: SourceRecord) -> Record {
         Record::Source(last)
@@ -234,11 +236,15 @@ mod tests {
         Box::new(Handover { nics: Vec::new() })
     }
 
+    fn reservation() -> Reservation {
+        Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None }
+    }
+
     fn facts<'a>(last: &'a Record, owner: &'a Ownership, qemu: Qemu) -> Facts<'a> {
         let epoch = Epoch(5);
         let (arbitrated, wanted, owes_names) = (false, true, false);
         let (overtaken, came_again, stale, settled) = (false, false, false, false);
-        let untidied = false;
+        let (untidied, encumbered) = (false, false);
         let (owner, anchor) = (Some(owner), None);
         Facts {
             last,
@@ -248,6 +254,7 @@ mod tests {
             wanted,
             settled,
             qemu,
+            encumbered,
             untidied,
             owes_names,
             overtaken,
@@ -284,6 +291,25 @@ mod tests {
         assert_eq!(next_step(&facts(&aborted, &away, Qemu::StandsStill)), NextStep::Nothing);
         assert_eq!(next_step(&facts(&aborted, &here, Qemu::Runs)), NextStep::Nothing);
         assert_eq!(next_step(&facts(&aborted, &here, Qemu::Unknown)), NextStep::RollBack, "it hangs");
+    }
+
+    #[test]
+    fn what_an_attempt_given_up_left_in_a_qemu_whose_guest_runs_is_undone() {
+        let here = Ownership::Here { epoch: Epoch(4) };
+        let away = Ownership::Away { site: "b".parse().unwrap(), epoch: Epoch(5) };
+        let judged = |last: SourceRecord, owner: &Ownership, encumbered, wanted| {
+            let last = source(last);
+            next_step(&Facts { encumbered, wanted, ..facts(&last, owner, Qemu::Runs) })
+        };
+        let aborted = || SourceRecord::Aborted { why: Refusal::Operator };
+        for wanted in [true, false] {
+            assert_eq!(judged(aborted(), &here, true, wanted), NextStep::RollBack);
+            assert_eq!(judged(aborted(), &here, false, wanted), NextStep::Nothing);
+            assert_eq!(judged(aborted(), &away, true, wanted), NextStep::Nothing, "it has left since");
+        }
+        let copying = || SourceRecord::PreCopy { reservation: reservation() };
+        assert_eq!(judged(copying(), &here, true, true), NextStep::Abort, "and that undoes it");
+        assert_eq!(judged(copying(), &here, false, true), NextStep::Abort);
     }
 
     #[test]

@@ -76,6 +76,7 @@ impl World {
             wanted: true,
             settled: false,
             qemu: self.qemu(site, id),
+            encumbered: false,
             owes_names: false,
             overtaken,
             came_again,
