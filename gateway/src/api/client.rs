@@ -106,6 +106,11 @@ impl Client {
         self.ask(Method::DELETE, &format!("/v1/partials/{vm}"), &()).await
     }
 
+    /// Throws away the memory and the disks that are kept of a machine that left.
+    pub async fn discard_kept(&self, vm: &VmName) -> Result<(), ClientError> {
+        self.ask(Method::DELETE, &format!("/v1/kept/{vm}"), &()).await
+    }
+
     /// Whether something else may start the machine here.
     pub async fn may_run(&self, vm: &VmName) -> Result<(), ClientError> {
         self.ask(Method::GET, &format!("/v1/machines/{vm}/may-run"), &()).await

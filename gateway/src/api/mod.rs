@@ -34,6 +34,8 @@ pub enum Request {
     Undefine(VmName, bool, Reply<()>),
     /// Throws away the disks that are kept of a machine that did not come.
     Discard(VmName, Reply<()>),
+    /// Throws away the memory and the disks that are kept of a machine that left, for its way back.
+    DiscardKept(VmName, Reply<()>),
     /// The connections for which something of a machine that left is still held.
     Flows(VmName, Reply<FlowsView>),
     /// Ends them.

@@ -82,6 +82,7 @@ pub fn router(requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/machines/{name}/release", post(release))
         .route("/v1/machines/{name}/moved", post(moved))
         .route("/v1/partials/{name}", axum::routing::delete(discard))
+        .route("/v1/kept/{name}", axum::routing::delete(discard_kept))
         .route("/v1/migrations", post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(abort))
         .route("/v1/migrations/{id}/limit", put(limit_migration))
@@ -200,6 +201,10 @@ async fn undefine(
 
 async fn discard(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
     daemon.ask(|reply| Request::Discard(name, reply)).await
+}
+
+async fn discard_kept(State(daemon): State<Daemon>, UrlPath(name): UrlPath<VmName>) -> Response {
+    daemon.ask(|reply| Request::DiscardKept(name, reply)).await
 }
 
 async fn migrate(State(daemon): State<Daemon>, Json(body): Json<MigrateRequest>) -> Response {

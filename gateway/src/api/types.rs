@@ -34,6 +34,9 @@ pub struct StatusView {
     /// Disks of machines that left.
     #[serde(default)]
     pub kept: Vec<KeptView>,
+    /// Memory of machines that left or came, as both sites of their last move remember it.
+    #[serde(default)]
+    pub kept_memory: Vec<KeptMemoryView>,
     /// Packets of machines that were more than their share of the tunnel (`tunnel.machine_mbit`) and did not travel.
     #[serde(default)]
     pub over_share: BTreeMap<VmName, u64>,
@@ -51,6 +54,19 @@ pub struct KeptView {
     /// When the machine was released.
     pub since_ms: u64,
     /// When it is deleted, if it is.
+    pub until_ms: Option<u64>,
+}
+
+/// What a machine had in its memory when it left or came, for its way back.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KeptMemoryView {
+    /// The machine.
+    pub vm: VmName,
+    /// The file's length.
+    pub bytes: u64,
+    /// When it was kept.
+    pub since_ms: u64,
+    /// When it is deleted, if it is not for want of room before.
     pub until_ms: Option<u64>,
 }
 

@@ -97,6 +97,15 @@ fn page(view: &StatusView) -> String {
         page +=
             &format!("  {:<16} {}  {}  {until}\n", disk.vm.as_str(), disk.path.display(), Bytes(disk.bytes));
     }
+    if !view.kept_memory.is_empty() {
+        page += "memory kept of machines that moved\n";
+    }
+    for memory in &view.kept_memory {
+        let until =
+            memory.until_ms.map_or("until it is removed".to_owned(), |ms| format!("until {}", utc(ms)));
+        let (vm, bytes, since) = (&memory.vm, Bytes(memory.bytes), utc(memory.since_ms));
+        page += &format!("  {:<16} {bytes}  since {since}  {until}\n", vm.as_str());
+    }
     if !view.partials.is_empty() {
         page += "disks kept of machines that did not come\n";
     }

@@ -53,6 +53,9 @@ pub enum VmCommand {
     Discard {
         /// The machine
         vm: VmName,
+        /// Instead, the memory and the disks kept of one that left: its way back sends all of it then
+        #[arg(long)]
+        kept: bool,
     },
     /// List machines
     List,
@@ -74,7 +77,8 @@ pub async fn run(client: &Client, command: VmCommand) -> Result<ExitCode, Client
             let qmp = std::path::absolute(&qmp).unwrap_or(qmp);
             client.adopt(&AdoptRequest { definition, qmp }).await?;
         }
-        VmCommand::Discard { vm } => client.discard(&vm).await?,
+        VmCommand::Discard { vm, kept: false } => client.discard(&vm).await?,
+        VmCommand::Discard { vm, kept: true } => client.discard_kept(&vm).await?,
         VmCommand::List => super::show::machines(&client.status().await?),
     }
     Ok(ExitCode::SUCCESS)

@@ -82,6 +82,7 @@ impl Config {
         within(migration.pause_budget_s, 1, 3600, "migration.pause_budget_s")?;
         within(migration.cut_limit_s, 0, MAX_S, "migration.cut_limit_s")?;
         within(migration.shadow_mib.into(), 0, 16_384, "migration.shadow_mib")?;
+        within(migration.keep_memory_gib, 1, 65_536, "migration.keep_memory_gib")?;
         within(migration.content_index_mib, 0, 65_536, "migration.content_index_mib")?;
         within(migration.max_throttle_percent.into(), 0, 99, "migration.max_throttle_percent")?;
         within(migration.disk_window_mib.into(), 1, 512, "migration.disk_window_mib")?;
@@ -238,6 +239,8 @@ mod tests {
             ("migration", "disk_buffer_mib = 0", "migration.disk_buffer_mib"),
             ("migration", "disk_buffer_mib = 65537", "migration.disk_buffer_mib"),
             ("migration", "shadow_mib = 16385", "migration.shadow_mib"),
+            ("migration", "keep_memory_gib = 0", "migration.keep_memory_gib"),
+            ("migration", "keep_memory_gib = 65537", "migration.keep_memory_gib"),
             ("migration", "content_index_mib = 65537", "migration.content_index_mib"),
             ("migration", "max_throttle_percent = 100", "migration.max_throttle_percent"),
             ("migration", "disk_window_mib = 0", "migration.disk_window_mib"),

@@ -344,6 +344,9 @@ pub struct MigrationSection {
     /// Those pages are kept in `state_dir` by both sites after a move (default true), so that the way back sends what changed
     /// since: files with the guest's memory, for root alone, as old as its disks are kept at most.
     pub keep_memory: bool,
+    /// How much all of them may take, in GiB (default 8: eight machines with the default of `shadow_mib`; 1 to 65,536). The
+    /// oldest are removed for a new one. More brings more machines back fast; 1 GiB beside the journal stays free anyway.
+    pub keep_memory_gib: u64,
     /// Memory at the source for where on the machine's disks which content stands, in MiB per migration (default 64: 3.2 GiB of
     /// distinct content; 0: none). A page of memory that holds the same, as the page cache does, then travels as a place.
     pub content_index_mib: u64,
@@ -379,6 +382,7 @@ impl Default for MigrationSection {
             disk_map_mib: 64,
             shadow_mib: 1024,
             keep_memory: true,
+            keep_memory_gib: 8,
             content_index_mib: 64,
             disk_window_mib: 64,
             max_throttle_percent: 80,

@@ -41,6 +41,7 @@ impl Daemon {
             Request::Release(vm, reply) => self.release(&vm, reply).await,
             Request::Moved(vm, body, reply) => self.moved(&vm, body.to, reply).await,
             Request::Discard(vm, reply) => drop(reply.send(self.discard(&vm))),
+            Request::DiscardKept(vm, reply) => drop(reply.send(self.discard_kept(&vm))),
             Request::Migrate(body, reply) => drop(reply.send(self.migrate(body).await)),
             Request::Migration(id, reply) => drop(reply.send(self.migration(id))),
             Request::Abort(id, reply) => drop(reply.send(self.abort(id).await)),

@@ -63,6 +63,7 @@ impl Daemon {
             partials: self.partial_views(),
             tunnel: self.tunnel_view(),
             kept: self.kept_disks(),
+            kept_memory: self.kept_memory(),
             over_share: self.over_share(),
         }
     }
@@ -76,13 +77,12 @@ impl Daemon {
 
     fn partial_views(&self) -> Vec<PartialView> {
         let kept = partial::list(&self.edges.config.storage.pool).into_iter();
-        let since = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
         let view = |partial: Partial| PartialView {
             vm: partial.of.vm,
             disk: partial.of.disk.to_string(),
             from: partial.of.from,
             bytes: partial.taken.0,
-            kept_ms: since(partial.since),
+            kept_ms: in_unix_ms(partial.since),
         };
         kept.map(view).collect()
     }
@@ -236,6 +236,11 @@ impl Daemon {
             tunnel_dropped: self.dropped(),
         })
     }
+}
+
+/// A file's time.
+pub(super) fn in_unix_ms(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 /// What somebody asked for by a wrong id.

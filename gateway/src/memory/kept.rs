@@ -6,12 +6,14 @@
 //! ```
 //!
 //! What is read is proven by its digest, and the other site must name the same one: a file that is damaged, or older than the
-//! other's, is not used. It holds what the guest had in its memory: root alone may read it.
+//! other's, is not used. All files together are bounded, and the oldest go first. They hold what guests had in their memory: root
+//! alone may read them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use longhaul_core::memory::PAGE_BYTES;
 use longhaul_core::wan::Remembered;
@@ -20,14 +22,33 @@ const MAGIC: &[u8; 9] = b"LHMEMORY\x01";
 /// Left free on the file system, in bytes: the journal may be on it.
 const LEAVE_FREE: u64 = 1 << 30;
 
-/// Keeps it in place of what was kept before. Without room for it nothing is kept.
-pub fn write(path: &Path, remembered: &Remembered) -> io::Result<()> {
+/// What the names of files end with that are whole.
+const SUFFIX: &str = "pages";
+
+/// A file that is kept.
+#[derive(Debug, Clone)]
+pub struct KeptFile {
+    /// Where.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// When it was written.
+    pub since: SystemTime,
+}
+
+/// Keeps it in place of what was kept before, which the other site has no longer. All files of its folder together take
+/// `most_bytes` at most: older ones go for it. Without room for it nothing is kept.
+pub fn write(path: &Path, remembered: &Remembered, most_bytes: u64) -> io::Result<()> {
+    forget(path)?;
     let folder = path.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(folder)?;
-    let size = (remembered.pages().count() * (PAGE_BYTES + 32)) as u64;
+    let size = size_bytes(remembered);
+    if size > most_bytes {
+        return Err(io::Error::new(io::ErrorKind::StorageFull, "more than migration.keep_memory_gib"));
+    }
+    bound(folder, most_bytes - size)?;
     let space = nix::sys::statvfs::statvfs(folder)?;
-    if space.blocks_available() * space.fragment_size() < size + LEAVE_FREE {
-        forget(path)?;
+    if space.blocks_available() * space.fragment_size() < size.saturating_add(LEAVE_FREE) {
         return Err(io::Error::new(io::ErrorKind::StorageFull, "not enough room beside the journal"));
     }
     let unfinished = path.with_extension("unfinished");
@@ -46,6 +67,46 @@ pub fn write(path: &Path, remembered: &Remembered) -> io::Result<()> {
     // Before its name, so that no crash leaves a file of that name whose pages are not there.
     out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
     std::fs::rename(&unfinished, path)
+}
+
+/// Removes the oldest files of a folder until the others take `most_bytes` at most.
+pub fn bound(folder: &Path, most_bytes: u64) -> io::Result<()> {
+    let files = files(folder);
+    let mut taken: u64 = files.iter().map(|file| file.bytes).sum();
+    for file in files {
+        if taken <= most_bytes {
+            return Ok(());
+        }
+        tracing::info!(file = %file.path.display(), "kept memory removed for what is newer");
+        forget(&file.path)?;
+        taken -= file.bytes;
+    }
+    Ok(())
+}
+
+/// What is kept in a folder and whole, the oldest first.
+pub fn list(folder: &Path) -> Vec<KeptFile> {
+    let is_whole = |file: &KeptFile| file.path.extension().is_some_and(|extension| extension == SUFFIX);
+    files(folder).into_iter().filter(is_whole).collect()
+}
+
+/// All files of a folder, those too that a crash has left; the oldest first.
+fn files(folder: &Path) -> Vec<KeptFile> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let look = |entry: std::fs::DirEntry| {
+        let about = entry.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        Some(KeptFile { path: entry.path(), bytes: about.len(), since: about.modified().ok()? })
+    };
+    let mut found: Vec<KeptFile> = entries.filter_map(look).collect();
+    found.sort_by_key(|file| file.since);
+    found
+}
+
+/// How long the file of it is.
+fn size_bytes(remembered: &Remembered) -> u64 {
+    let record = |(name, _, content): (&[u8], u64, &[u8])| 1 + name.len() + size_of::<u64>() + content.len();
+    let head = MAGIC.len() + remembered.digest().len();
+    (head + remembered.pages().map(record).sum::<usize>()) as u64
 }
 
 /// What is said of it to the other site; nothing if nothing is kept.
@@ -115,8 +176,8 @@ mod tests {
             assert!(remembered.put(b"pc.ram", page * 7, &[page as u8; PAGE_BYTES]));
         }
         assert_eq!(digest(&path), None);
-        write(&path, &remembered).unwrap();
-        write(&path, &remembered).unwrap();
+        write(&path, &remembered, u64::MAX).unwrap();
+        write(&path, &remembered, u64::MAX).unwrap();
         let known = digest(&path).unwrap();
         assert_eq!(known, remembered.digest());
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
@@ -131,5 +192,47 @@ mod tests {
         forget(&path).unwrap();
         forget(&path).unwrap();
         assert_eq!(digest(&path), None);
+    }
+
+    #[test]
+    fn the_oldest_are_removed_before_a_new_one_is_more_than_all_may_take() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut remembered = Remembered::with_room(1);
+        assert!(remembered.put(b"pc.ram", 0, &[7; PAGE_BYTES]));
+        let size = size_bytes(&remembered);
+        let keep = |name: &str, most_bytes| {
+            let path = folder.path().join(name).with_extension(SUFFIX);
+            let written = write(&path, &remembered, most_bytes);
+            let age = std::time::Duration::from_secs(match name {
+                "web1" => 300,
+                "web2" => 200,
+                _ => 100,
+            });
+            if let Ok(file) = File::options().write(true).open(&path) {
+                file.set_modified(SystemTime::now() - age).unwrap();
+            }
+            written
+        };
+        let kept = || -> Vec<String> {
+            let name = |file: KeptFile| file.path.file_stem().unwrap().to_str().unwrap().to_owned();
+            list(folder.path()).into_iter().map(name).collect()
+        };
+        keep("web2", 3 * size).unwrap();
+        keep("web1", 3 * size).unwrap();
+        std::fs::write(folder.path().join("web4.unfinished"), vec![0; size as usize]).unwrap();
+        assert_eq!(list(folder.path())[0].bytes, size);
+        assert_eq!(kept(), ["web1", "web2"], "what a crash left is not kept, but takes room");
+        keep("web3", 3 * size).unwrap();
+        assert_eq!(kept(), ["web2", "web3"]);
+        keep("web3", 3 * size).unwrap();
+        assert_eq!(kept(), ["web2", "web3"], "it takes the place of its own");
+        let refused = keep("web3", size - 1).unwrap_err();
+        assert_eq!((refused.kind(), kept()), (io::ErrorKind::StorageFull, vec!["web2".to_owned()]));
+        keep("web3", size).unwrap();
+        assert_eq!(kept(), ["web3"]);
+        bound(folder.path(), size).unwrap();
+        assert_eq!(kept(), ["web3"]);
+        bound(folder.path(), size - 1).unwrap();
+        assert!(kept().is_empty());
     }
 }

@@ -12,12 +12,16 @@ use longhaul_core::migration::message::Refusal;
 use longhaul_core::wan::Remembered;
 
 use super::Edges;
-use crate::memory::kept;
+use crate::memory::kept::{self, KeptFile};
 
 impl Edges {
     /// Where it is kept.
     pub fn kept_memory(&self, vm: &VmName) -> PathBuf {
-        self.config.site.state_dir.join("memory").join(format!("{vm}.pages"))
+        self.memory_folder().join(format!("{vm}.pages"))
+    }
+
+    fn memory_folder(&self) -> PathBuf {
+        self.config.site.state_dir.join("memory")
     }
 }
 
@@ -25,13 +29,23 @@ impl Edges {
 pub(super) fn keep(edges: &Edges, vm: &VmName, remembered: Option<Remembered>) {
     let Some(remembered) = remembered else { return };
     let (path, vm) = (edges.kept_memory(vm), vm.clone());
-    let wanted = edges.config.migration.keep_memory;
+    let (wanted, most_bytes) = (edges.config.migration.keep_memory, most_bytes(edges));
     tokio::task::spawn_blocking(move || {
-        let kept = if wanted { kept::write(&path, &remembered) } else { kept::forget(&path) };
+        let kept = if wanted { kept::write(&path, &remembered, most_bytes) } else { kept::forget(&path) };
         if let Err(error) = kept {
             tracing::info!(%vm, %error, "its memory is not kept; its way back will send all of it");
         }
     });
+}
+
+fn most_bytes(edges: &Edges) -> u64 {
+    edges.config.migration.keep_memory_gib << 30
+}
+
+/// What is kept, and of which machine, the oldest first.
+pub fn list(edges: &Edges) -> Vec<(VmName, KeptFile)> {
+    let of = |file: KeptFile| Some((file.path.file_stem()?.to_str()?.parse().ok()?, file));
+    kept::list(&edges.memory_folder()).into_iter().filter_map(of).collect()
 }
 
 /// Reads what the other site remembers as well; nothing if there is no room for it, as there then is none at the source.
@@ -78,14 +92,17 @@ pub fn forget(edges: &Edges, vm: &VmName) {
     }
 }
 
-/// Removes what is older than disks are kept; nothing if those are kept for ever.
+/// Removes what is more than may be kept, and what is older than disks are kept, if those are not kept for ever.
 pub fn expire(edges: &Edges) {
+    if let Err(error) = kept::bound(&edges.memory_folder(), most_bytes(edges)) {
+        tracing::warn!(%error, "kept memory could not be removed");
+    }
     let days = edges.config.storage.keep_moved_disks_d;
     if days == 0 {
         return;
     }
     let limit = Duration::from_secs(days.saturating_mul(86_400));
-    let Ok(files) = std::fs::read_dir(edges.config.site.state_dir.join("memory")) else { return };
+    let Ok(files) = std::fs::read_dir(edges.memory_folder()) else { return };
     for file in files.flatten() {
         let age = file.metadata().and_then(|about| about.modified()).ok();
         let age = age.and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -114,7 +131,7 @@ mod tests {
         for page in 0..2u64 {
             assert!(remembered.put(b"pc.ram", page, &[page as u8; PAGE_BYTES]));
         }
-        kept::write(&path, &remembered).unwrap();
+        kept::write(&path, &remembered, u64::MAX).unwrap();
         let named = kept::digest(&path);
         assert!(of_both(edges, &vm, named, 2).await.unwrap().is_some());
         assert!(of_both(edges, &vm, named, 1).await.unwrap().is_none(), "no room is no damage");
