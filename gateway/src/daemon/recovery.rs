@@ -353,8 +353,8 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn what_an_attempt_left_in_a_qemu_is_taken_away_although_its_guest_runs() {
+    /// What a QEMU is asked for by a gateway that begins with an attempt that came so far, until its NBD server is stopped.
+    async fn undone(last: SourceRecord) -> Vec<String> {
         let site = TestSite::open("a", &Identity::generate().unwrap(), &[]).await;
         let (edges, row) = (site.edges.clone(), machine_row(&site.edges));
         let (vm, peer) = (row.definition.name.clone(), "b".parse::<SiteName>().unwrap());
@@ -372,18 +372,29 @@ mod tests {
         let (id, epoch, commit) = (MigrationId(1), Epoch(1), CommitMode::Confirmed);
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let reserved = SourceRecord::Reserved { peer, proposal: Box::new(proposal), without_names: false };
-        let aborted = SourceRecord::Aborted { why: Refusal::PauseBudget };
-        for record in [reserved, aborted.clone()] {
+        for record in [reserved, last.clone()] {
             let step = Step::<()>::record(Record::Source(record), Vec::new());
             edges.journal.commit(&attempt, step).await.unwrap();
         }
         let (guest, mut asked) = Guest::answered_by(exporting).await;
         let found = Found::from([(vm, Taken { row, guest: Some(guest), silent: None })]);
         let histories = edges.journal.histories().unwrap();
-        Daemon::idle(edges).recover_source(&histories[0], &histories, aborted, &found).await;
+        Daemon::idle(edges).recover_source(&histories[0], &histories, last, &found).await;
         let ended = asked.wait_for(|asked| asked.iter().any(|command| command == "nbd-server-stop"));
-        tokio::time::timeout(Duration::from_secs(60), ended).await.expect("in time").unwrap();
-        assert!(asked.borrow().iter().any(|command| command == "block-export-del"));
+        tokio::time::timeout(Duration::from_secs(60), ended).await.expect("in time").unwrap().clone()
+    }
+
+    #[tokio::test]
+    async fn what_an_attempt_left_in_a_qemu_is_taken_away_although_its_guest_runs() {
+        let reservation =
+            Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None };
+        let copying = SourceRecord::PreCopy { reservation };
+        for last in [SourceRecord::Aborted { why: Refusal::PauseBudget }, copying] {
+            let asked = undone(last).await;
+            for command in ["migrate-set-parameters", "block-export-del"] {
+                assert!(asked.iter().any(|it| it == command), "{command} is not among {asked:?}");
+            }
+        }
     }
 
     #[test]
