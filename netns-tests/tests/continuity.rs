@@ -10,6 +10,8 @@
     reason = "a test's own preparation may end it; clippy exempts only the test functions"
 )]
 
+#[path = "support/advertiser.rs"]
+mod advertiser;
 #[path = "support/beside.rs"]
 mod beside;
 #[path = "support/elsewhere.rs"]
@@ -28,7 +30,7 @@ mod strangers;
 mod upload;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use gateway::api::types::{MigrationView, Progressing};
 use longhaul_core::migration::Stage;
@@ -40,6 +42,7 @@ use netns_tests::topology::{CLIENT, CLIENT6, Watch};
 use netns_tests::traffic::{DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
 use netns_tests::wan::PacketMatch;
 
+use advertiser::Advertiser;
 use beside::{Beside, lived, through};
 use elsewhere::Elsewhere;
 use probes::{Answers, Datagrams, Pings, Requests};
@@ -51,6 +54,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
 /// The path that is narrowed behind the core: below the guest's 1500 bytes.
 const NARROW_MTU: u32 = 1300;
+/// For how long the guest may use the IPv6 router of its home after it has heard it: that one is not heard at b.
+const ROUTER_LIFETIME: Duration = Duration::from_secs(20);
 const DOWNLOAD_BYTES: u64 = 12 << 20;
 const DOWNLOAD_RATE: u64 = 256 << 10;
 
@@ -290,13 +295,16 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
         strict_guest: true,
         dhcp_client: true,
         dual_stack: true,
+        router_advertised: true,
         tunnel: vec![format!("home_prefixes = [\"{HOME_PREFIX}\"]")],
         ..SceneOptions::small("continuity")
     };
     let mut scene = build(options).await;
     let outside = Outside::serve(&scene);
     let strangers = Strangers::settle(&scene, beside::NEIGHBOUR);
+    let advertiser = Advertiser::start(&scene.world.site("a").unwrap().router, ROUTER_LIFETIME);
     scene.start_guest().await.unwrap();
+    advertiser.heard_by_the_guest(&scene).await;
     let (home, care_of) = (scene.home().unwrap(), scene.care_of("b").unwrap());
     let mut beside = Beside::start(&scene).await;
     let mut outsiders = vec![outside.called(&scene, home, home).await];
@@ -307,6 +315,7 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     let unrepeated = [home, scene.home6().unwrap()].map(|to| Unrepeated::start(&scene, to));
 
     let view = moved_to_b(&scene).await;
+    let arrived = Instant::now();
     let uploaded = upload.sent();
     later(&unrepeated[0].small).await;
     assert_none_was_refused(&requests.end(), &view);
@@ -323,6 +332,7 @@ async fn every_kind_of_traffic_lives_through_a_move_a_narrow_path_a_cut_and_rest
     cut_and_restart(&mut scene, &unrepeated[0].small).await;
     assert_they_use_their_options(&scene, home);
 
+    assert!(arrived.elapsed() > 2 * ROUTER_LIFETIME, "what its home's router said could still hold");
     let all = upload.end().await.unwrap();
     println!("an upload: {uploaded} bytes until the machine had moved, {all} in all");
     assert!(uploaded > 1 << 20 && all > uploaded + (1 << 20), "{uploaded} of {all}");

@@ -44,6 +44,8 @@ pub struct SceneOptions {
     pub third_site: bool,
     /// Home and care-of addresses of both IP versions.
     pub dual_stack: bool,
+    /// The guest learns its IPv6 router from what that says of itself, and knows none otherwise.
+    pub router_advertised: bool,
     /// The guest boots again when its QEMU has crashed.
     pub restart_on_crash: bool,
     /// A guest whose kernel makes it hard: it takes packets only from where it would send to, answers ARP only within
@@ -92,6 +94,7 @@ impl Default for SceneOptions {
             dirt_bytes: 64 << 20,
             third_site: false,
             dual_stack: false,
+            router_advertised: false,
             restart_on_crash: false,
             strict_guest: false,
             dhcp_client: false,

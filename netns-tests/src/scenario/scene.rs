@@ -207,7 +207,7 @@ impl Scene {
         if self.options.dual_stack {
             let (home6, router6) = (self.home6()?, site.address6(1));
             nics[0].addresses.push((home6, 64));
-            nics[0].gateways.push(router6.into());
+            nics[0].gateways.extend((!self.options.router_advertised).then_some(IpAddr::from(router6)));
             home += &format!(", \"{home6}/64\"");
         }
         let mut devices = self.devices("52:54:00:aa:00:10", &home);
