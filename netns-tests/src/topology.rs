@@ -199,6 +199,11 @@ impl Site {
             format!("route add default via {}", spec.address6(1)),
         ])?;
         forward(&self.host)?;
+        // As with Docker or firewalld: the kernel tracks connections whether a machine visits or not.
+        self.host.nft(
+            "table inet lab_host {\n  chain c_in {\n    type filter hook input priority 0; policy accept;\n    \
+             ct state established accept\n  }\n}\n",
+        )?;
         self.wait_until_connected()
     }
 

@@ -344,7 +344,7 @@ pub struct MigrationSection {
     /// Those pages are kept in `state_dir` by both sites after a move (default true), so that the way back sends what changed
     /// since: files with the guest's memory, for root alone, as old as its disks are kept at most.
     pub keep_memory: bool,
-    /// How much all of them may take, in GiB (default 8: eight machines with the default of `shadow_mib`; 1 to 65,536). The
+    /// How much all of them may take, in GiB (default 8: seven machines with all that the default of `shadow_mib` allows; 1 to 65,536). The
     /// oldest are removed for a new one. More brings more machines back fast; 1 GiB beside the journal stays free anyway.
     pub keep_memory_gib: u64,
     /// Memory at the source for where on the machine's disks which content stands, in MiB per migration (default 64: 3.2 GiB of

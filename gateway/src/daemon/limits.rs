@@ -8,6 +8,7 @@
 //! Neither is written down: a gateway that begins anew has what its configuration says. Pacing is the link's.
 
 use longhaul_core::ids::{MigrationId, SiteName};
+use longhaul_core::migration::Stage;
 use longhaul_core::units::Rate;
 
 use super::Daemon;
@@ -55,8 +56,14 @@ impl Daemon {
         let Some(handle) = self.edges.link.peer(&running.attempt.peer) else {
             return Err(RequestError::NotFound(format!("No site {}", running.attempt.peer)));
         };
-        handle.limit_migration(id, rate).await.map_err(|error| RequestError::Failed(error.to_string()))?;
-        running.viewer.change(|view| view.limit_mbit = request.rate_mbit);
+        // A guest that stands still is not held back; an attempt that follows is.
+        if view.stage < Stage::StopAndCopy {
+            handle
+                .limit_migration(id, rate)
+                .await
+                .map_err(|error| RequestError::Failed(error.to_string()))?;
+            running.viewer.change(|view| view.limit_mbit = request.rate_mbit);
+        }
         tracing::info!(vm = %view.vm, %id, rate_mbit = request.rate_mbit, "what the migration sends is limited");
         if let Some(running) = self.migrations.get_mut(&id) {
             running.limit_mbit = request.rate_mbit;

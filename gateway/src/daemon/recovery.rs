@@ -255,7 +255,8 @@ impl Daemon {
     }
 }
 
-/// How a machine's QEMU stands, and whether it holds what an attempt made in it. One that cannot say may.
+/// How a machine's QEMU stands, and whether it holds what an attempt made in it. One that cannot say is left alone: what is
+/// in it may be others'.
 pub(super) async fn seen(guest: Option<&Guest>) -> Seen {
     let qemu = qemu(guest).await;
     let Some(guest) = guest.filter(|_| matches!(qemu, Qemu::Runs | Qemu::StandsStill)) else {
@@ -263,8 +264,8 @@ pub(super) async fn seen(guest: Option<&Guest>) -> Seen {
     };
     let held = guest.is_encumbered().await;
     let encumbered = held.unwrap_or_else(|error| {
-        tracing::warn!(vm = %guest.name(), error = chain(&error), "QEMU does not say what it holds of a move");
-        true
+        tracing::warn!(vm = %guest.name(), error = chain(&error), "QEMU does not say what it holds of a move; what is left there stays");
+        false
     });
     Seen { qemu, encumbered }
 }

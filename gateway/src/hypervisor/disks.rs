@@ -36,7 +36,7 @@ pub struct Export {
     pub shutting_down: bool,
 }
 
-pub(super) fn export_id(disk: &DeviceName) -> String {
+pub(crate) fn export_id(disk: &DeviceName) -> String {
     format!("nbd-{disk}")
 }
 

@@ -38,6 +38,7 @@ pub use adopt::AdoptError;
 pub use command_line::{CommandLineError, DiskFile, DiskFormat, KernelPaths, Placement, StartMode};
 pub use config::{HypervisorConfig, HypervisorError, UidRange};
 pub use definition_file::{DefinitionFileError, parse_definition, read_definition};
+pub(crate) use disks::export_id;
 pub use disks::{Access, Export};
 pub use guest::{Guest, NotResumed, RunState, VolumeNode};
 pub use launch::Hypervisor;

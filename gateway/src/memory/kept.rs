@@ -13,6 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use longhaul_core::memory::PAGE_BYTES;
@@ -24,6 +25,8 @@ const LEAVE_FREE: u64 = 1 << 30;
 
 /// What the names of files end with that are whole.
 const SUFFIX: &str = "pages";
+/// And those of which something is missing.
+const UNFINISHED: &str = "unfinished";
 
 /// A file that is kept.
 #[derive(Debug, Clone)]
@@ -39,22 +42,31 @@ pub struct KeptFile {
 /// Keeps it in place of what was kept before, which the other site has no longer. All files of its folder together take
 /// `most_bytes` at most: older ones go for it. Without room for it nothing is kept.
 pub fn write(path: &Path, remembered: &Remembered, most_bytes: u64) -> io::Result<()> {
-    forget(path)?;
+    let _turn = turn();
+    remove(path)?;
     let folder = path.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(folder)?;
     let size = size_bytes(remembered);
     if size > most_bytes {
         return Err(io::Error::new(io::ErrorKind::StorageFull, "more than migration.keep_memory_gib"));
     }
-    bound(folder, most_bytes - size)?;
+    make_room(folder, most_bytes - size)?;
     let space = nix::sys::statvfs::statvfs(folder)?;
     if space.blocks_available() * space.fragment_size() < size.saturating_add(LEAVE_FREE) {
         return Err(io::Error::new(io::ErrorKind::StorageFull, "not enough room beside the journal"));
     }
-    let unfinished = path.with_extension("unfinished");
+    let unfinished = path.with_extension(UNFINISHED);
     // One that a crash left may have other rights.
-    forget(&unfinished)?;
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+    remove(&unfinished)?;
+    let written = write_whole(&unfinished, remembered).and_then(|()| std::fs::rename(&unfinished, path));
+    if written.is_err() {
+        remove(&unfinished)?;
+    }
+    written
+}
+
+fn write_whole(unfinished: &Path, remembered: &Remembered) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unfinished)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     out.write_all(MAGIC)?;
     out.write_all(&remembered.digest())?;
@@ -65,12 +77,16 @@ pub fn write(path: &Path, remembered: &Remembered, most_bytes: u64) -> io::Resul
         out.write_all(content)?;
     }
     // Before its name, so that no crash leaves a file of that name whose pages are not there.
-    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-    std::fs::rename(&unfinished, path)
+    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
 }
 
 /// Removes the oldest files of a folder until the others take `most_bytes` at most.
 pub fn bound(folder: &Path, most_bytes: u64) -> io::Result<()> {
+    let _turn = turn();
+    make_room(folder, most_bytes)
+}
+
+fn make_room(folder: &Path, most_bytes: u64) -> io::Result<()> {
     let files = files(folder);
     let mut taken: u64 = files.iter().map(|file| file.bytes).sum();
     for file in files {
@@ -78,7 +94,7 @@ pub fn bound(folder: &Path, most_bytes: u64) -> io::Result<()> {
             return Ok(());
         }
         tracing::info!(file = %file.path.display(), "kept memory removed for what is newer");
-        forget(&file.path)?;
+        remove(&file.path)?;
         taken -= file.bytes;
     }
     Ok(())
@@ -146,8 +162,19 @@ pub fn read(path: &Path, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembe
     if remembered.digest() == wanted { Ok(remembered) } else { Err(damaged()) }
 }
 
-/// Keeps nothing any more.
+/// Keeps nothing any more; what is just being written will have no name.
 pub fn forget(path: &Path) -> io::Result<()> {
+    remove(&path.with_extension(UNFINISHED))?;
+    remove(path)
+}
+
+/// One at a time writes or makes room: each counts on what it has seen of the others' files.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),

@@ -60,7 +60,10 @@ pub fn list(edges: &Edges) -> Vec<KeptDisk> {
     let histories = edges.journal.histories().unwrap_or_default();
     let machines = edges.journal.machines::<MachineRow>().unwrap_or_default();
     let rows = edges.journal.kept_disks().unwrap_or_default();
-    let used: BTreeSet<PathBuf> = machines.into_iter().flat_map(|(_, row)| row.images).collect();
+    // Under every name that they may be found by.
+    let images = machines.into_iter().flat_map(|(_, row)| row.images);
+    let used: BTreeSet<PathBuf> =
+        images.flat_map(|image| [fs::canonicalize(&image).ok(), Some(image)]).flatten().collect();
     let mut folders: BTreeSet<PathBuf> =
         used.iter().filter_map(|image| image.parent().map(Path::to_path_buf)).collect();
     folders.insert(edges.config.storage.pool.clone());
@@ -196,7 +199,7 @@ fn kept(
         let epoch = moved_epoch(&path)?;
         let note = read_note(&path).ok()??;
         // Somebody made it a machine's disk again, or it is of another stay.
-        if note.epoch.0 != epoch || note.owner == *site || used.contains(&path) {
+        if note.epoch.0 != epoch || note.owner == *site || is_used(&path, used) {
             return None;
         }
         let since_ms = *released.get(&(note.vm.clone(), epoch))?;
@@ -205,6 +208,10 @@ fn kept(
         Some(KeptDisk { vm: note.vm, epoch: note.epoch, path, bytes, since_ms, row })
     };
     paths.into_iter().filter_map(look).collect()
+}
+
+fn is_used(path: &Path, used: &BTreeSet<PathBuf>) -> bool {
+    used.contains(path) || fs::canonicalize(path).is_ok_and(|real| used.contains(&real))
 }
 
 /// The epoch that began elsewhere when a migration that would create `epoch` ended with `last` here.

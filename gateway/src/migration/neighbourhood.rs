@@ -4,7 +4,7 @@
 use longhaul_core::ids::VmName;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Proposal, Refusal};
-use longhaul_core::tunnel::handover::NicHandover;
+use longhaul_core::tunnel::handover::{NicHandover, Prefix};
 use longhaul_core::tunnel::neighbourhood::Neighbourhood;
 
 use super::anchor::Anchor;
@@ -74,13 +74,18 @@ fn of_nics(nics: &[NicHandover]) -> Neighbourhood {
     }
 }
 
-/// As the machine was told when it left, unless the configuration has changed since.
+/// As the machine was told when it left, but for the servers that it alone was seen to ask, unless the configuration has
+/// changed since.
 fn of_definition(edges: &Edges, row: &MachineRow) -> Neighbourhood {
     let home = || row.definition.nics.iter().flat_map(|nic| nic.home.iter().copied());
     let configured = edges.config.tunnel.home_prefixes.as_ref();
     let reached = match configured {
         Some(prefixes) => prefixes.iter().filter_map(|text| crate::config::parse_prefix(text)).collect(),
-        None => home().collect(),
+        None => {
+            let asked = super::host::asked_here().into_iter();
+            let server = |addr: std::net::IpAddr| Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } };
+            home().chain(asked.map(server)).collect()
+        }
     };
     Neighbourhood { own: home().map(|home| home.addr).collect(), reached }
 }

@@ -52,8 +52,8 @@ pub fn list(edges: &Edges) -> Vec<(VmName, KeptFile)> {
 ///
 /// # Errors
 ///
-/// [`Refusal::Verification`] if what is kept here is not what it was. It is forgotten: the other site may begin with it, so
-/// that this attempt has to end, and the next must not.
+/// [`Refusal::Verification`] if what is kept here is not what it was, or is gone. The other site may begin with it, so that
+/// this attempt has to end, and the next must not. What is damaged is forgotten; what could not be read is not.
 pub(super) async fn of_both(
     edges: &Edges,
     vm: &VmName,
@@ -69,9 +69,9 @@ pub(super) async fn of_both(
             Ok(None)
         }
         Err(error) => {
-            tracing::warn!(%vm, %error, "its kept memory is damaged and was forgotten");
-            let site = edges.site();
-            let text = format!("memory: what site {site} kept of it is damaged, and was forgotten: {error}");
+            tracing::warn!(%vm, %error, "its kept memory is damaged or cannot be read");
+            let (site, is) = (edges.site(), if is_damage(&error) { "is damaged" } else { "cannot be read" });
+            let text = format!("memory: what site {site} kept of it {is}: {error}");
             Err(Refusal::Verification(Refusal::text(text)))
         }
     }
@@ -79,10 +79,14 @@ pub(super) async fn of_both(
 
 fn read_or_forget(path: &Path, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembered> {
     let read = kept::read(path, wanted, max_pages);
-    if matches!(&read, Err(error) if error.kind() != io::ErrorKind::FileTooLarge) {
+    if read.as_ref().is_err_and(is_damage) {
         kept::forget(path)?;
     }
     read
+}
+
+fn is_damage(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
 }
 
 /// Forgets it, with the machine.

@@ -16,7 +16,7 @@ use super::precopy::Transfer;
 use super::source::SourceLeaf;
 use super::{MachineRow, chain, standing};
 use crate::generation::read_notes;
-use crate::hypervisor::{Guest, QmpError, RunState};
+use crate::hypervisor::{Guest, QmpError, RunState, export_id};
 use crate::migration::stay::holds;
 
 const QEMU_LIMIT: Duration = Duration::from_secs(10);
@@ -184,12 +184,19 @@ async fn lift_limit(guest: &Guest, vm: &VmName, disk: &DeviceName) {
 
 async fn end_exports(guest: &Guest, row: &MachineRow) {
     let vm = &row.definition.name;
+    let ours: Vec<String> = row.definition.volumes().map(|volume| export_id(volume.name)).collect();
     match guest.exports().await {
         Ok(exports) => {
-            for export in exports {
+            let (ours, others): (Vec<_>, Vec<_>) =
+                exports.into_iter().partition(|export| ours.contains(&export.id));
+            for export in ours {
                 if let Err(error) = guest.unexport(&export.id, true).await {
                     tracing::warn!(%vm, error = chain(&error), "an export could not be closed");
                 }
+            }
+            // A backup's, for example: it needs the server, too.
+            if !others.is_empty() {
+                return;
             }
         }
         Err(error) => tracing::warn!(%vm, error = chain(&error), "exports could not be listed"),

@@ -27,6 +27,7 @@
 //! | `conf/DEVICE/send_redirects` | 0 | a visitor must not be told a shorter way |
 //! | `neigh/DEVICE/proxy_delay` | 0 | the kernel waits up to 0.8 s before it answers for another |
 //! | `netfilter/nf_conntrack_tcp_loose` | 1 | connections of before the move are tracked from their middle |
+//! | `netfilter/nf_conntrack_tcp_be_liberal` | 1 | a machine that comes again has gone on meanwhile, and the kernel would refuse what is outside of the windows it knows |
 //! | IPv6 `conf/LAN/accept_ra` | 2 | the host keeps its own default route while it forwards |
 //! | IPv6 `conf/all/proxy_ndp` | 1 | who asks a proxied address itself whether it is still there is answered, and not forwarded |
 //! | IPv6 `proxy_ndp`, `accept_dad`, `force_forwarding` or `all/forwarding` | | the same for IPv6 |
@@ -237,7 +238,9 @@ pub(super) fn carried_rules(config: &TunnelConfig, carried: &[CarriedRoute]) -> 
 
 /// Marked packets that come in by `input` go into the tunnel.
 fn tunnel_routes(config: &TunnelConfig, input: &str, has_v6: bool, priority: u32) -> Vec<Change> {
-    let mut plan = vec![switch("net/netfilter/nf_conntrack_tcp_loose".to_owned(), "1")];
+    let switches = ["tcp_loose", "tcp_be_liberal"];
+    let mut plan: Vec<Change> =
+        switches.map(|name| switch(format!("net/netfilter/nf_conntrack_{name}"), "1")).into();
     for v6 in [false, true].into_iter().filter(|v6| !v6 || has_v6) {
         let unspecified: IpAddr = if v6 { [0; 16].into() } else { [0; 4].into() };
         let (device, table) = (config.device.clone(), config.route_table);

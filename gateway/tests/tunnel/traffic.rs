@@ -186,7 +186,18 @@ pub fn plug_into(name: &str) -> tun::Device {
     configuration.platform_config(|platform| {
         platform.ensure_root_privileges(false);
     });
-    tun::create(&configuration).expect("the tap is free")
+    // Whoever made it may be just about to close it.
+    let begun = Instant::now();
+    loop {
+        match tun::create(&configuration) {
+            Err(tun::Error::Io(error))
+                if error.kind() == ErrorKind::ResourceBusy && begun.elapsed() < PATIENCE =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            made => return made.expect("the tap is free"),
+        }
+    }
 }
 
 /// The next frame a tap gets that ends with `text`.

@@ -13,8 +13,10 @@ use super::packet::{TCP, UDP};
 /// Servers outside of the home LAN that one NIC reaches through the tunnel: more than a home has, and few enough to look at.
 pub const MAX_SERVERS: usize = 32;
 
-/// Names, also over TLS, DTLS and QUIC (RFC 7858, RFC 8094, RFC 9250), and the time.
-const SERVER_PORTS: [u16; 3] = [53, 853, 123];
+/// Names, also over TLS, DTLS and QUIC (RFC 7858, RFC 8094, RFC 9250).
+const NAME_PORTS: [u16; 2] = [53, 853];
+/// The time (RFC 5905).
+const TIME_PORT: u16 = 123;
 
 /// What is known of a home's servers.
 #[derive(Debug, Clone, Default)]
@@ -28,11 +30,13 @@ pub struct KnownServers {
 }
 
 /// What a NIC with these home addresses reaches through the tunnel: its own LANs, then the private servers outside of them,
-/// those first that the guest was seen to ask.
+/// name servers first that the guest was seen to ask, time servers last.
 pub fn home_prefixes(home: &[Prefix], known: &KnownServers) -> Vec<Prefix> {
-    let asked: BTreeSet<IpAddr> =
-        known.flows.iter().filter(|flow| is_of_server(flow)).map(|flow| flow.remote.to_canonical()).collect();
-    let all = asked.iter().chain(&known.advertised).chain(&known.resolvers);
+    let asked = |is_of_kind: fn(&FlowTuple) -> bool| -> BTreeSet<IpAddr> {
+        known.flows.iter().filter(|flow| is_of_kind(flow)).map(|flow| flow.remote.to_canonical()).collect()
+    };
+    let (names, times) = (asked(is_of_name_server), asked(is_of_time_server));
+    let all = names.iter().chain(&known.advertised).chain(&known.resolvers).chain(&times);
     let speaks = |server: &IpAddr| home.iter().any(|lan| lan.addr.is_ipv4() == server.is_ipv4());
     let mut servers: Vec<Prefix> = Vec::new();
     for server in all.map(IpAddr::to_canonical).filter(|server| is_private(*server) && speaks(server)) {
@@ -53,8 +57,13 @@ pub fn left_behind(prefixes: &[Prefix], flows: &[FlowTuple]) -> BTreeSet<(IpAddr
     services.filter(|(address, _)| is_private(*address) && is_outside(*address)).collect()
 }
 
-fn is_of_server(flow: &FlowTuple) -> bool {
-    matches!(flow.protocol, TCP | UDP) && SERVER_PORTS.contains(&flow.remote_port)
+fn is_of_name_server(flow: &FlowTuple) -> bool {
+    matches!(flow.protocol, TCP | UDP) && NAME_PORTS.contains(&flow.remote_port)
+}
+
+/// Those that ask the guest, itself a time server, may do so from the same port.
+fn is_of_time_server(flow: &FlowTuple) -> bool {
+    flow.protocol == UDP && flow.remote_port == TIME_PORT && flow.local_port != TIME_PORT
 }
 
 /// RFC 1918, RFC 6598 and RFC 4193: the same address may be another host elsewhere.
@@ -126,13 +135,18 @@ mod tests {
     fn the_homes_own_resolvers_and_those_it_advertises_count_once_and_those_that_are_asked_come_first() {
         let home = [prefix(HOME, 24), prefix("2001:db8:a::10", 64)];
         let known = KnownServers {
-            flows: vec![flow(UDP, "10.9.0.2", 123)],
+            flows: vec![
+                flow(UDP, "10.8.0.1", 123),
+                flow(UDP, "10.9.0.2", 53),
+                FlowTuple { local_port: 123, ..flow(UDP, "10.7.0.1", 123) },
+            ],
             advertised: addresses(&["fd00::53", "2001:db8::53", "2001:db8:a::53"]),
             resolvers: addresses(&["10.9.0.1", "10.9.0.2", "127.0.0.53", "192.0.2.53", "::1", "fd00::53"]),
         };
-        let servers = [prefix("10.9.0.2", 32), prefix("fd00::53", 128), prefix("10.9.0.1", 32)];
+        let time = prefix("10.8.0.1", 32);
+        let servers = [prefix("10.9.0.2", 32), prefix("fd00::53", 128), prefix("10.9.0.1", 32), time];
         assert_eq!(home_prefixes(&home, &known), [home.as_slice(), &servers].concat());
-        let only_v4 = [prefix(HOME, 24), prefix("10.9.0.2", 32), prefix("10.9.0.1", 32)];
+        let only_v4 = [prefix(HOME, 24), prefix("10.9.0.2", 32), prefix("10.9.0.1", 32), time];
         assert_eq!(home_prefixes(&home[..1], &known), only_v4, "a NIC asks in the versions that it speaks");
         assert_eq!(home_prefixes(&home, &KnownServers::default()), home);
     }

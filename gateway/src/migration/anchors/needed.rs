@@ -2,8 +2,9 @@
 //! is counted begins with each of them.
 //!
 //! Connections of after the move are not written down (`ended`). A new gateway knows nothing of those that are silent when it
-//! begins, so that the address counts as needed whenever one is used, and not only when one is opened. Time without a gateway
-//! is quiet like any other.
+//! begins, so that the address counts as needed whenever one is used, and not only when one is opened. It listens for a while
+//! before it ends anything, whatever was noted: nobody has listened while there was no gateway, and clocks may be wrong when a
+//! host has just started.
 
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ use crate::tunnel::TunnelStatus;
 
 /// It is written down no more often than this, and only if it has become later by more.
 const STEP: Duration = Duration::from_secs(60);
+/// For so long a new gateway listens before an address may be free, unless the whole quiet time is shorter.
+const LISTENS: Duration = Duration::from_secs(3600);
 
 /// When the addresses were needed last, as an earlier gateway has noted it; `None`: nothing follows from what it has noted.
 pub(super) fn noted_ms(edges: &Edges, anchor: &Anchor) -> Option<u64> {
@@ -25,14 +28,16 @@ pub(super) fn noted_ms(edges: &Edges, anchor: &Anchor) -> Option<u64> {
         tracing::warn!(vm = %anchor.vm, error = chain(&error), "nobody knows how long the tunnel was quiet; the time begins anew");
         None
     });
-    at_the_latest_ms(noted_ms, anchor.since_unix_ms, unix_ms())
+    let quiet = Duration::from_secs(edges.config.tunnel.quiet_s);
+    at_the_latest_ms(noted_ms, anchor.since_unix_ms, unix_ms(), quiet)
 }
 
 /// What was noted may be older than the truth by a step. A machine that has left again was needed by then.
-fn at_the_latest_ms(noted_ms: Option<u64>, left_ms: u64, now_ms: u64) -> Option<u64> {
+fn at_the_latest_ms(noted_ms: Option<u64>, left_ms: u64, now_ms: u64, quiet: Duration) -> Option<u64> {
     // The clock was put back since.
     let noted_ms = noted_ms.filter(|noted_ms| *noted_ms <= now_ms)?;
-    Some(noted_ms.saturating_add(STEP.as_millis() as u64).max(left_ms).min(now_ms))
+    let heard_ms = now_ms.saturating_sub(quiet.saturating_sub(LISTENS).as_millis() as u64);
+    Some(noted_ms.saturating_add(STEP.as_millis() as u64).max(left_ms).max(heard_ms).min(now_ms))
 }
 
 /// Notes when the addresses are needed, for as long as anybody asks. `noted_ms` is what is known to be noted.
@@ -106,12 +111,16 @@ mod tests {
     #[test]
     fn what_was_noted_counts_to_the_step_and_not_from_the_future_or_an_earlier_leave() {
         let now_ms = 100 * HOUR_MS;
-        let known = |noted_ms, left_ms| at_the_latest_ms(noted_ms, left_ms, now_ms);
+        let day = Duration::from_secs(24 * 3600);
+        let known = |noted_ms, left_ms| at_the_latest_ms(noted_ms, left_ms, now_ms, day);
         assert_eq!(known(None, 0), None, "an earlier version has noted nothing");
-        assert_eq!(known(Some(77 * HOUR_MS), HOUR_MS), Some(77 * HOUR_MS + STEP_MS));
+        assert_eq!(known(Some(78 * HOUR_MS), HOUR_MS), Some(78 * HOUR_MS + STEP_MS));
         assert_eq!(known(Some(now_ms), 0), Some(now_ms));
         assert_eq!(known(Some(now_ms + 1), 0), None, "the clock was put back");
-        assert_eq!(known(Some(77 * HOUR_MS), 99 * HOUR_MS), Some(99 * HOUR_MS), "it has left again since");
+        assert_eq!(known(Some(78 * HOUR_MS), 99 * HOUR_MS), Some(99 * HOUR_MS), "it has left again since");
+        assert_eq!(known(Some(HOUR_MS), 0), Some(77 * HOUR_MS), "it listens for an hour after a long outage");
+        let short = at_the_latest_ms(Some(HOUR_MS), 0, now_ms, Duration::from_secs(60));
+        assert_eq!(short, Some(now_ms), "and for the whole quiet time if that is shorter");
     }
 
     #[test]

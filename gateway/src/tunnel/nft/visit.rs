@@ -219,7 +219,7 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
             let comes = format!("iifname != \"{port}\" {ip} daddr {care_of}");
             let _ = write!(
                 body,
-                "\t\t{comes} ct state new ct mark set {local:#x}\n\t\t{comes} {}\n",
+                "\t\t{comes} meta mark != {tunnel:#x} ct state new ct mark set {local:#x}\n\t\t{comes} {}\n",
                 kept("local")
             );
         }
@@ -248,7 +248,7 @@ fn mark_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
 
 /// What goes to the visitor, whoever may have its address here: by its care-of addresses, out of the tunnel, of other
 /// visitors, and what this host itself says. A visitor's packets to its home do not, although somebody there may have an
-/// address that is a care-of address here; nor do those of a machine that has left, which are not tracked.
+/// address that is a care-of address here.
 fn visitor_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     let (prefix, tun, local) = (&config.prefix, &config.device, config.mark_local);
     let (home_bound, to_visitor) = (config.mark_tunnel, format!("meta mark set {:#x}", config.mark_visitor));
@@ -264,7 +264,7 @@ fn visitor_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
         let to = format!("{} daddr {home}", ip_of(home));
         let _ = write!(
             comes,
-            "\t\tiifname \"{tun}\" {to} ct state != untracked {to_visitor}\n\
+            "\t\tiifname \"{tun}\" {to} {to_visitor}\n\
              \t\tiifname \"{prefix}-*\" {to} ct mark {local:#x} ct direction original {to_visitor}\n",
         );
         let _ = writeln!(says, "\t\t{to} ct mark {{ {} }} {to_visitor}", marks.join(", "));
