@@ -4,7 +4,8 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
-use gateway::tunnel::CareOf;
+use gateway::tunnel::{CareOf, VisitRequest};
+use longhaul_core::tunnel::handover::Prefix;
 
 use super::*;
 
@@ -162,6 +163,38 @@ async fn only_where_addresses_clash_a_rule_of_ours_stands_before_the_hosts_own_a
     assert_eq!(tables(&first(&lab)), ["7100", "local", "77", "local", "7100", "local"]);
     site.tunnel.visit_undo(key()).await.unwrap();
     assert_eq!(first(&lab), before);
+}
+
+/// A visitor from elsewhere whose address here is in the guest's home LAN.
+async fn another_visitor(site: &Site) -> VisitRequest {
+    let key = PortKey { machine: "web2".parse().unwrap(), nic: "net0".parse().unwrap() };
+    let port = site.tunnel.create_tap(key.clone(), 0, None).await.unwrap();
+    let mut visit = VisitRequest { key, port, peer: "c".parse().unwrap(), ..visit_request(Vec::new()) };
+    visit.nic.home = vec![Prefix { addr: address("10.5.0.7"), len: 24 }];
+    visit.nic.home_prefixes = visit.nic.home.clone();
+    visit.care_of = vec![CareOf { home: address("10.5.0.7"), care_of: address(SECOND_CARE_OF) }];
+    visit
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_neighbour_at_home_is_not_taken_for_another_visitor_whoever_of_them_came_first() {
+    for guest_is_first in [true, false] {
+        let lab = lab_or_skip!();
+        same_addresses(&lab);
+        name_everybody(&lab);
+        let (sites, neighbours) = begin(&lab).await;
+        let b = &sites.b;
+        let other = another_visitor(b).await;
+        if !guest_is_first {
+            b.tunnel.visit_prepare(other.clone()).await.unwrap();
+        }
+        sites.move_guest(&lab, visit_request(neighbours)).await;
+        if guest_is_first {
+            b.tunnel.visit_prepare(other).await.unwrap();
+        }
+        assert_eq!(who(&lab, "vm", SECOND_CARE_OF), "neighbour", "the guest came first: {guest_is_first}");
+        assert_eq!(who(&lab, "gb", CARE_OF), "guest");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
