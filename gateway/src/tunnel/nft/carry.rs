@@ -58,10 +58,6 @@ pub(in crate::tunnel) struct Home<'a> {
     pub carried: &'a [CarriedRule],
 }
 
-/// Packets between a care-of address that a machine has left and one of a visitor that is still here are translated at the
-/// visitor's end alone: they are connections of another zone than those of when both were here.
-pub(super) const LEFT_ZONE: u16 = 7100;
-
 /// Packets by a care-of address that the machine has left go into the tunnel and come out of it as they are.
 pub(in crate::tunnel) fn left_table(config: &TunnelConfig, id: &str, addresses: &[IpAddr]) -> Table {
     let (prefix, tun) = (&config.prefix, &config.device);
@@ -72,8 +68,7 @@ pub(in crate::tunnel) fn left_table(config: &TunnelConfig, id: &str, addresses: 
         let ip = if address.is_ipv6() { "ip6" } else { "ip" };
         let _ = write!(
             body,
-            "\t\tiifname \"{prefix}-*\" {ip} daddr {address} ct zone set {LEFT_ZONE} return\n\
-             \t\tiifname != \"{tun}\" {ip} daddr {address} notrack\n\t\tiifname \"{tun}\" {ip} saddr {address} notrack\n"
+            "\t\tiifname != \"{tun}\" {ip} daddr {address} notrack\n\t\tiifname \"{tun}\" {ip} saddr {address} notrack\n"
         );
     }
     body.push_str("\t}\n");

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use longhaul_core::tunnel::handover::{FlowTuple, Prefix};
 use serde_json::Value;
 
-use super::carry::{CarriedRule, LEFT_ZONE, carried_flows, carried_in, carried_marks, carried_out};
+use super::carry::{CarriedRule, carried_flows, carried_in, carried_marks, carried_out};
 use super::{Sampled, Table, family_of, first_address, nft, sampling_rules, sampling_sets};
 use crate::tunnel::config::TunnelConfig;
 use crate::tunnel::error::TunnelError;
@@ -158,8 +158,7 @@ fn visit_sets(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
 }
 
 /// A visitor sends from its own addresses only (and speaks neighbour discovery). From those of its other
-/// NICs too: a guest without source routing answers for all of them through one. What comes out of the tunnel for its
-/// care-of addresses is of machines that were here.
+/// NICs too: a guest without source routing answers for all of them through one.
 fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
     let port = visit.port;
     let _ = writeln!(
@@ -179,16 +178,6 @@ fn guard_chain(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
                 writeln!(body, "\t\tiifname \"{port}\" {ip} saddr != {{ {} }} counter drop", own.join(", "))
             }
         };
-    }
-    body.push_str("\t}\n");
-    let _ = writeln!(
-        body,
-        "\tchain {}_apart {{\n\t\ttype filter hook prerouting priority raw - 6; policy accept;",
-        config.prefix
-    );
-    for (_, care_of) in &visit.care_of {
-        let (tun, ip) = (&config.device, ip_of(care_of));
-        let _ = writeln!(body, "\t\tiifname \"{tun}\" {ip} daddr {care_of} ct zone set {LEFT_ZONE}");
     }
     body.push_str("\t}\n");
 }
@@ -338,10 +327,6 @@ fn nat_chains(body: &mut String, config: &TunnelConfig, visit: &Visit<'_>) {
             body,
             "\t\tiifname != \"{lan}\" oifname != {{ \"{tun}\", \"{port}\" }} ct mark {local:#x} {ip} saddr {home} snat {ip} to {care_of}\n\
              \t\tiifname \"{port}\" oifname \"{port}\" {ip} saddr {home} snat {ip} to {care_of}\n"
-        );
-        let _ = writeln!(
-            body,
-            "\t\toifname \"{tun}\" ct zone {LEFT_ZONE} {ip} saddr {home} snat {ip} to {care_of}"
         );
         if care_of.is_ipv4() {
             let stranger = format!("iifname \"{lan}\" oifname \"{port}\" ip saddr {home}");
