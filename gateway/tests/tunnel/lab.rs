@@ -202,7 +202,7 @@ impl Lab {
     pub fn switches(&self, name: &str) -> String {
         self.script(&format!(
             "x {name} sh -c 'cd /proc/sys/net; grep -rs . ipv4/conf ipv4/neigh ipv4/ip_forward \\
-               ipv6/conf ipv6/neigh netfilter/nf_conntrack_tcp_loose' \\
+               ipv6/conf ipv6/neigh netfilter/nf_conntrack_tcp_loose netfilter/nf_conntrack_tcp_be_liberal' \\
                | grep -vE 'stable_secret|expires|/lh0/' | sort"
         ))
     }
