@@ -444,7 +444,7 @@ async fn a_destination_whose_disk_fills_up_says_so_and_the_guest_stays() {
         disk_flows(scene, &id).await?;
         disk.fill()?;
         let reason = expect_stayed(scene, &id).await?;
-        ensure!(reason.contains("No space left on device"), "{reason}");
+        ensure!(reason.contains("Not enough space in the pool of site b for disk root"), "{reason}");
         std::fs::remove_file(disk.0.join("ballast"))?;
         stayed(scene, before).await?;
         let state = run_state(&scene.a);
