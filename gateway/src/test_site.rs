@@ -11,7 +11,8 @@ use dnsupdater::test_server::{Grant, TestServer, TestZone};
 use dnsupdater::{Algorithm, Key, UpdaterConfig};
 use longhaul_core::ids::{Epoch, MigrationId, SiteName};
 use longhaul_core::machine::MachineDefinition;
-use longhaul_core::migration::message::MigrationMessage;
+use longhaul_core::migration::CommitMode;
+use longhaul_core::migration::message::{MigrationMessage, Proposal};
 use longhaul_core::wire::Message;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
@@ -133,6 +134,20 @@ pub(crate) fn definition() -> MachineDefinition {
         [[nics]]\nname = \"lan\"\nmac = \"52:54:00:00:00:01\"\nlan = \"lan\"\npci = \"05.0\"\n\
         home = [\"198.51.100.10/24\"]\n";
     toml::from_str(text).unwrap()
+}
+
+/// What site a says of a machine of its own, before its first move.
+pub(crate) fn proposal(definition: MachineDefinition) -> Proposal {
+    Proposal {
+        definition,
+        home_site: "a".parse().unwrap(),
+        hypervisor: "7.2".into(),
+        epoch: Epoch(0),
+        running: true,
+        commit: CommitMode::Confirmed,
+        nics: Vec::new(),
+        carried: Vec::new(),
+    }
 }
 
 /// The same at its home, which is this site.

@@ -81,7 +81,7 @@ mod tests {
     use longhaul_core::ids::{Epoch, MigrationId};
     use longhaul_core::migration::generation::Generation;
     use longhaul_core::migration::ledger::Ownership;
-    use longhaul_core::migration::message::{Handover, Proposal, Reservation};
+    use longhaul_core::migration::message::{Handover, Reservation};
     use longhaul_core::migration::record::{Record, SourceRecord};
     use longhaul_core::migration::step::Step;
     use longhaul_core::migration::{Attempt, CommitMode};
@@ -92,20 +92,11 @@ mod tests {
     use crate::generation::write_notes;
     use crate::identity::Identity;
     use crate::migration::view::Viewer;
-    use crate::test_site::{TestSite, definition};
+    use crate::test_site::{TestSite, definition, proposal};
 
     /// web1 has left for b, and its disk is kept.
     async fn left(site: &TestSite, attempt: &Attempt) {
-        let proposal = Proposal {
-            definition: definition(),
-            home_site: "a".parse().unwrap(),
-            hypervisor: "7.2".into(),
-            epoch: Epoch(0),
-            running: true,
-            commit: CommitMode::Confirmed,
-            nics: Vec::new(),
-            carried: Vec::new(),
-        };
+        let proposal = proposal(definition());
         let reservation =
             Reservation { care_of: Vec::new(), shadow_pages: 0, disk_window_log: 20, memory_base: None };
         let (journal, peer) = (&site.edges.journal, attempt.peer.clone());

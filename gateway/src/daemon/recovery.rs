@@ -340,7 +340,7 @@ mod tests {
 
     use super::*;
     use crate::identity::Identity;
-    use crate::test_site::{TestSite, machine_row};
+    use crate::test_site::{TestSite, machine_row, proposal};
 
     /// A QEMU whose guest runs, and which still exports its disk to a gateway that was killed.
     fn exporting(command: &str) -> Value {
@@ -360,16 +360,7 @@ mod tests {
         let (edges, row) = (site.edges.clone(), machine_row(&site.edges));
         let (vm, peer) = (row.definition.name.clone(), "b".parse::<SiteName>().unwrap());
         edges.journal.define(&vm, &Ownership::Here { epoch: Epoch(0) }).unwrap();
-        let proposal = Proposal {
-            definition: row.definition.clone(),
-            home_site: "a".parse().unwrap(),
-            hypervisor: "7.2".into(),
-            epoch: Epoch(0),
-            running: true,
-            commit: CommitMode::Confirmed,
-            nics: Vec::new(),
-            carried: Vec::new(),
-        };
+        let proposal = proposal(row.definition.clone());
         let (id, epoch, commit) = (MigrationId(1), Epoch(1), CommitMode::Confirmed);
         let attempt = Attempt { id, vm: vm.clone(), peer: peer.clone(), epoch, commit };
         let reserved = SourceRecord::Reserved { peer, proposal: Box::new(proposal), without_names: false };
@@ -402,16 +393,7 @@ mod tests {
     fn a_move_that_was_begun_without_names_goes_on_without_them() {
         let definition = "name = \"web1\"\nmachine = \"pc-q35-7.2\"\nvcpus = 1\nmemory_mib = 64\n\
             dns_name = \"web1.vm.example\"\n[[disks]]\nname = \"root\"\nsize_bytes = 1048576\npci = \"03.0\"\n";
-        let proposal = Proposal {
-            definition: toml::from_str(definition).unwrap(),
-            home_site: "a".parse().unwrap(),
-            hypervisor: "7.2".into(),
-            epoch: Epoch(0),
-            running: true,
-            commit: CommitMode::Confirmed,
-            nics: Vec::new(),
-            carried: Vec::new(),
-        };
+        let proposal = proposal(toml::from_str(definition).unwrap());
         for without_names in [true, false] {
             let record = Record::Source(SourceRecord::Reserved {
                 peer: "b".parse().unwrap(),

@@ -22,6 +22,11 @@ pub(super) async fn prefixes(
     prefixes_among(edges, nic, neighbours, sampled(edges, row, nic).await, host::asked_here())
 }
 
+/// The same, as far as it is known without the machine and its LAN.
+pub(super) fn known(edges: &Edges, nic: &Nic) -> Result<Vec<Prefix>, Refusal> {
+    prefixes_among(edges, nic, &[], Vec::new(), host::asked_here())
+}
+
 /// Private addresses at which a machine at its home was seen to use a service, and its port, that it does not reach through
 /// the tunnel once it has left.
 pub(crate) async fn not_reached(edges: &Edges, row: &MachineRow) -> BTreeSet<(IpAddr, u16)> {

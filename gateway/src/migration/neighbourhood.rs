@@ -4,11 +4,11 @@
 use longhaul_core::ids::VmName;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Proposal, Refusal};
-use longhaul_core::tunnel::handover::{NicHandover, Prefix};
+use longhaul_core::tunnel::handover::NicHandover;
 use longhaul_core::tunnel::neighbourhood::Neighbourhood;
 
 use super::anchor::Anchor;
-use super::{Edges, MachineRow, chain};
+use super::{Edges, MachineRow, chain, home_servers};
 use crate::journal::JournalError;
 
 /// Asked about a machine that would visit: is one of ours away that it would be mistaken for?
@@ -21,7 +21,7 @@ pub(super) fn check_visitor(edges: &Edges, proposal: &Proposal) -> Result<(), Re
         if !is_away(edges, &vm, &row).map_err(|error| failed(&error))? {
             continue;
         }
-        if let Some(address) = visitor.shared(&of_definition(edges, &row)) {
+        if let Some(address) = visitor.shared(&of_definition(edges, &row)?) {
             return Err(Refusal::Incompatible(format!(
                 "the homes of {} and {vm} have the same private addresses ({address}), and {vm} is away from site {}: \
                  bring it home first, or release it",
@@ -74,32 +74,25 @@ fn of_nics(nics: &[NicHandover]) -> Neighbourhood {
     }
 }
 
-/// As the machine was told when it left, but for the servers that it alone was seen to ask, unless the configuration has
-/// changed since.
-fn of_definition(edges: &Edges, row: &MachineRow) -> Neighbourhood {
-    let home = || row.definition.nics.iter().flat_map(|nic| nic.home.iter().copied());
-    let configured = edges.config.tunnel.home_prefixes.as_ref();
-    let reached = match configured {
-        Some(prefixes) => prefixes.iter().filter_map(|text| crate::config::parse_prefix(text)).collect(),
-        None => {
-            let asked = super::host::asked_here().into_iter();
-            let server = |addr: std::net::IpAddr| Prefix { addr, len: if addr.is_ipv4() { 32 } else { 128 } };
-            home().chain(asked.map(server)).collect()
-        }
-    };
-    Neighbourhood { own: home().map(|home| home.addr).collect(), reached }
+/// As the machine was told when it left, but for the servers that it alone was seen to ask or routers advertised.
+fn of_definition(edges: &Edges, row: &MachineRow) -> Result<Neighbourhood, Refusal> {
+    let mut of = Neighbourhood::default();
+    for nic in &row.definition.nics {
+        of.own.extend(nic.home.iter().map(|home| home.addr));
+        of.reached.extend(home_servers::known(edges, nic)?);
+    }
+    Ok(of)
 }
 
 #[cfg(test)]
 mod tests {
     use longhaul_core::ids::Epoch;
-    use longhaul_core::migration::CommitMode;
     use longhaul_core::migration::message::Handover;
     use longhaul_core::tunnel::handover::Mac;
 
     use super::*;
     use crate::identity::Identity;
-    use crate::test_site::{TestSite, anchor, definition, machine_row};
+    use crate::test_site::{TestSite, anchor, definition, machine_row, proposal};
 
     fn coming_from(site: &str, home: &str) -> Proposal {
         let mut definition = definition();
@@ -113,16 +106,7 @@ mod tests {
             home_prefixes: definition.nics[0].home.clone(),
             flows: Vec::new(),
         }];
-        Proposal {
-            definition,
-            home_site: site.parse().unwrap(),
-            hypervisor: "7.2.0".to_owned(),
-            epoch: Epoch(0),
-            running: true,
-            commit: CommitMode::Confirmed,
-            nics,
-            carried: Vec::new(),
-        }
+        Proposal { home_site: site.parse().unwrap(), nics, ..proposal(definition) }
     }
 
     #[tokio::test]

@@ -190,7 +190,11 @@ pub(super) fn hold_plan(config: &TunnelConfig, kernel: Kernel, request: &HoldReq
     }
     for address in addresses {
         plan.push(Change::Proxy { address: *address, device: lan.clone(), router: false });
-        plan.push(Change::Route { to: host(*address), device: config.device.clone(), table: MAIN_TABLE });
+        plan.push(Change::Route {
+            to: Prefix::host(*address),
+            device: config.device.clone(),
+            table: MAIN_TABLE,
+        });
     }
     plan.push(match from {
         Leaving::Home => Change::BridgeAddress { mac: *mac, bridge: lan.clone() },
@@ -285,11 +289,19 @@ pub(super) fn visit_plan(
     }));
     for address in &home {
         plan.push(Change::Fixed { address: *address, mac: nic.mac, device: port.clone() });
-        plan.push(Change::Route { to: host(*address), device: port.clone(), table: config.visit_table });
+        plan.push(Change::Route {
+            to: Prefix::host(*address),
+            device: port.clone(),
+            table: config.visit_table,
+        });
     }
     for CareOf { care_of, .. } in &request.care_of {
         // Translation comes before routing; untranslated it is for a machine that has left.
-        plan.push(Change::Route { to: host(*care_of), device: config.device.clone(), table: MAIN_TABLE });
+        plan.push(Change::Route {
+            to: Prefix::host(*care_of),
+            device: config.device.clone(),
+            table: MAIN_TABLE,
+        });
         plan.push(Change::Proxy { address: *care_of, device: lan.clone(), router: false });
     }
     plan
@@ -416,10 +428,6 @@ fn router_mac(neighbours: &[Neighbour]) -> Option<Mac> {
     let mut routers: Vec<&Neighbour> = neighbours.iter().filter(|neighbour| neighbour.is_router()).collect();
     routers.sort_by_key(|router| router.addr.is_ipv6());
     routers.first().map(|router| router.mac)
-}
-
-fn host(addr: IpAddr) -> Prefix {
-    Prefix { addr, len: if addr.is_ipv6() { 128 } else { 32 } }
 }
 
 fn switch(key: String, value: &'static str) -> Change {

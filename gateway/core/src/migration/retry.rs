@@ -2,7 +2,8 @@
 //!
 //! A retry is a new attempt with an id of its own and the same epoch; the stage machines know nothing of
 //! it. Only what passes by itself is tried again: a pause that took too long, a gateway at the other
-//! site that was restarted, what came damaged and is sent anew. What an operator has to look at is not, and an operator's word ends it all.
+//! site that was restarted, what came damaged and is sent anew. What an operator has to look at is not, and an operator's
+//! word ends it all.
 
 use std::time::Duration;
 

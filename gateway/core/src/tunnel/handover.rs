@@ -32,6 +32,11 @@ pub struct Prefix {
 }
 
 impl Prefix {
+    /// The block of one address.
+    pub fn host(addr: IpAddr) -> Self {
+        Self { addr, len: if addr.is_ipv6() { 128 } else { 32 } }
+    }
+
     /// Whether `address` is inside; no address of one IP version is inside a block of the other.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.addr, address) {

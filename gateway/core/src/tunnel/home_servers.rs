@@ -42,7 +42,7 @@ pub fn home_prefixes(home: &[Prefix], known: &KnownServers) -> Vec<Prefix> {
     for server in all.map(IpAddr::to_canonical).filter(|server| is_private(*server) && speaks(server)) {
         let is_known = home.iter().chain(&servers).any(|prefix| prefix.contains(server));
         if !is_known && servers.len() < MAX_SERVERS {
-            servers.push(Prefix { addr: server, len: if server.is_ipv4() { 32 } else { 128 } });
+            servers.push(Prefix::host(server));
         }
     }
     home.iter().copied().chain(servers).collect()
@@ -124,9 +124,7 @@ mod tests {
         for (protocol, remote, port, is_added) in cases {
             let flows = vec![flow(protocol, remote, port)];
             let found = home_prefixes(&home, &KnownServers { flows, ..KnownServers::default() });
-            let server = address(remote).to_canonical();
-            let added =
-                is_added.then(|| Prefix { addr: server, len: if server.is_ipv4() { 32 } else { 128 } });
+            let added = is_added.then(|| Prefix::host(address(remote).to_canonical()));
             assert_eq!(found, home.iter().copied().chain(added).collect::<Vec<_>>(), "{remote} port {port}");
         }
     }
