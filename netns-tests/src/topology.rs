@@ -172,7 +172,9 @@ impl Site {
             format!("link set {uplink} up"),
             format!("route add default via {}", spec.core_address()),
             format!("route add default via {} dev {uplink}", spec.core_address6()),
-            format!("link add {LAN_DEVICE} type bridge"),
+            // Its own address, as a router has: without one a bridge takes the lowest of its ports', and a guest that
+            // never asks anew would lose its router as soon as another host is plugged in.
+            format!("link add {LAN_DEVICE} address 02:00:00:00:01:{:02x} type bridge", spec.number),
             format!("addr add {}/{} dev {LAN_DEVICE}", spec.router_address(), spec.lan_prefix),
             format!("addr add {}/64 dev {LAN_DEVICE} nodad", spec.address6(1)),
             format!("link set {LAN_DEVICE} up"),

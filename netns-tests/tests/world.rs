@@ -127,6 +127,23 @@ fn a_neighbour_on_the_lan_is_reached_from_its_host_and_from_the_other_site() {
 }
 
 #[test]
+fn a_router_keeps_its_link_layer_address_whatever_is_plugged_in() {
+    if not_root() {
+        return;
+    }
+    let _turn = turn();
+    let world = world();
+    let router = &world.site("a").unwrap().router;
+    let address = || router.output("ip", &["-brief", "link", "show", "lan"]).unwrap().trim().to_owned();
+    let before = address();
+    for number in 20..25 {
+        world.add_lan_host("a", &format!("plugged{number}"), number).unwrap();
+        assert_eq!(address(), before, "host {number}");
+    }
+    close(world);
+}
+
+#[test]
 fn the_core_drops_foreign_sources_of_a_site() {
     if not_root() {
         return;
