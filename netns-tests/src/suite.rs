@@ -1,7 +1,9 @@
 //! `cargo lab test`: every test, cheapest first, in two runs of cargo with a short run of the fuzzer between.
 //!
 //! The real-machine tests take turns: a machine with two cores runs one world at a time. What a
-//! machine cannot run says `skipped:` and why; the summary counts those lines.
+//! machine cannot run says `skipped:` and why; the summary counts those lines. What failed is said once more at the end.
+
+mod failed;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -12,6 +14,8 @@ use anyhow::{Context, Result};
 use crate::fuzz;
 use crate::guest::image::{GuestImage, ImageSpec};
 use crate::scenario::programs::Programs;
+
+use failed::Failed;
 
 /// How long each fuzz target runs. A longer run is `cargo lab fuzz --seconds N`.
 const FUZZ_S: u64 = 4;
@@ -26,15 +30,21 @@ pub fn run(filter: Option<&str>) -> Result<bool> {
         &["test", "--locked", "--package", "netns-tests", "--no-fail-fast"],
     ];
     let mut well = true;
-    let mut skipped = Vec::new();
+    let (mut skipped, mut failed) = (Vec::new(), Failed::default());
     for arguments in runs {
         let alone = arguments.contains(&"netns-tests") && !arguments.contains(&"--exclude");
         if alone && filter.is_none() {
             well &= fuzz::run(None, FUZZ_S)?;
         }
-        well &= cargo(arguments, filter, alone, &mut skipped)?;
+        let read = |line: &str| {
+            failed.read(line);
+            if line.contains("skipped:") {
+                skipped.push(line.to_owned());
+            }
+        };
+        well &= cargo(arguments, filter, alone, read)?;
     }
-    for line in &skipped {
+    for line in skipped.iter().map(String::as_str).chain(failed.lines()) {
         println!("{line}");
     }
     println!(
@@ -45,7 +55,7 @@ pub fn run(filter: Option<&str>) -> Result<bool> {
     Ok(well)
 }
 
-fn cargo(arguments: &[&str], filter: Option<&str>, alone: bool, skipped: &mut Vec<String>) -> Result<bool> {
+fn cargo(arguments: &[&str], filter: Option<&str>, alone: bool, mut read: impl FnMut(&str)) -> Result<bool> {
     let mut command = crate::cargo::command();
     command.args(arguments).args(filter).arg("--").arg("--show-output");
     if alone {
@@ -57,9 +67,7 @@ fn cargo(arguments: &[&str], filter: Option<&str>, alone: bool, skipped: &mut Ve
     for line in BufReader::new(output).lines() {
         let line = line?;
         println!("{line}");
-        if line.contains("skipped:") {
-            skipped.push(line);
-        }
+        read(&line);
     }
     Ok(child.wait()?.success())
 }
