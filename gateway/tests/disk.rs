@@ -5,6 +5,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a step that fails here fails the test")]
 
+#[path = "support/lateness.rs"]
+mod lateness;
+
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,6 +20,7 @@ use gateway::disk::nbd::{NbdClient, NbdServer};
 use gateway::disk::{
     Base, DiskMap, DiskSource, DiskSourceConfig, DiskTarget, DiskTargetError, SourceProgress, block_hashes,
 };
+use lateness::watch_lateness;
 use longhaul_core::disk::{Barrier, SourceConfig, TargetConfig, TargetDisk};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -350,21 +354,6 @@ fn disk_directory(in_memory: bool) -> tempfile::TempDir {
         return tempfile::tempdir_in(memory).unwrap();
     }
     tempfile::tempdir().unwrap()
-}
-
-/// How late this machine wakes a process at worst: what a monitor command may take longer than it would.
-fn watch_lateness() -> watch::Receiver<Duration> {
-    const NAP: Duration = Duration::from_millis(5);
-    let (worst, seen) = watch::channel(Duration::ZERO);
-    tokio::spawn(async move {
-        while !worst.is_closed() {
-            let asleep = Instant::now();
-            tokio::time::sleep(NAP).await;
-            let late = asleep.elapsed().saturating_sub(NAP);
-            worst.send_if_modified(|worst| late > std::mem::replace(worst, late.max(*worst)));
-        }
-    });
-    seen
 }
 
 /// Content that does not compress, with a hole in its second half.

@@ -71,7 +71,7 @@ async fn a_monitor_that_another_owner_holds_is_reported_within_its_limit() {
     let began = Instant::now();
     let error = site.hypervisor.find(&definition.name).await.unwrap_err();
     assert!(matches!(error, HypervisorError::Qmp { source: QmpError::Taken { .. }, .. }), "{error:?}");
-    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     // The observer's monitor is another one, and free.
     let observer = guest.observer_socket().unwrap();
     let observer = QmpClient::connect(&observer, QmpConfig::default()).await.unwrap();

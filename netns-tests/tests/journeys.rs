@@ -161,6 +161,7 @@ async fn download(scene: &Scene, from: IpAddr) -> Client {
     let mut plan = TrafficPlan::new(epoch_unix_ms());
     let address = SocketAddr::new(from, DOWNLOAD_PORT);
     plan.download = Some(DownloadPlan { address, bytes: 6 << 20, rate_bytes_per_s: 96 << 10, seed: 3 });
+    plan.close_timeout_ms = 150_000;
     Client::start(&scene.world.client, plan).await.unwrap()
 }
 
@@ -251,7 +252,7 @@ async fn a_machine_that_goes_home_again_keeps_the_connections_of_both_places() {
     let third = connect(&scene, care_of).await;
     let clients =
         vec![("opened at home", first), ("opened at b", second), ("opened at b after the return", third)];
-    all_lived(&scene, clients, &boot_id, 1000).await;
+    all_lived(&scene, clients, &boot_id, SILENT_MS).await;
     let report = by_name.finish().await.unwrap();
     let failed: u64 =
         report.outcomes.iter().filter(|(outcome, _)| **outcome != Outcome::Ok).map(|(_, n)| n).sum();

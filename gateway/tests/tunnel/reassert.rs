@@ -31,6 +31,7 @@ async fn what_a_reload_of_the_hosts_firewall_and_network_removes_is_made_again()
     records.wait_for(5);
     let before = ["ga", "gb"].map(|host| (host, lab.network(host)));
 
+    // Each `del` fails where there is nothing, and the script with it.
     lab.script(
         "for n in ga gb; do
            x $n nft flush ruleset
@@ -43,7 +44,6 @@ async fn what_a_reload_of_the_hosts_firewall_and_network_removes_is_made_again()
          x gb ip neigh del 198.51.100.10 dev tapb; x gb ip addr del 192.0.0.8/32 dev tapb
          x ga bridge fdb del 52:54:00:aa:00:10 dev br0 self",
     );
-    assert!(before.iter().all(|(host, before)| lab.network(host) != *before));
     for (host, before) in &before {
         same_again(&lab, host, before).await;
     }

@@ -24,8 +24,9 @@ ip -n ${P}r -6 route add 2001:db8:a::/64 via 2001:db8:1::2
 ip -n ${P}r -6 route add 2001:db8:b::/64 via 2001:db8:2::2
 
 # Hosts: the LAN's uplink in a bridge, the address on the bridge.
+# Its own: one that a bridge takes from its ports changes with them.
 for s in a b; do
-  ip -n ${P}g$s link add br0 type bridge forward_delay 0
+  ip -n ${P}g$s link add br0 address 02:00:00:00:02:0$s type bridge forward_delay 0
   ip -n ${P}g$s link set br0 up
   link r$s lan g$s up0
   ip -n ${P}g$s link set up0 master br0
@@ -41,7 +42,7 @@ addr n 198.51.100.20/24 2001:db8:a::20/64 n0
 default n 198.51.100.1 2001:db8:a::1
 
 # The guest, plugged in at home. Its caches survive what a real machine's do.
-ip -n ${P}plug link add sw type bridge forward_delay 0
+ip -n ${P}plug link add sw address 02:00:00:00:02:0c type bridge forward_delay 0
 ip -n ${P}plug link set sw up
 link plug pv vm v0
 ip -n ${P}plug link set pv master sw

@@ -120,9 +120,14 @@ impl Records {
 
     /// Waits until so many more records were answered.
     pub fn wait_for(&self, more: u64) {
-        let (begun, from) = (Instant::now(), self.count.load(Ordering::Relaxed));
-        while self.count.load(Ordering::Relaxed) < from + more {
-            assert!(!self.thread.is_finished() && begun.elapsed() < PATIENCE, "no answers any more");
+        let until = self.count.load(Ordering::Relaxed) + more;
+        let (mut seen, mut since) = (0, Instant::now());
+        while self.count.load(Ordering::Relaxed) < until {
+            let now = self.count.load(Ordering::Relaxed);
+            if std::mem::replace(&mut seen, now) != now {
+                since = Instant::now();
+            }
+            assert!(!self.thread.is_finished() && since.elapsed() < PATIENCE, "no answers any more");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ClientConfig, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
+use quinn::{
+    ClientConfig, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+};
 use ring::signature::Ed25519KeyPair;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -38,7 +40,9 @@ pub fn server_config() -> Result<ServerConfig> {
         .with_protocol_versions(&[&version::TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(certified))));
-    Ok(ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config)?)))
+    let mut config = ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config)?));
+    config.transport_config(transport());
+    Ok(config)
 }
 
 /// How to dial an echo, whoever it is.
@@ -51,7 +55,9 @@ pub fn client_config() -> Result<ClientConfig> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anybody))
         .with_no_client_auth();
-    Ok(ClientConfig::new(Arc::new(QuicClientConfig::try_from(config)?)))
+    let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(config)?));
+    config.transport_config(transport());
+    Ok(config)
 }
 
 /// Answers all who dial, for ever.
@@ -73,6 +79,13 @@ async fn echo(incoming: Incoming) -> Result<()> {
         tokio::io::copy(&mut from, &mut to).await?;
         to.finish()?;
     }
+}
+
+/// Behind a cut the next repetition may be later than QUIC's own 30 s without a word.
+fn transport() -> Arc<TransportConfig> {
+    let mut transport = TransportConfig::default();
+    transport.max_idle_timeout(Some(VarInt::from_u32(60_000).into()));
+    Arc::new(transport)
 }
 
 fn provider() -> Arc<CryptoProvider> {

@@ -100,6 +100,8 @@ pub async fn through(scene: &Scene, relay: IpAddr, to: SocketAddr) -> Client {
 pub fn records(address: SocketAddr, through: Option<SocketAddr>) -> TrafficPlan {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut plan = TrafficPlan::new(now.as_millis() as u64);
+    // After a cut the next repetition may be half a minute away.
+    plan.close_timeout_ms = 150_000;
     plan.record = Some(RecordPlan { address, through, interval_ms: 50, gap_ms: 300 });
     plan
 }

@@ -21,9 +21,11 @@ async fn sent_mbit(sender: &mut BulkSender, time: Duration) -> f64 {
     sent as f64 * 8.0 / 1e6 / began.elapsed().as_secs_f64()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_limited_migration_sends_no_faster_and_another_one_is_not_touched() {
-    let _turn = TURN.lock().await;
+/// How often a figure may be taken: a busy machine spoils some.
+const TRIES: usize = 3;
+
+/// A limited migration beside a free one, and then without its limit: Mbit/s.
+async fn limited_beside_a_free_one() -> [f64; 3] {
     let (a, b) = pair().await;
     let (limited, free) = (bulk_id(1, Channel::Memory), bulk_id(2, Channel::Disk(0)));
     let mut senders = Vec::new();
@@ -36,13 +38,24 @@ async fn a_limited_migration_sends_no_faster_and_another_one_is_not_touched() {
     a.peer("b").limit_migration(limited.migration, Some(Rate::mbit(8))).await.unwrap();
     let time = Duration::from_secs(2);
     let (slow, fast) = tokio::join!(sent_mbit(limited_sender, time), sent_mbit(free_sender, time));
-    println!("{slow:.1} and {fast:.1} Mbit/s");
-    assert!(slow < 9.5, "{slow}");
-    assert!(slow > 5.0 && fast > 2.0 * slow, "{slow} and {fast}");
     a.peer("b").limit_migration(limited.migration, None).await.unwrap();
     let lifted = sent_mbit(limited_sender, time).await;
-    assert!(lifted > 2.0 * slow, "{slow}, then {lifted}");
+    println!("{slow:.1} and {fast:.1}, then {lifted:.1} Mbit/s: {:?}", a.peer("b").stats());
     a.peer("b").close_bulk(limited.migration).await;
+    [slow, fast, lifted]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limited_migration_sends_no_faster_and_another_one_is_not_touched() {
+    let _turn = TURN.lock().await;
+    for _ in 0..TRIES {
+        let [slow, fast, lifted] = limited_beside_a_free_one().await;
+        assert!(slow < 9.5, "{slow}");
+        if slow > 5.0 && fast > 2.0 * slow && lifted > 2.0 * slow {
+            return;
+        }
+    }
+    panic!("limited more than it should be, or not alone, in {TRIES} tries");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
