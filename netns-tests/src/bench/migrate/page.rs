@@ -8,12 +8,13 @@ use crate::report::chart::escape;
 use crate::report::page::STYLE;
 
 /// Key, caption, what the value is divided by, unit.
-const PLOTS: [(&str, &str, f64, &str); 5] = [
+const PLOTS: [(&str, &str, f64, &str); 6] = [
     ("wan_bytes", "Bytes over the WAN", 1_048_576.0, "MiB"),
     ("total_ms", "Time until the machine is there", 1e3, "s"),
     ("downtime_ms", "Pause of the guest", 1.0, "ms"),
     ("client_gap_ms", "Longest silence a client saw", 1.0, "ms"),
     ("cpu_s", "Processor time of gateways and QEMUs, the guest's left out", 1.0, "s"),
+    ("request_p50_ms", "How slow the guest was: the median time of a request meanwhile", 1.0, "ms"),
 ];
 
 const ROW: f64 = 22.0;
@@ -102,12 +103,13 @@ mod tests {
     #[test]
     fn every_racer_has_a_row_and_a_name_is_no_markup() {
         let runs = json!({
-            "longhaul": { "wan_bytes": 1_048_576, "total_ms": 1000 },
+            "longhaul": { "wan_bytes": 1_048_576, "total_ms": 1000, "request_p50_ms": 104.5 },
             "<peer>": { "wan_bytes": 2_097_152, "did_not_finish": true },
         });
         let report = json!({ "profiles": { "metro": { "workloads": { "web": { "runs": runs } } } } });
         let page = render(&report);
         assert!(page.contains("1.0 MiB") && page.contains("2.0 MiB") && page.contains("did not finish"));
+        assert!(page.contains("104.5 ms"));
         assert!(page.contains("&lt;peer&gt;") && !page.contains("<peer>"));
     }
 }
