@@ -8,7 +8,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
-use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::generation::{behind, has_come};
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::Proposal;
@@ -100,7 +99,7 @@ pub fn judge(history: &History, all: &[History], known: &Known<'_>) -> Option<Ne
         last,
         epoch: history.attempt.epoch,
         owner: known.owner,
-        arbitrated: history.attempt.commit != CommitMode::Confirmed,
+        arbitrated: history.attempt.commit.is_arbitrated(),
         wanted: wanted(history),
         settled: known.row.is_some_and(|row| row.settled_in == Some(history.attempt.epoch)),
         qemu: known.seen.qemu,
@@ -325,10 +324,10 @@ fn why(record: &Record) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use longhaul_core::ids::MigrationId;
-    use longhaul_core::migration::Attempt;
     use longhaul_core::migration::generation::Generation;
     use longhaul_core::migration::message::{Handover, Refusal, Reservation};
     use longhaul_core::migration::record::Entry;
+    use longhaul_core::migration::{Attempt, CommitMode};
 
     use super::*;
     use crate::generation::write_notes;

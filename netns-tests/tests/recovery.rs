@@ -60,7 +60,8 @@ fn small(name: &str) -> SceneOptions {
 fn slow(name: &str) -> SceneOptions {
     SceneOptions {
         rtt: Duration::from_millis(1000),
-        migration: vec!["retries = 0".into(), "pause_budget_s = 60".into()],
+        // Loaded waits for the source's word.
+        migration: ["retries = 0", "pause_budget_s = 60", "commit = \"confirmed\""].map(Into::into).to_vec(),
         ..small(name)
     }
 }

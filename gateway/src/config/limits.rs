@@ -270,6 +270,9 @@ mod tests {
         let message = error("link", "congestion = \"cubic\"");
         assert!(message.starts_with("t.toml:5: congestion: "), "{message}");
         assert!(message.contains("`model` or `fixed`"), "{message}");
+        let message = error("migration", "commit = \"later\"");
+        assert!(message.starts_with("t.toml:5: commit: "), "{message}");
+        assert!(message.contains("`confirmed` or `pipelined`"), "{message}");
     }
 
     #[test]

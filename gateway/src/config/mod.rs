@@ -14,14 +14,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use longhaul_core::ids::SiteName;
+use longhaul_core::migration::CommitMode;
 use serde::Deserialize;
 
 pub use etcd::{Endpoint, EtcdConfig, InvalidEndpoint};
 pub use limits::MAX_RATE_MBIT;
 pub(crate) use limits::{UIDS, parse_prefix};
 pub use sections::{
-    ArbiterChoice, CongestionChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig, LinkSection,
-    MigrationSection, PeerConfig, SiteConfig, StorageConfig, TunnelSection,
+    ArbiterChoice, CommitChoice, CongestionChoice, DnsConfig, HypervisorSection, KernelConfig, LanConfig,
+    LinkSection, MigrationSection, PeerConfig, SiteConfig, StorageConfig, TunnelSection,
 };
 
 /// A whole configuration file.
@@ -129,8 +131,14 @@ impl Config {
     }
 
     /// The peer called `name`.
-    pub fn peer(&self, name: &longhaul_core::ids::SiteName) -> Option<&PeerConfig> {
+    pub fn peer(&self, name: &SiteName) -> Option<&PeerConfig> {
         self.peer.iter().find(|peer| peer.name == *name)
+    }
+
+    /// How machines are handed over to `peer`.
+    pub fn commit_mode(&self, peer: &SiteName) -> CommitMode {
+        let arbiter = self.peer(peer).and_then(|policy| policy.arbiter.arbiter());
+        arbiter.map_or(self.migration.commit.mode(), CommitMode::Arbitrated)
     }
 }
 
@@ -146,6 +154,8 @@ fn key_at(text: &str, line: usize) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use longhaul_core::migration::arbiter::Arbiter;
+
     use super::*;
 
     const SMALL: &str = r#"
@@ -172,11 +182,16 @@ pool = "/var/lib/longhaul/disks"
         let parsed = |text: &str| Config::parse(Path::new("site.toml"), text);
         let config = parsed(&format!("{SMALL}{peer}")).unwrap();
         assert_eq!(config.peer[0].arbiter, ArbiterChoice::None);
+        let b = "b".parse().unwrap();
+        assert_eq!(config.commit_mode(&b), CommitMode::Pipelined);
+        let config = parsed(&format!("{SMALL}[migration]\ncommit = \"confirmed\"\n{peer}")).unwrap();
+        assert_eq!(config.commit_mode(&b), CommitMode::Confirmed);
         let message = error(&format!("{SMALL}{peer}arbiter = \"dns\"\n"));
         assert!(message.contains("peer.b.arbiter") && message.contains("[dns]"), "{message}");
         let dns = "[dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n";
         let config = parsed(&format!("{SMALL}{dns}{peer}arbiter = \"dns\"\n")).unwrap();
         assert_eq!(config.peer[0].arbiter, ArbiterChoice::Dns);
+        assert_eq!(config.commit_mode(&b), CommitMode::Arbitrated(Arbiter::Dns));
     }
 
     #[test]

@@ -329,6 +329,11 @@ pub struct MigrationSection {
     /// How much longer than predicted the guest may stand still before it is resumed at the source
     /// (default 5 s).
     pub pause_budget_s: u64,
+    /// When a machine is given away where no arbiter decides: `confirmed`, after the other site has said that it is loaded
+    /// there, or `pipelined`, right behind the last byte (default). The first costs a round trip more of pause; with the second
+    /// a cut of the link within the last half round trip leaves the machine standing until the link is back. The site that
+    /// the machine leaves decides.
+    pub commit: CommitChoice,
     /// A cut of the link that the copy outlasts (default 600 s).
     pub cut_limit_s: u64,
     /// Buffer for disk writes that wait for the WAN, in MiB per disk (default 64); beyond it they are read
@@ -377,6 +382,7 @@ impl Default for MigrationSection {
             pause_target_ms: 300,
             pause_limit_s: 30,
             pause_budget_s: 5,
+            commit: CommitChoice::Pipelined,
             cut_limit_s: 600,
             disk_buffer_mib: 64,
             disk_map_mib: 64,
@@ -390,6 +396,26 @@ impl Default for MigrationSection {
             disk_flush_ms: 100,
             retries: 3,
             retry_delay_s: 2,
+        }
+    }
+}
+
+/// `migration.commit`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommitChoice {
+    /// After Loaded.
+    Confirmed,
+    /// Right behind the last byte.
+    Pipelined,
+}
+
+impl CommitChoice {
+    /// How machines are handed over then, without an arbiter.
+    pub fn mode(self) -> CommitMode {
+        match self {
+            Self::Confirmed => CommitMode::Confirmed,
+            Self::Pipelined => CommitMode::Pipelined,
         }
     }
 }
@@ -448,12 +474,12 @@ pub enum ArbiterChoice {
 }
 
 impl ArbiterChoice {
-    /// How machines are handed over then.
-    pub fn commit_mode(self) -> CommitMode {
+    /// Whose register decides then.
+    pub fn arbiter(self) -> Option<Arbiter> {
         match self {
-            Self::None => CommitMode::Confirmed,
-            Self::Dns => CommitMode::Arbitrated(Arbiter::Dns),
-            Self::Etcd => CommitMode::Arbitrated(Arbiter::Etcd),
+            Self::None => None,
+            Self::Dns => Some(Arbiter::Dns),
+            Self::Etcd => Some(Arbiter::Etcd),
         }
     }
 }

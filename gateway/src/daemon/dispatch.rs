@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use longhaul_core::ids::{Epoch, MigrationId, SiteName, VmName};
+use longhaul_core::migration::Attempt;
 use longhaul_core::migration::late;
 use longhaul_core::migration::ledger::Ownership;
 use longhaul_core::migration::message::{Carried, MigrationMessage, Proposal, Refusal, Reservation};
 use longhaul_core::migration::record::{DestinationRecord, Record};
-use longhaul_core::migration::{Attempt, CommitMode};
 use longhaul_core::tunnel::policy::PortKey;
 use longhaul_core::wire::{AnchorMessage, Message};
 use tokio::sync::{mpsc, watch};
@@ -49,8 +49,7 @@ impl Daemon {
         follows: Option<&Following>,
     ) -> Result<Started, RequestError> {
         let (machine, guest, epoch) = self.movable(&request)?;
-        let peer = self.edges.config.peer(&request.to);
-        let commit = peer.map_or(CommitMode::Confirmed, |peer| peer.arbiter.commit_mode());
+        let commit = self.edges.config.commit_mode(&request.to);
         let vm = &request.vm;
         let attempt = Attempt {
             id: MigrationId(rand::random()),
@@ -498,6 +497,7 @@ fn late_answer(
 
 #[cfg(test)]
 mod tests {
+    use longhaul_core::migration::CommitMode;
     use longhaul_core::migration::message::{CareOf, Handover};
     use longhaul_core::migration::record::{Entry, SourceRecord};
     use longhaul_core::migration::step::Step;

@@ -51,8 +51,8 @@ pub fn check_policy(config: &Config, peer: &SiteName, proposal: &Proposal) -> Re
 
 /// Whether both sites mean the same by a hand-over.
 fn check_arbiter(config: &Config, peer: &SiteName, proposal: &Proposal) -> Result<(), Refusal> {
-    let here = config.peer(peer).map_or(CommitMode::Confirmed, |policy| policy.arbiter.commit_mode());
-    if here == proposal.commit {
+    let here = config.peer(peer).and_then(|policy| policy.arbiter.arbiter());
+    if here == proposal.commit.arbiter() {
         return Ok(());
     }
     let rule = format!("peer.{peer}.arbiter is not what the other site has: set it to the same at both");
@@ -62,7 +62,7 @@ fn check_arbiter(config: &Config, peer: &SiteName, proposal: &Proposal) -> Resul
 /// With an arbiter this site must be able to win the register, not only the source.
 async fn check_register(edges: &Edges, proposal: &Proposal) -> Result<(), Refusal> {
     match proposal.commit {
-        CommitMode::Confirmed => Ok(()),
+        CommitMode::Confirmed | CommitMode::Pipelined => Ok(()),
         CommitMode::Arbitrated(Arbiter::Dns) => check_name(edges, proposal).await,
         CommitMode::Arbitrated(Arbiter::Etcd) => check_etcd(edges, proposal).await,
     }
@@ -533,6 +533,7 @@ mod tests {
             ("none", dns),
             ("none", etcd),
             ("dns", CommitMode::Confirmed),
+            ("dns", CommitMode::Pipelined),
             ("dns", etcd),
             ("etcd", CommitMode::Confirmed),
             ("etcd", dns),
@@ -540,7 +541,8 @@ mod tests {
             let refused = check_arbiter(&config_with(here), &peer, &proposal(there)).unwrap_err().to_string();
             assert!(refused.contains("peer.b.arbiter"), "{refused}");
         }
-        for (here, there) in [("dns", dns), ("etcd", etcd), ("none", CommitMode::Confirmed)] {
+        let [confirmed, pipelined] = [CommitMode::Confirmed, CommitMode::Pipelined];
+        for (here, there) in [("dns", dns), ("etcd", etcd), ("none", confirmed), ("none", pipelined)] {
             assert_eq!(check_arbiter(&config_with(here), &peer, &proposal(there)), Ok(()));
         }
     }

@@ -9,7 +9,6 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use longhaul_core::ids::{Epoch, SiteName, VmName};
-use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::{Arbiter, Contest, Request, Said, Verdict};
 use longhaul_core::migration::message::Reservation;
 
@@ -82,7 +81,7 @@ impl Register {
         source: &SiteName,
         destination: &SiteName,
     ) -> Option<Self> {
-        let CommitMode::Arbitrated(kind) = leaf.attempt.commit else { return None };
+        let kind = leaf.attempt.commit.arbiter()?;
         let epoch = leaf.attempt.epoch;
         let contest = Contest { epoch, source: source.clone(), destination: destination.clone() };
         let place = match kind {

@@ -5,7 +5,6 @@
 
 use longhaul_core::ids::Epoch;
 use longhaul_core::machine::Nic;
-use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::message::{Proposal, Refusal};
 use longhaul_core::migration::source::Event;
@@ -77,7 +76,7 @@ async fn check(
 
 async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOptions) -> Result<(), Refusal> {
     let Some(name) = arbitrated_name(leaf, row, options)? else { return Ok(()) };
-    if row.visits(leaf.edges.site()) && leaf.attempt.commit != CommitMode::Arbitrated(Arbiter::Dns) {
+    if row.visits(leaf.edges.site()) && leaf.attempt.commit.arbiter() != Some(Arbiter::Dns) {
         // Its home has the key, and moves the name.
         return Ok(());
     }
@@ -93,12 +92,12 @@ async fn check_names(leaf: &SourceLeaf, row: &MachineRow, options: &SourceOption
     let homes = homes.filter(|home| row.care_of.iter().all(|care_of| care_of.home.addr != *home));
     let here: Vec<_> = homes.chain(row.care_of.iter().map(|care_of| care_of.addr)).collect();
     let checked = names.check(name, &here, leaf.attempt.epoch).await;
-    expect_home(name, owed.as_ref(), checked).and_then(|standing| match leaf.attempt.commit {
-        CommitMode::Arbitrated(Arbiter::Dns) => {
+    expect_home(name, owed.as_ref(), checked).and_then(|standing| match leaf.attempt.commit.arbiter() {
+        Some(Arbiter::Dns) => {
             let record = format!("the TXT record _longhaul.{name}");
             not_behind(leaf, Arbiter::Dns, &record, standing.epoch()).map_err(Refusal::Names)
         }
-        CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Etcd) => Ok(()),
+        None | Some(Arbiter::Etcd) => Ok(()),
     })
 }
 
@@ -120,9 +119,9 @@ fn expect_home(
 
 /// With etcd as the arbiter: it answers, and the machine's register is older than the move.
 async fn check_etcd(leaf: &SourceLeaf) -> Result<(), Refusal> {
-    match leaf.attempt.commit {
-        CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Dns) => return Ok(()),
-        CommitMode::Arbitrated(Arbiter::Etcd) => {}
+    match leaf.attempt.commit.arbiter() {
+        None | Some(Arbiter::Dns) => return Ok(()),
+        Some(Arbiter::Etcd) => {}
     }
     let vm = &leaf.attempt.vm;
     let Some(registers) = &leaf.edges.etcd else {
@@ -142,10 +141,10 @@ fn arbitrated_name<'a>(
     options: &SourceOptions,
 ) -> Result<Option<&'a String>, Refusal> {
     let name = row.definition.dns_name.as_ref().filter(|_| !options.without_dns);
-    match leaf.attempt.commit {
-        CommitMode::Confirmed | CommitMode::Arbitrated(Arbiter::Etcd) => Ok(name),
-        CommitMode::Arbitrated(Arbiter::Dns) if name.is_some() => Ok(name),
-        CommitMode::Arbitrated(Arbiter::Dns) => {
+    match leaf.attempt.commit.arbiter() {
+        None | Some(Arbiter::Etcd) => Ok(name),
+        Some(Arbiter::Dns) if name.is_some() => Ok(name),
+        Some(Arbiter::Dns) => {
             let text = format!(
                 "peer.{}.arbiter is \"dns\", which decides by the machine's dns_name: give it one and move it without \
                  --without-dns, or set the arbiter to \"none\" at both sites",

@@ -423,6 +423,7 @@ impl SourceDriver {
         let mut pause = defaults.pause;
         pause.target = self.options.max_downtime.unwrap_or(Duration::from_millis(config.pause_target_ms));
         pause.limit = Duration::from_secs(config.pause_limit_s);
+        pause.ways = self.leaf.attempt.commit.ways_in_pause();
         pause.gives_up = self.options.no_throttle || config.max_throttle_percent == 0;
         SourceLimits {
             cut_limit: Duration::from_secs(config.cut_limit_s),

@@ -48,6 +48,8 @@ pub struct PauseBudget {
     pub rounds: u64,
     /// Give up when no round gets below the limit, because the guest may not be slowed down (default false: go on).
     pub gives_up: bool,
+    /// How often the pause goes from one site to the other (default 3): [`super::CommitMode::ways_in_pause`].
+    pub ways: u32,
 }
 
 impl Default for PauseBudget {
@@ -57,6 +59,7 @@ impl Default for PauseBudget {
             limit: Duration::from_secs(30),
             rounds: 4,
             gives_up: false,
+            ways: 3,
         }
     }
 }
@@ -116,13 +119,13 @@ const DEVICE_STATE: u64 = 64 << 10;
 
 impl Progress {
     /// The pause if the guest were stopped now: the rest and what was dirtied unseen over the
-    /// goodput, half a round trip for the last byte and a whole one for the confirmed commitment. `None` while no goodput is known.
-    pub fn predicted_pause(&self) -> Option<Duration> {
+    /// goodput, and so many ways from one site to the other. `None` while no goodput is known.
+    pub fn predicted_pause(&self, ways: u32) -> Option<Duration> {
         let dirtied = self.dirty_rate.bytes_in(self.since_sync);
         let memory = self.memory_remaining.0.saturating_add(dirtied.0);
         let memory = memory.saturating_mul(u64::from(self.reduction_permille)) / 1000;
         let rest = Bytes(memory + self.unacknowledged.0 + DEVICE_STATE);
-        Some(self.goodput.time_for(rest)? + self.rtt * 3 / 2)
+        Some(self.goodput.time_for(rest)? + self.rtt * ways / 2)
     }
 }
 
@@ -133,11 +136,11 @@ impl Convergence {
         if progress.round <= 1 || !progress.disks_in_step {
             return Decision::Continue;
         }
-        let Some(pause) = progress.predicted_pause() else {
+        let Some(pause) = progress.predicted_pause(budget.ways) else {
             return Decision::Continue;
         };
-        // A round trip is paid whatever is copied: it is not for another round to win back.
-        let budgeted = budget.target.saturating_add(progress.rtt * 3 / 2);
+        // They are paid whatever is copied: not for another round to win back.
+        let budgeted = budget.target.saturating_add(progress.rtt * budget.ways / 2);
         if pause <= budgeted {
             return Decision::Stop(pause);
         }
@@ -204,8 +207,8 @@ mod tests {
         let end_of_round =
             Progress { dirty_rate: Rate(1_040_384), goodput: Rate(590_000), ..progress(6, 24_576) };
         let long_ago = Progress { since_sync: Duration::from_secs(17), ..end_of_round };
-        assert!(end_of_round.predicted_pause().is_some_and(|pause| pause < Duration::from_secs(1)));
-        assert!(long_ago.predicted_pause().is_some_and(|pause| pause > Duration::from_secs(29)));
+        assert!(end_of_round.predicted_pause(3).is_some_and(|pause| pause < Duration::from_secs(1)));
+        assert!(long_ago.predicted_pause(3).is_some_and(|pause| pause > Duration::from_secs(29)));
         let mut convergence = Convergence::default();
         let decision = convergence.decide(&long_ago, &PauseBudget::default());
         assert_eq!(decision, Decision::Continue);
@@ -249,7 +252,7 @@ mod tests {
                 since_sync,
                 ..progress(2, left)
             };
-            shortest = shortest.min(rest.predicted_pause().unwrap_or(Duration::MAX));
+            shortest = shortest.min(rest.predicted_pause(3).unwrap_or(Duration::MAX));
             let allowed = writing_rate(Bytes(left + changed.0), link).0.min(link.0);
             since_sync += Duration::from_millis(100);
             left = left.saturating_sub(allowed / 10);

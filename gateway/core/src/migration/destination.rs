@@ -12,7 +12,8 @@
 //! * `Loaded` has no deadline: the source may have committed, and a machine that both sides let go
 //!   of would be lost. It waits for the source's word and says so;
 //! * `Activating` is entered with the record `Activated` and left only forward;
-//! * with an arbiter `Claiming` and `Owned` stand before `Activating`: see `arbitrated`.
+//! * with an arbiter `Claiming` and `Owned` stand before `Activating`: see `arbitrated`;
+//! * pipelined it goes from `Receiving` to `Activating` where the source's Commit was there before the last byte.
 
 mod arbitrated;
 
@@ -26,7 +27,7 @@ use crate::migration::permit::RunPermit;
 use crate::migration::record::{DestinationRecord, Record};
 use crate::migration::resolve::{Decided, Resolution};
 use crate::migration::step::Step;
-use crate::migration::{Attempt, Stage};
+use crate::migration::{Attempt, CommitMode, Stage};
 use crate::tunnel::handover::NicHandover;
 
 /// How long the destination waits for what.
@@ -107,7 +108,10 @@ pub enum Outcome {
 #[derive(Debug)]
 enum State {
     Preparing,
-    Receiving,
+    /// `early`: the source has committed behind the last byte, which is not loaded here yet.
+    Receiving {
+        early: Option<Box<Handover>>,
+    },
     Loaded,
     /// `lost`: QEMU is gone; the register is asked for the source.
     Claiming {
@@ -251,7 +255,7 @@ impl Destination {
     pub fn stage(&self) -> Stage {
         match &self.state {
             State::Preparing => Stage::Reservation,
-            State::Receiving => Stage::PreCopy,
+            State::Receiving { .. } => Stage::PreCopy,
             State::Loaded | State::Claiming { .. } | State::Owned { .. } => Stage::Commitment,
             State::Activating { .. }
             | State::Settling
@@ -269,7 +273,9 @@ impl Destination {
     /// When [`Event::Tick`] is due at the latest.
     pub fn deadline(&self) -> Option<Duration> {
         let cut = match &self.state {
-            State::Preparing | State::Receiving => self.link_down_since.map(|at| at + self.limits.cut_limit),
+            State::Preparing | State::Receiving { .. } => {
+                self.link_down_since.map(|at| at + self.limits.cut_limit)
+            }
             State::Loaded
             | State::Claiming { .. }
             | State::Owned { .. }
@@ -349,7 +355,7 @@ impl Destination {
 
     fn answer_reserve(&mut self) -> Step<Action> {
         match &self.state {
-            State::Receiving => {
+            State::Receiving { .. } => {
                 Step::act(vec![Action::Send(MigrationMessage::Reserved(self.reservation.clone()))])
             }
             State::Refusing { why } | State::HandingBack { why, .. } | State::Done(Outcome::Refused(why)) => {
@@ -370,13 +376,14 @@ impl Destination {
         if !matches!(self.state, State::Preparing) {
             return Step::nothing();
         }
-        self.state = State::Receiving;
+        self.state = State::Receiving { early: None };
         self.answer_reserve()
     }
 
     fn on_loaded(&mut self, now: Duration) -> Step<Action> {
-        if !matches!(self.state, State::Receiving) {
-            return Step::nothing();
+        let State::Receiving { early } = &mut self.state else { return Step::nothing() };
+        if let Some(handover) = early.take() {
+            return self.activate(handover);
         }
         self.state = State::Loaded;
         self.next_repeat = now + self.limits.repeat;
@@ -394,8 +401,13 @@ impl Destination {
                 self.state = waiting;
                 Step::nothing()
             }
-            // No mode commits before Loaded; a machine that is not here cannot run.
-            early @ (State::Preparing | State::Receiving) => {
+            // It lies until the machine is loaded. The answer tells a source that has lost the rest.
+            State::Receiving { early } if self.attempt.commit == CommitMode::Pipelined => {
+                self.state = State::Receiving { early: early.or(Some(handover)) };
+                self.answer_reserve()
+            }
+            // No other mode commits before Loaded; a machine that is not here cannot run.
+            early @ (State::Preparing | State::Receiving { .. }) => {
                 self.state = early;
                 self.refuse(Refusal::PeerMisbehaved("committed before the machine was loaded".into()))
             }
@@ -427,7 +439,7 @@ impl Destination {
 
     fn on_abort(&mut self, why: Refusal) -> Step<Action> {
         match &self.state {
-            State::Preparing | State::Receiving | State::Loaded => self.refuse(why),
+            State::Preparing | State::Receiving { .. } | State::Loaded => self.refuse(why),
             // The claim may be under way: only the register knows.
             State::Claiming { .. } => Step::act(vec![Action::Arbitrate(Request::Read)]),
             State::Refusing { .. } | State::HandingBack { .. } | State::Done(Outcome::Refused(_)) => {
@@ -446,7 +458,7 @@ impl Destination {
             State::Claiming { .. } => self.refuse(Refusal::Operator),
             State::Owned { .. } => self.hand_back(Refusal::Operator),
             State::Preparing
-            | State::Receiving
+            | State::Receiving { .. }
             | State::Loaded
             | State::Activating { .. }
             | State::Settling
@@ -472,7 +484,7 @@ impl Destination {
 
     fn on_failed(&mut self, why: Refusal) -> Step<Action> {
         match &self.state {
-            State::Preparing | State::Receiving | State::Loaded => self.refuse(why),
+            State::Preparing | State::Receiving { .. } | State::Loaded => self.refuse(why),
             State::Claiming { .. } => self.lose(why),
             State::Owned { .. } => self.hand_back(why),
             // The machine is ours: a failure here is ours to repair, never the source's to undo.
@@ -486,7 +498,7 @@ impl Destination {
 
     fn on_abort_requested(&mut self) -> Step<Action> {
         match &self.state {
-            State::Preparing | State::Receiving => self.refuse(Refusal::Operator),
+            State::Preparing | State::Receiving { .. } => self.refuse(Refusal::Operator),
             State::Loaded
             | State::Claiming { .. }
             | State::Owned { .. }
@@ -530,7 +542,7 @@ impl Destination {
                 self.end_if_handed_back();
             }
             State::Preparing
-            | State::Receiving
+            | State::Receiving { .. }
             | State::Loaded
             | State::Claiming { .. }
             | State::Owned { .. }
@@ -542,7 +554,7 @@ impl Destination {
     }
 
     fn on_tick(&mut self, now: Duration) -> Step<Action> {
-        let waits = matches!(self.state, State::Preparing | State::Receiving);
+        let waits = matches!(self.state, State::Preparing | State::Receiving { .. });
         if let Some(since) = self.link_down_since
             && waits
             && now >= since + self.limits.cut_limit
@@ -562,7 +574,7 @@ impl Destination {
                 let loaded = Action::Send(MigrationMessage::Loaded { epoch: self.attempt.epoch });
                 Step::act([loaded].into_iter().chain(self.question()).collect())
             }
-            State::Receiving => self.answer_reserve(),
+            State::Receiving { .. } => self.answer_reserve(),
             State::Claiming { .. } | State::Settling | State::HandingBack { settled: false, .. } => {
                 Step::act(self.question().into_iter().collect())
             }

@@ -29,6 +29,20 @@
 //! not Refused*: a peer that has no record answers `Unknown`, which changes nothing. No deadline
 //! makes a permit after `Committed`.
 //!
+//! **Pipelined** the source commits right behind the last byte, so that no round trip is in the pause. The Commit lies at
+//! the destination until the machine is loaded, and then is what it waits for: it activates without saying Loaded. The
+//! argument is the same; what changes is what a cut costs. A source whose gateway died behind its Commit has lost what was
+//! still on its way, and asks a destination that says that it still receives to refuse:
+//!
+//! ```text
+//!  Committed [Committed]  Commit ------------------> Receiving, the Commit lies
+//!    | its gateway was started anew                     |  loaded: [Activated]
+//!    |        <------------------------------ Reserved  Receiving still
+//!    |                        Abort ---------------->   |
+//!    |        <------------------------------- Refused  [Refused]   or, if it was loaded by then, Activated
+//!  Returned [Returned]
+//! ```
+//!
 //! **With an arbiter** the source does not commit but offers, and the destination wins the register's epoch
 //! before it owns the machine. Whoever is in doubt asks the register, so that in a cut of the WAN nobody waits
 //! for the other side:
@@ -145,4 +159,31 @@ pub enum CommitMode {
     /// The source offers after Loaded, and the destination wins a compare-and-swap at an arbiter before it
     /// runs: that round trip more of pause, and in a cut neither side waits for the other.
     Arbitrated(arbiter::Arbiter),
+    /// The source commits right behind the last byte. A cut, or the end of the source's gateway, while that byte is on its
+    /// way leaves the machine standing until the gateways reach each other again.
+    Pipelined,
+}
+
+impl CommitMode {
+    /// Whose register decides in doubt.
+    pub fn arbiter(self) -> Option<arbiter::Arbiter> {
+        match self {
+            Self::Confirmed | Self::Pipelined => None,
+            Self::Arbitrated(arbiter) => Some(arbiter),
+        }
+    }
+
+    /// A register decides in doubt.
+    pub fn is_arbitrated(self) -> bool {
+        self.arbiter().is_some()
+    }
+
+    /// How often the pause goes from one site to the other, whatever is copied: the last byte, and Loaded and Commit behind
+    /// it where the source waits for that.
+    pub fn ways_in_pause(self) -> u32 {
+        match self {
+            Self::Confirmed | Self::Arbitrated(_) => 3,
+            Self::Pipelined => 1,
+        }
+    }
 }

@@ -3,14 +3,15 @@
 //! A record says what was decided, never what was done: after a crash the fold of the records tells
 //! which actions are owed again. Records of one migration form a path through the table below;
 //! anything else is a damaged journal and is refused. `Parked` is left out when the destination has
-//! said `Loaded` before the source was done parking.
+//! said `Loaded` before the source was done parking. Pipelined it is written when the guest is being stopped, and `Loaded` is
+//! left out if the Commit was there first.
 //!
 //! ```text
 //! source:       Reserved -> PreCopy -> [Parked] -> Committed -> Released
 //!                   \          \          \            \-> Returned
 //!                    `----------`----------`-> Aborted   `-> TakenBack
-//! destination:  Reserved -> Loaded -> Activated ---------> Overruled
-//!                   \          \  \-> TakenOver ----------^
+//! destination:  Reserved -> [Loaded] -> Activated -------> Overruled
+//!                   \          \   \-> TakenOver ---------^
 //!                    `-> Refused `-> Refused
 //! with an arbiter:
 //! source:       ... [Parked] -> Offered -> [Reclaiming | Promised] -> Committed -> Released
@@ -247,7 +248,9 @@ impl DestinationRecord {
     fn may_follow(&self, last: Option<&Self>) -> bool {
         match (last, self) {
             (None, Self::Reserved { .. }) => true,
-            (Some(Self::Reserved { .. }), Self::Loaded | Self::Refused { .. }) => true,
+            (Some(Self::Reserved { .. }), Self::Loaded | Self::Activated { .. } | Self::Refused { .. }) => {
+                true
+            }
             (Some(Self::Loaded), Self::Activated { .. } | Self::Claiming { .. } | Self::TakenOver { .. }) => {
                 true
             }

@@ -15,7 +15,8 @@
 //! * before `Reserving` nothing is held anywhere: a failure ends in `Done` without a record;
 //! * from `Reserving` on a failure is first recorded as `Aborted`, then undone, then told;
 //! * `Committed` is left by the peer's word only;
-//! * with an arbiter `Offered` stands before `Committed`: see `arbitrated`.
+//! * with an arbiter `Offered` stands before `Committed`: see `arbitrated`;
+//! * pipelined it goes from `Parking` to `Committed`, and does not wait for `Loaded`.
 
 mod arbitrated;
 mod deadlines;
@@ -31,7 +32,7 @@ use crate::migration::permit::RunPermit;
 use crate::migration::record::{Record, SourceRecord};
 use crate::migration::resolve::Resolution;
 use crate::migration::step::Step;
-use crate::migration::{Attempt, Stage};
+use crate::migration::{Attempt, CommitMode, Stage};
 
 /// How long the source waits for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,9 +165,11 @@ enum State {
     Promised {
         handover: Box<Handover>,
     },
+    /// `lost`: what was on its way behind a pipelined Commit is lost, with the gateway that sent it.
     Committed {
         handover: Box<Handover>,
         refused: Option<Refusal>,
+        lost: Option<Refusal>,
     },
     Released,
     /// `owes`: the register is to name this side.
@@ -240,7 +243,9 @@ impl Source {
                 source.abort(Refusal::Restarted(site.clone()))
             }
             SourceRecord::Committed { handover } => {
-                source.state = State::Committed { handover: handover.clone(), refused: None };
+                let pipelined = source.attempt.commit == CommitMode::Pipelined;
+                let lost = pipelined.then(|| Refusal::Restarted(site.clone()));
+                source.state = State::Committed { handover: handover.clone(), refused: None, lost };
                 Step::act(vec![Action::Attract(handover)])
             }
             SourceRecord::Offered { handover } => {
@@ -401,6 +406,11 @@ impl Source {
     }
 
     fn on_reserved(&mut self, reservation: Reservation) -> Step<Action> {
+        if let State::Committed { lost: Some(why), .. } = &self.state {
+            // It still receives, and nothing more will come. If it has all of it by now, it says so.
+            let abort = MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() };
+            return Step::act(vec![Action::Send(abort)]);
+        }
         if !matches!(self.state, State::Reserving { .. }) {
             return Step::nothing();
         }
@@ -446,10 +456,15 @@ impl Source {
     }
 
     fn on_guest_stopped(&mut self, now: Duration) -> Step<Action> {
-        if let State::Parking { stopped_at, .. } = &mut self.state {
-            *stopped_at = Some(now);
+        let State::Parking { stopped_at: stopped_at @ None, .. } = &mut self.state else {
+            return Step::nothing();
+        };
+        *stopped_at = Some(now);
+        if self.attempt.commit != CommitMode::Pipelined {
+            return Step::nothing();
         }
-        Step::nothing()
+        // Beside sending the rest. A journal that fails here may resume the guest, which one that fails at Committed may not.
+        Step::record(Record::Source(SourceRecord::Parked), Vec::new())
     }
 
     fn on_parked(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
@@ -457,7 +472,7 @@ impl Source {
             return Step::nothing();
         };
         let give_up_at = self.pause_deadline(stopped_at.unwrap_or(now), predicted);
-        if loaded {
+        if loaded || self.attempt.commit == CommitMode::Pipelined {
             return self.hand_over(handover, give_up_at, now);
         }
         self.state = State::Parked { give_up_at, handover };
@@ -477,7 +492,7 @@ impl Source {
     }
 
     fn commit(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
-        self.state = State::Committed { handover: handover.clone(), refused: None };
+        self.state = State::Committed { handover: handover.clone(), refused: None, lost: None };
         self.next_repeat = now + self.repeat_after();
         let message = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(

@@ -52,6 +52,7 @@ mod tests {
         let arbitrated = [Arbiter::Dns, Arbiter::Etcd].map(CommitMode::Arbitrated);
         assert_eq!(postcard::to_allocvec(&CommitMode::Confirmed).unwrap(), [0]);
         assert_eq!(arbitrated.map(|mode| postcard::to_allocvec(&mode).unwrap()), [[1, 0], [1, 1]]);
+        assert_eq!(postcard::to_allocvec(&CommitMode::Pipelined).unwrap(), [2]);
         let second_byte = |record: &Record| postcard::to_allocvec(record).unwrap()[1];
         let source = [
             SourceRecord::Returned { why: Refusal::Operator },

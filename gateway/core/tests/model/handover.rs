@@ -1,7 +1,8 @@
 //! The hand-over by two journaled machines without an arbiter: commit modes `confirmed` and `pipelined`.
 //!
 //! In `pipelined` the source commits right behind the last byte, without hearing Loaded; the destination lets an early Commit lie
-//! until it has loaded. Time is not in it: whatever a deadline may do, may happen at any time.
+//! until it has loaded, and says to who commits that it still receives. A source whose gateway died meanwhile, and with it what
+//! had not arrived, asks for a refusal then. Time is not in it: whatever a deadline may do, may happen at any time.
 
 use crate::search::{Model, Move};
 use crate::state::{Attempt, Cause, Destination, Guest, MESSAGES, Message, Owns, Sent, Source, State};
@@ -41,6 +42,8 @@ pub enum Mutant {
     SilentOnceDone,
     ForgetsRefusal,
     StartGateOpen,
+    /// A source that was started anew does not know that the rest is lost.
+    WaitsForWhatIsLost,
 }
 
 /// One step; the number is the attempt's or, for what befalls a site, the site's.
@@ -51,9 +54,11 @@ pub enum Label {
     Deliver(usize, Message),
     Park(usize),
     GuestStopped(usize),
+    /// Its last byte leaves, and may be there before the source has seen to what follows.
+    LastByte(usize),
     AllSent(usize),
-    /// Without having heard Loaded: `pipelined` only.
-    Commits(usize),
+    /// What was on its way is lost with the source's gateway, behind a Commit: `pipelined` only.
+    RestIsLost(usize),
     SourceGivesUp(usize),
     SourceResumes(usize),
     RolledBack(usize),
@@ -101,6 +106,7 @@ impl Model for Handover {
                         | Label::SourceGivesUp(_)
                         | Label::DestinationFails(_)
                         | Label::Begin(_)
+                        | Label::RestIsLost(_)
                         | Label::Cut
                 );
                 (to != *state).then_some(Move { label, to, fault })
@@ -145,8 +151,9 @@ impl Handover {
             Label::PreflightPassed,
             Label::Park,
             Label::GuestStopped,
+            Label::LastByte,
             Label::AllSent,
-            Label::Commits,
+            Label::RestIsLost,
             Label::SourceGivesUp,
             Label::SourceResumes,
             Label::RolledBack,
@@ -188,11 +195,16 @@ impl Handover {
             Label::PreflightPassed(at)
             | Label::Park(at)
             | Label::GuestStopped(at)
+            | Label::LastByte(at)
             | Label::AllSent(at)
-            | Label::Commits(at)
             | Label::SourceResumes(at)
             | Label::RolledBack(at)
             | Label::TidiedUp(at) => self.source_works(state, at, label),
+            Label::RestIsLost(at) => {
+                let attempt = &mut state.attempts[at];
+                let arrives = matches!(attempt.destination, Destination::Preparing | Destination::Receiving);
+                (attempt.lost && arrives && attempt.all_sent).then(|| attempt.all_sent = false)
+            }
             Label::SourceGivesUp(at) => {
                 self.give_up(state, at);
                 Some(())
@@ -256,14 +268,13 @@ impl Handover {
             (Label::GuestStopped(_), Source::Parking { .. }) if *guest == Guest::Running => {
                 *guest = Guest::Still;
             }
-            (Label::AllSent(_), Source::Parking { loaded }) if *guest == Guest::Still => {
-                attempt.all_sent = true;
+            (Label::LastByte(_), Source::Parking { .. }) if *guest == Guest::Still => attempt.all_sent = true,
+            (Label::AllSent(_), Source::Parking { loaded }) if attempt.all_sent => {
                 attempt.source = Source::Parked;
-                if loaded {
+                if loaded || self.mode == Mode::Pipelined {
                     commit(state, at, from);
                 }
             }
-            (Label::Commits(_), Source::Parked) if self.mode == Mode::Pipelined => commit(state, at, from),
             (Label::SourceResumes(_), Source::Aborting { rolled_back: false, .. })
                 if *guest == Guest::Still =>
             {
@@ -296,11 +307,19 @@ impl Handover {
                 attempt.sent.add(Message::Reserve);
             }
             (Message::Reserved, Source::Reserving) => attempt.source = Source::PreCopy,
+            (Message::Reserved, Source::Committed)
+                if attempt.lost && !self.is(Mutant::WaitsForWhatIsLost) =>
+            {
+                attempt.sent.add(Message::Abort);
+            }
             (Message::Loaded, Source::Parking { .. }) => {
                 attempt.source = Source::Parking { loaded: true };
             }
             (Message::Loaded, Source::Parked) => commit(state, at, from),
-            (Message::Activated, Source::Committed) => attempt.source = Source::Released,
+            (Message::Activated, Source::Committed) => {
+                attempt.source = Source::Released;
+                attempt.lost = false;
+            }
             (Message::Refused, Source::Committed) => returned(state, at, from),
             (Message::Unknown, Source::Committed) if self.is(Mutant::UnknownIsRefused) => {
                 returned(state, at, from);
@@ -361,11 +380,11 @@ impl Handover {
             (Message::Commit | Message::Abort, Destination::Absent) => attempt.sent.add(Message::Unknown),
             (Message::Commit | Message::Abort, Destination::Active) => attempt.sent.add(Message::Activated),
             (Message::Commit, Destination::Loaded) => activate(state, at, to),
-            (Message::Commit, Destination::Preparing | Destination::Receiving)
-                if self.mode == Mode::Confirmed =>
-            {
-                self.refuse(state, at);
+            (Message::Commit, Destination::Receiving) if self.mode == Mode::Pipelined => {
+                attempt.early = true;
+                attempt.sent.add(Message::Reserved);
             }
+            (Message::Commit, Destination::Preparing | Destination::Receiving) => self.refuse(state, at),
             (Message::Abort, Destination::Preparing | Destination::Receiving | Destination::Loaded) => {
                 self.refuse(state, at);
             }
@@ -394,9 +413,13 @@ impl Handover {
                 attempt.sent.add(Message::Reserved);
             }
             (Label::Loads(_), Destination::Receiving) if attempt.all_sent => {
+                *guest = Guest::Still;
+                if std::mem::take(&mut attempt.early) {
+                    activate(state, at, to);
+                    return Some(());
+                }
                 attempt.destination = Destination::Loaded;
                 attempt.sent.add(Message::Loaded);
-                *guest = Guest::Still;
             }
             (Label::DestinationResumes(_), Destination::Activating) if *guest == Guest::Still => {
                 *guest = Guest::Running;
@@ -417,6 +440,7 @@ impl Handover {
     fn refuse(&self, state: &mut State, at: usize) {
         let (_, to) = self.route(at);
         state.attempts[at].destination = Destination::Refusing;
+        state.attempts[at].early = false;
         state.attempts[at].sent.add(Message::Refused);
         if state.owns[to] == Owns::Arriving {
             state.owns[to] = Owns::Unknown;
@@ -457,7 +481,8 @@ impl Handover {
                     attempt.source = Source::Aborting { cause, rolled_back: false, told: false };
                 }
             }
-            Source::Absent | Source::Committed | Source::Released | Source::Moved => {}
+            Source::Committed => attempt.lost = self.mode == Mode::Pipelined,
+            Source::Absent | Source::Released | Source::Moved => {}
         }
     }
 
@@ -503,7 +528,9 @@ impl Handover {
             Mutant::SourceTimesOut if attempt.source == Source::Committed => {
                 state.guests[self.route(at).0] = Guest::Running;
             }
-            Mutant::CommitsBeforeRecord if attempt.source == Source::Parked => {
+            Mutant::CommitsBeforeRecord
+                if matches!(attempt.source, Source::Parking { .. } | Source::Parked) =>
+            {
                 attempt.sent.add(Message::Commit);
             }
             Mutant::ResumesBeforeRecord
@@ -530,7 +557,8 @@ impl Handover {
             | Mutant::RollsBackWithoutResuming
             | Mutant::SilentOnceDone
             | Mutant::ForgetsRefusal
-            | Mutant::StartGateOpen => return None,
+            | Mutant::StartGateOpen
+            | Mutant::WaitsForWhatIsLost => return None,
         }
         Some(())
     }
@@ -539,6 +567,7 @@ impl Handover {
 fn commit(state: &mut State, at: usize, from: usize) {
     let attempt = &mut state.attempts[at];
     attempt.source = Source::Committed;
+    attempt.lost = false;
     attempt.sent.add(Message::Commit);
     state.owns[from] = Owns::Away(attempt.epoch);
 }
@@ -546,6 +575,7 @@ fn commit(state: &mut State, at: usize, from: usize) {
 fn returned(state: &mut State, at: usize, from: usize) {
     let attempt = &mut state.attempts[at];
     attempt.source = Source::Aborting { cause: Cause::Returned, rolled_back: false, told: true };
+    attempt.lost = false;
     state.owns[from] = Owns::Here(attempt.epoch);
 }
 

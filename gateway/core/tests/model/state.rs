@@ -127,8 +127,12 @@ pub struct Attempt {
     pub source: Source,
     pub destination: Destination,
     pub sent: Sent,
-    /// The machine's last byte has left the source.
+    /// The machine's last byte has left the source, and is not lost.
     pub all_sent: bool,
+    /// The source's gateway died behind a pipelined Commit: what had not arrived by then will not.
+    pub lost: bool,
+    /// A pipelined Commit lies at the destination.
+    pub early: bool,
     pub epoch: u8,
 }
 
@@ -138,6 +142,8 @@ impl Attempt {
         destination: Destination::Absent,
         sent: Sent(0),
         all_sent: false,
+        lost: false,
+        early: false,
         epoch: 0,
     };
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
-use crate::scene::{Scene, THREE, THREE_DNS, THREE_ETCD, TWO, TWO_ARBITRATED, TWO_RESOLVED};
+use crate::scene::{Scene, THREE, THREE_DNS, THREE_ETCD, TWO, TWO_ARBITRATED, TWO_PIPELINED, TWO_RESOLVED};
 use crate::schedule::of_seed;
 use crate::world::World;
 
@@ -50,6 +50,8 @@ pub enum Broken {
     ForgetsHighWater,
     /// A source whose QEMU is gone asks for itself, although the destination may have all of it.
     AsksForTheDead,
+    /// A source that was started anew does not say that what was behind its Commit is lost.
+    WaitsForWhatIsLost,
     /// Not a gateway but an operator: the copy that he says is destroyed is not.
     DestroysNothing,
     /// Not a gateway but a register: it loses a decision that one side alone has seen.
@@ -91,6 +93,16 @@ const OF_TWO_ARBITRATED: Mutants = &[
     (Broken::ForgetsTheDecision, "never_two_running"),
 ];
 
+const OF_TWO_PIPELINED: Mutants = &[
+    (Broken::SourceTimesOut, "never_two_running"),
+    (Broken::ActsBeforeSync, "journal_precedes_message"),
+    (Broken::UnknownIsRefused, "unknown_is_not_refused"),
+    (Broken::RefusesAfterActivated, "never_two_owners"),
+    (Broken::ForgetsCommitted, "exactly_one_runs_once_healed"),
+    (Broken::WaitsForWhatIsLost, "exactly_one_runs_once_healed"),
+    (Broken::LoadsBeforeItFlushes, "flushed_writes_survive_power_loss"),
+];
+
 const OF_THREE: Mutants = &[
     (Broken::SourceTimesOut, "never_two_running"),
     (Broken::RefusesAfterActivated, "never_two_owners"),
@@ -122,6 +134,7 @@ fn every_invariant_catches_the_gateway_that_breaks_it() {
     is_found_out(&TWO, OF_TWO);
     is_found_out(&TWO_RESOLVED, OF_TWO_RESOLVED);
     is_found_out(&TWO_ARBITRATED, OF_TWO_ARBITRATED);
+    is_found_out(&TWO_PIPELINED, OF_TWO_PIPELINED);
 }
 
 #[test]

@@ -277,6 +277,13 @@ impl World {
             message = MigrationMessage::Refused { epoch: attempt.epoch, why: Refusal::Operator };
         }
         let site = &self.sites[to];
+        let asked = to == attempt.source && matches!(message, MigrationMessage::Reserved(_));
+        if asked && self.broken == Some(Broken::WaitsForWhatIsLost) {
+            let given = matches!(site.journal.last(id), Some(Record::Source(SourceRecord::Committed { .. })));
+            if given {
+                return;
+            }
+        }
         if to == attempt.source && site.sources.contains_key(&id) {
             return self.source(id, source::Event::Peer(message));
         }

@@ -129,7 +129,7 @@ impl World {
                 last,
                 Record::Source(SourceRecord::Promised { .. } | SourceRecord::Committed { .. })
             );
-            given && (self.refused(id) || self.moves[&id].commit == CommitMode::Confirmed)
+            given && (self.refused(id) || !self.moves[&id].commit.is_arbitrated())
         })
     }
 
@@ -190,15 +190,20 @@ impl World {
                 matches!(last, Some(Record::Source(SourceRecord::Offered { .. })))
             }
             MigrationMessage::Reserve { .. } => matches!(last, Some(Record::Source(_))),
-            MigrationMessage::Abort { .. } => matches!(
-                last,
-                Some(Record::Source(
-                    SourceRecord::Aborted { .. }
-                        | SourceRecord::Returned { .. }
-                        | SourceRecord::Settled
-                        | SourceRecord::TakenBack { .. }
-                ))
-            ),
+            MigrationMessage::Abort { .. } => {
+                // Behind a pipelined Commit it asks: what was on its way is lost.
+                let asks = matches!(last, Some(Record::Source(SourceRecord::Committed { .. })))
+                    && self.moves[&id].commit == CommitMode::Pipelined;
+                asks || matches!(
+                    last,
+                    Some(Record::Source(
+                        SourceRecord::Aborted { .. }
+                            | SourceRecord::Returned { .. }
+                            | SourceRecord::Settled
+                            | SourceRecord::TakenBack { .. }
+                    ))
+                )
+            }
             MigrationMessage::Loaded { .. } => {
                 matches!(last, Some(Record::Destination(DestinationRecord::Loaded)))
             }

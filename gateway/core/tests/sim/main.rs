@@ -32,7 +32,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use invariants::Violation;
-use scene::{SCENES, Scene, THREE, THREE_DNS, THREE_ETCD, TWO, TWO_ARBITRATED, TWO_RESOLVED};
+use scene::{
+    SCENES, Scene, THREE, THREE_DNS, THREE_ETCD, THREE_PIPELINED, TWO, TWO_ARBITRATED, TWO_PIPELINED,
+    TWO_RESOLVED,
+};
 use schedule::{Event, of_seed, shorten};
 use world::World;
 
@@ -113,6 +116,20 @@ fn every_schedule_in_which_an_operator_decides_for_a_lost_site_keeps_every_promi
 #[test]
 fn every_schedule_with_an_arbiter_keeps_every_promise_and_nobody_waits_in_a_partition() {
     play_all(&TWO_ARBITRATED);
+}
+
+#[test]
+fn every_schedule_with_a_pipelined_commit_keeps_every_promise() {
+    play_all(&TWO_PIPELINED);
+    let seen = records(&TWO_PIPELINED, 20_000);
+    for record in ["parked", "committed", "activated", "returned"] {
+        assert!(seen.contains_key(record), "nobody wrote {record}");
+    }
+}
+
+#[test]
+fn every_schedule_of_three_sites_with_a_pipelined_commit_keeps_every_promise() {
+    play_all(&THREE_PIPELINED);
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! A gateway of the simulation starts: folds its journal and goes on, by the core's judgement.
 
-use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::destination::{Destination, DestinationLimits, Remains};
 use longhaul_core::migration::record::{DestinationRecord, Record, SourceRecord};
 use longhaul_core::migration::recovery::{Facts, NextStep, Qemu, next_step};
@@ -72,7 +71,7 @@ impl World {
             last,
             epoch: attempt.epoch,
             owner: journal.owner.as_ref(),
-            arbitrated: attempt.commit != CommitMode::Confirmed,
+            arbitrated: attempt.commit.is_arbitrated(),
             wanted: true,
             settled: false,
             qemu: self.qemu(site, id),

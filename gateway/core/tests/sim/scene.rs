@@ -85,6 +85,24 @@ pub static THREE_ETCD: Scene = Scene {
     operator: false,
 };
 
+pub static TWO_PIPELINED: Scene = Scene {
+    prefix: "pipelined-",
+    sites: 2,
+    routes: &[route(A, B, CommitMode::Pipelined)],
+    leavers: &[A],
+    moves: 3,
+    operator: false,
+};
+
+pub static THREE_PIPELINED: Scene = Scene {
+    prefix: "three-pipelined-",
+    sites: 3,
+    routes: &everywhere(CommitMode::Pipelined),
+    leavers: &[A, B, C],
+    moves: 6,
+    operator: false,
+};
+
 /// The name server arbitrates for the home alone; on a link without an arbiter a visitor may move on.
 pub static THREE_DNS: Scene = Scene {
     prefix: "three-dns-",
@@ -100,7 +118,8 @@ pub static THREE_DNS: Scene = Scene {
     operator: false,
 };
 
-pub static SCENES: [&Scene; 6] = [&TWO, &TWO_RESOLVED, &TWO_ARBITRATED, &THREE, &THREE_ETCD, &THREE_DNS];
+pub static SCENES: [&Scene; 8] =
+    [&TWO, &TWO_RESOLVED, &TWO_ARBITRATED, &TWO_PIPELINED, &THREE, &THREE_ETCD, &THREE_DNS, &THREE_PIPELINED];
 
 impl Scene {
     /// The scene of a kept schedule.
@@ -111,10 +130,7 @@ impl Scene {
 
     /// Whom some moves ask, or all.
     pub fn arbiter(&self) -> Option<Arbiter> {
-        self.routes.iter().find_map(|route| match route.commit {
-            CommitMode::Confirmed => None,
-            CommitMode::Arbitrated(of) => Some(of),
-        })
+        self.routes.iter().find_map(|route| route.commit.arbiter())
     }
 
     pub fn has_arbiter(&self) -> bool {

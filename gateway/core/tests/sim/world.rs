@@ -112,10 +112,9 @@ impl World {
 
     /// The register that decides about a hand-over.
     pub fn arbiter(&self, commit: CommitMode) -> Option<&Register> {
-        match commit {
-            CommitMode::Confirmed => None,
-            CommitMode::Arbitrated(Arbiter::Dns) => Some(&self.name_server),
-            CommitMode::Arbitrated(Arbiter::Etcd) => Some(&self.etcd),
+        match commit.arbiter()? {
+            Arbiter::Dns => Some(&self.name_server),
+            Arbiter::Etcd => Some(&self.etcd),
         }
     }
 
@@ -303,11 +302,24 @@ impl World {
             }
         }
         self.sites[site].forget();
+        self.loses_the_rest(site, number);
         if site == B && self.broken == Some(Broken::UnknownIsRefused) {
             // Its disk was restored from a backup besides.
             self.sites[B].journal = Journal::default();
         }
         Ok(())
+    }
+
+    /// What a gateway had sent behind a pipelined Commit and was still on its way is lost with it. All of it had arrived, or not.
+    fn loses_the_rest(&mut self, site: usize, number: usize) {
+        if number & 0x80 != 0 {
+            return;
+        }
+        let moves = &self.moves;
+        self.all_sent.retain(|id, _| {
+            let attempt = &moves[id];
+            attempt.source != site || attempt.commit != CommitMode::Pipelined
+        });
     }
 
     fn power_loss(&mut self, site: usize, number: usize) -> Result<(), Violation> {

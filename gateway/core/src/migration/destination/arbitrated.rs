@@ -12,7 +12,6 @@
 //! * `Settling` and `HandingBack` last until the register says what is true already.
 
 use super::{Action, Destination, Outcome, State};
-use crate::migration::CommitMode;
 use crate::migration::arbiter::{Request, Verdict};
 use crate::migration::message::{Handover, MigrationMessage, Refusal};
 use crate::migration::record::{DestinationRecord, Record};
@@ -20,10 +19,7 @@ use crate::migration::step::Step;
 
 impl Destination {
     pub(super) fn is_arbitrated(&self) -> bool {
-        match self.attempt.commit {
-            CommitMode::Confirmed => false,
-            CommitMode::Arbitrated(_) => true,
-        }
+        self.attempt.commit.is_arbitrated()
     }
 
     pub(super) fn on_offer(&mut self, handover: Box<Handover>) -> Step<Action> {
@@ -31,7 +27,7 @@ impl Destination {
             return self.on_failed(Refusal::PeerMisbehaved("offered a machine that has no arbiter".into()));
         }
         match &self.state {
-            State::Preparing | State::Receiving => {
+            State::Preparing | State::Receiving { .. } => {
                 self.refuse(Refusal::PeerMisbehaved("offered before the machine was loaded".into()))
             }
             State::Loaded => {
@@ -56,7 +52,7 @@ impl Destination {
             State::Claiming { lost: Some(_), .. } => Request::ForSource,
             State::HandingBack { settled: false, .. } => Request::BackToSource,
             State::Preparing
-            | State::Receiving
+            | State::Receiving { .. }
             | State::Loaded
             | State::Owned { .. }
             | State::Activating { .. }
@@ -92,7 +88,7 @@ impl Destination {
                 Step::nothing()
             }
             State::Preparing
-            | State::Receiving
+            | State::Receiving { .. }
             | State::Owned { .. }
             | State::Activating { .. }
             | State::Refusing { .. }
@@ -112,7 +108,7 @@ impl Destination {
                 Step::nothing()
             }
             State::Preparing
-            | State::Receiving
+            | State::Receiving { .. }
             | State::Owned { .. }
             | State::Activating { .. }
             | State::Settling

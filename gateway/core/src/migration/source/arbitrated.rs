@@ -26,10 +26,7 @@ use crate::migration::step::Step;
 
 impl Source {
     pub(super) fn is_arbitrated(&self) -> bool {
-        match self.attempt.commit {
-            CommitMode::Confirmed => false,
-            CommitMode::Arbitrated(_) => true,
-        }
+        self.attempt.commit.is_arbitrated()
     }
 
     pub(super) fn hand_over(
@@ -39,7 +36,7 @@ impl Source {
         now: Duration,
     ) -> Step<Action> {
         match self.attempt.commit {
-            CommitMode::Confirmed => self.commit(handover, now),
+            CommitMode::Confirmed | CommitMode::Pipelined => self.commit(handover, now),
             CommitMode::Arbitrated(_) => self.offer(handover, give_up_at, now),
         }
     }

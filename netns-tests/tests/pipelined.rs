@@ -1,0 +1,156 @@
+//! A machine that was given away behind its last byte, while that byte is on its way: the link is cut, a gateway dies. At most
+//! one copy runs at any time, one runs in the end, and its connections go on.
+//!
+//! What must hold for any order of events is the model's and the simulation's affair; here it is real QEMUs and real bytes.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test's own preparation may end it; clippy exempts only the test functions"
+)]
+
+#[path = "support/scenes.rs"]
+mod scenes;
+
+use std::time::{Duration, Instant};
+
+use gateway::api::types::Progressing;
+use longhaul_core::migration::Stage;
+use netns_tests::agent::RECORD_PORT;
+use netns_tests::scenario::demo::unix_ms;
+use netns_tests::scenario::options::SceneOptions;
+use netns_tests::scenario::scene::Scene;
+use netns_tests::scenario::traffic::Client;
+use netns_tests::traffic::{RecordPlan, TrafficPlan};
+use scenes::{build, close, state, turn, wait};
+
+const MOVE: Duration = Duration::from_secs(180);
+const SOON: Duration = Duration::from_secs(30);
+/// Longer than a guest may stand still without having been given away.
+const STANDS: Duration = Duration::from_secs(6);
+
+/// So much is left when the guest is stopped that a second passes between the Commit and the last byte.
+fn options(name: &str) -> SceneOptions {
+    SceneOptions {
+        rate_mbit: 20.0,
+        dirty_memory_kib_per_s: 2048,
+        migration: ["retries = 0", "pause_budget_s = 1", "pause_target_ms = 3000"].map(Into::into).to_vec(),
+        ..SceneOptions::small(format!("pipelined-{name}"))
+    }
+}
+
+async fn connect(scene: &Scene) -> Client {
+    let mut plan = TrafficPlan::new(unix_ms());
+    plan.close_timeout_ms = 150_000;
+    let address = (scene.home().unwrap(), RECORD_PORT).into();
+    plan.record = Some(RecordPlan { address, through: None, interval_ms: 10, gap_ms: 200 });
+    Client::start(&scene.world.client, plan).await.unwrap()
+}
+
+async fn lived(client: Client) {
+    let record = client.finish().await.unwrap().record.unwrap();
+    println!("{} records, silences {:?}", record.received, record.gaps);
+    assert!(record.content_ok, "{record:?}");
+}
+
+/// A move up to the moment at which the source has given the machine away, and the path is cut before it is all there.
+async fn cut_behind_the_commit(scene: &Scene) -> String {
+    let id = scene.begin_move().await.unwrap();
+    let deadline = Instant::now() + MOVE;
+    while scene.a.client().migration(&id).await.unwrap().stage < Stage::Commitment {
+        assert!(Instant::now() < deadline, "{}", scene.a.log_tail());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    scene.world.wan.cut().unwrap();
+    id
+}
+
+fn run_anywhere(scene: &Scene) -> Vec<&'static str> {
+    let running = |(name, gateway)| (state(gateway).as_deref() == Some("running")).then_some(name);
+    [("a", &scene.a), ("b", &scene.b)].into_iter().filter_map(running).collect()
+}
+
+async fn stands_still(scene: &Scene) {
+    let began = Instant::now();
+    while began.elapsed() < STANDS {
+        scene.keep_logs();
+        assert_eq!(run_anywhere(scene), [] as [&str; 0], "after {:?}", began.elapsed());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn heal(scene: &Scene) {
+    scene.world.wan.heal().unwrap();
+    scene.wait_for_link().await.unwrap();
+}
+
+/// The machine goes on at a, b has nothing of it, and the next move succeeds.
+async fn goes_on_at_a(scene: &Scene, id: &str, why: &str) {
+    let runs_at = |site: &'static str| move |found: Vec<&str>| (found == [site]).then_some(());
+    wait("the guest to run at a", SOON, || runs_at("a")(run_anywhere(scene))).await;
+    wait("site b to be empty", SOON, || state(&scene.b).is_none().then_some(())).await;
+    let view = scene.wait_move(id, SOON).await.unwrap();
+    assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
+    assert!(view.reason.as_deref().is_some_and(|reason| reason.contains(why)), "{view:?}");
+    moves(scene).await;
+}
+
+async fn moves(scene: &Scene) {
+    let id = scene.begin_move().await.unwrap();
+    arrives(scene, &id).await;
+}
+
+async fn arrives(scene: &Scene, id: &str) {
+    let view = scene.wait_move(id, MOVE).await.unwrap();
+    scene.keep_logs();
+    assert_eq!(view.progressing, Progressing::Moved, "{view:?}");
+    assert_eq!(run_anywhere(scene), ["b"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_behind_the_commit_leaves_the_machine_standing_until_the_link_is_back() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("cut")).await;
+    scene.start_guest().await.unwrap();
+    let client = connect(&scene).await;
+    let id = cut_behind_the_commit(&scene).await;
+    stands_still(&scene).await;
+    let notices = scene.a.client().migration(&id).await.unwrap().notices;
+    assert!(notices.iter().any(|notice| notice.contains("stands still")), "{notices:?}");
+    heal(&scene).await;
+    arrives(&scene, &id).await;
+    lived(client).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_whose_gateway_dies_behind_the_commit_asks_for_its_machine_and_gets_it() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("source")).await;
+    scene.start_guest().await.unwrap();
+    let client = connect(&scene).await;
+    let id = cut_behind_the_commit(&scene).await;
+    scene.a.kill().unwrap();
+    scene.a.launch().await.unwrap();
+    // It knows that the rest is lost, and not that the other site has not got it.
+    stands_still(&scene).await;
+    heal(&scene).await;
+    goes_on_at_a(&scene, &id, "restarted").await;
+    lived(client).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_whose_gateway_dies_behind_the_commit_gives_the_machine_back() {
+    let Some(_turn) = turn().await else { return };
+    let mut scene = build(options("destination")).await;
+    scene.start_guest().await.unwrap();
+    let client = connect(&scene).await;
+    let id = cut_behind_the_commit(&scene).await;
+    scene.b.kill().unwrap();
+    scene.b.launch().await.unwrap();
+    stands_still(&scene).await;
+    heal(&scene).await;
+    goes_on_at_a(&scene, &id, "restarted").await;
+    lived(client).await;
+    close(scene);
+}
