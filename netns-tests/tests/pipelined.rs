@@ -31,8 +31,8 @@ const STANDS: Duration = Duration::from_secs(6);
 /// So much is left when the guest is stopped that a second passes between the Commit and the last byte.
 fn options(name: &str) -> SceneOptions {
     SceneOptions {
-        rate_mbit: 20.0,
-        dirty_memory_kib_per_s: 2048,
+        rate_mbit: 40.0,
+        dirty_memory_kib_per_s: 4096,
         migration: ["retries = 0", "pause_budget_s = 1", "pause_target_ms = 3000"].map(Into::into).to_vec(),
         ..SceneOptions::small(format!("pipelined-{name}"))
     }

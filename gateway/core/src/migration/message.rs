@@ -29,7 +29,8 @@ pub enum MigrationMessage {
         /// The epoch this migration would create.
         epoch: Epoch,
     },
-    /// Destination: everything is held and a QEMU waits for the machine.
+    /// Destination: everything is held and a QEMU waits for the machine. Also the answer to a pipelined Commit that was there
+    /// before the last byte.
     Reserved(Reservation),
     /// Destination: no, or not any more. Not durable, and only before `Loaded`.
     Decline(Refusal),
@@ -58,7 +59,8 @@ pub enum MigrationMessage {
         /// Why.
         why: Refusal,
     },
-    /// Source: the attempt is over; forget it.
+    /// Source: the attempt is over; forget it. After `Committed`, pipelined, a question: what was on its way is lost, and a
+    /// destination that does not own the machine yet is to refuse it.
     Abort {
         /// The epoch that will not begin.
         epoch: Epoch,
