@@ -148,11 +148,11 @@ fn three_sites_catch_what_two_do_and_what_two_cannot() {
     }
 }
 
-/// The invariants that this simulation's sources look at.
-fn invariants() -> BTreeSet<String> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/sim");
+/// The invariants that the sources in a folder look at.
+pub fn invariants(folder: &str) -> BTreeSet<String> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder);
     let paths = fs::read_dir(folder)
-        .expect("the folder of this file")
+        .expect("a folder of sources")
         .map(|entry| entry.expect("a readable entry").path());
     let sources = paths.filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
     let mut found = BTreeSet::new();
@@ -176,7 +176,7 @@ fn no_invariant_is_without_a_gateway_that_breaks_it() {
     let tables = [OF_TWO, OF_TWO_RESOLVED, OF_TWO_ARBITRATED, OF_THREE, OF_THREE_ETCD];
     let broken = tables.into_iter().flatten().map(|(_, invariant)| *invariant);
     let broken = broken.chain(OF_THREE_ALONE.map(|(_, _, _, invariant)| invariant));
-    assert_eq!(invariants(), broken.map(str::to_owned).collect());
+    assert_eq!(invariants("tests/sim"), broken.map(str::to_owned).collect());
 }
 
 fn is_found_out(scene: &'static Scene, mutants: &[(Broken, &'static str)]) {

@@ -1,6 +1,8 @@
 //! Two and three gateways under everything that may happen to them, in virtual time: 100,000 schedules for each way to
 //! hand over, or as many as `LONGHAUL_SIM_SCHEDULES` says, from `LONGHAUL_SIM_SEED` on.
 //!
+//! What sites keep of a machine for its way back, in bytes, is played besides and by itself (`stores`): a hundredth of as many.
+//!
 //! The decisions are the core's; the gateways around them are imitations of the daemon and its
 //! drivers. A schedule that fails is shortened and written to `seeds/`, and played again for ever.
 //!
@@ -21,6 +23,9 @@ mod register;
 mod resolve;
 mod scene;
 mod schedule;
+mod stores;
+#[path = "../support/stream.rs"]
+mod stream;
 #[path = "../support/mod.rs"]
 mod support;
 mod work;
