@@ -1,4 +1,4 @@
-//! A machine that was given away behind its last byte, while that byte is on its way: the link is cut, a gateway dies. At most
+//! A machine that was given away behind its last byte, while that byte is on its way: the link is cut, a gateway dies, an operator wants it back. At most
 //! one copy runs at any time, one runs in the end, and its connections go on.
 //!
 //! What must hold for any order of events is the model's and the simulation's affair; here it is real QEMUs and real bytes.
@@ -28,12 +28,16 @@ const SOON: Duration = Duration::from_secs(30);
 /// Longer than a guest may stand still without having been given away.
 const STANDS: Duration = Duration::from_secs(6);
 
+const PIPELINED: &str = "commit = \"pipelined\"";
+
 /// So much is left when the guest is stopped that a second passes between the Commit and the last byte.
 fn options(name: &str) -> SceneOptions {
     SceneOptions {
         rate_mbit: 40.0,
         dirty_memory_kib_per_s: 4096,
-        migration: ["retries = 0", "pause_budget_s = 1", "pause_target_ms = 3000"].map(Into::into).to_vec(),
+        migration: [PIPELINED, "retries = 0", "pause_budget_s = 20", "pause_target_ms = 3000"]
+            .map(Into::into)
+            .to_vec(),
         ..SceneOptions::small(format!("pipelined-{name}"))
     }
 }
@@ -52,14 +56,19 @@ async fn lived(client: Client) {
     assert!(record.content_ok, "{record:?}");
 }
 
-/// A move up to the moment at which the source has given the machine away, and the path is cut before it is all there.
-async fn cut_behind_the_commit(scene: &Scene) -> String {
+/// A move up to the moment at which the source has given the machine away, before it is all there.
+async fn given_away(scene: &Scene) -> String {
     let id = scene.begin_move().await.unwrap();
     let deadline = Instant::now() + MOVE;
     while scene.a.client().migration(&id).await.unwrap().stage < Stage::Commitment {
         assert!(Instant::now() < deadline, "{}", scene.a.log_tail());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+    id
+}
+
+async fn cut_behind_the_commit(scene: &Scene) -> String {
+    let id = given_away(scene).await;
     scene.world.wan.cut().unwrap();
     id
 }
@@ -135,6 +144,19 @@ async fn a_source_whose_gateway_dies_behind_the_commit_asks_for_its_machine_and_
     stands_still(&scene).await;
     heal(&scene).await;
     goes_on_at_a(&scene, &id, "restarted").await;
+    lived(client).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_who_ends_a_move_behind_the_commit_gets_the_machine_back_and_its_connections_go_on() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("abort")).await;
+    scene.start_guest().await.unwrap();
+    let client = connect(&scene).await;
+    let id = given_away(&scene).await;
+    scene.a.client().abort(&id).await.unwrap();
+    goes_on_at_a(&scene, &id, "operator").await;
     lived(client).await;
     close(scene);
 }

@@ -117,8 +117,9 @@ pub enum AnchorCommand {
     Attract(Box<Anchor>),
     /// It runs there: move its name.
     MoveNames(VmName),
-    /// It stayed after all, and this epoch does not begin elsewhere.
-    Forget(VmName, Epoch),
+    /// It stayed after all, and this epoch does not begin elsewhere. What goes with the command is dropped when nothing of what
+    /// came before it is done any more.
+    Forget(VmName, Epoch, oneshot::Sender<()>),
     /// It is here again; `names` is what its name needs, at its home. Answered when nothing is done for it any more.
     CameBack {
         /// The machine.

@@ -93,8 +93,8 @@ pub async fn run(
             }
             AnchorCommand::MoveNames(vm) => anchors.move_names(&vm),
             // What is left of an earlier stay, such as a name on its way home, is not this attempt's.
-            AnchorCommand::Forget(vm, epoch) if row(&edges, &vm).is_none_or(|row| row.epoch != epoch) => {}
-            AnchorCommand::Forget(vm, _) => {
+            AnchorCommand::Forget(vm, epoch, _) if row(&edges, &vm).is_none_or(|row| row.epoch != epoch) => {}
+            AnchorCommand::Forget(vm, _, _done) => {
                 anchors.end(&vm).await;
                 views.send_modify(|views| drop(views.remove(&vm)));
                 match row(&edges, &vm).and_then(|row| row.stayed(edges.site())) {

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use longhaul_core::ids::{DeviceName, VmName};
 use longhaul_core::migration::generation::Generation;
@@ -23,7 +23,8 @@ const QEMU_LIMIT: Duration = Duration::from_secs(10);
 /// Between two tries.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Undoes everything this side did; the permit lets the guest run if it ran before.
+/// Undoes everything this side did; the permit lets the guest run if it ran before. `forgotten`: nothing is attracted for the
+/// other site any more.
 pub(super) async fn run(
     leaf: SourceLeaf,
     guest: Option<Guest>,
@@ -31,6 +32,7 @@ pub(super) async fn run(
     ttl_before_s: watch::Sender<Option<u32>>,
     mut transfer: Transfer,
     permit: RunPermit,
+    forgotten: oneshot::Receiver<()>,
 ) -> Transfer {
     let vm = &leaf.attempt.vm;
     note_return(&leaf, &row).await;
@@ -45,6 +47,8 @@ pub(super) async fn run(
             tracing::warn!(%vm, "QEMU of the machine is gone; `longhaul vm start` boots it from its disk")
         }
     }
+    // An attraction that was still being made would stand after what is undone here; it is over when this is dropped.
+    let _ = forgotten.await;
     match holds(&leaf.edges, &row, &leaf.attempt.peer) {
         Ok(holds) => {
             for hold in holds {

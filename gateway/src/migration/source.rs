@@ -9,7 +9,8 @@
 
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::message::{Handover, MigrationMessage, Refusal, Reservation};
@@ -70,6 +71,8 @@ pub struct SourceDriver {
     ended_by_operator: bool,
     /// Since when the guest stands still for a word from elsewhere.
     waits_since: Option<Duration>,
+    /// Beside its disks is being written that the machine is elsewhere.
+    noting: Option<JoinHandle<()>>,
 }
 
 /// A hand-over takes round trips; what waits longer than this wants looking at.
@@ -106,6 +109,7 @@ impl SourceDriver {
             questions: None,
             ended_by_operator: false,
             waits_since: None,
+            noting: None,
         }
     }
 
@@ -270,7 +274,8 @@ impl SourceDriver {
             Action::Attract(handover) => {
                 anchor::tell(&self.anchors, self.attract(&handover)).await;
                 let (attempt, images) = (self.leaf.attempt.clone(), self.row.images.clone());
-                tokio::spawn(async move { super::note(&attempt, images, &attempt.peer).await });
+                let noting = async move { super::note(&attempt, images, &attempt.peer).await };
+                self.noting = Some(tokio::spawn(noting));
             }
             Action::Release => {
                 let vm = self.leaf.attempt.vm.clone();
@@ -281,11 +286,17 @@ impl SourceDriver {
             Action::ReportSecondOwner => self.report_second_owner(),
             Action::Rollback(permit) => {
                 let (vm, epoch) = (self.leaf.attempt.vm.clone(), self.leaf.attempt.epoch);
-                anchor::tell(&self.anchors, AnchorCommand::Forget(vm, epoch)).await;
+                let (done, forgotten) = oneshot::channel();
+                anchor::tell(&self.anchors, AnchorCommand::Forget(vm, epoch, done)).await;
+                if let Some(noting) = self.noting.take() {
+                    // What follows is written over it.
+                    let _ = noting.await;
+                }
                 let (leaf, guest, row) = (self.leaf.clone(), self.guest.clone(), self.row.clone());
                 let ttl = self.ttl_before_s.clone();
-                self.work
-                    .hand_on(move |transfer, _stop| rollback::run(leaf, guest, row, ttl, transfer, permit));
+                self.work.hand_on(move |transfer, _stop| {
+                    rollback::run(leaf, guest, row, ttl, transfer, permit, forgotten)
+                });
             }
         }
     }

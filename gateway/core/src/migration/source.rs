@@ -16,10 +16,11 @@
 //! * from `Reserving` on a failure is first recorded as `Aborted`, then undone, then told;
 //! * `Committed` is left by the peer's word only;
 //! * with an arbiter `Offered` stands before `Committed`: see `arbitrated`;
-//! * pipelined it goes from `Parking` to `Committed`, and does not wait for `Loaded`.
+//! * pipelined it goes from `Parking` to `Committed` where the link is up, and does not wait for `Loaded`.
 
 mod arbitrated;
 mod deadlines;
+mod pipelined;
 mod resolved;
 
 use std::time::Duration;
@@ -165,11 +166,13 @@ enum State {
     Promised {
         handover: Box<Handover>,
     },
-    /// `lost`: what was on its way behind a pipelined Commit is lost, with the gateway that sent it.
+    /// Pipelined: from `ask_at` on, or once what was on its way is lost with the gateway that sent it, a destination that
+    /// still receives is asked to refuse; `asks` is why.
     Committed {
         handover: Box<Handover>,
         refused: Option<Refusal>,
-        lost: Option<Refusal>,
+        ask_at: Option<Duration>,
+        asks: Option<Refusal>,
     },
     Released,
     /// `owes`: the register is to name this side.
@@ -244,8 +247,9 @@ impl Source {
             }
             SourceRecord::Committed { handover } => {
                 let pipelined = source.attempt.commit == CommitMode::Pipelined;
-                let lost = pipelined.then(|| Refusal::Restarted(site.clone()));
-                source.state = State::Committed { handover: handover.clone(), refused: None, lost };
+                let asks = pipelined.then(|| Refusal::Restarted(site.clone()));
+                source.state =
+                    State::Committed { handover: handover.clone(), refused: None, ask_at: None, asks };
                 Step::act(vec![Action::Attract(handover)])
             }
             SourceRecord::Offered { handover } => {
@@ -406,8 +410,8 @@ impl Source {
     }
 
     fn on_reserved(&mut self, reservation: Reservation) -> Step<Action> {
-        if let State::Committed { lost: Some(why), .. } = &self.state {
-            // It still receives, and nothing more will come. If it has all of it by now, it says so.
+        if let State::Committed { asks: Some(why), .. } = &self.state {
+            // It still receives. If it has all of it by the time it hears this, it says so.
             let abort = MigrationMessage::Abort { epoch: self.attempt.epoch, why: why.clone() };
             return Step::act(vec![Action::Send(abort)]);
         }
@@ -472,8 +476,11 @@ impl Source {
             return Step::nothing();
         };
         let give_up_at = self.pause_deadline(stopped_at.unwrap_or(now), predicted);
-        if loaded || self.attempt.commit == CommitMode::Pipelined {
+        if loaded {
             return self.hand_over(handover, give_up_at, now);
+        }
+        if self.attempt.commit == CommitMode::Pipelined {
+            return self.hand_over_behind(handover, give_up_at, now);
         }
         self.state = State::Parked { give_up_at, handover };
         Step::record(Record::Source(SourceRecord::Parked), Vec::new())
@@ -491,8 +498,8 @@ impl Source {
         self.hand_over(handover, give_up_at, now)
     }
 
-    fn commit(&mut self, handover: Box<Handover>, now: Duration) -> Step<Action> {
-        self.state = State::Committed { handover: handover.clone(), refused: None, lost: None };
+    fn commit(&mut self, handover: Box<Handover>, ask_at: Option<Duration>, now: Duration) -> Step<Action> {
+        self.state = State::Committed { handover: handover.clone(), refused: None, ask_at, asks: None };
         self.next_repeat = now + self.repeat_after();
         let message = MigrationMessage::Commit { epoch: self.attempt.epoch, handover: handover.clone() };
         Step::record(

@@ -319,6 +319,11 @@ impl World {
             Label::DestinationRepeats(_) => self.destination(destination::Event::LinkUp),
             Label::Cut => self.sent = Sent::default(),
             Label::RestIsLost(_) => self.all_sent = false,
+            Label::AllSentInACut(_) => {
+                self.source(source::Event::LinkDown);
+                self.source(source::Event::Parked(moved()));
+            }
+            Label::SourceAsks(_) => self.source(source::Event::AbortRequested),
             Label::Begin(_) | Label::Wrong(_) => panic!("{label:?} is not of this model"),
         }
     }
@@ -336,7 +341,7 @@ impl World {
             destination: self.destination_state(),
             sent: self.sent,
             all_sent: self.all_sent,
-            lost: self.source.as_ref().is_some_and(|machine| format!("{machine:?}").contains("lost: Some")),
+            asks: self.source.as_ref().is_some_and(|machine| format!("{machine:?}").contains("asks: Some")),
             early: self
                 .destination
                 .as_ref()

@@ -59,6 +59,10 @@ pub enum Label {
     AllSent(usize),
     /// What was on its way is lost with the source's gateway, behind a Commit: `pipelined` only.
     RestIsLost(usize),
+    /// The link is down when it has seen to what follows: `pipelined` gives nothing away then.
+    AllSentInACut(usize),
+    /// It stands still for too long behind a Commit, or its operator wants it back: `pipelined` only.
+    SourceAsks(usize),
     SourceGivesUp(usize),
     SourceResumes(usize),
     RolledBack(usize),
@@ -154,6 +158,8 @@ impl Handover {
             Label::LastByte,
             Label::AllSent,
             Label::RestIsLost,
+            Label::AllSentInACut,
+            Label::SourceAsks,
             Label::SourceGivesUp,
             Label::SourceResumes,
             Label::RolledBack,
@@ -197,13 +203,15 @@ impl Handover {
             | Label::GuestStopped(at)
             | Label::LastByte(at)
             | Label::AllSent(at)
+            | Label::AllSentInACut(at)
+            | Label::SourceAsks(at)
             | Label::SourceResumes(at)
             | Label::RolledBack(at)
             | Label::TidiedUp(at) => self.source_works(state, at, label),
             Label::RestIsLost(at) => {
                 let attempt = &mut state.attempts[at];
                 let arrives = matches!(attempt.destination, Destination::Preparing | Destination::Receiving);
-                (attempt.lost && arrives && attempt.all_sent).then(|| attempt.all_sent = false)
+                (attempt.asks && arrives && attempt.all_sent).then(|| attempt.all_sent = false)
             }
             Label::SourceGivesUp(at) => {
                 self.give_up(state, at);
@@ -229,7 +237,13 @@ impl Handover {
                 alive.then(|| state.guests[site] = Guest::Dead)
             }
             Label::Boot(site) => self.boot(state, site),
-            Label::SourceRepeats(at) => source_repeats(&mut state.attempts[at]),
+            Label::SourceRepeats(at) => {
+                if self.mode == Mode::Pipelined && state.attempts[at].source == Source::Parked {
+                    commit(state, at, self.route(at).0);
+                    return Some(());
+                }
+                source_repeats(&mut state.attempts[at])
+            }
             Label::DestinationRepeats(at) => destination_repeats(&mut state.attempts[at]),
             Label::Cut => {
                 state.attempts.iter_mut().for_each(|attempt| attempt.sent = Sent::default());
@@ -275,6 +289,12 @@ impl Handover {
                     commit(state, at, from);
                 }
             }
+            (Label::AllSentInACut(_), Source::Parking { loaded: false })
+                if attempt.all_sent && self.mode == Mode::Pipelined =>
+            {
+                attempt.source = Source::Parked;
+            }
+            (Label::SourceAsks(_), Source::Committed) if self.mode == Mode::Pipelined => attempt.asks = true,
             (Label::SourceResumes(_), Source::Aborting { rolled_back: false, .. })
                 if *guest == Guest::Still =>
             {
@@ -308,7 +328,7 @@ impl Handover {
             }
             (Message::Reserved, Source::Reserving) => attempt.source = Source::PreCopy,
             (Message::Reserved, Source::Committed)
-                if attempt.lost && !self.is(Mutant::WaitsForWhatIsLost) =>
+                if attempt.asks && !self.is(Mutant::WaitsForWhatIsLost) =>
             {
                 attempt.sent.add(Message::Abort);
             }
@@ -318,7 +338,7 @@ impl Handover {
             (Message::Loaded, Source::Parked) => commit(state, at, from),
             (Message::Activated, Source::Committed) => {
                 attempt.source = Source::Released;
-                attempt.lost = false;
+                attempt.asks = false;
             }
             (Message::Refused, Source::Committed) => returned(state, at, from),
             (Message::Unknown, Source::Committed) if self.is(Mutant::UnknownIsRefused) => {
@@ -481,7 +501,7 @@ impl Handover {
                     attempt.source = Source::Aborting { cause, rolled_back: false, told: false };
                 }
             }
-            Source::Committed => attempt.lost = self.mode == Mode::Pipelined,
+            Source::Committed => attempt.asks = self.mode == Mode::Pipelined,
             Source::Absent | Source::Released | Source::Moved => {}
         }
     }
@@ -567,7 +587,7 @@ impl Handover {
 fn commit(state: &mut State, at: usize, from: usize) {
     let attempt = &mut state.attempts[at];
     attempt.source = Source::Committed;
-    attempt.lost = false;
+    attempt.asks = false;
     attempt.sent.add(Message::Commit);
     state.owns[from] = Owns::Away(attempt.epoch);
 }
@@ -575,7 +595,7 @@ fn commit(state: &mut State, at: usize, from: usize) {
 fn returned(state: &mut State, at: usize, from: usize) {
     let attempt = &mut state.attempts[at];
     attempt.source = Source::Aborting { cause: Cause::Returned, rolled_back: false, told: true };
-    attempt.lost = false;
+    attempt.asks = false;
     state.owns[from] = Owns::Here(attempt.epoch);
 }
 

@@ -129,8 +129,9 @@ pub struct Attempt {
     pub sent: Sent,
     /// The machine's last byte has left the source, and is not lost.
     pub all_sent: bool,
-    /// The source's gateway died behind a pipelined Commit: what had not arrived by then will not.
-    pub lost: bool,
+    /// Behind a pipelined Commit the source asks for its machine: its gateway died, and what had not arrived will not, or it
+    /// takes too long.
+    pub asks: bool,
     /// A pipelined Commit lies at the destination.
     pub early: bool,
     pub epoch: u8,
@@ -142,7 +143,7 @@ impl Attempt {
         destination: Destination::Absent,
         sent: Sent(0),
         all_sent: false,
-        lost: false,
+        asks: false,
         early: false,
         epoch: 0,
     };

@@ -314,7 +314,9 @@ async fn a_name_that_is_owed_follows_a_machine_that_leaves_again_without_it() {
     assert_eq!(written.moves, [(home, at_c), (at_b, at_c)]);
 
     // The move is undone.
-    commands.send(AnchorCommand::Forget(vm.clone(), Epoch(7))).await.unwrap();
+    let (done, ended) = oneshot::channel();
+    commands.send(AnchorCommand::Forget(vm.clone(), Epoch(7), done)).await.unwrap();
+    assert!(ended.await.is_err(), "it says so by being dropped");
     assert!(within(PATIENCE, || row(&edges, &vm).is_none_or(|row| row.epoch == Epoch(6))).await);
     let written = row(&edges, &vm).expect("the name is owed on");
     assert_eq!((written.peer.as_str(), written.ttl_s, written.owes_name()), ("a", 3600, true));

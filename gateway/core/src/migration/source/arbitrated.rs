@@ -36,7 +36,8 @@ impl Source {
         now: Duration,
     ) -> Step<Action> {
         match self.attempt.commit {
-            CommitMode::Confirmed | CommitMode::Pipelined => self.commit(handover, now),
+            CommitMode::Confirmed => self.commit(handover, None, now),
+            CommitMode::Pipelined => self.commit(handover, Some(give_up_at), now),
             CommitMode::Arbitrated(_) => self.offer(handover, give_up_at, now),
         }
     }
@@ -90,6 +91,9 @@ impl Source {
         if let State::Offered { give_up_at: Some(at), .. } = &mut self.state {
             *at = now;
             return Step::act(vec![Action::Arbitrate(Request::Read)]);
+        }
+        if self.ask_for_operator() {
+            return Step::nothing();
         }
         self.give_up(Refusal::Operator)
     }
@@ -151,7 +155,7 @@ impl Source {
             | State::Aborting { .. }
             | State::Done(_) => return Step::nothing(),
         };
-        let step = self.commit(handover, now);
+        let step = self.commit(handover, None, now);
         if !attracted {
             return step;
         }

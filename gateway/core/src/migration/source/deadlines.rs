@@ -46,6 +46,9 @@ impl Source {
         if let State::Proposed { give_up_at, .. } | State::Reserving { give_up_at } = &mut self.state {
             *give_up_at = now + self.limits.answer;
         }
+        if let Some(step) = self.hand_over_on_link_up(now) {
+            return step;
+        }
         self.repeat(now)
     }
 
@@ -56,6 +59,7 @@ impl Source {
         {
             return self.give_up(Refusal::Link(format!("{} s", (now - since).as_secs())));
         }
+        self.ask_if_due(now);
         match &self.state {
             State::Proposed { give_up_at, .. } | State::Reserving { give_up_at }
                 if now >= *give_up_at && self.link_down_since.is_none() =>
