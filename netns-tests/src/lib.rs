@@ -11,6 +11,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod install;
 pub mod netns;
+pub mod record;
 pub mod report;
 pub mod scenario;
 pub mod suite;

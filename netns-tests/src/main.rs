@@ -13,6 +13,7 @@ use netns_tests::bench::{
 };
 use netns_tests::faults::setting::{Leg, Setting};
 use netns_tests::faults::{self, FaultOptions};
+use netns_tests::record::{self, RecordArguments};
 use netns_tests::scenario::options::{DnsServer, parse_rate, parse_share, parse_time};
 use netns_tests::scenario::programs::Programs;
 use netns_tests::scenario::{SceneOptions, demo};
@@ -46,6 +47,8 @@ enum Command {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Record a migration stream of the installed QEMU as a fixture of the core's tests
+    RecordStream(RecordArguments),
     /// Build the demo's world and guest, and open a shell in it
     Shell(DemoArgs),
     /// Measure side by side with what others have built
@@ -251,6 +254,10 @@ fn run(command: Command) -> anyhow::Result<bool> {
         link_end_main(arguments)?;
         return Ok(true);
     }
+    if let Command::RecordStream(arguments) = &command {
+        record::run(arguments)?;
+        return Ok(true);
+    }
     install::ensure_root();
     install::ensure(install::LAB_NEEDS)?;
     match command {
@@ -295,7 +302,9 @@ fn run(command: Command) -> anyhow::Result<bool> {
             runtime()?.block_on(bench::migrate::run_main(&args))?;
             Ok(true)
         }
-        Command::BenchEnd(_) | Command::BenchLinkEnd(_) | Command::Traffic(_) => Ok(true),
+        Command::BenchEnd(_) | Command::BenchLinkEnd(_) | Command::Traffic(_) | Command::RecordStream(_) => {
+            Ok(true)
+        }
     }
 }
 
