@@ -1,8 +1,10 @@
 //! Every file of the corpus goes through its target, and the seeds are what today's encoders write.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use longhaul_fuzz::{TARGETS, Target};
+use longhaul_core::wan::DecodeError;
+use longhaul_fuzz::{TARGETS, Target, wan};
 
 fn folder(target: &Target) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name)
@@ -55,6 +57,40 @@ fn each_row_among_the_seeds_of_the_journal_can_be_read() {
     for (name, bytes) in longhaul_fuzz::journal::seeds() {
         assert!(longhaul_fuzz::journal::reads(&bytes), "{name}");
     }
+}
+
+#[test]
+fn each_seed_of_what_crosses_the_wan_reaches_what_it_is_for() {
+    let seeds: BTreeMap<_, _> = wan::seeds().into_iter().collect();
+    let seen = |name: &str| wan::play(&seeds[name]);
+    let whole = seen("whole");
+    assert!(whole.proven && whole.made_bytes > 2 * 4096 && whole.wanted_pages == 0, "{whole:?}");
+    let unproven = seen("unproven");
+    assert!(!unproven.proven && unproven.made_bytes == whole.made_bytes);
+    assert!(matches!(unproven.error, Some(DecodeError::NotProven { .. })), "{unproven:?}");
+    let on_disk = seen("on_disk");
+    assert!(on_disk.proven && on_disk.wanted_pages == 1, "{on_disk:?}");
+    let based = seen("based");
+    assert!(based.proven && based.made_bytes == whole.made_bytes, "{based:?}");
+    let copied = seen("copied");
+    assert!(copied.error.is_none() && copied.made_bytes == 8 + 1 + 6 + 4096, "{copied:?}");
+    for name in ["based", "copied"] {
+        let mut unbased = seeds[name].clone();
+        unbased[0] = 0;
+        let seen = wan::play(&unbased);
+        assert!(
+            matches!(seen.error, Some(DecodeError::OtherBase)) && seen.made_bytes == 0,
+            "{name}: {seen:?}"
+        );
+    }
+}
+
+/// A decoder once took no chunk behind an error that had left something of its chunk.
+#[test]
+fn a_chunk_behind_an_error_is_among_the_files_of_the_corpus() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/wan/after-an-error");
+    let seen = wan::play(&std::fs::read(path).expect("a file of the corpus"));
+    assert!(matches!(seen.error, Some(DecodeError::Truncated)) && seen.late_chunks > 0, "{seen:?}");
 }
 
 #[test]
