@@ -13,6 +13,7 @@ pub mod config;
 pub mod definition;
 pub mod disk;
 pub mod journal;
+pub mod map;
 pub mod memory_stream;
 pub mod nbd_client;
 pub mod nbd_server;
@@ -49,6 +50,7 @@ pub const TARGETS: &[Target] = &[
     },
     Target { name: "wan", run: wan::run, seeds: wan::seeds, max_bytes: 16 << 10 },
     Target { name: "disk", run: disk::run, seeds: disk::seeds, max_bytes: 16 << 10 },
+    Target { name: "map", run: map::run, seeds: map::seeds, max_bytes: 16 << 10 },
     Target { name: "nbd_server", run: nbd_server::run, seeds: nbd_server::seeds, max_bytes: 8 << 10 },
     Target { name: "nbd_client", run: nbd_client::run, seeds: nbd_client::seeds, max_bytes: 8 << 10 },
     Target { name: "tunnel", run: tunnel::run, seeds: tunnel::seeds, max_bytes: 8 << 10 },

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use longhaul_core::disk::BLOCK;
 use longhaul_core::wan::DecodeError;
-use longhaul_fuzz::{TARGETS, Target, wan};
+use longhaul_fuzz::{TARGETS, Target, map, wan};
 
 fn folder(target: &Target) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name)
@@ -91,6 +92,22 @@ fn a_chunk_behind_an_error_is_among_the_files_of_the_corpus() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/wan/after-an-error");
     let seen = wan::play(&std::fs::read(path).expect("a file of the corpus"));
     assert!(matches!(seen.error, Some(DecodeError::Truncated)) && seen.late_chunks > 0, "{seen:?}");
+}
+
+#[test]
+fn each_seed_of_a_disks_map_reaches_what_it_is_for() {
+    let seeds: BTreeMap<_, _> = map::seeds().into_iter().collect();
+    let seen = |name: &str| map::play(&seeds[name]);
+    for (name, same_bytes, zero_bytes) in [
+        ("whole", BLOCK + 15 * 4096 + 5000, BLOCK),
+        ("beside", BLOCK, 0),
+        ("incomplete", BLOCK, BLOCK),
+        ("new", 0, 0),
+    ] {
+        let seen = seen(name);
+        let told = (seen.refused, seen.same_bytes, seen.zero_bytes);
+        assert_eq!(told, (false, same_bytes, zero_bytes), "{name}: {seen:?}");
+    }
 }
 
 #[test]
