@@ -13,6 +13,7 @@ pub mod config;
 pub mod definition;
 pub mod disk;
 pub mod journal;
+pub mod kept;
 pub mod map;
 pub mod memory_stream;
 pub mod nbd_client;
@@ -55,6 +56,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "nbd_client", run: nbd_client::run, seeds: nbd_client::seeds, max_bytes: 8 << 10 },
     Target { name: "tunnel", run: tunnel::run, seeds: tunnel::seeds, max_bytes: 8 << 10 },
     Target { name: "journal", run: journal::run, seeds: journal::seeds, max_bytes: 8 << 10 },
+    Target { name: "kept", run: kept::run, seeds: kept::seeds, max_bytes: 24 << 10 },
     Target { name: "config", run: config::run, seeds: config::seeds, max_bytes: 16 << 10 },
     Target { name: "definition", run: definition::run, seeds: definition::seeds, max_bytes: 8 << 10 },
     Target { name: "qmp", run: qmp::run, seeds: qmp::seeds, max_bytes: 8 << 10 },

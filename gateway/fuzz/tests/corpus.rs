@@ -1,11 +1,12 @@
 //! Every file of the corpus goes through its target, and the seeds are what today's encoders write.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use longhaul_core::disk::BLOCK;
 use longhaul_core::wan::DecodeError;
-use longhaul_fuzz::{TARGETS, Target, map, wan};
+use longhaul_fuzz::{TARGETS, Target, kept, map, wan};
 
 fn folder(target: &Target) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name)
@@ -107,6 +108,20 @@ fn each_seed_of_a_disks_map_reaches_what_it_is_for() {
         let seen = seen(name);
         let told = (seen.refused, seen.same_bytes, seen.zero_bytes);
         assert_eq!(told, (false, same_bytes, zero_bytes), "{name}: {seen:?}");
+    }
+}
+
+#[test]
+fn each_seed_of_kept_memory_reaches_what_it_is_for() {
+    let seeds: BTreeMap<_, _> = kept::seeds().into_iter().collect();
+    let read = |name: &str| kept::read(&seeds[name]);
+    assert_eq!(read("whole").expect("it is whole").pages().count(), 2);
+    for (name, why) in [
+        ("too-many", ErrorKind::FileTooLarge),
+        ("cut", ErrorKind::UnexpectedEof),
+        ("another", ErrorKind::InvalidData),
+    ] {
+        assert_eq!(read(name).err().map(|error| error.kind()), Some(why), "{name}");
     }
 }
 

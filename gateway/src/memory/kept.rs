@@ -68,6 +68,13 @@ pub fn write(path: &Path, remembered: &Remembered, most_bytes: u64) -> io::Resul
 fn write_whole(unfinished: &Path, remembered: &Remembered) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unfinished)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
+    write_to(&mut out, remembered)?;
+    // Before its name, so that no crash leaves a file of that name whose pages are not there.
+    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+}
+
+/// Writes all that its file holds.
+pub fn write_to(out: &mut impl Write, remembered: &Remembered) -> io::Result<()> {
     out.write_all(MAGIC)?;
     out.write_all(&remembered.digest())?;
     for (name, page, content) in remembered.pages() {
@@ -76,8 +83,7 @@ fn write_whole(unfinished: &Path, remembered: &Remembered) -> io::Result<()> {
         out.write_all(&page.to_be_bytes())?;
         out.write_all(content)?;
     }
-    // Before its name, so that no crash leaves a file of that name whose pages are not there.
-    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+    Ok(())
 }
 
 /// Removes the oldest files of a folder until the others take `most_bytes` at most.
@@ -136,9 +142,17 @@ pub fn digest(path: &Path) -> Option<[u8; 32]> {
 ///
 /// [`io::ErrorKind::FileTooLarge`] if it is more; any other if what is there cannot be what was kept.
 pub fn read(path: &Path, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembered> {
-    let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
+    read_from(&mut BufReader::with_capacity(1 << 20, File::open(path)?), wanted, max_pages)
+}
+
+/// The same of what a file holds. Takes no more memory than so many pages need, whatever the bytes say.
+///
+/// # Errors
+///
+/// As [`read`].
+pub fn read_from(file: &mut impl Read, wanted: [u8; 32], max_pages: u32) -> io::Result<Remembered> {
     let damaged = || io::Error::from(io::ErrorKind::InvalidData);
-    if head(&mut file)? != wanted {
+    if head(file)? != wanted {
         return Err(damaged());
     }
     let mut remembered = Remembered::with_room(max_pages);
