@@ -38,7 +38,8 @@ pub fn read(data: &[u8]) -> io::Result<Remembered> {
     Ok(remembered)
 }
 
-/// A file of two pages: whole, where there is room for one, cut, and its beginning where another is wanted.
+/// A file of two pages: whole, where there is room for one, cut, with its last byte changed, and its beginning where another is
+/// wanted.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let mut remembered = Remembered::with_room(2);
     for (block, page, byte) in [("pc.ram", 7, 1), ("vga.vram", 1, 2)] {
@@ -46,11 +47,16 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     }
     let mut file = Vec::new();
     kept::write_to(&mut file, &remembered).expect("a vector takes all");
+    let mut damaged = file.clone();
+    if let Some(last) = damaged.last_mut() {
+        *last ^= 1;
+    }
     let seed = |choice: u8, file: &[u8]| [&[choice][..], file].concat();
     vec![
         ("whole", seed(7, &file)),
         ("too-many", seed(1, &file)),
         ("cut", seed(7, &file[..file.len() - 100])),
+        ("damaged", seed(7, &damaged)),
         ("another", seed(ANOTHER | 7, &file[..DIGEST.end])),
     ]
 }

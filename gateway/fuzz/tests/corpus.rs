@@ -119,6 +119,7 @@ fn each_seed_of_kept_memory_reaches_what_it_is_for() {
     for (name, why) in [
         ("too-many", ErrorKind::FileTooLarge),
         ("cut", ErrorKind::UnexpectedEof),
+        ("damaged", ErrorKind::InvalidData),
         ("another", ErrorKind::InvalidData),
     ] {
         assert_eq!(read(name).err().map(|error| error.kind()), Some(why), "{name}");
