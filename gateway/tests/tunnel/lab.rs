@@ -164,7 +164,7 @@ impl Lab {
         let thread = self.within(name, move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
-                send_tunnel.send(Tunnel::start(config).await.unwrap()).unwrap();
+                send_tunnel.send(start(&config).await).unwrap();
                 let _ = quitting.await;
             });
         });
@@ -215,6 +215,19 @@ impl Drop for Lab {
             let _ = Command::new("ip").args(["netns", "del", &self.namespace(name)]).output();
         }
     }
+}
+
+/// The device of a site that crashed is there for as long as a program that another test is just starting has it open, which is
+/// until it is executed.
+async fn start(config: &TunnelConfig) -> Tunnel {
+    for _ in 0..40 {
+        match Tunnel::start(config.clone()).await {
+            Ok(tunnel) => return tunnel,
+            Err(error) => println!("the tunnel is started again: {error:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the tunnel does not start");
 }
 
 impl Site {
