@@ -39,7 +39,7 @@ use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::scene::{SECOND_VM, Scene, VM};
 use netns_tests::scenario::traffic::Client;
 use netns_tests::topology::{CLIENT, CLIENT6, Watch};
-use netns_tests::traffic::{DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
+use netns_tests::traffic::{CLOSE_AFTER_CUT_MS, DownloadPlan, IdlePlan, RecordPlan, TrafficPlan};
 use netns_tests::wan::PacketMatch;
 
 use advertiser::Advertiser;
@@ -59,14 +59,11 @@ const ROUTER_LIFETIME: Duration = Duration::from_secs(15);
 const DOWNLOAD_BYTES: u64 = 12 << 20;
 const DOWNLOAD_RATE: u64 = 256 << 10;
 
-/// A download is paced for 48 s, and a guest on a busy host does not make up for what a cut has cost it.
-const CLOSE_MS: u64 = 150_000;
-
 /// Connections that were opened at `to`: records both ways, a download that lasts, one that is silent until the end.
 async fn connect(scene: &Scene, to: IpAddr) -> Client {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut plan = TrafficPlan::new(now.as_millis() as u64);
-    plan.close_timeout_ms = CLOSE_MS;
+    plan.close_timeout_ms = CLOSE_AFTER_CUT_MS;
     let address = SocketAddr::new(to, RECORD_PORT);
     plan.record = Some(RecordPlan { address, through: None, interval_ms: 10, gap_ms: 200 });
     plan.idle = Some(IdlePlan { address: SocketAddr::new(to, IDLE_PORT) });

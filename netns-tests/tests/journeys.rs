@@ -43,7 +43,9 @@ use netns_tests::scenario::outside::attracts;
 use netns_tests::scenario::scene::{Scene, VM};
 use netns_tests::scenario::traffic::Client;
 use netns_tests::topology::{CLIENT, Watch};
-use netns_tests::traffic::{DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport};
+use netns_tests::traffic::{
+    CLOSE_AFTER_CUT_MS, DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport,
+};
 use netns_tests::wan::{Direction, PacketMatch};
 
 use beside::{Beside, through};
@@ -161,7 +163,7 @@ async fn download(scene: &Scene, from: IpAddr) -> Client {
     let mut plan = TrafficPlan::new(epoch_unix_ms());
     let address = SocketAddr::new(from, DOWNLOAD_PORT);
     plan.download = Some(DownloadPlan { address, bytes: 6 << 20, rate_bytes_per_s: 96 << 10, seed: 3 });
-    plan.close_timeout_ms = 150_000;
+    plan.close_timeout_ms = CLOSE_AFTER_CUT_MS;
     Client::start(&scene.world.client, plan).await.unwrap()
 }
 

@@ -17,10 +17,11 @@ use gateway::api::types::Progressing;
 use longhaul_core::migration::Stage;
 use netns_tests::agent::RECORD_PORT;
 use netns_tests::scenario::demo::unix_ms;
+use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::scene::Scene;
 use netns_tests::scenario::traffic::Client;
-use netns_tests::traffic::{RecordPlan, TrafficPlan};
+use netns_tests::traffic::{CLOSE_AFTER_CUT_MS, RecordPlan, TrafficPlan};
 use scenes::{build, close, state, turn, wait};
 
 const MOVE: Duration = Duration::from_secs(180);
@@ -44,7 +45,7 @@ fn options(name: &str) -> SceneOptions {
 
 async fn connect(scene: &Scene) -> Client {
     let mut plan = TrafficPlan::new(unix_ms());
-    plan.close_timeout_ms = 150_000;
+    plan.close_timeout_ms = CLOSE_AFTER_CUT_MS;
     let address = (scene.home().unwrap(), RECORD_PORT).into();
     plan.record = Some(RecordPlan { address, through: None, interval_ms: 10, gap_ms: 200 });
     Client::start(&scene.world.client, plan).await.unwrap()
@@ -94,16 +95,11 @@ async fn heal(scene: &Scene) {
 
 /// The machine goes on at a, b has nothing of it, and the next move succeeds.
 async fn goes_on_at_a(scene: &Scene, id: &str, why: &str) {
-    let runs_at = |site: &'static str| move |found: Vec<&str>| (found == [site]).then_some(());
-    wait("the guest to run at a", SOON, || runs_at("a")(run_anywhere(scene))).await;
+    wait("the guest to run at a", SOON, || (run_anywhere(scene) == ["a"]).then_some(())).await;
     wait("site b to be empty", SOON, || state(&scene.b).is_none().then_some(())).await;
     let view = scene.wait_move(id, SOON).await.unwrap();
     assert_eq!(view.progressing, Progressing::Stayed, "{view:?}");
     assert!(view.reason.as_deref().is_some_and(|reason| reason.contains(why)), "{view:?}");
-    moves(scene).await;
-}
-
-async fn moves(scene: &Scene) {
     let id = scene.begin_move().await.unwrap();
     arrives(scene, &id).await;
 }
@@ -131,21 +127,32 @@ async fn a_cut_behind_the_commit_leaves_the_machine_standing_until_the_link_is_b
     close(scene);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_source_whose_gateway_dies_behind_the_commit_asks_for_its_machine_and_gets_it() {
+/// The gateway of one site dies behind the Commit, and is there again before the link is. It knows that the rest is lost, and
+/// not what the other site has made of it.
+async fn a_gateway_dies(name: &str, of: impl FnOnce(&mut Scene) -> &mut Gateway) {
     let Some(_turn) = turn().await else { return };
-    let mut scene = build(options("source")).await;
+    let mut scene = build(options(name)).await;
     scene.start_guest().await.unwrap();
     let client = connect(&scene).await;
     let id = cut_behind_the_commit(&scene).await;
-    scene.a.kill().unwrap();
-    scene.a.launch().await.unwrap();
-    // It knows that the rest is lost, and not that the other site has not got it.
+    let gateway = of(&mut scene);
+    gateway.kill().unwrap();
+    gateway.launch().await.unwrap();
     stands_still(&scene).await;
     heal(&scene).await;
     goes_on_at_a(&scene, &id, "restarted").await;
     lived(client).await;
     close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_whose_gateway_dies_behind_the_commit_asks_for_its_machine_and_gets_it() {
+    a_gateway_dies("source", |scene| &mut scene.a).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_whose_gateway_dies_behind_the_commit_gives_the_machine_back() {
+    a_gateway_dies("destination", |scene| &mut scene.b).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -157,22 +164,6 @@ async fn an_operator_who_ends_a_move_behind_the_commit_gets_the_machine_back_and
     let id = given_away(&scene).await;
     scene.a.client().abort(&id).await.unwrap();
     goes_on_at_a(&scene, &id, "operator").await;
-    lived(client).await;
-    close(scene);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_destination_whose_gateway_dies_behind_the_commit_gives_the_machine_back() {
-    let Some(_turn) = turn().await else { return };
-    let mut scene = build(options("destination")).await;
-    scene.start_guest().await.unwrap();
-    let client = connect(&scene).await;
-    let id = cut_behind_the_commit(&scene).await;
-    scene.b.kill().unwrap();
-    scene.b.launch().await.unwrap();
-    stands_still(&scene).await;
-    heal(&scene).await;
-    goes_on_at_a(&scene, &id, "restarted").await;
     lived(client).await;
     close(scene);
 }

@@ -17,12 +17,10 @@ use crate::agent::RECORD_PORT;
 use crate::scenario::demo::unix_ms;
 use crate::scenario::scene::VM;
 use crate::scenario::traffic::Client;
-use crate::traffic::{RecordPlan, TrafficPlan};
+use crate::traffic::{CLOSE_AFTER_CUT_MS, RecordPlan, TrafficPlan};
 
 /// An attempt that was undone may still be taken down when the next one begins.
 const BEGIN: Duration = Duration::from_secs(30);
-/// A connection that was silent for a minute tries again within the next one and a half.
-const CLOSE_MS: u64 = 150_000;
 
 /// How a case ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,7 +230,7 @@ async fn record_client(arena: &Arena) -> Result<Client> {
     let mut plan = TrafficPlan::new(unix_ms());
     let address = (arena.address(Place::A).await?, RECORD_PORT).into();
     plan.record = Some(RecordPlan { address, through: None, interval_ms: 20, gap_ms: 500 });
-    plan.close_timeout_ms = CLOSE_MS;
+    plan.close_timeout_ms = CLOSE_AFTER_CUT_MS;
     Client::start(&arena.scene.world.client, plan).await
 }
 

@@ -29,5 +29,5 @@ pub use command::client_main;
 pub use event::{
     DownloadReport, Event, Gap, IdleReport, NameChange, Outcome, ProbeSample, RecordReport, TrafficReport,
 };
-pub use plan::{DownloadPlan, HttpPlan, IdlePlan, RecordPlan, TrafficPlan};
+pub use plan::{CLOSE_AFTER_CUT_MS, DownloadPlan, HttpPlan, IdlePlan, RecordPlan, TrafficPlan};
 pub use run::{Order, run, run_in};

@@ -4,6 +4,10 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+/// For [`TrafficPlan::close_timeout_ms`] where the path is cut meanwhile: a connection that was silent for a minute tries again
+/// within the next one and a half, and a guest on a busy host does not make up at once for what the cut has cost it.
+pub const CLOSE_AFTER_CUT_MS: u64 = 150_000;
+
 /// The whole plan. Every part may be left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrafficPlan {

@@ -8,7 +8,7 @@ use netns_tests::agent::{QUIC_PORT, RECORD_PORT, RELAY_PORT};
 use netns_tests::scenario::scene::{Scene, VM, VM_NUMBER};
 use netns_tests::scenario::traffic::Client;
 use netns_tests::topology::NAME_SERVER;
-use netns_tests::traffic::{RecordPlan, TrafficPlan};
+use netns_tests::traffic::{CLOSE_AFTER_CUT_MS, RecordPlan, TrafficPlan};
 
 use super::elsewhere::Elsewhere;
 use super::lease::{Kind, Leases};
@@ -100,8 +100,7 @@ pub async fn through(scene: &Scene, relay: IpAddr, to: SocketAddr) -> Client {
 pub fn records(address: SocketAddr, through: Option<SocketAddr>) -> TrafficPlan {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut plan = TrafficPlan::new(now.as_millis() as u64);
-    // After a cut the next repetition may be half a minute away.
-    plan.close_timeout_ms = 150_000;
+    plan.close_timeout_ms = CLOSE_AFTER_CUT_MS;
     plan.record = Some(RecordPlan { address, through, interval_ms: 50, gap_ms: 300 });
     plan
 }
