@@ -59,8 +59,8 @@ pub enum MigrationMessage {
         /// Why.
         why: Refusal,
     },
-    /// Source: the attempt is over; forget it. After `Committed`, pipelined, a question: what was on its way is lost, and a
-    /// destination that does not own the machine yet is to refuse it.
+    /// Source: the attempt is over; forget it. After `Committed`, pipelined, a question: a destination that does
+    /// not own the machine yet is to refuse it.
     Abort {
         /// The epoch that will not begin.
         epoch: Epoch,

@@ -31,12 +31,13 @@
 //!
 //! **Pipelined** the source commits right behind the last byte, so that no round trip is in the pause. The Commit lies at
 //! the destination until the machine is loaded, and then is what it waits for: it activates without saying Loaded. The
-//! argument is the same; what changes is what a cut costs. A source whose gateway died behind its Commit has lost what was
-//! still on its way, and asks a destination that says that it still receives to refuse:
+//! argument is the same; what changes is what a cut costs. Behind its Commit a source whose gateway died, which has lost what
+//! was still on its way, whose budget is over, or whose operator wants it back (`source/pipelined.rs`) asks a destination that
+//! says that it still receives to refuse:
 //!
 //! ```text
 //!  Committed [Committed]  Commit ------------------> Receiving, the Commit lies
-//!    | its gateway was started anew                     |  loaded: [Activated]
+//!    | it asks                                          |  loaded: [Activated]
 //!    |        <------------------------------ Reserved  Receiving still
 //!    |                        Abort ---------------->   |
 //!    |        <------------------------------- Refused  [Refused]   or, if it was loaded by then, Activated
@@ -159,8 +160,8 @@ pub enum CommitMode {
     /// The source offers after Loaded, and the destination wins a compare-and-swap at an arbiter before it
     /// runs: that round trip more of pause, and in a cut neither side waits for the other.
     Arbitrated(arbiter::Arbiter),
-    /// The source commits right behind the last byte. A cut, or the end of the source's gateway, while that byte is on its
-    /// way leaves the machine standing until the gateways reach each other again.
+    /// The source commits as soon as everything is on its way. A cut, or the end of the source's gateway, while the rest
+    /// travels leaves the machine standing until the gateways reach each other again.
     Pipelined,
 }
 

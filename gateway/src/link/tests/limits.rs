@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::wan::TURN;
+use super::wan::{TRIES, TURN};
 use super::*;
 use crate::chunk::{ChunkRecv, ChunkSend};
 
@@ -20,9 +20,6 @@ async fn sent_mbit(sender: &mut BulkSender, time: Duration) -> f64 {
     sender.drained().await.unwrap();
     sent as f64 * 8.0 / 1e6 / began.elapsed().as_secs_f64()
 }
-
-/// How often a figure may be taken: a busy machine spoils some.
-const TRIES: usize = 3;
 
 /// A limited migration beside a free one, and then without its limit: Mbit/s.
 async fn limited_beside_a_free_one() -> [f64; 3] {

@@ -28,7 +28,7 @@ fn fit(config: &mut LinkConfig, shape: &Shape) {
 pub(super) static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// How often a figure may be taken: a busy machine spoils some.
-const TRIES: usize = 3;
+pub(super) const TRIES: usize = 3;
 
 /// What a transfer showed.
 #[derive(Debug)]
