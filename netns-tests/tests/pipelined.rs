@@ -20,8 +20,11 @@ use netns_tests::scenario::demo::unix_ms;
 use netns_tests::scenario::gateway::Gateway;
 use netns_tests::scenario::options::SceneOptions;
 use netns_tests::scenario::scene::Scene;
+use netns_tests::scenario::traces::qemus;
 use netns_tests::scenario::traffic::Client;
 use netns_tests::traffic::{CLOSE_AFTER_CUT_MS, RecordPlan, TrafficPlan};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use scenes::{build, close, state, turn, wait};
 
 const MOVE: Duration = Duration::from_secs(180);
@@ -29,16 +32,21 @@ const SOON: Duration = Duration::from_secs(30);
 /// Longer than a guest may stand still without having been given away.
 const STANDS: Duration = Duration::from_secs(6);
 
-const PIPELINED: &str = "commit = \"pipelined\"";
-
-/// So much is left when the guest is stopped that a second passes between the Commit and the last byte.
+/// The Commit overtakes nothing: what it is behind is on its way for half a round trip.
 fn options(name: &str) -> SceneOptions {
+    SceneOptions {
+        rtt: Duration::from_millis(1000),
+        migration: ["retries = 0", "pause_budget_s = 20"].map(Into::into).to_vec(),
+        ..much_left(name)
+    }
+}
+
+/// A second passes between the guest's stop and the last byte.
+fn much_left(name: &str) -> SceneOptions {
     SceneOptions {
         rate_mbit: 40.0,
         dirty_memory_kib_per_s: 4096,
-        migration: [PIPELINED, "retries = 0", "pause_budget_s = 20", "pause_target_ms = 3000"]
-            .map(Into::into)
-            .to_vec(),
+        migration: ["retries = 0", "pause_budget_s = 2", "pause_target_ms = 3000"].map(Into::into).to_vec(),
         ..SceneOptions::small(format!("pipelined-{name}"))
     }
 }
@@ -59,9 +67,13 @@ async fn lived(client: Client) {
 
 /// A move up to the moment at which the source has given the machine away, before it is all there.
 async fn given_away(scene: &Scene) -> String {
+    until(scene, Stage::Commitment).await
+}
+
+async fn until(scene: &Scene, stage: Stage) -> String {
     let id = scene.begin_move().await.unwrap();
     let deadline = Instant::now() + MOVE;
-    while scene.a.client().migration(&id).await.unwrap().stage < Stage::Commitment {
+    while scene.a.client().migration(&id).await.unwrap().stage < stage {
         assert!(Instant::now() < deadline, "{}", scene.a.log_tail());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -72,6 +84,11 @@ async fn cut_behind_the_commit(scene: &Scene) -> String {
     let id = given_away(scene).await;
     scene.world.wan.cut().unwrap();
     id
+}
+
+fn signal_qemu(gateway: &Gateway, signal: Signal) {
+    let [qemu] = qemus(gateway)[..] else { panic!("not one QEMU") };
+    kill(Pid::from_raw(qemu), signal).unwrap();
 }
 
 fn run_anywhere(scene: &Scene) -> Vec<&'static str> {
@@ -86,6 +103,11 @@ async fn stands_still(scene: &Scene) {
         assert_eq!(run_anywhere(scene), [] as [&str; 0], "after {:?}", began.elapsed());
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+async fn says_so(gateway: &Gateway, id: &str) -> bool {
+    let notices = gateway.client().migration(id).await.unwrap().notices;
+    notices.iter().any(|notice| notice.contains("stands still"))
 }
 
 async fn heal(scene: &Scene) {
@@ -119,10 +141,38 @@ async fn a_cut_behind_the_commit_leaves_the_machine_standing_until_the_link_is_b
     let client = connect(&scene).await;
     let id = cut_behind_the_commit(&scene).await;
     stands_still(&scene).await;
-    let notices = scene.a.client().migration(&id).await.unwrap().notices;
-    assert!(notices.iter().any(|notice| notice.contains("stands still")), "{notices:?}");
+    assert!(says_so(&scene.a, &id).await);
     heal(&scene).await;
     arrives(&scene, &id).await;
+    lived(client).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_while_much_is_left_to_send_comes_before_the_commit_and_costs_a_pause() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(much_left("much")).await;
+    scene.start_guest().await.unwrap();
+    let client = connect(&scene).await;
+    let id = until(&scene, Stage::StopAndCopy).await;
+    scene.world.wan.cut().unwrap();
+    wait("the guest to stand still", SOON, || run_anywhere(&scene).is_empty().then_some(())).await;
+    wait("the guest to run at a", SOON, || (run_anywhere(&scene) == ["a"]).then_some(())).await;
+    heal(&scene).await;
+    goes_on_at_a(&scene, &id, "pause").await;
+    lived(client).await;
+    close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_whose_qemu_dies_behind_the_commit_gives_the_machine_back_over_the_link() {
+    let Some(_turn) = turn().await else { return };
+    let scene = build(options("qemu")).await;
+    scene.start_guest().await.unwrap();
+    let client = connect(&scene).await;
+    let id = given_away(&scene).await;
+    signal_qemu(&scene.b, Signal::SIGKILL);
+    goes_on_at_a(&scene, &id, "QEMU").await;
     lived(client).await;
     close(scene);
 }
@@ -155,15 +205,33 @@ async fn a_destination_whose_gateway_dies_behind_the_commit_gives_the_machine_ba
     a_gateway_dies("destination", |scene| &mut scene.b).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_operator_who_ends_a_move_behind_the_commit_gets_the_machine_back_and_its_connections_go_on() {
+/// A QEMU that does not load what it has been sent: both sites say so, and the operator of either may end it.
+async fn an_operator_ends_it(name: &str, asked: impl FnOnce(&Scene) -> &Gateway) {
     let Some(_turn) = turn().await else { return };
-    let scene = build(options("abort")).await;
+    let scene = build(options(name)).await;
     scene.start_guest().await.unwrap();
     let client = connect(&scene).await;
     let id = given_away(&scene).await;
-    scene.a.client().abort(&id).await.unwrap();
+    signal_qemu(&scene.b, Signal::SIGSTOP);
+    // Before site b gives its QEMU up by itself.
+    let began = Instant::now();
+    while !(says_so(&scene.a, &id).await && says_so(&scene.b, &id).await) {
+        assert!(began.elapsed() < SOON, "nobody says that it stands still");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(run_anywhere(&scene), [] as [&str; 0]);
+    asked(&scene).client().abort(&id).await.unwrap();
     goes_on_at_a(&scene, &id, "operator").await;
     lived(client).await;
     close(scene);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_of_the_source_gets_a_machine_back_that_does_not_load_and_its_connections_go_on() {
+    an_operator_ends_it("abort-a", |scene| &scene.a).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_of_the_destination_gives_a_machine_back_that_does_not_load() {
+    an_operator_ends_it("abort-b", |scene| &scene.b).await;
 }

@@ -183,9 +183,9 @@ pool = "/var/lib/longhaul/disks"
         let config = parsed(&format!("{SMALL}{peer}")).unwrap();
         assert_eq!(config.peer[0].arbiter, ArbiterChoice::None);
         let b = "b".parse().unwrap();
-        assert_eq!(config.commit_mode(&b), CommitMode::Confirmed);
-        let config = parsed(&format!("{SMALL}[migration]\ncommit = \"pipelined\"\n{peer}")).unwrap();
         assert_eq!(config.commit_mode(&b), CommitMode::Pipelined);
+        let config = parsed(&format!("{SMALL}[migration]\ncommit = \"confirmed\"\n{peer}")).unwrap();
+        assert_eq!(config.commit_mode(&b), CommitMode::Confirmed);
         let message = error(&format!("{SMALL}{peer}arbiter = \"dns\"\n"));
         assert!(message.contains("peer.b.arbiter") && message.contains("[dns]"), "{message}");
         let dns = "[dns]\nservers = [\"192.0.2.53:53\"]\nzone = \"example.net.\"\nkey_file = \"/k\"\n";

@@ -329,10 +329,10 @@ pub struct MigrationSection {
     /// How much longer than predicted the guest may stand still before it is resumed at the source
     /// (default 5 s).
     pub pause_budget_s: u64,
-    /// When a machine is given away where no arbiter decides: `confirmed`, after the other site has said that it is loaded
-    /// there (default), or `pipelined`, as soon as everything is on its way. The second takes a round trip out of the pause; a
-    /// cut of the link while the rest travels then leaves the machine standing until the link is back, where the first
-    /// resumes it. The site that the machine leaves decides.
+    /// When a machine is given away where no arbiter decides: `pipelined`, as soon as no more than the path holds is left to
+    /// come (default), or `confirmed`, after the other site has said that it is loaded there. The first takes a round trip out
+    /// of the pause; a cut of the link while that travels then leaves the machine standing until the link is back, where the
+    /// second resumes it. The site that the machine leaves decides.
     pub commit: CommitChoice,
     /// A cut of the link that the copy outlasts (default 600 s).
     pub cut_limit_s: u64,
@@ -382,7 +382,7 @@ impl Default for MigrationSection {
             pause_target_ms: 300,
             pause_limit_s: 30,
             pause_budget_s: 5,
-            commit: CommitChoice::Confirmed,
+            commit: CommitChoice::Pipelined,
             cut_limit_s: 600,
             disk_buffer_mib: 64,
             disk_map_mib: 64,

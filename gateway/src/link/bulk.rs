@@ -4,6 +4,8 @@
 //! windows of the channels, since a producer waits for room and a consumer reports each chunk once.
 //! [`BulkSender::absorb`] alone goes beyond, on purpose. Nothing here knows whether the link is up.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -40,12 +42,39 @@ pub(super) enum Delivered {
 /// [`super::PeerHandle::close_bulk`].
 #[derive(Debug)]
 pub struct BulkSender {
-    pub(super) id: BulkId,
-    pub(super) window: SendWindow,
-    pub(super) acknowledged: watch::Receiver<Acknowledged>,
-    pub(super) commands: mpsc::UnboundedSender<BulkCommand>,
+    id: BulkId,
+    window: SendWindow,
+    acknowledged: watch::Receiver<Acknowledged>,
+    commands: mpsc::UnboundedSender<BulkCommand>,
     /// The path that no more than a few times its content may wait for, if that is wanted.
-    pub(super) path: Option<watch::Receiver<LinkState>>,
+    path: Option<watch::Receiver<LinkState>>,
+    /// Bytes queued since the channel began, for whoever looks on.
+    queued_bytes: Arc<AtomicU64>,
+}
+
+/// What a channel has on its way, for somebody who does not send on it.
+#[derive(Debug, Clone)]
+pub struct OnItsWay {
+    queued_bytes: Arc<AtomicU64>,
+    acknowledged: watch::Receiver<Acknowledged>,
+}
+
+impl OnItsWay {
+    /// Bytes queued or sent that the consumer at the other site has not taken.
+    pub fn bytes(&self) -> u64 {
+        // In this order: what is acknowledged was queued before.
+        let acknowledged = self.acknowledged.borrow().bytes;
+        self.queued_bytes.load(Ordering::Acquire).saturating_sub(acknowledged)
+    }
+
+    /// Waits until some of it is taken. Cancel-safe.
+    ///
+    /// # Errors
+    ///
+    /// When the channel is closed.
+    pub async fn taken(&mut self) -> Result<(), ChunkClosed> {
+        self.acknowledged.changed().await.map_err(|_closed| ChunkClosed)
+    }
 }
 
 /// How many times what the path holds may wait in a channel that is kept short: enough to keep it full and to find that it
@@ -53,9 +82,19 @@ pub struct BulkSender {
 const AHEAD: u64 = 3;
 /// At least this much may wait in it, in bytes, and for this long: acknowledgements come late, and an estimate is low at first.
 const LEAST_AHEAD_BYTES: u64 = 256 << 10;
-const SLACK: Duration = Duration::from_millis(10);
+pub(super) const SLACK: Duration = Duration::from_millis(10);
 
 impl BulkSender {
+    /// The end of a channel of which nothing was queued yet.
+    pub(super) fn new(
+        id: BulkId,
+        window: SendWindow,
+        acknowledged: watch::Receiver<Acknowledged>,
+        commands: mpsc::UnboundedSender<BulkCommand>,
+    ) -> Self {
+        Self { id, window, acknowledged, commands, path: None, queued_bytes: Arc::default() }
+    }
+
     /// The channel.
     pub fn id(&self) -> BulkId {
         self.id
@@ -70,6 +109,11 @@ impl BulkSender {
     fn bound_bytes(&self) -> u64 {
         let held = self.path.as_ref().and_then(|path| path.borrow().current.as_ref()?.held(SLACK));
         held.map_or(u64::MAX, |held| held.0.saturating_mul(AHEAD).max(LEAST_AHEAD_BYTES))
+    }
+
+    /// For somebody who waits until what was sent is on its way.
+    pub fn on_its_way(&self) -> OnItsWay {
+        OnItsWay { queued_bytes: self.queued_bytes.clone(), acknowledged: self.acknowledged.clone() }
     }
 
     /// Waits until all that was queued is acknowledged: taken by the consumer at the other site.
@@ -106,6 +150,7 @@ impl ChunkSend for BulkSender {
             return Err(ChunkClosed);
         }
         self.window.handle_queued(chunk.len() as u64);
+        self.queued_bytes.fetch_add(chunk.len() as u64, Ordering::Release);
         let queue = BulkCommand::Queue { id: self.id, chunk };
         self.commands.send(queue).map_err(|_link_closed| ChunkClosed)
     }

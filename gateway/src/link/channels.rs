@@ -141,7 +141,7 @@ impl Channels {
             self.handle_open(id, announced);
         }
         let window = SendWindow::new(window_bytes);
-        Ok(BulkSender { id, window, acknowledged: watched, commands: self.commands.clone(), path: None })
+        Ok(BulkSender::new(id, window, watched, self.commands.clone()))
     }
 
     /// Opens a receiving end and announces it.

@@ -15,7 +15,7 @@ use longhaul_core::wire::{Message, Version};
 use quinn::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::bulk::{BulkReceiver, BulkSender};
+use super::bulk::{BulkReceiver, BulkSender, SLACK};
 use super::channels::BulkError;
 use super::model::Pace;
 use super::stats::{Counters, Kind, LinkStats, PastConnections};
@@ -259,6 +259,11 @@ impl PeerHandle {
     pub fn stats(&self) -> LinkStats {
         let state = self.state.borrow().clone();
         self.counters.stats(&state.past, state.current.as_ref())
+    }
+
+    /// What the path is believed to hold, acknowledgements on their way back included; `None` where that is not known.
+    pub fn path_holds(&self) -> Option<Amount> {
+        self.state.borrow().current.as_ref()?.held(SLACK)
     }
 
     async fn ask(&self, command: Command) -> Result<(), BulkError> {

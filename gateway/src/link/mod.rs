@@ -59,7 +59,7 @@ use peer::{Peer, PeerContext, PeerInputs};
 use stats::Counters;
 use tls::{RefusedKey, Tls};
 
-pub use bulk::{BulkReceiver, BulkSender, ReceiveEnd};
+pub use bulk::{BulkReceiver, BulkSender, OnItsWay, ReceiveEnd};
 pub use channels::BulkError;
 pub use config::{CongestionControl, LinkConfig, MIN_MTU_BYTES, PeerConfig};
 pub use handle::{DatagramDropped, DatagramSender, NotConnected, PeerHandle, Unsent};

@@ -18,6 +18,7 @@ use longhaul_core::migration::step::Step;
 use super::anchor::AnchorCommand;
 use super::arbitrate::{Questions, Register};
 use super::prepare::Held;
+use super::source::WAITS_LONG;
 use super::view::Viewer;
 use super::work::Work;
 use super::{Edges, Inbound, Leaf, activate, discard, prepare, standing};
@@ -38,6 +39,8 @@ pub struct DestinationDriver {
     work: Work<Held>,
     questions: Option<Questions>,
     anchors: mpsc::Sender<AnchorCommand>,
+    /// Since when a machine that was given away lacks its last bytes.
+    waits_since: Option<Duration>,
 }
 
 impl DestinationDriver {
@@ -53,7 +56,17 @@ impl DestinationDriver {
         let viewer = Viewer::new(&attempt, &attempt.peer, edges.site());
         let (sender, events) = mpsc::channel(64);
         let leaf = Leaf { edges, attempt, viewer, events: sender, guest: watch::Sender::new(None) };
-        Self { leaf, proposal, reservation, inbox, events, work: Work::default(), questions: None, anchors }
+        Self {
+            leaf,
+            proposal,
+            reservation,
+            inbox,
+            events,
+            work: Work::default(),
+            questions: None,
+            anchors,
+            waits_since: None,
+        }
     }
 
     /// What it shows of itself.
@@ -117,6 +130,7 @@ impl DestinationDriver {
                 self.perform(action).await;
             }
             self.leaf.viewer.enter(machine.stage());
+            self.alarm(&machine);
             if machine.is_settled_here() {
                 // The register may still have to be told; for the operator it is over.
                 self.end(&Outcome::Active);
@@ -182,6 +196,29 @@ impl DestinationDriver {
                 let reservation = self.reservation.clone();
                 self.work.hand_on(move |held, _stop| discard::run(leaf, proposal, reservation, held));
             }
+        }
+    }
+
+    /// Tells the operator of a machine that stands still between the sites.
+    fn alarm(&mut self, machine: &Destination) {
+        if !machine.lacks_the_rest() {
+            self.waits_since = None;
+            return;
+        }
+        let now = self.leaf.edges.now();
+        if now < *self.waits_since.get_or_insert(now) + WAITS_LONG {
+            return;
+        }
+        let Attempt { vm, peer, id, .. } = &self.leaf.attempt;
+        let minutes = self.limits().cut_limit.as_secs().div_ceil(60);
+        let notice = format!(
+            "{vm} stands still: site {peer} has given it away, and its last bytes have not come. They come when the link is \
+             back; after {minutes} minutes without a link, or with `longhaul abort {id}` here, the machine is refused, and \
+             goes on at site {peer} when that hears of it"
+        );
+        if !self.leaf.viewer.current().notices.contains(&notice) {
+            tracing::warn!(%vm, %peer, "machine was given away and stands still, waiting for its last bytes");
+            self.leaf.viewer.notice_once(notice);
         }
     }
 

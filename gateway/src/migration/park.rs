@@ -1,5 +1,6 @@
 //! Stage 3 at the source: the pause. Nothing here waits for a round trip, but for a disk whose last writes hit blocks that
-//! memory named a moment before the pause: their barrier waits until those names were read.
+//! memory named a moment before the pause: their barrier waits until those names were read. A machine that is given away
+//! behind its last byte waits until that byte has left: what is behind the Commit is what the path holds, not what waits here.
 //!
 //! Order matters: packets are held before the guest stops, and QEMU reads those that came before, so that none is lost; the memory
 //! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the
@@ -8,22 +9,28 @@
 
 use std::time::Duration;
 
+use futures_util::future::select_all;
 use tokio::sync::watch;
 
+use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::message::{Handover, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::NicHandover;
 
-use super::precopy::{Transfer, age, disk_failed, memory_failed, show_memory};
+use super::precopy::{Transfer, age, disk_failed, link_failed, memory_failed, show_memory};
 use super::source::SourceLeaf;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
+use crate::link::OnItsWay;
 use crate::memory::SourceMode;
 use crate::migration::stay::holds;
 use crate::tunnel::wait_until_read;
 
 /// QEMU finishes what it has locally: no network is involved, so this is generous.
 const QEMU_LIMIT: Duration = Duration::from_secs(30);
+/// So much may be behind a Commit on any path, in bytes: a chunk is acknowledged as a whole, and on a slow path one that has left
+/// would be waited for until it is there.
+const LEAST_BEHIND_BYTES: u64 = 128 << 10;
 
 /// Parks the machine, unless it is told to stop; the transfer then goes to the next leaf.
 pub(super) async fn run(
@@ -96,8 +103,28 @@ async fn park(
     if state != RunState::Postmigrate {
         return Err(Refusal::Hypervisor(format!("the guest reads {state} after it was sent")));
     }
+    let (handover, ()) =
+        tokio::try_join!(handover(leaf, row), until_on_its_way(leaf, &mut transfer.on_its_way))?;
     tracing::info!(vm = %leaf.attempt.vm, bytes = end.bytes.0, "parked");
-    handover(leaf, row).await
+    Ok(handover)
+}
+
+/// Pipelined, waits until no more is unacknowledged than the path holds. A link that is down lets nothing leave: the pause's
+/// deadline is the source's.
+async fn until_on_its_way(leaf: &SourceLeaf, channels: &mut [OnItsWay]) -> Result<(), Refusal> {
+    let on_its_way = |channels: &[OnItsWay]| channels.iter().map(OnItsWay::bytes).sum::<u64>();
+    if leaf.attempt.commit != CommitMode::Pipelined {
+        return Ok(());
+    }
+    loop {
+        let peer = leaf.edges.peer(&leaf.attempt.peer);
+        let held = peer.and_then(|peer| peer.path_holds()).unwrap_or_default();
+        if on_its_way(channels) <= held.0.max(LEAST_BEHIND_BYTES) {
+            return Ok(());
+        }
+        let taken = channels.iter_mut().map(|channel| Box::pin(channel.taken()));
+        select_all(taken).await.0.map_err(link_failed)?;
+    }
 }
 
 /// Lets QEMU read what had come to the machine's taps before its packets were held.

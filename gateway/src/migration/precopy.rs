@@ -37,7 +37,7 @@ use crate::hypervisor::{
     OutgoingParameters,
 };
 use crate::journal::JournalError;
-use crate::link::PeerHandle;
+use crate::link::{OnItsWay, PeerHandle};
 use crate::memory::kept::digest;
 use crate::memory::{MemorySource, SourceConfig, SourceHandle, SourceMode, SourceProgress};
 use crate::naming::NamedBy;
@@ -59,6 +59,8 @@ pub(super) struct Transfer {
     pub disks: Vec<(DeviceName, DiskSource)>,
     pub server: Option<NbdServer>,
     pub memory: Option<SourceHandle>,
+    /// Of every channel.
+    pub on_its_way: Vec<OnItsWay>,
     /// How many pages both sites remember, and how much of each disk's stream.
     pub shadow_pages: u32,
     pub disk_window_log: u32,
@@ -113,6 +115,7 @@ async fn begin(
     for (index, volume) in row.definition.volumes().enumerate() {
         let id = BulkId { migration: leaf.attempt.id, channel: Channel::Disk(index as u8) };
         let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+        transfer.on_its_way.push(channel.on_its_way());
         let mut config = DiskSourceConfig::default();
         config.mirror.buffer_bytes = leaf.edges.config.migration.disk_buffer_mib << 20;
         config.mirror.target = TargetDisk::Told;
@@ -259,6 +262,7 @@ async fn start_memory(
     let window = (on_the_way * 3).clamp(256 << 10, config.window_mib << 20);
     let mut channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
     channel.keep_short(peer);
+    transfer.on_its_way.push(channel.on_its_way());
     let path = socket_dir(leaf)?.join("memory.sock");
     remove_stale(&path).map_err(socket_failed)?;
     let mut packing = SourceConfig::default();
@@ -551,7 +555,7 @@ fn names_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Names(Refusal::text(chain(&error)))
 }
 
-fn link_failed(error: impl std::error::Error) -> Refusal {
+pub(super) fn link_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Link(Refusal::text(chain(&error)))
 }
 

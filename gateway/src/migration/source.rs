@@ -18,7 +18,7 @@ use longhaul_core::migration::permit::RunPermit;
 use longhaul_core::migration::record::{Record, SourceRecord};
 use longhaul_core::migration::source::{Action, Event, Outcome, Source, SourceLimits};
 use longhaul_core::migration::step::Step;
-use longhaul_core::migration::{Attempt, Stage};
+use longhaul_core::migration::{Attempt, CommitMode, Stage};
 
 use super::admission::{disk_window_log, shadow_pages};
 use super::arbitrate::{Questions, Register};
@@ -76,7 +76,7 @@ pub struct SourceDriver {
 }
 
 /// A hand-over takes round trips; what waits longer than this wants looking at.
-const WAITS_LONG: Duration = Duration::from_secs(5);
+pub(super) const WAITS_LONG: Duration = Duration::from_secs(5);
 
 impl SourceDriver {
     /// A driver for a guest that runs here; `None` after a restart that did not find it. `anchors` is told
@@ -354,9 +354,17 @@ impl SourceDriver {
             return;
         }
         let (vm, peer) = (&self.leaf.attempt.vm, &self.leaf.attempt.peer);
+        let back = match self.leaf.attempt.commit {
+            CommitMode::Pipelined => format!(
+                " If site {peer} has not got all of it, `longhaul abort {}` at either site lets it go on here once the two \
+                 hear each other.",
+                self.leaf.attempt.id
+            ),
+            CommitMode::Confirmed | CommitMode::Arbitrated(_) => String::new(),
+        };
         let notice = format!(
             "{vm} stands still: nobody has said yet that it runs at site {peer}. It is asked again and again; look at site \
-             {peer}, and at `longhaul journal {vm}`. If that site is gone for good, or runs it and has lost its journal, \
+             {peer}, and at `longhaul journal {vm}`.{back} If that site is gone for good, or runs it and has lost its journal, \
              `longhaul resolve {vm}` decides"
         );
         if !self.leaf.viewer.current().notices.contains(&notice) {
@@ -460,7 +468,6 @@ pub fn wan_bytes(peer: &PeerHandle) -> WanBytes {
 #[cfg(test)]
 mod tests {
     use longhaul_core::ids::{Epoch, MigrationId};
-    use longhaul_core::migration::CommitMode;
 
     use super::*;
     use crate::identity::Identity;

@@ -251,6 +251,11 @@ impl Destination {
         matches!(self.state, State::Settling | State::Done(Outcome::Active))
     }
 
+    /// The source has given the machine away behind its last byte, and that is not here yet.
+    pub fn lacks_the_rest(&self) -> bool {
+        matches!(self.state, State::Receiving { early: Some(_) })
+    }
+
     /// The stage for people.
     pub fn stage(&self) -> Stage {
         match &self.state {
@@ -287,7 +292,8 @@ impl Destination {
         };
         let waits = matches!(
             self.state,
-            State::Loaded
+            State::Receiving { early: Some(_) }
+                | State::Loaded
                 | State::Claiming { .. }
                 | State::Settling
                 | State::HandingBack { settled: false, .. }

@@ -75,13 +75,16 @@ pub enum CannotResolve {
         peer: SiteName,
     },
     /// The gateways see each other, and it is not about what only an operator can see.
-    #[error("Site {0} can be reached: the two gateways settle it themselves, and nobody need decide")]
+    #[error(
+        "Site {0} can be reached: the two gateways settle it themselves, and nobody need decide. If it has lost its journal \
+         and does not run the machine, stop its gateway, end what is left of the machine's QEMU there, and say the same again"
+    )]
     PeerAnswers(SiteName),
     /// It was given to the peer; giving it again decides nothing.
     #[error(
         "{vm} is site {peer}'s already: nothing starts it here; it is released when site {peer} says that it runs. If \
-         site {peer} can be reached, runs it and has forgotten that it came (its journal was restored from a backup), say \
-         the same again once the link is up"
+         site {peer} can be reached, runs it (its QEMU reads `running` or `paused`, not `inmigrate`) and has forgotten that it \
+         came (its journal was restored from a backup), say the same again once the link is up"
     )]
     TheirsAlready {
         /// The machine.

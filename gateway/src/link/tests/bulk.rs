@@ -37,6 +37,26 @@ async fn sixty_four_mebibytes_arrive_intact_and_in_order() {
     assert_eq!(current.connection.stats().frame_rx.stop_sending, 0, "no chunk looks refused");
 }
 
+#[tokio::test]
+async fn what_is_on_its_way_is_told_to_who_looks_on_and_wakes_him_when_it_is_taken() {
+    let (a, b) = pair().await;
+    let id = bulk_id(1, Channel::Memory);
+    let mut sender = a.peer("b").bulk_sender(id, WINDOW_BYTES).await.unwrap();
+    let mut seen = sender.on_its_way();
+    sender.absorb(chunk(0, 1000)).unwrap();
+    sender.send(chunk(1, 500)).await.unwrap();
+    assert_eq!(seen.bytes(), 1500, "nobody receives yet");
+    let mut receiver = b.peer("a").bulk_receiver(id, WINDOW_BYTES).await.unwrap();
+    timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap();
+    let second = timeout(PATIENCE, receiver.recv()).await.unwrap().unwrap();
+    timeout(PATIENCE, seen.taken()).await.expect("woken").unwrap();
+    assert_eq!(seen.bytes(), second.len() as u64, "the first was taken when the second was asked for");
+    let rest = tokio::spawn(async move { receiver.recv().await });
+    timeout(PATIENCE, seen.taken()).await.expect("woken").unwrap();
+    assert_eq!(seen.bytes(), 0);
+    rest.abort();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_arrives_exactly_once_over_cuts() {
     let mut path = None;

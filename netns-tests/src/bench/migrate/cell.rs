@@ -195,8 +195,6 @@ impl Run {
             loss,
             dirty_memory_kib_per_s: memory,
             dirty_disk_kib_per_s: disk,
-            // QEMU waits for nobody either before it runs the machine over there.
-            migration: vec!["commit = \"pipelined\"".into()],
             ..SceneOptions::default()
         }
     }
