@@ -8,7 +8,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
-use longhaul_core::wan::Effort;
+use longhaul_core::wan::{Effort, Level};
 use tokio::time::Instant;
 
 /// The largest chunk in bytes. Below 1 MiB, so that chunk and header fit one short QUIC stream that
@@ -67,7 +67,7 @@ impl PackingSeen {
     }
 
     /// The level from now on, if it was long enough since it was asked for.
-    pub fn judge(&mut self, effort: &mut Effort) -> Option<i32> {
+    pub fn judge(&mut self, effort: &mut Effort) -> Option<Level> {
         let interval = self.since.elapsed();
         if interval < JUDGED_EVERY {
             return None;

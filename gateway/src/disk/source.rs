@@ -21,7 +21,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use longhaul_core::disk::{
     BLOCK, Barrier, Content, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError,
 };
-use longhaul_core::wan::{Effort, GivenPlaces};
+use longhaul_core::wan::{Effort, GivenPlaces, Level};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -68,6 +68,8 @@ pub struct SourceProgress {
     pub unacknowledged_bytes: u64,
     /// What has happened so far.
     pub counters: SourceCounters,
+    /// How hard its content is packed.
+    pub level: Level,
     /// The barrier, once sent.
     pub barrier: Option<Barrier>,
 }
@@ -416,7 +418,7 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
                 sent_bytes,
                 same_bytes,
                 chunk_bytes,
-                level = self.effort.level(),
+                level = %self.effort.level(),
                 level_changes,
                 "disk was packed"
             );
@@ -434,6 +436,7 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
             queued_bytes: self.mirror.queued_bytes(),
             unacknowledged_bytes: unacknowledged + self.chunk.as_ref().map_or(0, |chunk| chunk.len() as u64),
             counters: self.mirror.counters(),
+            level: self.effort.level(),
             barrier: self.mirror.barrier(),
         };
         self.progress.send_if_modified(|last| std::mem::replace(last, progress) != progress);

@@ -119,7 +119,7 @@ impl<S: ChunkSend> Pump<S> {
             config,
             buffer: BytesMut::new(),
             encoder,
-            effort: Effort::default(),
+            effort: Effort::beginning_with(config.encoder.memory_level),
             seen: PackingSeen::new(),
             outlet: Outlet::new(channel),
             pushed_bytes: 0,
@@ -319,7 +319,7 @@ impl<S: ChunkSend> Pump<S> {
             (stream.pages, self.encoder.memory_level(), self.effort.changes());
         debug!(
             bytes = stream.bytes,
-            wire_bytes, pages, known_pages, disk_pages, level, level_changes, "Memory was packed"
+            wire_bytes, pages, known_pages, disk_pages, %level, level_changes, "Memory was packed"
         );
     }
 
@@ -327,7 +327,7 @@ impl<S: ChunkSend> Pump<S> {
     fn weigh(&mut self) {
         let Some(level) = self.seen.judge(&mut self.effort) else { return };
         if level != self.encoder.memory_level() {
-            debug!(level, "Memory is packed at another level");
+            debug!(%level, "Memory is packed at another level");
             self.encoder.set_memory_level(level);
         }
     }

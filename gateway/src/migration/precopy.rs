@@ -24,6 +24,7 @@ use longhaul_core::migration::disk_pace::DiskPace;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
 use longhaul_core::units::{Bytes, Rate};
+use longhaul_core::wan::Level;
 
 use super::anchor::owed_ttl_s;
 use super::reins::Reins;
@@ -267,6 +268,7 @@ async fn start_memory(
     remove_stale(&path).map_err(socket_failed)?;
     let mut packing = SourceConfig::default();
     packing.encoder.shadow_pages = transfer.shadow_pages;
+    packing.encoder.memory_level = level_of_disks(transfer);
     // Only what both remember counts.
     let wanted = transfer
         .memory_base
@@ -285,6 +287,14 @@ async fn start_memory(
     };
     guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;
     guest.migrate_to(&path).await.map_err(hypervisor_failed)
+}
+
+/// What packing the disks has shown of the link and of this host: memory begins with it.
+fn level_of_disks(transfer: &Transfer) -> Level {
+    let most = transfer.disks.iter().map(|(_, disk)| *disk.progress().borrow());
+    most.max_by_key(|progress| progress.counters.sent_bytes)
+        .map(|progress| progress.level)
+        .unwrap_or_default()
 }
 
 /// What one disk may keep of where its content stands.

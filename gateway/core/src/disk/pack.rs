@@ -8,12 +8,14 @@
 //! stream that all chunks of the disk make up, flushed at the chunk's end: what a disk holds twice, a long way apart, is found
 //! within the window that both sites keep. It rests on the bulk channel, which brings each chunk once and in order. A change of
 //! the level ends a frame of the stream and begins another, without what was in the window: zstd takes a level within a frame
-//! only where it packs with threads of its own, and those begin anew at each flush.
+//! only where it packs with threads of its own, and those begin anew at each flush. At a level below its first nothing is looked for
+//! that is a long way off: that takes more time than the packing. A body without the flag is as it is, and no part of the stream.
 
 use bytes::{Buf, Bytes};
 use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Operation, OutBuffer};
 
 use super::record::{Chunk, ChunkError, Record};
+use crate::wan::Level;
 
 /// The longest body of a chunk in bytes, before packing. Bounds what a receiver allocates.
 pub const MAX_BODY: usize = 1 << 20;
@@ -27,6 +29,7 @@ const FLAG_ZSTD: u8 = 1;
 const CHUNK_HEADER: usize = 18;
 /// What packing may add to a body that does not shrink: three bytes for each of its blocks of 128 KiB, the ends of a frame.
 const SLACK: usize = 256;
+/// zstd's first level of its own: those below it leave out what takes time.
 const FIRST_LEVEL: i32 = 1;
 /// A change of level forgets the window: it must be worth that. In bytes.
 const LEAST_AT_A_LEVEL: u64 = if cfg!(test) { 1 << 16 } else { 16 << 20 };
@@ -35,6 +38,11 @@ const LEAST_AT_A_LEVEL: u64 = if cfg!(test) { 1 << 16 } else { 16 << 20 };
 pub(super) struct ChunkPacker {
     /// `None` after zstd failed: bodies then travel as they are.
     stream: Option<Stream>,
+    level: Level,
+    wanted_level: Level,
+    /// What was packed at this level, in bytes.
+    packed: u64,
+    level_changes: u64,
     body: Vec<u8>,
     records: u32,
     max_body: usize,
@@ -43,10 +51,6 @@ pub(super) struct ChunkPacker {
 struct Stream {
     encoder: Encoder<'static>,
     level: i32,
-    wanted_level: i32,
-    /// What was packed at this level, in bytes.
-    packed: u64,
-    changes: u64,
 }
 
 impl ChunkPacker {
@@ -55,7 +59,16 @@ impl ChunkPacker {
         // A context that cannot be made only costs the compression.
         let stream = Stream::new(window_log).ok();
         let max_body = max_chunk.saturating_sub(CHUNK_HEADER + SLACK).min(MAX_BODY);
-        Self { stream, body: Vec::new(), records: 0, max_body }
+        Self {
+            stream,
+            level: Level::FIRST,
+            wanted_level: Level::FIRST,
+            packed: 0,
+            level_changes: 0,
+            body: Vec::new(),
+            records: 0,
+            max_body,
+        }
     }
 
     /// One whose chunks are not packed, and so do not belong together.
@@ -64,23 +77,19 @@ impl ChunkPacker {
         Self { stream: None, ..Self::new(max_chunk, DEFAULT_WINDOW_LOG) }
     }
 
-    /// From the next chunk on, a level of zstd's.
-    pub(super) fn set_level(&mut self, level: i32) {
-        if let Some(stream) = &mut self.stream {
-            stream.wanted_level = level;
-        }
+    /// From the next chunk on, another level.
+    pub(super) fn set_level(&mut self, level: Level) {
+        self.wanted_level = level;
     }
 
     /// Whether the level that was set last is in force, and for long enough to judge it by what it took.
     pub(super) fn is_level_tried(&self) -> bool {
-        let tried =
-            |stream: &Stream| stream.level == stream.wanted_level && stream.packed >= LEAST_AT_A_LEVEL;
-        self.stream.as_ref().is_some_and(tried)
+        self.stream.is_some() && self.level == self.wanted_level && self.packed >= LEAST_AT_A_LEVEL
     }
 
     /// How often another level came into force.
     pub(super) fn level_changes(&self) -> u64 {
-        self.stream.as_ref().map_or(0, |stream| stream.changes)
+        self.level_changes
     }
 
     /// Whether `record` still fits. One record always fits an empty chunk of reasonable size.
@@ -101,10 +110,7 @@ impl ChunkPacker {
         chunk.extend(first_number.to_le_bytes());
         chunk.extend(self.records.to_le_bytes());
         chunk.extend((self.body.len() as u32).to_le_bytes());
-        let packed = self.stream.as_mut().map(|stream| stream.pack(&self.body, &mut chunk));
-        if !matches!(packed, Some(Ok(()))) {
-            // What the stream did last nobody will read.
-            self.stream = None;
+        if !self.pack_into(&mut chunk) {
             chunk.truncate(CHUNK_HEADER);
             chunk[1] = 0;
             chunk.extend_from_slice(&self.body);
@@ -115,28 +121,45 @@ impl ChunkPacker {
     }
 }
 
+impl ChunkPacker {
+    /// Appends the body as a piece of the stream, if it is to be one.
+    fn pack_into(&mut self, chunk: &mut Vec<u8>) -> bool {
+        if self.level != self.wanted_level && self.packed >= LEAST_AT_A_LEVEL {
+            (self.level, self.packed) = (self.wanted_level, 0);
+            self.level_changes += 1;
+        }
+        self.packed += self.body.len() as u64;
+        let (Level::Zstd(level), Some(stream)) = (self.level, &mut self.stream) else { return false };
+        let packed = stream.pack(&self.body, level, chunk).is_ok();
+        if !packed {
+            // What the stream did last nobody will read.
+            self.stream = None;
+        }
+        packed
+    }
+}
+
 impl Stream {
     fn new(window_log: u32) -> std::io::Result<Self> {
         let mut encoder = Encoder::new(FIRST_LEVEL)?;
         encoder.set_parameter(CParameter::WindowLog(window_log))?;
         encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
-        Ok(Self { encoder, level: FIRST_LEVEL, wanted_level: FIRST_LEVEL, packed: 0, changes: 0 })
+        Ok(Self { encoder, level: FIRST_LEVEL })
     }
 
     /// Appends the body's piece of the stream.
-    fn pack(&mut self, body: &[u8], chunk: &mut Vec<u8>) -> std::io::Result<()> {
+    fn pack(&mut self, body: &[u8], level: i32, chunk: &mut Vec<u8>) -> std::io::Result<()> {
         chunk.reserve(body.len() + SLACK);
         let at = chunk.len();
         let mut output = OutBuffer::around_pos(chunk, at);
-        if self.level != self.wanted_level && self.packed >= LEAST_AT_A_LEVEL {
+        if self.level != level {
             if self.encoder.finish(&mut output, true)? > 0 {
                 return Err(too_long());
             }
-            self.encoder.set_parameter(CParameter::CompressionLevel(self.wanted_level))?;
-            (self.level, self.packed) = (self.wanted_level, 0);
-            self.changes += 1;
+            self.encoder.set_parameter(CParameter::CompressionLevel(level))?;
+            self.encoder.set_parameter(CParameter::EnableLongDistanceMatching(level >= FIRST_LEVEL))?;
+            self.level = level;
         }
-        self.packed += body.len() as u64;
         let mut input = InBuffer::around(body);
         while input.pos() < body.len() {
             let before = (input.pos(), output.pos());
@@ -254,7 +277,7 @@ mod tests {
     }
 
     /// With another level for each chunk, where `levels` says so.
-    fn pack(records: &[Record], max_chunk: usize, levels: &[i32]) -> Vec<Bytes> {
+    fn pack(records: &[Record], max_chunk: usize, levels: &[Level]) -> Vec<Bytes> {
         let mut packer = ChunkPacker::new(max_chunk, DEFAULT_WINDOW_LOG);
         let (mut chunks, mut first, mut next) = (vec![], 1, 1);
         for record in records {
@@ -270,11 +293,15 @@ mod tests {
         chunks
     }
 
+    fn any_level() -> impl Strategy<Value = Level> {
+        prop_oneof![1 => Just(Level::Stored), 4 => (-5..13i32).prop_map(Level::Zstd)]
+    }
+
     proptest! {
         #[test]
         fn records_come_back_bit_exact(
             records in prop::collection::vec(any_record(), 0..40),
-            levels in prop::collection::vec(-5..13i32, 0..20),
+            levels in prop::collection::vec(any_level(), 0..20),
         ) {
             let max_chunk = 100_000;
             let chunks = pack(&records, max_chunk, &levels);
@@ -352,11 +379,11 @@ mod tests {
         assert!(!packer.is_level_tried());
         pack(&mut packer, 0);
         assert!(packer.is_level_tried());
-        packer.set_level(9);
+        packer.set_level(Level::Zstd(9));
         assert!(!packer.is_level_tried(), "it is not in force yet");
-        packer.set_level(FIRST_LEVEL);
+        packer.set_level(Level::FIRST);
         assert!(pack(&mut packer, 1) < 1000, "the window was forgotten for nothing");
-        packer.set_level(9);
+        packer.set_level(Level::Zstd(9));
         assert!(pack(&mut packer, 2) > LEAST_AT_A_LEVEL as usize, "a frame of its own");
         assert!(packer.is_level_tried());
         assert_eq!(packer.level_changes(), 1);
@@ -368,7 +395,7 @@ mod tests {
         let mut packer = ChunkPacker::new(max_chunk, DEFAULT_WINDOW_LOG);
         let record = write(0, noise(3, packer.max_body - WRITE_HEADER));
         assert!(packer.fits(&record));
-        for level in [1, -5, 12] {
+        for level in [Level::FIRST, Level::Stored, Level::Zstd(-5), Level::Zstd(12)] {
             packer.set_level(level);
             packer.push(&record);
             assert!(packer.finish(1).len() <= max_chunk);

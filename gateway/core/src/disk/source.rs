@@ -35,7 +35,7 @@ use super::pack::{ChunkPacker, DEFAULT_WINDOW_LOG};
 use super::queue::{RECORD_COST, RecordQueue};
 use super::record::{Barrier, Record, RunningDigest};
 use super::{BLOCK, split_blocks};
-use crate::wan::GivenPlaces;
+use crate::wan::{GivenPlaces, Level};
 
 static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
@@ -372,8 +372,8 @@ impl MirrorSource {
         self.phase = Phase::Copying;
     }
 
-    /// Makes chunks smaller or faster from the next one on: a level of zstd's.
-    pub fn set_level(&mut self, level: i32) {
+    /// Makes chunks smaller or faster from the next one on.
+    pub fn set_level(&mut self, level: Level) {
         self.packer.set_level(level);
     }
 

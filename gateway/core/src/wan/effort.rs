@@ -11,14 +11,51 @@
 //! It measures nothing itself, and one of these belongs to one stream: what else the processor does shows in how long
 //! packing takes.
 
+use std::fmt;
 use std::time::Duration;
 
-/// zstd's levels, from barely to thoroughly: each costs about twice the time of the one before. The first is about as fast as
-/// LZ4.
-const LEVELS: [i32; 6] = [-5, 1, 3, 6, 9, 12];
+/// How content is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Not at all: the link is faster than any packing.
+    Stored,
+    /// At this level of zstd's.
+    Zstd(i32),
+}
+
+impl Default for Level {
+    fn default() -> Self {
+        Self::FIRST
+    }
+}
+
+impl Level {
+    /// What a stream begins with of which nothing is known.
+    pub const FIRST: Self = Self::Zstd(1);
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stored => f.write_str("stored"),
+            Self::Zstd(level) => write!(f, "{level}"),
+        }
+    }
+}
+
+/// From barely to thoroughly: each of zstd's costs about twice the time of the one before. Its first is about as fast as LZ4.
+const LEVELS: [Level; 7] = [
+    Level::Stored,
+    Level::Zstd(-5),
+    Level::FIRST,
+    Level::Zstd(3),
+    Level::Zstd(6),
+    Level::Zstd(9),
+    Level::Zstd(12),
+];
 
 /// The level that a stream begins with.
-const FIRST: usize = 1;
+const FIRST: usize = 2;
 
 /// The share of the time that packing may take before it is made lighter, and below which it may be made heavier. Twice the
 /// second is less than the first, so that a step up is not taken back at once.
@@ -34,7 +71,7 @@ const FIRST_REST: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// Chooses the level.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Effort {
     level: usize,
     seen: Seen,
@@ -47,7 +84,7 @@ pub struct Effort {
 }
 
 /// What was seen since it was judged last.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Seen {
     time: Duration,
     packing: Duration,
@@ -62,9 +99,15 @@ impl Default for Effort {
 }
 
 impl Effort {
+    /// One that begins where another stream on the same link has got to.
+    pub fn beginning_with(level: Level) -> Self {
+        let level = LEVELS.iter().position(|known| *known == level).unwrap_or(FIRST);
+        Self { level, ..Self::default() }
+    }
+
     /// What was seen in the last `interval`: how long packing took, and how long the link was full. Gives the level from now
     /// on. An interval in which nothing was packed says nothing.
-    pub fn handle_interval(&mut self, interval: Duration, packing: Duration, waiting: Duration) -> i32 {
+    pub fn handle_interval(&mut self, interval: Duration, packing: Duration, waiting: Duration) -> Level {
         self.rest = self.rest.saturating_sub(interval);
         if packing.is_zero() {
             return self.level();
@@ -106,8 +149,8 @@ impl Effort {
         self.changes
     }
 
-    /// zstd's level.
-    pub fn level(&self) -> i32 {
+    /// The level.
+    pub fn level(&self) -> Level {
         LEVELS[self.level]
     }
 }
@@ -118,14 +161,18 @@ mod tests {
 
     const TICK: Duration = Duration::from_millis(100);
 
+    /// How far a level is from the first.
+    fn steps(level: Level) -> i32 {
+        LEVELS.iter().position(|known| *known == level).unwrap() as i32 - FIRST as i32
+    }
+
     /// Packs what a link of `link` units a second takes, with a processor that packs `speed` units at the first level and half
     /// as many at each one more; says where it ends.
-    fn settled(link: f64, speed: f64) -> i32 {
+    fn settled(link: f64, speed: f64) -> Level {
         let mut effort = Effort::default();
         let mut last = effort.level();
         for _ in 0..100 {
-            let steps = LEVELS.iter().position(|level| *level == last).unwrap() as i32 - FIRST as i32;
-            let can = speed / 2f64.powi(steps);
+            let can = speed / 2f64.powi(steps(last));
             let packing = TICK.mul_f64((link / can).min(1.0));
             last = effort.handle_interval(TICK, packing, TICK - packing);
         }
@@ -134,16 +181,16 @@ mod tests {
 
     #[test]
     fn a_slow_link_is_worth_the_greatest_effort_and_a_fast_one_the_least() {
-        assert_eq!(settled(1.0, 1000.0), 12);
-        assert_eq!(settled(1000.0, 1000.0), -5);
+        assert_eq!(settled(1.0, 1000.0), Level::Zstd(12));
+        assert_eq!(settled(1000.0, 1000.0), Level::Zstd(-5));
+        assert_eq!(settled(10_000.0, 1000.0), Level::Stored);
     }
 
     #[test]
     fn it_settles_where_the_processor_has_something_left() {
         for link in [20.0, 50.0, 90.0, 150.0, 300.0] {
             let level = settled(link, 1000.0);
-            let steps = LEVELS.iter().position(|known| *known == level).unwrap() as i32 - FIRST as i32;
-            let share = link / (1000.0 / 2f64.powi(steps));
+            let share = link / (1000.0 / 2f64.powi(steps(level)));
             assert!(share <= HEAVY, "{level} takes {share:.2} for a link of {link}");
         }
     }
@@ -169,6 +216,14 @@ mod tests {
             let changes = changes([0.2, 0.7], Duration::from_millis(each_ms));
             assert!(changes <= 20, "{changes} changes in a minute of {each_ms} ms each");
         }
+    }
+
+    #[test]
+    fn it_begins_where_another_one_is() {
+        for level in LEVELS {
+            assert_eq!(Effort::beginning_with(level).level(), level);
+        }
+        assert_eq!(Effort::beginning_with(Level::Zstd(2)), Effort::default());
     }
 
     #[test]

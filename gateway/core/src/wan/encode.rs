@@ -9,6 +9,7 @@ use std::mem;
 use bytes::{BufMut, Bytes, BytesMut};
 use zstd::bulk::Compressor;
 
+use super::effort::Level;
 use super::ops::{COPY_BYTES, MAX_OP_BYTES, OpsWriter, PLACE_BYTES, RecordKind};
 use super::places::{GivenPlaces, Named, PageHash, Place, Places, page_hash};
 use super::shadow::{Blocks, Finder, PageKey, Remembered, Shadow, Slot};
@@ -27,9 +28,9 @@ pub struct EncoderConfig {
     /// How much of the stream is compressed at once, in bytes; at most [`MAX_CONTENTS`] and what fits a
     /// chunk uncompressed. More compresses better and delays the first byte longer. Default 512 KiB.
     pub batch: usize,
-    /// zstd's level for memory. Default 1: several hundred MB/s per core; 3 costs half of that for
+    /// How memory is packed. Default zstd 1: several hundred MB/s per core; 3 costs half of that for
     /// about 5 % fewer bytes.
-    pub memory_level: i32,
+    pub memory_level: Level,
     /// zstd's level for device state. Default 1.
     pub device_level: i32,
     /// How many pages both ends remember, at most [`super::MAX_SHADOW_PAGES`] and what the destination allows. Each costs
@@ -49,7 +50,7 @@ impl EncoderConfig {
         Self {
             max_chunk,
             batch: 512 << 10,
-            memory_level: 1,
+            memory_level: Level::FIRST,
             device_level: 1,
             shadow_pages: 0,
             device_stored_below: 0,
@@ -146,7 +147,7 @@ impl StreamEncoder {
             Some(base) => base.begin(config.shadow_pages),
             None => (Blocks::default(), Shadow::new(config.shadow_pages)),
         };
-        Ok(Self {
+        let mut encoder = Self {
             config,
             parser: StreamParser::new(),
             hasher: blake3::Hasher::new(),
@@ -158,14 +159,16 @@ impl StreamEncoder {
             places: Places::default(),
             known_pages: 0,
             disk_pages: 0,
-            memory: Compressor::new(config.memory_level)?,
+            memory: Compressor::new(0)?,
             device: Compressor::new(config.device_level)?,
             scratch: Vec::new(),
             chunk,
             ready: VecDeque::new(),
             wire_bytes: 0,
             wire_device_bytes: 0,
-        })
+        };
+        encoder.set_memory_level(config.memory_level);
+        Ok(encoder)
     }
 
     /// The same that names pages by what the machine's disks, in their order, have given, if that is anything. Before the
@@ -263,16 +266,20 @@ impl StreamEncoder {
         self.batch.ops.is_empty() && self.chunk.is_empty()
     }
 
-    /// Makes memory smaller or faster from the next batch on: a level of zstd's, as [`EncoderConfig::memory_level`].
-    pub fn set_memory_level(&mut self, level: i32) {
-        // A level that zstd does not have changes nothing.
-        if self.memory.set_compression_level(level).is_ok() {
+    /// Makes memory smaller or faster from the next batch on.
+    pub fn set_memory_level(&mut self, level: Level) {
+        let is_known = match level {
+            Level::Stored => true,
+            // A level that zstd does not have changes nothing.
+            Level::Zstd(level) => self.memory.set_compression_level(level).is_ok(),
+        };
+        if is_known {
             self.config.memory_level = level;
         }
     }
 
     /// The level that is in force.
-    pub fn memory_level(&self) -> i32 {
+    pub fn memory_level(&self) -> Level {
         self.config.memory_level
     }
 
@@ -441,6 +448,7 @@ impl StreamEncoder {
     /// Compresses into `scratch`; says which encoding is shorter.
     fn compress(&mut self, data: &[u8], contents_len: usize) -> u8 {
         let compressor = match self.batch.class {
+            Class::Memory if self.config.memory_level == Level::Stored => return ENCODING_STORED,
             Class::Memory => &mut self.memory,
             Class::Device if contents_len < self.config.device_stored_below => return ENCODING_STORED,
             Class::Device => &mut self.device,

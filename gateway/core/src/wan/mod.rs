@@ -35,7 +35,7 @@ mod places;
 mod shadow;
 
 pub use decode::{DecodeError, Decoded, StreamDecoder};
-pub use effort::Effort;
+pub use effort::{Effort, Level};
 pub use encode::{EncoderConfig, EncoderCounters, StreamEncoder};
 pub use places::{DiskPlaces, GivenPlaces, Place};
 pub use shadow::Remembered;

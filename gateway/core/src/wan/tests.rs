@@ -84,7 +84,7 @@ proptest! {
         sample in any_sample(),
         cuts in vec(any::<(usize, bool)>(), 0..20),
         shadow_pages in 1u32..40,
-        level in 1i32..6,
+        level in 0i32..6,
     ) {
         let config = EncoderConfig { shadow_pages, ..EncoderConfig::for_chunks_of(EncoderConfig::MIN_CHUNK) };
         let mut encoder = StreamEncoder::new(config).unwrap();
@@ -92,7 +92,7 @@ proptest! {
         let mut stream = Vec::new();
         for (part, flush) in cut(&sample.bytes, &cuts) {
             encoder.handle_bytes(part);
-            encoder.set_memory_level(level);
+            encoder.set_memory_level(if level == 0 { Level::Stored } else { Level::Zstd(level) });
             if flush {
                 encoder.handle_flush();
             }
