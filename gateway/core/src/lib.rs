@@ -11,6 +11,7 @@ pub mod ids;
 pub mod machine;
 pub mod memory;
 pub mod migration;
+pub mod proof;
 pub mod tunnel;
 pub mod units;
 pub mod wan;

@@ -1,18 +1,23 @@
 //! The disk mirror's records: chunks of a peer that lies about numbers, lengths, offsets and barriers.
 //!
-//! No step writes outside the disk, and after an error nothing of the chunk is applied.
+//! No step writes outside the disk, and after an error nothing of the chunk is applied. The proof of each chunk is made right
+//! before it is given: an input that was altered would come no further than to its proof. That a wrong one is refused is not
+//! tried here.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_core::disk::{
-    ChunkReader, Existing, MAX_BODY, MAX_RECORDS, MirrorSource, MirrorTarget, SourceConfig, Step,
-    TargetConfig,
+    Chunk, ChunkReader, Existing, MAX_BODY, MAX_RECORDS, MirrorSource, MirrorTarget, RunningDigest,
+    SourceConfig, Step, TargetConfig,
 };
 
 use crate::input::Input;
 
 const SIZE: u64 = 1 << 20;
+/// Where a chunk has its proof.
+const PROOF: Range<usize> = 18..34;
 
 /// Gives `data` to a destination as chunks, each behind its length in two bytes.
 pub fn run(data: &[u8]) {
@@ -23,20 +28,33 @@ pub fn run(data: &[u8]) {
 fn run_on(mut target: MirrorTarget, data: &[u8]) {
     let mut input = Input(data);
     let mut reader = ChunkReader::new(TargetConfig::default().max_window_log);
+    let mut digest = RunningDigest::default();
     while !input.is_empty() {
         let len = usize::from(input.u16());
-        let chunk = Bytes::copy_from_slice(input.take(len));
-        if let Ok(decoded) = reader.read(chunk.clone()) {
-            assert!(decoded.records.len() <= MAX_RECORDS);
-            assert!(decoded.records.iter().map(|record| record.encoded_len()).sum::<usize>() <= MAX_BODY);
+        let mut chunk = Bytes::copy_from_slice(input.take(len));
+        let read = reader.read(chunk.clone());
+        if let Ok(read) = &read {
+            assert!(read.records.len() <= MAX_RECORDS);
+            assert!(read.records.iter().map(|record| record.encoded_len()).sum::<usize>() <= MAX_BODY);
+            chunk = sealed(&chunk, read, &mut digest);
         }
-        if target.handle_chunk(chunk).is_err() {
+        let taken = target.handle_chunk(chunk);
+        assert!(read.is_ok() || taken.is_err(), "what is no chunk is refused");
+        if taken.is_err() {
             return;
         }
         if !carry_out(&mut target) {
             return;
         }
     }
+}
+
+/// The chunk with the right proof.
+fn sealed(chunk: &[u8], read: &Chunk, digest: &mut RunningDigest) -> Bytes {
+    read.records.iter().for_each(|record| digest.add(record));
+    let mut chunk = chunk.to_vec();
+    chunk[PROOF].copy_from_slice(&digest.proof().to_bytes());
+    chunk.into()
 }
 
 /// Does what the target asks for; false when that showed that the disk is not the source's.

@@ -27,6 +27,7 @@ pub(super) fn of_disk(
         DiskTargetError::Records(
             TargetError::Chunk(_)
             | TargetError::Number { .. }
+            | TargetError::Damaged { .. }
             | TargetError::Differs { .. }
             | TargetError::Count { .. }
             | TargetError::Digest { .. },
@@ -97,7 +98,9 @@ mod tests {
     #[test]
     fn what_is_not_what_was_sent_is_damaged_and_says_where() {
         let differs = TargetError::Differs { offset: 65536, len: 4096 };
-        let errors = [differs, TargetError::Digest { records: 7 }, TargetError::Chunk(ChunkError::Zstd)];
+        let damaged = TargetError::Damaged { first: 3, last: 9, range: Some((65536, 131072)) };
+        let errors =
+            [differs, damaged, TargetError::Digest { records: 7 }, TargetError::Chunk(ChunkError::Zstd)];
         for error in errors {
             let why = of_root(&error.into());
             let said = why.to_string();
@@ -105,6 +108,7 @@ mod tests {
             assert!(said.contains("disk root") && said.contains(&chain(&error)), "{said}");
         }
         assert!(of_root(&differs.into()).to_string().contains("4096 bytes at 65536"));
+        assert!(of_root(&damaged.into()).to_string().contains("bytes 65536 to 131072"));
         let bounds = TargetError::Bounds { number: 1, offset: 0, len: 2, size: 1 };
         assert!(matches!(of_root(&bounds.into()), Refusal::PeerMisbehaved(_)));
         let why = of_pages(&MemoryEnd::Mismatch(DecodeError::OtherBase));

@@ -15,8 +15,11 @@ mod map;
 mod model_tests;
 mod naming;
 mod pack;
+#[cfg(test)]
+mod proof_tests;
 mod queue;
 mod record;
+mod refused;
 mod source;
 mod target;
 
@@ -24,10 +27,11 @@ pub use bitmap::Bitmap;
 pub use map::{MapError, MapWriter};
 pub use pack::{ChunkReader, DEFAULT_WINDOW_LOG, MAX_BODY, MAX_RECORDS};
 pub use record::{Barrier, Chunk, ChunkError, Record, RunningDigest};
+pub use refused::TargetError;
 pub use source::{
     Content, Existing, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError, TargetDisk,
 };
-pub use target::{MirrorTarget, Step, TargetConfig, TargetCounters, TargetError};
+pub use target::{MirrorTarget, Step, TargetConfig, TargetCounters};
 
 /// The granularity of the mirror in bytes: 64 KiB, which is also QEMU's own mirror granularity, so
 /// that a mirrored write covers whole blocks. One TiB of disk costs 2 MiB per bitmap.

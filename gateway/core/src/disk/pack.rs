@@ -1,8 +1,12 @@
 //! Chunks of records: bounded in size, and packed as one zstd stream per disk.
 //!
 //! ```text
-//!  chunk = version u8 | flags u8 | first number u64 | records u32 | body length u32 | body
+//!  chunk = version u8 | flags u8 | first number u64 | records u32 | body length u32 | proof [16] | body
 //! ```
+//!
+//! The proof is of all records up to the chunk's last one ([`crate::proof`]): it binds their content, their order and all that
+//! came before, so that a chunk that is not what was sent is known before anything of it is applied. Whoever applies it checks
+//! it. It is of the records and not of the bytes here, because what a source means is the records.
 //!
 //! Integers are little-endian; the length is that of the body before packing. With flag 1 the body is the next piece of a zstd
 //! stream that all chunks of the disk make up, flushed at the chunk's end: what a disk holds twice, a long way apart, is found
@@ -15,6 +19,7 @@ use bytes::{Buf, Bytes};
 use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Operation, OutBuffer};
 
 use super::record::{Chunk, ChunkError, Record};
+use crate::proof::Proof;
 use crate::wan::Level;
 
 /// The longest body of a chunk in bytes, before packing. Bounds what a receiver allocates.
@@ -24,9 +29,9 @@ pub const MAX_RECORDS: usize = 16 << 10;
 /// The window of a mirror whose sites agreed on none: 8 MiB, as the exponent of two.
 pub const DEFAULT_WINDOW_LOG: u32 = 23;
 
-pub(super) const VERSION: u8 = 2;
+pub(super) const VERSION: u8 = 3;
 const FLAG_ZSTD: u8 = 1;
-const CHUNK_HEADER: usize = 18;
+const CHUNK_HEADER: usize = 18 + Proof::BYTES;
 /// What packing may add to a body that does not shrink: three bytes for each of its blocks of 128 KiB, the ends of a frame.
 const SLACK: usize = 256;
 /// zstd's first level of its own: those below it leave out what takes time.
@@ -103,13 +108,14 @@ impl ChunkPacker {
         self.records += 1;
     }
 
-    /// The chunk of all records since the last call; the first of them has `first_number`.
-    pub(super) fn finish(&mut self, first_number: u64) -> Bytes {
+    /// The chunk of all records since the last call; the first of them has `first_number`, and `proof` stands behind the last.
+    pub(super) fn finish(&mut self, first_number: u64, proof: Proof) -> Bytes {
         let mut chunk = Vec::with_capacity(CHUNK_HEADER + SLACK + self.body.len());
         chunk.extend([VERSION, FLAG_ZSTD]);
         chunk.extend(first_number.to_le_bytes());
         chunk.extend(self.records.to_le_bytes());
         chunk.extend((self.body.len() as u32).to_le_bytes());
+        chunk.extend(proof.to_bytes());
         if !self.pack_into(&mut chunk) {
             chunk.truncate(CHUNK_HEADER);
             chunk[1] = 0;
@@ -209,25 +215,15 @@ impl ChunkReader {
         if count as usize > MAX_RECORDS || body_len as usize > MAX_BODY {
             return Err(ChunkError::TooLarge { records: count, body: body_len });
         }
-        let mut body = match flags {
+        let mut proof = [0; Proof::BYTES];
+        chunk.copy_to_slice(&mut proof);
+        let body = match flags {
             0 => chunk,
             FLAG_ZSTD => self.unpack(&chunk, body_len as usize)?,
             flags => return Err(ChunkError::Flags(flags)),
         };
-        if body.len() < body_len as usize {
-            return Err(ChunkError::Short);
-        }
-        if body.len() > body_len as usize {
-            return Err(ChunkError::Trailing(body.len() - body_len as usize));
-        }
-        let mut records = Vec::with_capacity((count as usize).min(body.len()));
-        for _ in 0..count {
-            records.push(Record::decode(&mut body)?);
-        }
-        match body.len() {
-            0 => Ok(Chunk { first_number, records }),
-            trailing => Err(ChunkError::Trailing(trailing)),
-        }
+        let records = read_records(body, body_len as usize, count as usize)?;
+        Ok(Chunk { first_number, records, proof: Proof::from_bytes(proof) })
     }
 
     fn unpack(&mut self, packed: &[u8], body_len: usize) -> Result<Bytes, ChunkError> {
@@ -259,13 +255,34 @@ impl ChunkReader {
     }
 }
 
+/// The records of a body that was announced with this length and number.
+fn read_records(mut body: Bytes, body_len: usize, count: usize) -> Result<Vec<Record>, ChunkError> {
+    if body.len() < body_len {
+        return Err(ChunkError::Short);
+    }
+    if body.len() > body_len {
+        return Err(ChunkError::Trailing(body.len() - body_len));
+    }
+    let mut records = Vec::with_capacity(count.min(body.len()));
+    for _ in 0..count {
+        records.push(Record::decode(&mut body)?);
+    }
+    match body.len() {
+        0 => Ok(records),
+        trailing => Err(ChunkError::Trailing(trailing)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::record::WRITE_HEADER;
     use super::super::record::tests::any_record;
+    use super::super::record::{RunningDigest, WRITE_HEADER};
     use super::*;
+
+    /// Where it is not looked at.
+    const ANY_PROOF: Proof = Proof::from_bytes([7; Proof::BYTES]);
 
     fn read(chunks: Vec<Bytes>) -> Vec<Chunk> {
         let mut reader = ChunkReader::new(DEFAULT_WINDOW_LOG);
@@ -279,17 +296,17 @@ mod tests {
     /// With another level for each chunk, where `levels` says so.
     fn pack(records: &[Record], max_chunk: usize, levels: &[Level]) -> Vec<Bytes> {
         let mut packer = ChunkPacker::new(max_chunk, DEFAULT_WINDOW_LOG);
-        let (mut chunks, mut first, mut next) = (vec![], 1, 1);
+        let (mut chunks, mut first, mut digest) = (vec![], 1, RunningDigest::default());
         for record in records {
             if !packer.fits(record) {
-                chunks.push(packer.finish(first));
-                first = next;
+                chunks.push(packer.finish(first, digest.proof()));
+                first = digest.records() + 1;
                 levels.get(chunks.len()).into_iter().for_each(|level| packer.set_level(*level));
             }
             packer.push(record);
-            next += 1;
+            digest.add(record);
         }
-        chunks.push(packer.finish(first));
+        chunks.push(packer.finish(first, digest.proof()));
         chunks
     }
 
@@ -306,10 +323,11 @@ mod tests {
             let max_chunk = 100_000;
             let chunks = pack(&records, max_chunk, &levels);
             prop_assert!(chunks.iter().all(|chunk| chunk.len() <= max_chunk));
-            let (mut next, mut back) = (1, Vec::new());
+            let (mut digest, mut back) = (RunningDigest::default(), Vec::new());
             for chunk in read(chunks) {
-                prop_assert_eq!(chunk.first_number, next);
-                next += chunk.records.len() as u64;
+                prop_assert_eq!(chunk.first_number, digest.records() + 1);
+                chunk.records.iter().for_each(|record| digest.add(record));
+                prop_assert_eq!(chunk.proof, digest.proof());
                 back.extend(chunk.records);
             }
             prop_assert_eq!(back, records);
@@ -317,8 +335,8 @@ mod tests {
 
         #[test]
         fn garbage_is_an_error(mut bytes in prop::collection::vec(any::<u8>(), 0..300), fix in any::<bool>()) {
-            if fix && bytes.len() > 18 {
-                let body = (bytes.len() - 18) as u32;
+            if fix && bytes.len() > CHUNK_HEADER {
+                let body = (bytes.len() - CHUNK_HEADER) as u32;
                 bytes[..2].copy_from_slice(&[VERSION, 0]);
                 bytes[10..14].copy_from_slice(&3u32.to_le_bytes());
                 bytes[14..18].copy_from_slice(&body.to_le_bytes());
@@ -374,7 +392,7 @@ mod tests {
         let mut packer = ChunkPacker::new(MAX_BODY, DEFAULT_WINDOW_LOG);
         let pack = |packer: &mut ChunkPacker, offset| {
             packer.push(&write(offset, noise(1, LEAST_AT_A_LEVEL as usize)));
-            packer.finish(1).len()
+            packer.finish(1, ANY_PROOF).len()
         };
         assert!(!packer.is_level_tried());
         pack(&mut packer, 0);
@@ -398,7 +416,7 @@ mod tests {
         for level in [Level::FIRST, Level::Stored, Level::Zstd(-5), Level::Zstd(12)] {
             packer.set_level(level);
             packer.push(&record);
-            assert!(packer.finish(1).len() <= max_chunk);
+            assert!(packer.finish(1, ANY_PROOF).len() <= max_chunk);
         }
     }
 
@@ -415,6 +433,7 @@ mod tests {
             let mut chunk = vec![VERSION, FLAG_ZSTD];
             chunk.extend([0; 12]);
             chunk.extend(body_len.to_le_bytes());
+            chunk.extend(ANY_PROOF.to_bytes());
             chunk.extend(frame);
             chunk
         };
@@ -423,6 +442,6 @@ mod tests {
         assert!(matches!(refused, Err(ChunkError::TooLarge { .. })));
         let mut packer = ChunkPacker::new(MAX_BODY, DEFAULT_WINDOW_LOG + 1);
         packer.push(&Record::Flush);
-        assert_eq!(read_one(packer.finish(1)), Err(ChunkError::Zstd));
+        assert_eq!(read_one(packer.finish(1, ANY_PROOF)), Err(ChunkError::Zstd));
     }
 }

@@ -9,11 +9,13 @@
 //! ```
 //!
 //! Integers are little-endian. Offsets are not checked against a disk here: [`super::MirrorTarget`]
-//! does that. The digest covers records, not chunks, so packing and compression do not change it.
+//! does that. The digest covers records, not chunks, so packing and compression do not change it; how it stands behind a
+//! chunk's last record travels with the chunk.
 
 use bytes::{Buf, Bytes};
 
 use super::pack::VERSION;
+use crate::proof::Proof;
 
 pub(super) const WRITE_HEADER: usize = 13;
 
@@ -76,6 +78,8 @@ pub struct Chunk {
     pub first_number: u64,
     /// The records in order.
     pub records: Vec<Record>,
+    /// What the digest of all records is behind the last of them, if they are what was sent.
+    pub proof: Proof,
 }
 
 /// Why bytes are not a chunk of records.
@@ -121,14 +125,15 @@ impl Record {
         }
     }
 
-    /// First byte and end of what the record changes on the disk, or says of it.
+    /// First byte and end of what the record changes on the disk, or says of it. One that was damaged may say anything.
     pub(super) fn range(&self) -> Option<(u64, u64)> {
-        match self {
-            Self::Write { offset, data } => Some((*offset, offset + data.len() as u64)),
-            Self::Zero { offset, len } => Some((*offset, offset + len)),
-            Self::Same { offset, len, .. } => Some((*offset, offset + u64::from(*len))),
-            Self::Flush | Self::Barrier(_) => None,
-        }
+        let (offset, len) = match self {
+            Self::Write { offset, data } => (*offset, data.len() as u64),
+            Self::Zero { offset, len } => (*offset, *len),
+            Self::Same { offset, len, .. } => (*offset, u64::from(*len)),
+            Self::Flush | Self::Barrier(_) => return None,
+        };
+        Some((offset, offset.saturating_add(len)))
     }
 
     /// Bytes of content that the record carries.
@@ -231,6 +236,11 @@ impl RunningDigest {
     /// How many records were taken in, which is also the number of the last.
     pub fn records(&self) -> u64 {
         self.records
+    }
+
+    /// The proof of the records taken in so far.
+    pub fn proof(&self) -> Proof {
+        Proof::of(&self.hasher)
     }
 
     /// The barrier behind the records taken in so far.

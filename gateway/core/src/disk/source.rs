@@ -397,7 +397,7 @@ impl MirrorSource {
             return None;
         }
         self.counters.records = self.digest.records();
-        let chunk = self.packer.finish(first_number);
+        let chunk = self.packer.finish(first_number, self.digest.proof());
         self.counters.chunk_bytes += chunk.len() as u64;
         self.counters.level_changes = self.packer.level_changes();
         Some(chunk)

@@ -1,7 +1,7 @@
 //! The receiving side of a disk mirror: what may be written when, and when the barrier is proven.
 //!
 //! ```text
-//!  chunk ─▶ numbers, bounds, digest ─▶ queue ─▶ in flight ─▶ applied ─▶ flushed
+//!  chunk ─▶ numbers, proof, bounds ─▶ queue ─▶ in flight ─▶ applied ─▶ flushed
 //!                     │                                                   │
 //!                     └── any of them wrong: refused, nothing after it    └── barrier first in the queue,
 //!                         is applied                                          nothing unflushed: Proven
@@ -20,7 +20,8 @@ use bytes::Bytes;
 
 use super::BLOCK;
 use super::pack::{ChunkReader, DEFAULT_WINDOW_LOG};
-use super::record::{Barrier, ChunkError, Record, RunningDigest};
+use super::record::{Barrier, Record, RunningDigest};
+use super::refused::TargetError;
 
 /// Limits of one mirror at the destination.
 #[derive(Debug, Clone, Copy)]
@@ -114,64 +115,6 @@ pub struct TargetCounters {
     pub flushes: u64,
 }
 
-/// Why what arrived is refused. The destination's disk must not be used after it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum TargetError {
-    /// The bytes are not a chunk.
-    #[error("Refusing a damaged disk chunk")]
-    Chunk(#[from] ChunkError),
-    /// Records are missing or repeated.
-    #[error("Disk record {found} arrived, expected {expected}")]
-    Number {
-        /// The next number.
-        expected: u64,
-        /// What came.
-        found: u64,
-    },
-    /// A record reaches beyond the disk.
-    #[error("Disk record {number} writes {len} bytes at {offset}, beyond the disk's {size} bytes")]
-    Bounds {
-        /// The record's number.
-        number: u64,
-        /// Where, in bytes.
-        offset: u64,
-        /// How much, in bytes.
-        len: u64,
-        /// The disk's size in bytes.
-        size: u64,
-    },
-    /// A record tells of more than a block.
-    #[error("Disk record {number} tells of {len} bytes, more than a block")]
-    Block {
-        /// The record's number.
-        number: u64,
-        /// How much, in bytes.
-        len: u32,
-    },
-    /// The source was told of content that is not here (any more).
-    #[error("The {len} bytes at {offset} are not what the source has: the disk changed, copy it again")]
-    Differs {
-        /// Where, in bytes.
-        offset: u64,
-        /// How much, in bytes.
-        len: u64,
-    },
-    /// The barrier counts other records than arrived.
-    #[error("The barrier stands behind {barrier} disk records, {received} have arrived")]
-    Count {
-        /// What the source counted.
-        barrier: u64,
-        /// What arrived.
-        received: u64,
-    },
-    /// Same number of records, other content.
-    #[error("The digest of {records} disk records differs from the source's")]
-    Digest {
-        /// How many records were digested.
-        records: u64,
-    },
-}
-
 /// A step that was handed out and not answered.
 #[derive(Debug, Clone, Copy)]
 struct InFlight {
@@ -248,15 +191,23 @@ impl MirrorTarget {
         if chunk.first_number != expected {
             return Err(TargetError::Number { expected, found: chunk.first_number });
         }
-        let mut checked = Vec::with_capacity(chunk.records.len());
-        for record in chunk.records {
-            self.check(&record)?;
-            self.digest.add(&record);
-            self.counters.received_bytes += record.range().map_or(0, |(start, end)| end - start);
-            checked.push((self.digest.records(), record));
+        let (before, mut wrong) = (self.digest.clone(), None);
+        for record in &chunk.records {
+            wrong = wrong.or_else(|| self.check(record).err());
+            self.digest.add(record);
+        }
+        // What is not what was sent is said to be that, whatever else is wrong with it.
+        let is_proven = self.digest.proof() == chunk.proof;
+        let refused = if is_proven { wrong } else { Some(TargetError::damaged(&chunk)) };
+        if let Some(refused) = refused {
+            self.digest = before;
+            return Err(refused);
         }
         self.counters.records = self.digest.records();
-        self.queue.extend(checked);
+        for (number, record) in (expected..).zip(chunk.records) {
+            self.counters.received_bytes += record.range().map_or(0, |(start, end)| end - start);
+            self.queue.push_back((number, record));
+        }
         Ok(())
     }
 
@@ -455,15 +406,26 @@ mod tests {
     }
 
     fn chunk(first: u64, records: &[Record]) -> Bytes {
+        chunk_behind(RunningDigest::default(), first, records)
+    }
+
+    fn chunk_behind(mut digest: RunningDigest, first: u64, records: &[Record]) -> Bytes {
         let mut packer = ChunkPacker::stored(1 << 20);
-        records.iter().for_each(|record| packer.push(record));
-        packer.finish(first)
+        for record in records {
+            digest.add(record);
+            packer.push(record);
+        }
+        packer.finish(first, digest.proof())
+    }
+
+    fn digest_of(records: &[Record]) -> RunningDigest {
+        let mut digest = RunningDigest::default();
+        records.iter().for_each(|record| digest.add(record));
+        digest
     }
 
     fn barrier_behind(records: &[Record]) -> Record {
-        let mut digest = RunningDigest::default();
-        records.iter().for_each(|record| digest.add(record));
-        Record::Barrier(digest.barrier())
+        Record::Barrier(digest_of(records).barrier())
     }
 
     fn target() -> MirrorTarget {
@@ -501,28 +463,23 @@ mod tests {
 
     #[test]
     fn a_flush_that_is_asked_for_before_a_barrier_does_not_wait_for_its_interval() {
-        let mut packer = ChunkPacker::stored(1 << 20);
-        let mut digest = RunningDigest::default();
-        for record in [write(0, 1), Record::Flush] {
-            digest.add(&record);
-            packer.push(&record);
-        }
-        packer.push(&Record::Barrier(digest.barrier()));
+        let records = [write(0, 1), Record::Flush];
+        let barrier = digest_of(&records).barrier();
         let mut target = target();
-        target.handle_chunk(packer.finish(1)).unwrap();
+        target.handle_chunk(chunk(1, &[&records[..], &[Record::Barrier(barrier)]].concat())).unwrap();
         assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
         target.handle_applied(1);
         assert_eq!(target.poll_step(NOW), Some(Step::Flush));
         target.handle_flushed();
-        assert_eq!(target.poll_step(NOW), Some(Step::Proven(digest.barrier())));
+        assert_eq!(target.poll_step(NOW), Some(Step::Proven(barrier)));
     }
 
     #[test]
     fn a_block_that_is_not_what_the_source_has_is_refused() {
-        let same = |hash| Record::Same { offset: 0, len: 4096, hash };
+        let records = [write(0, 1), Record::Same { offset: 0, len: 4096, hash: [7; 32] }];
         let asking = || {
             let mut target = target();
-            target.handle_chunk(chunk(1, &[write(0, 1), same([7; 32])])).unwrap();
+            target.handle_chunk(chunk(1, &records)).unwrap();
             assert!(matches!(target.poll_step(NOW), Some(Step::Write { number: 1, .. })));
             assert_eq!(target.poll_step(NOW), None, "it must not be read while it is written");
             target.handle_applied(1);
@@ -535,7 +492,7 @@ mod tests {
         target.handle_hashed(2, [7; 32]).unwrap();
         assert_eq!((target.counters().same_bytes, target.counters().applied_bytes), (4096, 8192));
         let long = Record::Same { offset: 0, len: BLOCK as u32 + 1, hash: [0; 32] };
-        let error = target.handle_chunk(chunk(3, &[long]));
+        let error = target.handle_chunk(chunk_behind(digest_of(&records), 3, &[long]));
         assert_eq!(error, Err(TargetError::Block { number: 3, len: BLOCK as u32 + 1 }));
     }
 
@@ -589,7 +546,8 @@ mod tests {
         let mut target = target();
         let records = [write(0, 1), Record::Flush];
         let barrier = barrier_behind(&records);
-        target.handle_chunk(chunk(1, &[records.to_vec(), vec![barrier.clone()]].concat())).unwrap();
+        let records = [records.to_vec(), vec![barrier.clone()]].concat();
+        target.handle_chunk(chunk(1, &records)).unwrap();
         assert!(matches!(target.poll_step(NOW), Some(Step::Write { .. })));
         assert_eq!(target.poll_step(NOW), None);
         target.handle_applied(1);
@@ -600,7 +558,7 @@ mod tests {
         let Some(Step::Proven(proven)) = target.poll_step(NOW) else { panic!("not proven") };
         assert_eq!(Record::Barrier(proven), barrier);
         assert_eq!(target.proven(), Some(proven));
-        target.handle_chunk(chunk(4, &[write(0, 2)])).unwrap();
+        target.handle_chunk(chunk_behind(digest_of(&records), 4, &[write(0, 2)])).unwrap();
         assert_eq!(target.proven(), None, "a later record takes the proof back");
     }
 

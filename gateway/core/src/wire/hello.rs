@@ -40,7 +40,7 @@ impl fmt::Display for VersionRange {
 }
 
 /// What this build understands.
-pub const SUPPORTED: VersionRange = VersionRange { oldest: Version(6), newest: Version(6) };
+pub const SUPPORTED: VersionRange = VersionRange { oldest: Version(7), newest: Version(7) };
 
 /// No version is understood by both sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -175,9 +175,9 @@ mod tests {
 
     #[test]
     fn gateways_of_before_are_told_which_side_is_older() {
-        for older in 1..=5 {
+        for older in 1..=6 {
             let error = negotiate(SUPPORTED, range(older, older)).unwrap_err().to_string();
-            let wanted = format!("this side speaks 6, the peer speaks {older}; update the older gateway");
+            let wanted = format!("this side speaks 7, the peer speaks {older}; update the older gateway");
             assert!(error.contains(&wanted), "{error}");
         }
     }

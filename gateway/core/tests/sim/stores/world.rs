@@ -310,6 +310,7 @@ impl World {
             Some(
                 TargetError::Chunk(_)
                 | TargetError::Number { .. }
+                | TargetError::Damaged { .. }
                 | TargetError::Differs { .. }
                 | TargetError::Count { .. }
                 | TargetError::Digest { .. },
