@@ -82,7 +82,8 @@ mod tests {
     use std::io;
 
     use longhaul_core::disk::ChunkError;
-    use longhaul_core::wan::DecodeError;
+    use longhaul_core::proof::Proof;
+    use longhaul_core::wan::{DecodeError, ToldPages};
 
     use super::*;
 
@@ -111,6 +112,11 @@ mod tests {
         assert!(of_root(&damaged.into()).to_string().contains("bytes 65536 to 131072"));
         let bounds = TargetError::Bounds { number: 1, offset: 0, len: 2, size: 1 };
         assert!(matches!(of_root(&bounds.into()), Refusal::PeerMisbehaved(_)));
+        let (start, end, pages) = (Bytes(4096), Bytes(9000), ToldPages::default());
+        let made = Proof::from_bytes([0; Proof::BYTES]);
+        let why = of_pages(&MemoryEnd::Mismatch(DecodeError::Damaged { start, end, pages, made }));
+        let said = why.to_string();
+        assert!(matches!(why, Refusal::Verification(_)) && said.contains("Bytes 4096 to 9000"), "{said}");
         let why = of_pages(&MemoryEnd::Mismatch(DecodeError::OtherBase));
         let said = why.to_string();
         assert!(matches!(why, Refusal::Verification(_)) && said.contains("not remembered here"), "{said}");

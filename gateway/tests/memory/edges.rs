@@ -10,14 +10,14 @@ use gateway::memory::{
 };
 use gateway::naming::NoDisk;
 use longhaul_core::units::Bytes as ByteCount;
-use longhaul_core::wan::{Decoded, EncoderConfig, StreamDecoder, StreamEncoder};
+use longhaul_core::wan::{DecodeError, Decoded, EncoderConfig, StreamDecoder, StreamEncoder};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use crate::machine::PATIENCE;
-use crate::queue::{QueueRecv, QueueSend, Valve, queue};
+use crate::queue::{Damage, QueueRecv, QueueSend, Valve, queue};
 
 /// Bytes that are no migration stream and do not compress.
 fn noise(len: usize) -> Vec<u8> {
@@ -249,6 +249,51 @@ async fn the_last_byte_waits_for_the_proof() {
     while send.unacknowledged() > 0 {
         tokio::task::yield_now().await;
     }
+}
+
+const PAGE: usize = 4096;
+/// What comes before the first page's contents: `migration/savevm.c` and `migration/ram.c` of QEMU 7.2.
+const BEFORE_PAGES: &[u8] =
+    b"QEVM\0\0\0\x03\x07\0\0\0\x0dpc-i440fx-7.2\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04\
+    \0\0\0\0\x10\0\0\x04\x06pc.ram\0\0\0\0\x10\0\0\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\x03\0\0\0\x02";
+
+/// A machine of `pages` pages, all of them noise.
+fn noisy_memory(pages: usize) -> Vec<u8> {
+    let mut stream = BEFORE_PAGES.to_vec();
+    for (number, page) in noise(pages * PAGE).chunks(PAGE).enumerate() {
+        let flags = if number == 0 { 0x8 } else { 0x28 };
+        stream.extend(((number * PAGE) as u64 | flags).to_be_bytes());
+        stream.extend_from_slice(if number == 0 { b"\x06pc.ram" } else { b"" });
+        stream.extend_from_slice(page);
+    }
+    stream.extend(0x10u64.to_be_bytes());
+    stream.extend(b"\x7e\0\0\0\x02\x04\0\0\0\x05device state");
+    stream
+}
+
+#[tokio::test]
+async fn a_damaged_page_is_named_and_qemu_gets_nothing_of_its_batch() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let listener = UnixListener::bind(dir.path().join("in")).expect("a socket");
+    let (mut send, mut recv, _valve) = queue(8);
+    // Noise travels as it is, so that the bit is one of a page.
+    recv.damage = Damage::Chunk(1);
+    let mut handle = target(&dir.path().join("in"), recv);
+    let (mut qemu, _) = listener.accept().await.expect("the target connects");
+    let reading = tokio::spawn(async move {
+        let mut read = Vec::new();
+        qemu.read_to_end(&mut read).await.map(|_| read)
+    });
+    let stream = noisy_memory(512);
+    send_all(&mut send, &chunks_of(&stream)).await;
+    let end = timeout(PATIENCE, handle.ended()).await.expect("in time");
+    handle.abort();
+    let read = timeout(PATIENCE, reading).await.expect("in time").expect("no panic").expect("the end");
+    let MemoryEnd::Mismatch(DecodeError::Damaged { start, end, pages, .. }) = end else { panic!("{end:?}") };
+    assert!(read.len() as u64 == start.0 - 1 && stream.starts_with(&read), "{} of {start:?}", read.len());
+    let first_record = BEFORE_PAGES.len() + b"\x06pc.ram".len();
+    let address = |at: ByteCount| (at.0 as usize - first_record) / (8 + PAGE) * PAGE;
+    assert_eq!(pages.to_string(), format!("pc.ram, {:#x} to {:#x}", address(start), address(end)));
 }
 
 #[tokio::test]

@@ -167,11 +167,15 @@ async fn a_cut_after_the_guest_was_stopped_never_hangs_the_monitor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_flipped_bit_keeps_the_destination_from_loading() {
+async fn one_flipped_bit_is_refused_while_the_guest_runs_and_it_runs_on() {
     let Some(mut run) = Move::begin(|recv, _| recv.damage = Damage::Chunk(3)).await else { return };
-    run.carries(20, 1).await;
-    run.finish().await;
-    run.is_refused().await;
+    let end = timeout(PATIENCE, run.target.ended()).await.expect("in time");
+    assert!(matches!(end, MemoryEnd::Mismatch(_)), "{end:?}");
+    println!("{end:?}");
+    assert_eq!(run.to.run_state().await, "inmigrate", "it was not told the end");
+    assert_eq!(run.from.run_state().await, "running");
+    run.source.abort();
+    run.from.runs_on().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

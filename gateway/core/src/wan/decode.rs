@@ -1,4 +1,4 @@
-//! The destination's half: chunks in, the stream's bytes out, and its proof at the end.
+//! The destination's half: chunks in, the stream's bytes out, proven batch by batch and as a whole at the end.
 //!
 //! A chunk comes from a peer and is not trusted: every length is checked before memory is taken for
 //! it, a batch is unpacked one at a time, and after the first error nothing more comes out.
@@ -7,6 +7,7 @@ use bytes::{Buf, Bytes};
 use zstd::bulk::Decompressor;
 
 use super::ops::{Sources, places, replay};
+use super::pages::ToldPages;
 use super::places::Place;
 use super::shadow::{Blocks, Remembered, Shadow};
 use super::{
@@ -14,6 +15,7 @@ use super::{
     FRAME_SHADOW, MAX_CONTENTS, MAX_OPS, SHADOW_FRAME_BYTES, StreamDigest, StreamEnd,
 };
 use crate::memory::PAGE_BYTES;
+use crate::proof::Proof;
 use crate::units::Bytes as ByteCount;
 
 /// Why the stream cannot be made of the chunks. The copy that was being built must not run.
@@ -62,6 +64,23 @@ pub enum DecodeError {
     /// Something follows the end of the stream.
     #[error("Data follows the end of the stream, or an earlier error")]
     AfterEnd,
+    /// A batch does not become what the source read from QEMU.
+    #[error(
+        "Bytes {} to {} of the stream ({pages}) are not what the source sent: move the machine again, and test the memory of \
+         both hosts if that fails too",
+        .start.0,
+        .end.0
+    )]
+    Damaged {
+        /// So much of the stream was proven.
+        start: ByteCount,
+        /// Where the batch ends in the stream that was made.
+        end: ByteCount,
+        /// The machine's pages that it tells.
+        pages: ToldPages,
+        /// What its proof would have to be.
+        made: Proof,
+    },
     /// The rebuilt stream is not what the source read from QEMU.
     #[error("The rebuilt stream ({made:?}) is not the one that the source sent ({sent:?})")]
     NotProven {
@@ -88,12 +107,9 @@ pub enum Decoded {
 /// Makes a migration stream again of the chunks of a [`StreamEncoder`](super::StreamEncoder).
 pub struct StreamDecoder {
     chunk: Bytes,
-    hasher: blake3::Hasher,
-    made_bytes: u64,
+    rebuilt: Rebuilt,
     decompressor: Decompressor<'static>,
     scratch: Vec<u8>,
-    blocks: Blocks,
-    shadow: Shadow,
     max_shadow_pages: u32,
     base: Option<Remembered>,
     /// How many disks pages are named by.
@@ -104,9 +120,18 @@ pub struct StreamDecoder {
     closed: bool,
 }
 
+/// The stream as far as it was made again, and what is remembered of it.
+struct Rebuilt {
+    hasher: blake3::Hasher,
+    bytes: u64,
+    blocks: Blocks,
+    shadow: Shadow,
+}
+
 struct Waiting {
     contents: Vec<u8>,
     ops: Vec<u8>,
+    proof: Proof,
     wanted: usize,
     found: Option<Vec<Bytes>>,
 }
@@ -120,12 +145,14 @@ impl StreamDecoder {
     pub fn new(max_shadow_pages: u32) -> std::io::Result<Self> {
         Ok(Self {
             chunk: Bytes::new(),
-            hasher: blake3::Hasher::new(),
-            made_bytes: 0,
+            rebuilt: Rebuilt {
+                hasher: blake3::Hasher::new(),
+                bytes: 0,
+                blocks: Blocks::default(),
+                shadow: Shadow::new(0),
+            },
             decompressor: Decompressor::new()?,
             scratch: Vec::new(),
-            blocks: Blocks::default(),
-            shadow: Shadow::new(0),
             max_shadow_pages,
             base: None,
             disks: 0,
@@ -142,7 +169,7 @@ impl StreamDecoder {
 
     /// What is remembered at the end.
     pub fn into_remembered(self) -> Remembered {
-        Remembered::new(self.blocks, self.shadow)
+        Remembered::new(self.rebuilt.blocks, self.rebuilt.shadow)
     }
 
     /// Takes the next chunk. Call [`Self::poll_decoded`] until it returns `None` or an error before the next.
@@ -195,12 +222,20 @@ impl StreamDecoder {
 
     #[cfg(test)]
     pub(super) fn shadow(&self) -> &Shadow {
-        &self.shadow
+        &self.rebuilt.shadow
     }
 
-    /// How many bytes of the stream were made so far.
+    /// Of a page of the present block something else is remembered than came.
+    #[cfg(test)]
+    pub(super) fn misremember(&mut self, page: u64, content: &[u8]) {
+        if let Some(key) = self.rebuilt.blocks.key(page) {
+            self.rebuilt.shadow.put(key, content);
+        }
+    }
+
+    /// How many bytes of the stream were made and proven so far.
     pub fn made(&self) -> ByteCount {
-        ByteCount(self.made_bytes)
+        ByteCount(self.rebuilt.bytes)
     }
 
     /// Once, and first: so that it cannot recurse for long either.
@@ -219,11 +254,11 @@ impl StreamDecoder {
         frame.copy_to_slice(&mut digest);
         let base = self.base.take();
         if !is_based {
-            self.shadow = Shadow::new(asked);
+            self.rebuilt.shadow = Shadow::new(asked);
             return Ok(());
         }
         let base = base.filter(|base| base.digest() == digest).ok_or(DecodeError::OtherBase)?;
-        (self.blocks, self.shadow) = base.begin(asked);
+        (self.rebuilt.blocks, self.rebuilt.shadow) = base.begin(asked);
         Ok(())
     }
 
@@ -241,20 +276,8 @@ impl StreamDecoder {
     }
 
     fn batch(&mut self) -> Result<Decoded, DecodeError> {
-        if self.chunk.len() < BATCH_HEADER_BYTES {
-            return Err(DecodeError::Truncated);
-        }
-        let mut header = self.chunk.split_to(BATCH_HEADER_BYTES);
-        header.advance(1);
-        let encoding = header.get_u8();
-        let (data_len, contents_len, ops_len) =
-            (header.get_u32() as usize, header.get_u32() as usize, header.get_u32() as usize);
-        if contents_len > MAX_CONTENTS || ops_len > MAX_OPS {
-            return Err(DecodeError::TooLong(contents_len.max(ops_len) as u64));
-        }
-        if data_len > self.chunk.len() {
-            return Err(DecodeError::Truncated);
-        }
+        let BatchHeader { encoding, data_len, contents_len, ops_len, proof } =
+            BatchHeader::take(&mut self.chunk)?;
         let data = self.chunk.split_to(data_len);
         let unpacked = match encoding {
             ENCODING_STORED if data_len == contents_len + ops_len => &data[..],
@@ -271,12 +294,10 @@ impl StreamDecoder {
                 return Err(DecodeError::NotFound);
             }
             let (contents, ops) = (contents.to_vec(), ops.to_vec());
-            self.waiting = Some(Waiting { contents, ops, wanted: wanted.len(), found: None });
+            self.waiting = Some(Waiting { contents, ops, proof, wanted: wanted.len(), found: None });
             return Ok(Decoded::Wanted(wanted));
         }
-        let sources = Sources { contents, found: &[] };
-        let made = replay(ops, sources, &mut self.blocks, &mut self.shadow)?.freeze();
-        self.give(made)
+        self.rebuilt.replay(ops, Sources { contents, found: &[] }, proof)
     }
 
     fn replay_waiting(&mut self, waiting: Waiting) -> Result<Decoded, DecodeError> {
@@ -285,17 +306,7 @@ impl StreamDecoder {
         });
         let found = found.ok_or(DecodeError::NotFound)?;
         let sources = Sources { contents: &waiting.contents, found: &found };
-        let made = replay(&waiting.ops, sources, &mut self.blocks, &mut self.shadow)?.freeze();
-        self.give(made)
-    }
-
-    fn give(&mut self, made: Bytes) -> Result<Decoded, DecodeError> {
-        if made.is_empty() {
-            return Err(DecodeError::Program);
-        }
-        self.hasher.update(&made);
-        self.made_bytes += made.len() as u64;
-        Ok(Decoded::Bytes(made))
+        self.rebuilt.replay(&waiting.ops, sources, waiting.proof)
     }
 
     fn end(&mut self) -> Result<Decoded, DecodeError> {
@@ -309,10 +320,63 @@ impl StreamDecoder {
         frame.copy_to_slice(&mut digest);
         let sent = StreamEnd { bytes, digest: StreamDigest(digest) };
         let made = StreamEnd {
-            bytes: ByteCount(self.made_bytes),
-            digest: StreamDigest(*self.hasher.finalize().as_bytes()),
+            bytes: ByteCount(self.rebuilt.bytes),
+            digest: StreamDigest(*self.rebuilt.hasher.finalize().as_bytes()),
         };
         if sent == made { Ok(Decoded::End(made)) } else { Err(DecodeError::NotProven { sent, made }) }
+    }
+}
+
+impl Rebuilt {
+    /// Makes the stream's next bytes of a batch, and gives them if they are what was sent.
+    fn replay(&mut self, ops: &[u8], sources: Sources<'_>, proof: Proof) -> Result<Decoded, DecodeError> {
+        let block = self.blocks.current().map(<[u8]>::to_vec);
+        let made = replay(ops, sources, &mut self.blocks, &mut self.shadow)?.freeze();
+        if made.is_empty() {
+            return Err(DecodeError::Program);
+        }
+        self.hasher.update(&made);
+        let end = self.bytes + made.len() as u64;
+        let made_proof = Proof::of(&self.hasher);
+        if made_proof != proof {
+            let (start, end, pages) =
+                (ByteCount(self.bytes), ByteCount(end), ToldPages::of(ops, block.as_deref()));
+            return Err(DecodeError::Damaged { start, end, pages, made: made_proof });
+        }
+        self.bytes = end;
+        Ok(Decoded::Bytes(made))
+    }
+}
+
+/// What stands before a batch's data.
+struct BatchHeader {
+    encoding: u8,
+    data_len: usize,
+    contents_len: usize,
+    ops_len: usize,
+    proof: Proof,
+}
+
+impl BatchHeader {
+    /// Takes it from a chunk that holds the data, too, and no more than is allowed.
+    fn take(chunk: &mut Bytes) -> Result<Self, DecodeError> {
+        if chunk.len() < BATCH_HEADER_BYTES {
+            return Err(DecodeError::Truncated);
+        }
+        let mut header = chunk.split_to(BATCH_HEADER_BYTES);
+        header.advance(1);
+        let encoding = header.get_u8();
+        let (data_len, contents_len, ops_len) =
+            (header.get_u32() as usize, header.get_u32() as usize, header.get_u32() as usize);
+        if contents_len > MAX_CONTENTS || ops_len > MAX_OPS {
+            return Err(DecodeError::TooLong(contents_len.max(ops_len) as u64));
+        }
+        if data_len > chunk.len() {
+            return Err(DecodeError::Truncated);
+        }
+        let mut proof = [0; Proof::BYTES];
+        header.copy_to_slice(&mut proof);
+        Ok(Self { encoding, data_len, contents_len, ops_len, proof: Proof::from_bytes(proof) })
     }
 }
 

@@ -12,12 +12,14 @@ use zstd::bulk::Compressor;
 use super::effort::Level;
 use super::ops::{COPY_BYTES, MAX_OP_BYTES, OpsWriter, PLACE_BYTES, RecordKind};
 use super::places::{GivenPlaces, Named, PageHash, Place, Places, page_hash};
+use super::proving::SourceDigest;
 use super::shadow::{Blocks, Finder, PageKey, Remembered, Shadow, Slot};
 use super::{
     BATCH_HEADER_BYTES, ENCODING_STORED, ENCODING_ZSTD, END_FRAME_BYTES, FRAME_BATCH, FRAME_DISKS, FRAME_END,
-    FRAME_SHADOW, MAX_CONTENTS, MAX_KNOWN_PAGES, MAX_OPS, MAX_RECORDS, StreamDigest, StreamEnd,
+    FRAME_SHADOW, MAX_CONTENTS, MAX_KNOWN_PAGES, MAX_OPS, MAX_RECORDS, StreamEnd,
 };
 use crate::memory::{Item, PAGE_BYTES, PageHead, StreamCounters, StreamParser, StreamPhase};
+use crate::proof::Proof;
 use crate::units::Bytes as ByteCount;
 
 /// How a stream is packed.
@@ -86,9 +88,13 @@ pub struct EncoderCounters {
 pub struct StreamEncoder {
     config: EncoderConfig,
     parser: StreamParser,
-    hasher: blake3::Hasher,
+    digest: SourceDigest,
     taken_bytes: u64,
+    /// Of those, so many are in batches, the one being filled included.
+    packed_bytes: u64,
     batch: Batch,
+    /// Batches whose frames have no proof yet; never any between two calls.
+    unproven: Vec<Unproven>,
     blocks: Blocks,
     shadow: Shadow,
     finder: Finder,
@@ -99,7 +105,7 @@ pub struct StreamEncoder {
     device: Compressor<'static>,
     scratch: Vec<u8>,
     chunk: BytesMut,
-    ready: VecDeque<Bytes>,
+    ready: VecDeque<BytesMut>,
     wire_bytes: u64,
     wire_device_bytes: u64,
 }
@@ -111,6 +117,16 @@ struct Batch {
     ops: OpsWriter,
     records: u64,
     known: u64,
+}
+
+/// A batch that ends within what was read last, most of which is only digested when all of that is packed.
+struct Unproven {
+    /// Where in the stream it ends.
+    end: u64,
+    /// Its chunk's place among those that are ready, or behind them: the one being filled.
+    chunk: usize,
+    /// The proof's place in the chunk.
+    at: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -150,9 +166,11 @@ impl StreamEncoder {
         let mut encoder = Self {
             config,
             parser: StreamParser::new(),
-            hasher: blake3::Hasher::new(),
+            digest: SourceDigest::default(),
             taken_bytes: 0,
+            packed_bytes: 0,
             batch: Batch::default(),
+            unproven: Vec::new(),
             blocks,
             shadow,
             finder: Finder::new(config.shadow_pages),
@@ -221,15 +239,16 @@ impl StreamEncoder {
 
     /// Takes the stream's next bytes. Take the chunks they make with [`Self::poll_chunk`] before the next.
     pub fn handle_bytes(&mut self, bytes: &[u8]) {
-        self.hasher.update(bytes);
         self.taken_bytes += bytes.len() as u64;
         self.parser.handle_bytes(bytes);
         self.pack();
+        self.prove(bytes);
     }
 
     /// Sends what has been gathered, whether or not it fills a chunk.
     pub fn handle_flush(&mut self) {
         self.close_batch();
+        self.prove(&[]);
         self.close_chunk();
         self.places.chunk_closed(self.wire_bytes);
     }
@@ -239,10 +258,9 @@ impl StreamEncoder {
         self.parser.handle_end();
         self.pack();
         self.close_batch();
-        let end = StreamEnd {
-            bytes: ByteCount(self.taken_bytes),
-            digest: StreamDigest(*self.hasher.finalize().as_bytes()),
-        };
+        self.prove(&[]);
+        let end =
+            StreamEnd { bytes: ByteCount(self.taken_bytes), digest: self.digest.end(self.packed_bytes) };
         self.reserve(END_FRAME_BYTES);
         self.chunk.put_u8(FRAME_END);
         self.chunk.put_u64(end.bytes.0);
@@ -258,7 +276,7 @@ impl StreamEncoder {
 
     /// The next chunk to send, in order.
     pub fn poll_chunk(&mut self) -> Option<Bytes> {
-        self.ready.pop_front()
+        self.ready.pop_front().map(BytesMut::freeze)
     }
 
     /// What is gathered and would leave with a flush.
@@ -309,17 +327,25 @@ impl StreamEncoder {
             match item {
                 Item::Framing(bytes) | Item::Opaque(bytes) => self.verbatim(Class::Memory, &bytes),
                 Item::DeviceState(bytes) => self.verbatim(Class::Device, &bytes),
-                Item::Page { head, record } => self.page(&head, &record[record.len() - PAGE_BYTES..]),
-                Item::ZeroPage { head, .. } => {
-                    self.blocks.enter(head.name.as_deref());
-                    if let Some(key) = self.blocks.key(head.offset_bytes / PAGE_BYTES as u64) {
-                        self.shadow.clear(key);
-                    }
-                    self.room_for(Class::Memory, 0);
-                    self.batch.record(RecordKind::Zero, head.offset_bytes, head.name.as_ref());
+                Item::Page { head, record } => {
+                    self.page(&head, &record[record.len() - PAGE_BYTES..]);
+                    self.packed_bytes += record.len() as u64;
+                }
+                Item::ZeroPage { head, record } => {
+                    self.zero_page(&head);
+                    self.packed_bytes += record.len() as u64;
                 }
             }
         }
+    }
+
+    fn zero_page(&mut self, head: &PageHead) {
+        self.blocks.enter(head.name.as_deref());
+        if let Some(key) = self.blocks.key(head.offset_bytes / PAGE_BYTES as u64) {
+            self.shadow.clear(key);
+        }
+        self.room_for(Class::Memory, 0);
+        self.batch.record(RecordKind::Zero, head.offset_bytes, head.name.as_ref());
     }
 
     fn page(&mut self, head: &PageHead, page: &[u8]) {
@@ -406,6 +432,7 @@ impl StreamEncoder {
             let (now, later) = bytes.split_at(bytes.len().min(room));
             self.batch.contents.extend_from_slice(now);
             self.batch.ops.verbatim(now.len());
+            self.packed_bytes += now.len() as u64;
             bytes = later;
         }
     }
@@ -437,12 +464,28 @@ impl StreamEncoder {
         self.chunk.put_u32(packed as u32);
         self.chunk.put_u32(contents_len as u32);
         self.chunk.put_u32(ops_len as u32);
+        self.unproven.push(Unproven {
+            end: self.packed_bytes,
+            chunk: self.ready.len(),
+            at: self.chunk.len(),
+        });
+        self.chunk.put_bytes(0, Proof::BYTES);
         self.chunk.put_slice(if encoding == ENCODING_ZSTD { &self.scratch } else { &data });
         if self.batch.class == Class::Device {
             self.wire_device_bytes += (BATCH_HEADER_BYTES + packed) as u64;
         }
         data.clear();
         self.batch.contents = data;
+    }
+
+    /// Puts the proofs of the batches that were closed into their frames; `read` is what was read and packed since then.
+    fn prove(&mut self, mut read: &[u8]) {
+        for Unproven { end, chunk, at } in self.unproven.drain(..) {
+            let proof = self.digest.proof(end, &mut read).to_bytes();
+            let chunk = self.ready.get_mut(chunk).unwrap_or(&mut self.chunk);
+            chunk[at..at + Proof::BYTES].copy_from_slice(&proof);
+        }
+        self.digest.take(self.packed_bytes, read);
     }
 
     /// Compresses into `scratch`; says which encoding is shorter.
@@ -473,7 +516,7 @@ impl StreamEncoder {
         if self.chunk.is_empty() {
             return;
         }
-        let chunk = self.chunk.split().freeze();
+        let chunk = self.chunk.split();
         self.wire_bytes += chunk.len() as u64;
         self.ready.push_back(chunk);
     }

@@ -4,7 +4,9 @@
 //! of pages, runs of zero pages, verbatim bytes) and the contents it refers to, compressed together
 //! with zstd where that shrinks them. Batches are packed into chunks no longer than what the bulk
 //! channel carries. The last frame proves the stream: its length and its BLAKE3 digest, which the
-//! source takes from what QEMU wrote and the destination from what it made.
+//! source takes from what QEMU wrote and the destination from what it made. Each batch carries half of the running digest
+//! behind it ([`crate::proof`]), so that what is not what was sent is known before a byte of the batch is handed out, and is
+//! named: damage that came in between, and no other.
 //!
 //! Both ends remember the newest version of each page, as many as both allow (`shadow.rs`). A page that is sent again
 //! travels as what changed of it, one that another page equals as that page's place. This rests on the bulk channel: each chunk
@@ -18,7 +20,7 @@
 //! ```text
 //! chunk = { frame }
 //! frame = 0x03 pages:be32 based:u8 digest[32]     how many pages are remembered, and (1) from where on; the first, if there
-//!       | 0x01 encoding:u8 data_len:be32 contents_len:be32 ops_len:be32 data[data_len]      a batch
+//!       | 0x01 encoding:u8 data_len:be32 contents_len:be32 ops_len:be32 proof[16] data[data_len]      a batch
 //!       | 0x02 stream_len:be64 digest[32]                                                   the end
 //!       | 0x04 disks:u8 { records:be64 }       pages may be named by these disks, after so many of their records
 //! data  = contents[contents_len] ops[ops_len], stored (encoding 0) or a zstd frame (encoding 1)
@@ -31,16 +33,21 @@ mod decode;
 mod effort;
 mod encode;
 mod ops;
+mod pages;
 mod places;
+mod proving;
 mod shadow;
 
 pub use decode::{DecodeError, Decoded, StreamDecoder};
 pub use effort::{Effort, Level};
 pub use encode::{EncoderConfig, EncoderCounters, StreamEncoder};
+pub use pages::ToldPages;
 pub use places::{DiskPlaces, GivenPlaces, Place};
 pub use shadow::Remembered;
 
 use std::fmt;
+
+use crate::proof::Proof;
 
 /// The longest contents of one batch, in bytes: what a decoder is ready to unpack.
 pub const MAX_CONTENTS: usize = 1 << 20;
@@ -61,7 +68,7 @@ const FRAME_SHADOW: u8 = 0x03;
 const FRAME_DISKS: u8 = 0x04;
 const ENCODING_STORED: u8 = 0;
 const ENCODING_ZSTD: u8 = 1;
-const BATCH_HEADER_BYTES: usize = 14;
+const BATCH_HEADER_BYTES: usize = 14 + Proof::BYTES;
 const END_FRAME_BYTES: usize = 41;
 const SHADOW_FRAME_BYTES: usize = 38;
 
@@ -92,5 +99,7 @@ pub struct StreamEnd {
 
 #[cfg(test)]
 mod naming_tests;
+#[cfg(test)]
+mod proof_tests;
 #[cfg(test)]
 mod tests;

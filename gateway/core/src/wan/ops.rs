@@ -164,13 +164,13 @@ impl OpsWriter {
 }
 
 /// One step of a batch's program.
-enum Op<'a> {
+pub(super) enum Op<'a> {
     Verbatim(usize),
     Records(RecordKind, PageRun<'a>),
 }
 
 /// Reads a program, and holds it to what a batch may stand for.
-struct OpsReader<'a> {
+pub(super) struct OpsReader<'a> {
     ops: &'a [u8],
     expected_page: u64,
     records: u64,
@@ -178,11 +178,11 @@ struct OpsReader<'a> {
 }
 
 impl<'a> OpsReader<'a> {
-    fn new(ops: &'a [u8]) -> Self {
+    pub(super) fn new(ops: &'a [u8]) -> Self {
         Self { ops, expected_page: 0, records: 0, known: 0 }
     }
 
-    fn next(&mut self) -> Result<Option<Op<'a>>, DecodeError> {
+    pub(super) fn next(&mut self) -> Result<Option<Op<'a>>, DecodeError> {
         let Some((&tag, rest)) = self.ops.split_first() else { return Ok(None) };
         self.ops = rest;
         let name = if tag & OP_NAMED != 0 { Some(take_name(&mut self.ops)?) } else { None };
@@ -269,10 +269,12 @@ fn kind_of(op: u8) -> Result<RecordKind, DecodeError> {
     }
 }
 
-struct PageRun<'a> {
-    name: Option<&'a [u8]>,
-    first_page: u64,
-    count: u64,
+/// Adjacent pages of one kind.
+pub(super) struct PageRun<'a> {
+    /// The block's, if it is spelled out.
+    pub(super) name: Option<&'a [u8]>,
+    pub(super) first_page: u64,
+    pub(super) count: u64,
 }
 
 impl PageRun<'_> {

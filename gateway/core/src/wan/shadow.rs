@@ -45,6 +45,11 @@ impl Blocks {
         self.current = number.and_then(|number| u8::try_from(number).ok());
     }
 
+    /// The present block's name.
+    pub(super) fn current(&self) -> Option<&[u8]> {
+        self.names.get(usize::from(self.current?)).map(|name| &**name)
+    }
+
     /// A page of the present block; none if the stream has named no block, or too many.
     pub(super) fn key(&self, page: u64) -> Option<PageKey> {
         Some(PageKey { block: self.current?, page })

@@ -11,7 +11,10 @@ use crate::memory::{PAGE_BYTES, StreamPhase};
 const MAX_CHUNK: usize = (1 << 20) - 1024;
 
 /// Encodes with the stream cut in parts and a flush after every part whose flag is set.
-fn encode(config: EncoderConfig, parts: &[(&[u8], bool)]) -> (Vec<Bytes>, StreamEnd, EncoderCounters) {
+pub(super) fn encode(
+    config: EncoderConfig,
+    parts: &[(&[u8], bool)],
+) -> (Vec<Bytes>, StreamEnd, EncoderCounters) {
     let mut encoder = StreamEncoder::new(config).unwrap();
     let mut chunks = Vec::new();
     for (part, flush) in parts {
@@ -28,7 +31,7 @@ fn encode(config: EncoderConfig, parts: &[(&[u8], bool)]) -> (Vec<Bytes>, Stream
 }
 
 /// More pages than any sample has.
-const ALLOWED: u32 = 1 << 10;
+pub(super) const ALLOWED: u32 = 1 << 10;
 
 fn decode(chunks: &[Bytes]) -> Result<(Vec<u8>, Option<StreamEnd>), DecodeError> {
     let mut decoder = StreamDecoder::new(ALLOWED).unwrap();
@@ -155,11 +158,13 @@ proptest! {
     }
 }
 
-fn batch_frame(encoding: u8, data: &[u8], contents_len: u32, ops_len: u32) -> Bytes {
+/// The first batch of a stream that begins with `made`.
+fn batch_frame(encoding: u8, data: &[u8], contents_len: u32, ops_len: u32, made: &[u8]) -> Bytes {
     let mut frame = vec![FRAME_BATCH, encoding];
     frame.extend((data.len() as u32).to_be_bytes());
     frame.extend(contents_len.to_be_bytes());
     frame.extend(ops_len.to_be_bytes());
+    frame.extend(Proof::of(blake3::Hasher::new().update(made)).to_bytes());
     frame.extend(data);
     frame.into()
 }
@@ -167,11 +172,11 @@ fn batch_frame(encoding: u8, data: &[u8], contents_len: u32, ops_len: u32) -> By
 #[test]
 fn a_decompression_bomb_is_refused_at_the_limit() {
     let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
-    let within = batch_frame(ENCODING_ZSTD, &bomb, MAX_CONTENTS as u32, 0);
+    let within = batch_frame(ENCODING_ZSTD, &bomb, MAX_CONTENTS as u32, 0, &[]);
     assert!(matches!(decode(&[within]), Err(DecodeError::Compressed(Some(_)))));
-    let beyond = batch_frame(ENCODING_ZSTD, &bomb, MAX_CONTENTS as u32 + 1, 0);
+    let beyond = batch_frame(ENCODING_ZSTD, &bomb, MAX_CONTENTS as u32 + 1, 0, &[]);
     assert!(matches!(decode(&[beyond]), Err(DecodeError::TooLong(_))));
-    let beyond = batch_frame(ENCODING_ZSTD, &bomb, 0, MAX_OPS as u32 + 1);
+    let beyond = batch_frame(ENCODING_ZSTD, &bomb, 0, MAX_OPS as u32 + 1, &[]);
     assert!(matches!(decode(&[beyond]), Err(DecodeError::TooLong(_))));
 }
 
@@ -180,21 +185,22 @@ fn the_largest_batch_is_decoded() {
     let mut data = vec![7; MAX_CONTENTS];
     data.extend([0, 0x80, 0x80, 0x40]);
     let packed = zstd::bulk::compress(&data, 1).unwrap();
-    let (stream, _) = decode(&[batch_frame(ENCODING_ZSTD, &packed, MAX_CONTENTS as u32, 4)]).unwrap();
+    let frame = batch_frame(ENCODING_ZSTD, &packed, MAX_CONTENTS as u32, 4, &data[..MAX_CONTENTS]);
+    let (stream, _) = decode(&[frame]).unwrap();
     assert_eq!(stream.len(), MAX_CONTENTS);
 }
 
 #[test]
 fn nothing_comes_after_the_end() {
     let (mut chunks, _, _) = encode(EncoderConfig::for_chunks_of(MAX_CHUNK), &[(b"not a stream", false)]);
-    chunks.push(batch_frame(ENCODING_STORED, &[1, 0, 1], 1, 2));
+    chunks.push(batch_frame(ENCODING_STORED, &[1, 0, 1], 1, 2, &[1]));
     assert!(matches!(decode(&chunks), Err(DecodeError::AfterEnd)));
 }
 
 #[test]
 fn nothing_comes_after_an_error_whatever_is_left_of_its_chunk() {
     let mut decoder = StreamDecoder::new(0).unwrap();
-    let batch = batch_frame(ENCODING_STORED, b"verbatim\x00\x08", 8, 2);
+    let batch = batch_frame(ENCODING_STORED, b"verbatim\x00\x08", 8, 2, b"verbatim");
     decoder.handle_chunk([&[0x55][..], &batch].concat().into());
     assert!(matches!(decoder.poll_decoded(), Err(DecodeError::UnknownFrame(0x55))));
     decoder.handle_chunk(batch);
@@ -254,7 +260,7 @@ fn no_more_is_remembered_than_the_destination_allows_and_nothing_later_than_the_
     let refused = decode(&chunks);
     assert!(matches!(refused, Err(DecodeError::Shadow { asked, allowed }) if asked == allowed + 1));
     let late = [&[FRAME_SHADOW, 0, 0, 0, 9][..], &[0; 33]].concat();
-    let verbatim = batch_frame(ENCODING_STORED, b"x\x00\x01", 1, 2);
+    let verbatim = batch_frame(ENCODING_STORED, b"x\x00\x01", 1, 2, b"x");
     let refused = decode(&[verbatim, late.clone().into()]);
     assert!(matches!(refused, Err(DecodeError::Shadow { asked: 9, .. })));
     assert!(
@@ -295,7 +301,7 @@ fn a_machine_that_comes_back_costs_what_changed_since_it_left() {
     assert!(there > 16 * PAGE_BYTES && ours == theirs && ours.pages().count() == 16);
     // The other way round: who decoded encodes.
     let (wire, [ours, theirs]) = run(&stream(back.clone()), [Some(theirs), Some(ours)]).unwrap();
-    assert!(wire < 300, "{wire} bytes for a page that changed a little");
+    assert!(wire < 350, "{wire} bytes for a page that changed a little");
     assert!(ours == theirs);
     let refused = run(&stream(back), [Some(ours), None]);
     assert!(matches!(refused, Err(DecodeError::OtherBase)));
@@ -369,6 +375,11 @@ fn a_page_that_stands_on_a_disk_is_asked_for_there_and_refused_if_it_is_not_foun
     assert!(chunks[0].len() < 700, "{} bytes for a page on a disk", chunks[0].len());
     let made = answered(vec![contents(3).into()]).unwrap();
     assert!(matches!(made, Some(Decoded::Bytes(made)) if bytes.starts_with(&made)));
+    let other = answered(vec![contents(5).into()]);
+    assert!(
+        matches!(&other, Err(DecodeError::Damaged { pages, .. }) if pages.to_string() == "pc.ram, 0x1000 to 0x2000"),
+        "{other:?}"
+    );
     for found in [vec![], vec![Bytes::from_static(&[1; 7])], vec![contents(3).into(), contents(3).into()]] {
         assert!(matches!(answered(found), Err(DecodeError::NotFound)));
     }

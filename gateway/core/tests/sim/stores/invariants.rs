@@ -27,13 +27,14 @@ impl World {
 
     /// After everything that happens in an attempt.
     pub fn check(&self, attempt: &Attempt) -> Result<(), Violation> {
+        let Attempt { memory, terms, holds, .. } = attempt;
+        let differs = || format!("what came out differs before byte {}", memory.made);
+        // Each batch is proven before any of it comes out, also where something came otherwise than it was sent.
+        self.must("memory_arrives", !memory.differs, differs)?;
         if attempt.is_hurt {
             return Ok(());
         }
-        let Attempt { memory, terms, holds, .. } = attempt;
-        self.must("no_page_from_an_unacknowledged_base", !memory.differs, || {
-            format!("what came out differs before byte {}", memory.made)
-        })?;
+        self.must("no_page_from_an_unacknowledged_base", !memory.differs, differs)?;
         let Some(begun) = memory.begun else { return Ok(()) };
         let is_based = begun.based_on.is_some();
         let is_named = begun.based_on == terms.named && begun.based_on == *holds;
