@@ -80,6 +80,10 @@ name!(
     /// The name of a disk or NIC inside one machine's definition.
     DeviceName, "device name", 16
 );
+name!(
+    /// The name of an image that disks are cloned from. A site that has the image has a file of its own for it.
+    TemplateName, "template name", 32
+);
 
 fn is_name(value: &str, max: usize) -> bool {
     value.len() <= max

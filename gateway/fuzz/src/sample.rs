@@ -9,7 +9,7 @@ use longhaul_core::migration::message::{CareOf, Carried, Handover, Proposal, Res
 use longhaul_core::tunnel::advertisement::Advertisement;
 use longhaul_core::tunnel::handover::{FlowTuple, Neighbour, NeighbourKind, NicHandover};
 
-/// A definition with a disk, a NIC and a name.
+/// A definition with a disk that was cloned, a NIC and a name.
 pub const DEFINITION: &str = r#"name = "web1"
 machine = "pc-q35-7.2"
 cpu = "qemu64"
@@ -22,6 +22,7 @@ dns_ttl_s = 60
 name = "root"
 size_bytes = 1073741824
 pci = "03.0"
+template = "debian-12"
 
 [[nics]]
 name = "lan"

@@ -141,6 +141,8 @@ pci = "06.0"
         assert!(text.starts_with("web1.toml:4: memory_mib: ") && text.contains("expected u64"), "{text}");
         let text = fault("05.0", "04.0");
         assert!(text.starts_with("web1.toml:14: disks[1].pci: ") && text.contains("disks[0].pci"), "{text}");
+        let text = fault("\"04.0\"", "\"04.0\"\ntemplate = \"../etc\"");
+        assert!(text.starts_with("web1.toml:10: template: ") && text.contains("template name"), "{text}");
         let text = fault("198.51.100.10/24", "198.51.100.10");
         assert!(text.starts_with("web1.toml:19: home: ") && text.contains("prefix length"), "{text}");
         let text = fault("lan = \"servers\"", "bridge = \"br0\"");

@@ -12,7 +12,7 @@ use super::values::{
     CpuModel, KernelCommandLine, KernelName, LanName, MachineType, MachineUuid, PciAddress, Serial,
     Sha256Digest,
 };
-use crate::ids::{DeviceName, VmName};
+use crate::ids::{DeviceName, TemplateName, VmName};
 use crate::tunnel::handover::{Mac, Prefix};
 use crate::units::Bytes;
 
@@ -90,6 +90,10 @@ pub struct Disk {
     /// The serial number it shows to the guest.
     #[serde(default)]
     pub serial: Option<Serial>,
+    /// The image it was cloned from, if there is one: of what a site has of that, nothing need be sent to it. Whether the
+    /// name is the right one is found out block by block.
+    #[serde(default)]
+    pub template: Option<TemplateName>,
 }
 
 /// One virtio network interface.
@@ -158,6 +162,8 @@ pub struct Volume<'a> {
     pub name: &'a DeviceName,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// What it was cloned from, if that is known.
+    pub template: Option<&'a TemplateName>,
 }
 
 impl MachineDefinition {
@@ -174,10 +180,17 @@ impl MachineDefinition {
     /// Everything that is stored and has to travel: the disks, then the UEFI variables if there are any.
     pub fn volumes(&self) -> impl Iterator<Item = Volume<'_>> {
         let vars = match &self.firmware {
-            Firmware::Uefi(uefi) => Some(Volume { name: &uefi.vars, size_bytes: uefi.vars_bytes }),
+            Firmware::Uefi(uefi) => {
+                Some(Volume { name: &uefi.vars, size_bytes: uefi.vars_bytes, template: None })
+            }
             Firmware::Bios | Firmware::Kernel(_) => None,
         };
-        self.disks.iter().map(|disk| Volume { name: &disk.name, size_bytes: disk.size_bytes }).chain(vars)
+        let disks = self.disks.iter().map(|disk| Volume {
+            name: &disk.name,
+            size_bytes: disk.size_bytes,
+            template: disk.template.as_ref(),
+        });
+        disks.chain(vars)
     }
 
     /// All PCI devices of the definition: what it is, and where.
@@ -308,6 +321,21 @@ pub(super) mod tests {
         );
         let kernel: MachineDefinition = toml::from_str(&kernel).unwrap();
         assert!(matches!(kernel.firmware, Firmware::Kernel(KernelBoot { initrd_sha256: None, .. })));
+    }
+
+    #[test]
+    fn a_template_is_a_name_of_a_disk_and_no_path() {
+        let read = |template: &str| {
+            let from = "serial = \"data-1\"";
+            let to = format!("{from}\ntemplate = \"{template}\"");
+            toml::from_str::<MachineDefinition>(&WEB1.replace(from, &to))
+        };
+        let machine = read("debian-12").unwrap();
+        let named = |volume: Volume<'_>| volume.template.map(ToString::to_string);
+        assert_eq!(machine.volumes().map(named).collect::<Vec<_>>(), [None, Some("debian-12".to_owned())]);
+        for bad in ["", "Debian", "../shadow", "debian/12", "debian.raw", "12-debian"] {
+            assert!(read(bad).unwrap_err().to_string().contains("not a template name"), "{bad}");
+        }
     }
 
     #[test]

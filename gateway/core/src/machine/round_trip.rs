@@ -1,4 +1,5 @@
-//! Property: a definition survives TOML and postcard unchanged.
+//! Properties: a definition survives TOML and postcard unchanged, and one that was written before disks had templates is
+//! refused and not misread.
 
 use std::net::IpAddr;
 
@@ -28,11 +29,14 @@ fn firmware() -> impl Strategy<Value = Firmware> {
 }
 
 fn disk(at: u8) -> impl Strategy<Value = Disk> {
-    (1_u64..1 << 30, proptest::option::of("[a-zA-Z0-9._-]{1,20}")).prop_map(move |(sectors, serial)| Disk {
+    let serial = proptest::option::of("[a-zA-Z0-9._-]{1,20}");
+    let template = proptest::option::of("[a-z][a-z0-9-]{0,31}");
+    (1_u64..1 << 30, serial, template).prop_map(move |(sectors, serial, template)| Disk {
         name: format!("disk{at}").parse().unwrap(),
         size_bytes: sectors * 512,
         pci: PciAddress::new(2 + at, 0).unwrap(),
         serial: serial.map(|text| text.parse().unwrap()),
+        template: template.map(|text| text.parse().unwrap()),
     })
 }
 
@@ -81,19 +85,46 @@ fn definition() -> impl Strategy<Value = MachineDefinition> {
     )
 }
 
+/// Two interfaces drawn with the same address are no sound definition.
+fn sound(mut definition: MachineDefinition) -> MachineDefinition {
+    let mut seen = std::collections::BTreeSet::new();
+    for nic in &mut definition.nics {
+        nic.home.retain(|prefix| seen.insert(prefix.addr));
+    }
+    definition
+}
+
+/// As wire protocol 6, and journals of its time, have a definition.
+fn of_protocol_6(of: &MachineDefinition) -> Vec<u8> {
+    let disk = |disk: &Disk| (disk.name.clone(), disk.size_bytes, disk.pci, disk.serial.clone());
+    let disks: Vec<_> = of.disks.iter().map(disk).collect();
+    let begins = (&of.name, of.uuid, &of.machine, &of.cpu, of.vcpus, of.memory_mib, of.memory_trim_kib);
+    let goes_on = (&of.firmware, of.rng, &of.dns_name, of.dns_ttl_s, of.restart);
+    postcard::to_allocvec(&(begins, goes_on, disks, &of.nics)).unwrap()
+}
+
 proptest! {
     #[test]
-    fn a_definition_survives_toml_and_the_wire(mut definition in definition()) {
-        // Two interfaces drawn with the same address are no sound definition.
-        let mut seen = std::collections::BTreeSet::new();
-        for nic in &mut definition.nics {
-            nic.home.retain(|prefix| seen.insert(prefix.addr));
-        }
+    fn a_definition_survives_toml_and_the_wire(definition in definition()) {
+        let definition = sound(definition);
         prop_assert_eq!(definition.validate(), Ok(()));
         let text = toml::to_string(&definition).unwrap();
         prop_assert_eq!(&toml::from_str::<MachineDefinition>(&text).unwrap(), &definition);
         let bytes = postcard::to_allocvec(&definition).unwrap();
         prop_assert_eq!(&postcard::from_bytes::<MachineDefinition>(&bytes).unwrap(), &definition);
+    }
+
+    #[test]
+    fn a_template_stands_behind_what_a_disk_had_and_a_definition_without_that_place_is_refused(
+        definition in definition(),
+    ) {
+        let mut definition = sound(definition);
+        let before = of_protocol_6(&definition);
+        definition.disks.iter_mut().for_each(|disk| disk.template = None);
+        let now = postcard::to_allocvec(&definition).unwrap();
+        prop_assert_eq!(now.len(), before.len() + definition.disks.len(), "a byte for each disk");
+        let read = postcard::from_bytes::<MachineDefinition>(&before);
+        prop_assert!(read.is_err() || definition.disks.is_empty(), "{:?}", read);
     }
 
     #[test]
