@@ -50,7 +50,7 @@ fn commented_defaults_are_the_defaults() {
         .map(|line| match line.strip_prefix("# ") {
             Some(rest)
                 if is_setting(rest)
-                    && !["home_prefixes", "uefi_code", "image", "initrd", "api_socket"]
+                    && !["home_prefixes", "uefi_code", "image", "initrd", "api_socket", "templates"]
                         .iter()
                         .any(|key| rest.starts_with(key)) =>
             {

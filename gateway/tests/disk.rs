@@ -8,7 +8,7 @@
 #[path = "support/lateness.rs"]
 mod lateness;
 
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -252,15 +252,25 @@ struct Scenario {
     in_memory: bool,
     /// The target's disk is of an earlier attempt, and the source is told what it holds.
     kept: bool,
-    /// A copy of earlier, `base.raw`, lies beside the target's disk.
-    base: bool,
+    /// `base.raw` lies beside the target's disk.
+    base: Beside,
+}
+
+/// What `base.raw` is.
+#[derive(Clone, Copy)]
+enum Beside {
+    Nothing,
+    /// A copy of the disk of earlier.
+    Kept,
+    /// What the disk was cloned from.
+    Template,
 }
 
 impl Default for Scenario {
     fn default() -> Self {
         let mirror = SourceConfig::default();
         let target = TargetConfig::default();
-        let (damage, in_memory, kept, base) = (None, false, false, false);
+        let (damage, in_memory, kept, base) = (None, false, false, Beside::Nothing);
         Self { size: 32 * MIB, mirror, target, sync: "none", damage, in_memory, kept, base }
     }
 }
@@ -286,7 +296,11 @@ impl Lab {
         let disk = NbdClient::connect(&path("b.nbd"), "disk0").await.unwrap();
         let (telling, told, _always_up) = chunk_queue(None);
         let owner = std::fs::metadata(path("b.raw")).unwrap().uid();
-        let base = scenario.base.then(|| Base::open(&path("base.raw"), scenario.size, owner).unwrap());
+        let base = match scenario.base {
+            Beside::Nothing => None,
+            Beside::Kept => Some(Base::open(&path("base.raw"), scenario.size, owner).unwrap()),
+            Beside::Template => Some(Base::of_template(&path("base.raw"), scenario.size).unwrap()),
+        };
         let map = match (scenario.kept, base.clone()) {
             (true, base) => Some(DiskMap::of_kept_disk(path("b.raw"), disk.clone(), base, telling)),
             (false, Some(base)) => Some(DiskMap::of_copy_beside_new_disk(base, telling)),
@@ -438,7 +452,7 @@ async fn comes_back(partial: Option<&[u8]>) -> Option<(Lab, Vec<u8>)> {
     let size = 256 * MIB + 5 * 512;
     let mirror = SourceConfig { target: TargetDisk::Told, ..SourceConfig::default() };
     let kept = partial.is_some();
-    let scenario = Scenario { size, mirror, base: true, kept, ..Scenario::default() };
+    let scenario = Scenario { size, mirror, base: Beside::Kept, kept, ..Scenario::default() };
     let mut base = Vec::new();
     let fill = |disk: &Path| {
         noise(disk, 200 * MIB);
@@ -481,6 +495,44 @@ async fn a_machine_that_comes_back_sends_only_what_changed_and_leaves_the_kept_c
         assert!(source.counters.chunk_bytes < 6 * MIB, "{:?}", source.counters);
         assert!(target.counters.base_bytes > 190 * MIB, "{:?}", target.counters);
         assert!(std::fs::read(lab.path("base.raw")).unwrap() == base, "the kept copy was written");
+        lab.compare().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_that_was_grown_sends_only_what_its_template_lacks() {
+    let mirror = SourceConfig { target: TargetDisk::Told, ..SourceConfig::default() };
+    for kept in [false, true] {
+        let scenario =
+            Scenario { size: 256 * MIB, mirror, base: Beside::Template, kept, ..Scenario::default() };
+        let fill = |disk: &Path| {
+            let template = disk.with_file_name("base.raw");
+            let file = std::fs::File::create(&template).unwrap();
+            std::fs::set_permissions(&template, std::fs::Permissions::from_mode(0o600)).unwrap();
+            // It ends within a block, of which the clone's rest is zeros.
+            file.set_len(100 * MIB + 5 * 512).unwrap();
+            noise(&template, 100 * MIB);
+            std::fs::copy(&template, disk).unwrap();
+            let clone = std::fs::File::options().write(true).open(disk).unwrap();
+            clone.set_len(256 * MIB).unwrap();
+            clone.write_all_at(&[1; 100_000], 10 * MIB).unwrap();
+            clone.write_all_at(&[2; MIB as usize], 200 * MIB).unwrap();
+            if kept {
+                // An attempt of before had sent some of what the template lacks.
+                let there = std::fs::File::options().write(true).open(disk.with_file_name("b.raw")).unwrap();
+                there.write_all_at(&[2; MIB as usize / 2], 200 * MIB).unwrap();
+            }
+        };
+        let Some(mut lab) = Lab::start(scenario, fill).await else { return };
+        lab.source_qemu.io(&format!("write -P 3 {} 64k", 60 * MIB)).await;
+        lab.source_qemu.io(&format!("write -P 4 {} 64k", 230 * MIB)).await;
+        lab.until_in_step().await;
+        lab.finish().await;
+        let (source, target) = (*lab.source.progress().borrow(), *lab.target.progress().borrow());
+        println!("partial: {kept}: {:?} {:?}", source.counters, target.counters);
+        assert!(source.counters.chunk_bytes < 2 * MIB, "{:?}", source.counters);
+        // All but the changed blocks, the last one that is not whole included.
+        assert!(target.counters.base_bytes > 98 * MIB, "{:?}", target.counters);
         lab.compare().await;
     }
 }

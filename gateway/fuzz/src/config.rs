@@ -15,6 +15,7 @@ pub fn run(data: &[u8]) {
             }
             for peer in &config.peer {
                 let _ = (peer.may_send("web1"), peer.may_receive("web1"));
+                let _ = "debian-12".parse().map(|name| peer.may_be_told(&name));
             }
         }
         Err(error) => drop(error.to_string()),

@@ -231,7 +231,7 @@ pub struct MigrationView {
     pub rounds: Vec<RoundView>,
     /// Disk bytes copied and in all.
     pub disk: (u64, u64),
-    /// Disk bytes that the other site had already, of an earlier attempt or stay, and that were not sent again.
+    /// Disk bytes that the other site had already, of an earlier attempt or stay or of a template, and that were not sent.
     #[serde(default)]
     pub disk_kept: u64,
     /// Memory bytes that QEMU has not written yet, and in all.

@@ -89,6 +89,8 @@ impl Config {
                 ArbiterChoice::Etcd => (self.etcd.is_some(), "\"none\", or an [etcd] table beside \"etcd\""),
             };
             expect(arbitrates, &format!("{key}.arbiter"), text)?;
+            let told = peer.templates.is_empty() || self.storage.templates.is_some();
+            expect(told, &format!("{key}.templates"), "none, or storage.templates beside them")?;
         }
         Ok(())
     }

@@ -35,6 +35,8 @@ impl Config {
         expect(site.state_dir.is_absolute(), "site.state_dir", "a path that begins with '/'")?;
         expect(site.run_dir.is_absolute(), "site.run_dir", "a path that begins with '/'")?;
         expect(self.storage.pool.is_absolute(), "storage.pool", "a path that begins with '/'")?;
+        let templates = self.storage.templates.as_ref().is_none_or(|folder| folder.is_absolute());
+        expect(templates, "storage.templates", "a path that begins with '/'")?;
         within(site.journal_free_mib, 0, MAX_MIB, "site.journal_free_mib")?;
         within(site.descriptors_free, 0, MAX_DESCRIPTORS, "site.descriptors_free")?;
         within(self.storage.keep_free_gib, 0, MAX_GIB, "storage.keep_free_gib")?;
@@ -121,9 +123,13 @@ impl Config {
             within(peer.max_disk_gib, 0, MAX_GIB, &key("max_disk_gib"))?;
             let port = peer.address.is_none_or(|address| address.port() > 0);
             expect(port, &key("address"), "ADDRESS:PORT with a port that is not 0")?;
-            for (name, patterns) in [("may_send", &peer.may_send), ("may_receive", &peer.may_receive)] {
+            for (name, what, patterns) in [
+                ("may_send", "machines", &peer.may_send),
+                ("may_receive", "machines", &peer.may_receive),
+                ("templates", "templates", &peer.templates),
+            ] {
                 for pattern in patterns {
-                    let text = format!("names of machines with at most one '*', not {pattern:?}");
+                    let text = format!("names of {what} with at most one '*', not {pattern:?}");
                     expect(is_pattern(pattern), &key(name), &text)?;
                 }
             }
@@ -263,6 +269,14 @@ mod tests {
             let message = error(table, line);
             assert!(message.starts_with(&format!("t.toml:5: {key}: ")), "{line}: {message}");
         }
+    }
+
+    #[test]
+    fn a_folder_of_templates_has_a_full_path_and_its_templates_have_names() {
+        let message = error("storage", "templates = \"templates\"");
+        assert!(message.starts_with("t.toml:5: storage.templates: "), "{message}");
+        let message = error("[peer]", "templates = [\"../debian\"]");
+        assert!(message.starts_with("t.toml:5: peer.b.templates: "), "{message}");
     }
 
     #[test]

@@ -225,6 +225,22 @@ pool = "/var/lib/longhaul/disks"
     }
 
     #[test]
+    fn a_peer_is_told_of_the_templates_that_are_named_and_of_none_by_default() {
+        let peer = "[[peer]]\nname = \"b\"\nkey = \"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\n";
+        let told = "templates = [\"debian-*\", \"plan9\"]\n";
+        let message = error(&format!("{SMALL}{peer}{told}"));
+        assert!(message.contains("peer.b.templates") && message.contains("storage.templates"), "{message}");
+        let folder = "templates = \"/var/lib/longhaul/templates\"\n";
+        let parsed = |told: &str| {
+            let text = format!("{SMALL}{folder}{peer}{told}");
+            Config::parse(Path::new("site.toml"), &text).unwrap()
+        };
+        let allowed = |told: &str, name: &str| parsed(told).peer[0].may_be_told(&name.parse().unwrap());
+        assert!(allowed(told, "debian-12") && allowed(told, "plan9") && !allowed(told, "debian"));
+        assert!(!allowed("", "debian-12"));
+    }
+
+    #[test]
     fn an_unknown_key_is_named_with_its_line_and_what_was_expected() {
         let message = error(&SMALL.replace("pool =", "pol = 1\npool ="));
         assert!(message.starts_with("site.toml:5: pol: unknown field `pol`, expected"), "{message}");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use longhaul_core::ids::SiteName;
+use longhaul_core::ids::{SiteName, TemplateName};
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::arbiter::Arbiter;
 use longhaul_core::migration::retry::RetryLimits;
@@ -146,6 +146,10 @@ pub struct StorageConfig {
     /// The most space they take together, in GiB (default 100). They also go when an arrival needs room.
     #[serde(default = "default_keep_partial_gib")]
     pub keep_partial_gib: u64,
+    /// A folder of raw images `NAME.raw` that machines of other sites are cloned from (default none). A machine whose
+    /// definition names one brings only what changed since. The image is read once for each such disk.
+    #[serde(default)]
+    pub templates: Option<PathBuf>,
 }
 
 /// `[hypervisor]`: how QEMU is run.
@@ -454,6 +458,10 @@ pub struct PeerConfig {
     /// care-of address and its windows while it comes.
     #[serde(default = "default_max_arriving")]
     pub max_arriving: u32,
+    /// Templates of this site that it may be told of, names with `*` (default none). It learns hashes of their blocks, and
+    /// from these whether a block that it knows is in one.
+    #[serde(default)]
+    pub templates: Vec<String>,
     /// Who decides who has a machine when this link is cut in the middle of a hand-over: `none` (default), `dns` or
     /// `etcd`.
     #[serde(default)]
@@ -493,6 +501,11 @@ impl PeerConfig {
     /// Whether it may receive our machine `vm`.
     pub fn may_receive(&self, vm: &str) -> bool {
         self.may_receive.iter().any(|pattern| matches_pattern(pattern, vm))
+    }
+
+    /// Whether it may be told of our template `name`.
+    pub fn may_be_told(&self, name: &TemplateName) -> bool {
+        self.templates.iter().any(|pattern| matches_pattern(pattern, name.as_str()))
     }
 }
 

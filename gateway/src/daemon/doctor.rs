@@ -14,7 +14,7 @@ use super::unknown::unknown;
 use super::{Daemon, Machine};
 use crate::api::types::Finding;
 use crate::config::{ArbiterChoice, PeerConfig};
-use crate::migration::{Edges, chain, home_servers, journal_room};
+use crate::migration::{Edges, chain, home_servers, journal_room, templates};
 
 /// Servers that are named of one machine.
 const MAX_SERVERS_SHOWN: usize = 4;
@@ -60,6 +60,7 @@ struct Doctor {
 impl Doctor {
     async fn look(&self, vm: Option<VmName>) -> Vec<Finding> {
         let mut findings = vec![self.hypervisor().await, self.journal(), self.pool()];
+        findings.extend(self.templates());
         findings.extend(self.lans());
         findings.extend(self.peers());
         findings.extend(self.arbiters().await);
@@ -127,6 +128,18 @@ impl Doctor {
                 bad("pool", &format!("{}: {error}", pool.display()), "make the folder, or set storage.pool")
             }
         }
+    }
+
+    /// A template that cannot be used keeps no machine away, but costs what it was to save.
+    fn templates(&self) -> Vec<Finding> {
+        let looked = templates::look(&self.edges.config).into_iter();
+        let remedy = "until that is put right, machines that are cloned from it are sent whole";
+        looked
+            .map(|(check, looked)| match looked {
+                Ok(detail) => good(&check, detail),
+                Err(error) => bad(&check, &chain(&error), remedy),
+            })
+            .collect()
     }
 
     fn lans(&self) -> Vec<Finding> {

@@ -49,7 +49,7 @@ impl DiskMap {
         Self { task: tokio::spawn(telling) }
     }
 
-    /// Tells what can be put from a kept copy onto a disk that was made just now.
+    /// Tells what can be put from a kept copy or a template onto a disk that was made just now.
     pub fn of_copy_beside_new_disk<C: ChunkSend>(base: Base, channel: C) -> Self {
         let map = MapWriter::of_copy_beside_new_disk(base.size(), rand::random());
         Self { task: tokio::spawn(say_failure(Telling { map, channel }.tell_copy(base))) }
@@ -79,7 +79,7 @@ async fn say_failure(telling: impl Future<Output = Result<(), Failed>>) {
         Ok(()) | Err(Failed::Channel(_)) => {}
         Err(error) => {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
-            tracing::warn!(%error, cause, "what a kept disk holds cannot be told, it is copied anew");
+            tracing::warn!(%error, cause, "what is here of a disk cannot be told, it is copied anew");
         }
     }
 }

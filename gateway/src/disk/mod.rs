@@ -18,6 +18,7 @@ mod map;
 mod source;
 mod target;
 
+pub(crate) use base::only_ours;
 pub use base::{Base, BaseError};
 pub use hash::block_hashes;
 pub use map::DiskMap;

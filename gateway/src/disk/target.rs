@@ -3,7 +3,7 @@
 //! ```text
 //!  ChunkRecv ──chunks──▶ MirrorTarget ──steps──▶ NbdClient ─▶ QEMU
 //!                             ▲──────answers───────┘
-//!                             ▲──content──── Base, a kept copy of the disk, where there is one
+//!                             ▲──content──── Base, a kept copy of the disk or its template, if any
 //! ```
 //!
 //! It takes the next chunk only when the last one is under way, so a slow disk holds the source back
@@ -250,5 +250,6 @@ impl<C: ChunkRecv> Task<C> {
 /// What the base holds there; a base that cannot be read holds nothing.
 async fn fetch(base: Option<Base>, offset: u64, len: u32) -> Option<(Bytes, [u8; 32])> {
     let read = base?.read_hashed(offset, len).await;
-    read.inspect_err(|error| tracing::warn!(%error, offset, "the kept disk could not be read")).ok()
+    read.inspect_err(|error| tracing::warn!(%error, offset, "the copy beside the disk could not be read"))
+        .ok()
 }

@@ -35,6 +35,7 @@ mod rollback;
 pub mod source;
 mod standing;
 pub mod stay;
+pub mod templates;
 pub mod view;
 mod work;
 

@@ -169,6 +169,7 @@ mod tests {
             keep_partial_h: 24,
             keep_partial_count: 3,
             keep_partial_gib: 1,
+            templates: None,
         }
     }
 

@@ -29,7 +29,7 @@ use super::destination::DestinationLeaf;
 use super::partial::{self, PartialOf};
 use super::precopy::{MAP_WINDOW, disk_failed, guest_socket, memory_failed};
 use super::stay::Stay;
-use super::{damage, hypervisor_failed, kept, remembered, told_to_stop};
+use super::{damage, hypervisor_failed, kept, remembered, templates, told_to_stop};
 use crate::disk::nbd::NbdClient;
 use crate::disk::{Base, DiskMap, DiskTarget};
 use crate::hypervisor::{
@@ -67,7 +67,7 @@ struct Arriving {
 struct There {
     /// The image was left by an earlier attempt.
     partial: bool,
-    /// What the machine left behind when it was here before.
+    /// What the machine left behind when it was here before, or what it was cloned from.
     base: Option<Base>,
 }
 
@@ -193,6 +193,7 @@ fn make_images(leaf: &DestinationLeaf, proposal: &Proposal, held: &mut Held) -> 
             file.set_len(volume.size_bytes).map_err(failed)?;
         }
         let base = kept::base_of(&kept, &of.vm, &of.disk, volume.size_bytes);
+        let base = base.or_else(|| templates::base_of(leaf, &volume));
         held.there.push(There { partial, base });
     }
     Ok(())
@@ -329,9 +330,64 @@ async fn close_disks(guest: &Guest, disks: &mut Vec<Arriving>) -> Result<(), Ref
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::fs::{Permissions, set_permissions};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::sync::Arc;
+
+    use longhaul_core::ids::{Epoch, MigrationId};
+    use longhaul_core::migration::{Attempt, CommitMode};
+    use tokio::sync::mpsc;
 
     use super::*;
+    use crate::identity::Identity;
+    use crate::migration::view::Viewer;
+    use crate::test_site::{TestSite, definition, proposal};
+
+    /// Machine web1 of site a, whose disk was cloned from debian-12, comes to site b, which may tell a of these templates and
+    /// has an image of `image_bytes` for this one. Whether that is the new disk's base, and what b's operator is told.
+    async fn a_clone_arrives(told: &str, image_bytes: Option<u64>) -> (bool, Vec<String>) {
+        let [key_a, key_b] = [(); 2].map(|()| Identity::generate().unwrap());
+        let mut site = TestSite::open("b", &key_b, &[("a", &key_a, None)]).await;
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(bytes) = image_bytes {
+            let image = folder.path().join("debian-12.raw");
+            File::create(&image).unwrap().set_len(bytes).unwrap();
+            set_permissions(&image, Permissions::from_mode(0o644)).unwrap();
+        }
+        let config = Arc::make_mut(&mut site.edges.config);
+        config.storage.templates = Some(folder.path().to_owned());
+        config.peer[0].templates = vec![told.to_owned()];
+        let attempt = Attempt {
+            id: MigrationId(7 << 96),
+            vm: "web1".parse().unwrap(),
+            peer: "a".parse().unwrap(),
+            epoch: Epoch(1),
+            commit: CommitMode::Confirmed,
+        };
+        let viewer = Viewer::new(&attempt, &attempt.peer, site.edges.site());
+        let (edges, events, guest) = (site.edges.clone(), mpsc::channel(1).0, watch::Sender::new(None));
+        let leaf = DestinationLeaf { edges, attempt, viewer, events, guest };
+        let mut machine = definition();
+        machine.disks[0].template = Some("debian-12".parse().unwrap());
+        let mut held = Held::default();
+        make_images(&leaf, &proposal(machine), &mut held).unwrap();
+        assert!(held.images.iter().all(|image| image.exists()) && !held.there[0].partial);
+        (held.there[0].base.is_some(), leaf.viewer.current().notices)
+    }
+
+    #[tokio::test]
+    async fn a_clone_has_its_template_as_base_where_its_peer_may_be_told_of_it_and_it_is_no_longer() {
+        let disk = definition().disks[0].size_bytes;
+        for bytes in [disk, disk - 4096] {
+            assert_eq!(a_clone_arrives("debian-*", Some(bytes)).await, (true, Vec::new()));
+        }
+        assert_eq!(a_clone_arrives("debian-11", Some(disk)).await, (false, Vec::new()));
+        for (unfit, why) in [(Some(disk + 512), "only 1048576"), (None, "No such file")] {
+            let (base, notices) = a_clone_arrives("debian-12", unfit).await;
+            assert!(!base && notices.len() == 1, "{notices:?}");
+            assert!(notices[0].contains("debian-12") && notices[0].contains(why), "{notices:?}");
+        }
+    }
 
     #[test]
     fn a_disk_that_arrives_is_read_by_its_owner_only_and_replaces_nothing() {
