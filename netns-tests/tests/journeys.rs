@@ -11,6 +11,8 @@
 
 #[path = "support/beside.rs"]
 mod beside;
+#[path = "support/disk_bytes.rs"]
+mod disk_bytes;
 #[path = "support/elsewhere.rs"]
 mod elsewhere;
 #[path = "support/lease.rs"]
@@ -29,7 +31,6 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use gateway::api::types::{FlowsView, MigrationView, Progressing};
-use longhaul_core::migration::Stage;
 use longhaul_core::tunnel::flows::{FlowOrigin, FlowState};
 use netns_tests::agent::client::ask;
 use netns_tests::agent::control::AgentStatus;
@@ -46,9 +47,10 @@ use netns_tests::topology::{CLIENT, Watch};
 use netns_tests::traffic::{
     CLOSE_AFTER_CUT_MS, DownloadPlan, IdlePlan, Outcome, RecordPlan, TrafficPlan, TrafficReport,
 };
-use netns_tests::wan::{Direction, PacketMatch};
+use netns_tests::wan::PacketMatch;
 
 use beside::{Beside, through};
+use disk_bytes::begun_with_disk_bytes;
 use elsewhere::Elsewhere;
 use scenes::{build, close, state, turn, wait};
 
@@ -97,24 +99,7 @@ async fn arrived(scene: &Scene, from: &str, to: &str, id: &str) -> MigrationView
 
 /// Moves the machine; gives also what passed the WAN in both directions until its disks were in step.
 async fn moved_with_disk_bytes(scene: &Scene, from: &str, to: &str) -> (MigrationView, u64) {
-    let offered = || -> u64 {
-        let bytes = |direction| scene.world.wan.counters(direction).unwrap().offered.bytes;
-        Direction::BOTH.into_iter().map(bytes).sum()
-    };
-    let before = offered();
-    let id = scene.begin_move_between(from, to).await.unwrap();
-    let client = scene.gateway(from).unwrap().client();
-    let deadline = Instant::now() + MOVE_LIMIT;
-    loop {
-        let view = client.migration(&id).await.unwrap();
-        let in_step = view.disk.1 > 0 && view.disk.0 == view.disk.1;
-        if view.stage > Stage::PreCopy || view.stage == Stage::PreCopy && (view.round >= 1 || in_step) {
-            break;
-        }
-        assert!(view.progressing == Progressing::Running && Instant::now() < deadline, "{view:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let disk = offered() - before;
+    let (id, disk) = begun_with_disk_bytes(scene, VM, from, to, MOVE_LIMIT).await;
     (arrived(scene, from, to, &id).await, disk)
 }
 
