@@ -53,7 +53,7 @@ impl SiteFiles {
     pub fn make(spec: &SiteSpec, parent: &Path) -> Result<Self> {
         let folder = parent.join(&spec.name);
         // Machines' users go through to their own folders.
-        for each in [folder.clone(), folder.join("disks"), folder.join("state")] {
+        for each in [folder.clone(), folder.join("disks"), folder.join("state"), folder.join("templates")] {
             std::fs::create_dir_all(&each)?;
             let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             std::fs::set_permissions(&each, open)?;
@@ -78,12 +78,16 @@ impl SiteFiles {
             care_of += &format!(", \"{}-{}\"", self.spec.address6(CARE_OF), self.spec.address6(last));
         }
         let rate = options.rate_mbit.max(1.0) as u64;
+        let (templates, told) = match options.cloned {
+            true => (format!("templates = \"{folder}/templates\"\n"), "templates = [\"*\"]\n"),
+            false => (String::new(), ""),
+        };
         let mut text = format!(
             "[site]\nname = \"{name}\"\nkey_file = \"{folder}/key\"\nstate_dir = \"{folder}/state\"\n\
              run_dir = \"{folder}/run\"\n\
              [link]\nlisten = \"{host}:{PORT}\"\nrate_mbit = {rate}\n{link}\n\
              [lan.lan]\nbridge = \"{BRIDGE}\"\ncare_of = [{care_of}]\n\
-             [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n\
+             [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n{templates}\
              [hypervisor]\nuid_base = 200000\n\
              [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
              [tunnel]\nquiet_s = {quiet_s}\nclosing_s = {CLOSING_S}\n{tunnel}\n",
@@ -113,7 +117,7 @@ impl SiteFiles {
         for other in others {
             writeln!(
                 text,
-                "[[peer]]\nname = \"{}\"\nkey = \"{}\"\n{}may_send = [\"*\"]\n\
+                "[[peer]]\nname = \"{}\"\nkey = \"{}\"\n{}{told}may_send = [\"*\"]\n\
                  may_receive = [\"*\"]\nmax_memory_mib = 16384\nmax_disk_gib = 100",
                 other.spec.name,
                 other.identity.public_key(),

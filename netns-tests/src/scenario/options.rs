@@ -61,6 +61,8 @@ pub struct SceneOptions {
     pub link: Vec<String>,
     /// Lines for `[tunnel]` of all sites' configuration.
     pub tunnel: Vec<String>,
+    /// The guests' root disks are clones of a template. Each site has a folder for it, and may tell the others of it.
+    pub cloned: bool,
     /// What arbitrates. Both sites have the name server's key where it is the name server.
     pub arbiter: ArbiterChoice,
 }
@@ -102,6 +104,7 @@ impl Default for SceneOptions {
             behind_nat: Vec::new(),
             link: Vec::new(),
             tunnel: Vec::new(),
+            cloned: false,
             arbiter: ArbiterChoice::None,
         }
     }

@@ -18,6 +18,7 @@ use crate::agent::{
 };
 use crate::cleanup::Lab;
 use crate::guest::boot::{BootOptions, Nic, READY, failure};
+use crate::guest::disk;
 use crate::guest::image::{GuestImage, ImageSpec, lab_folder};
 use crate::topology::{SiteSpec, World, WorldSpec};
 use crate::wan::{Emulator, Measured, measure};
@@ -30,6 +31,8 @@ pub const VM_NUMBER: u8 = 10;
 pub const SECOND_VM: &str = "web2";
 /// The number of its home address on site a's LAN.
 pub const SECOND_VM_NUMBER: u8 = 20;
+/// What root disks are cloned from, see [`SceneOptions::cloned`].
+pub const TEMPLATE: &str = "lab-root";
 
 /// A guest that makes it hard, see [`SceneOptions::strict_guest`].
 const STRICT: [(&str, &str); 3] = [
@@ -135,6 +138,14 @@ impl Scene {
         Ok(scene)
     }
 
+    /// Puts the template of the root disks into a site's folder.
+    pub fn put_template(&self, site: &str) -> Result<()> {
+        let path = self.gateway(site)?.folder.join("templates").join(format!("{TEMPLATE}.raw"));
+        disk::copy(&self.image.root_template, &path)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        Ok(std::fs::set_permissions(&path, mode)?)
+    }
+
     /// The machine's name in the DNS.
     pub fn name() -> String {
         format!("{VM}.{ZONE}")
@@ -236,8 +247,12 @@ impl Scene {
     }
 
     fn devices(&self, mac: &str, home: &str) -> String {
+        let template = match self.options.cloned {
+            true => format!("template = \"{TEMPLATE}\"\n"),
+            false => String::new(),
+        };
         format!(
-            "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n\
+            "[[disks]]\nname = \"root\"\nsize_bytes = {}\npci = \"03.0\"\n{template}\
              [[nics]]\nname = \"lan\"\nmac = \"{mac}\"\nhome = [{home}]\nlan = \"lan\"\npci = \"05.0\"\n",
             self.options.disk_bytes,
         )
