@@ -32,9 +32,9 @@ pub(super) fn of_disk(
             | TargetError::Count { .. }
             | TargetError::Digest { .. },
         ) => Refusal::Verification(text()),
-        DiskTargetError::Records(TargetError::Bounds { .. } | TargetError::Block { .. }) => {
-            Refusal::PeerMisbehaved(text())
-        }
+        DiskTargetError::Records(
+            TargetError::Bounds { .. } | TargetError::Block { .. } | TargetError::Part { .. },
+        ) => Refusal::PeerMisbehaved(text()),
         DiskTargetError::Write(error) if is_full(error) => Refusal::NotEnough {
             what: format!("space in the pool of site {site} for disk {disk}"),
             wanted: size.to_string(),

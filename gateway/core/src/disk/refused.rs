@@ -51,6 +51,16 @@ pub enum TargetError {
         /// How much, in bytes.
         len: u32,
     },
+    /// A record tells of other than whole parts: what is asked about is looked for, and must not be guessed byte by byte.
+    #[error("Disk record {number} tells of {len} bytes at {offset}, not of whole parts: the peer misbehaves")]
+    Part {
+        /// The record's number.
+        number: u64,
+        /// Where, in bytes.
+        offset: u64,
+        /// How much, in bytes.
+        len: u32,
+    },
     /// The source was told of content that is not here (any more).
     #[error("The {len} bytes at {offset} are not what the source has: the disk changed, copy it again")]
     Differs {

@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::BLOCK;
+use super::map::PART;
 use super::pack::{ChunkReader, DEFAULT_WINDOW_LOG};
 use super::record::{Barrier, Record, RunningDigest};
 use super::refused::TargetError;
@@ -316,7 +317,7 @@ impl MirrorTarget {
             Record::Same { len, .. } if u64::from(*len) > BLOCK => {
                 Err(TargetError::Block { number: received + 1, len: *len })
             }
-            Record::Same { offset, len, .. } => self.check_range(*offset, u64::from(*len)),
+            Record::Same { offset, len, .. } => self.check_parts(*offset, *len),
             Record::Flush => Ok(()),
             Record::Barrier(barrier) if barrier.records != received || barrier.last_number != received => {
                 Err(TargetError::Count { barrier: barrier.records, received })
@@ -326,6 +327,16 @@ impl MirrorTarget {
             }
             Record::Barrier(_) => Ok(()),
         }
+    }
+
+    /// Whole parts, but for the end of the disk: no source says it of anything else.
+    fn check_parts(&self, offset: u64, len: u32) -> Result<(), TargetError> {
+        self.check_range(offset, u64::from(len))?;
+        let ends = offset + u64::from(len);
+        if len > 0 && offset.is_multiple_of(PART) && (ends.is_multiple_of(PART) || ends == self.size) {
+            return Ok(());
+        }
+        Err(TargetError::Part { number: self.digest.records() + 1, offset, len })
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<(), TargetError> {
@@ -494,6 +505,21 @@ mod tests {
         let long = Record::Same { offset: 0, len: BLOCK as u32 + 1, hash: [0; 32] };
         let error = target.handle_chunk(chunk_behind(digest_of(&records), 3, &[long]));
         assert_eq!(error, Err(TargetError::Block { number: 3, len: BLOCK as u32 + 1 }));
+    }
+
+    #[test]
+    fn nobody_guesses_byte_by_byte_what_is_here() {
+        let ask = |offset, len| {
+            let record = Record::Same { offset, len, hash: [7; 32] };
+            target().handle_chunk(chunk(1, &[record]))
+        };
+        for (offset, len) in [(0, 1), (0, 0), (4095, 1), (1, 4095), (4096, 4095), (512, 4096)] {
+            assert_eq!(ask(offset, len), Err(TargetError::Part { number: 1, offset, len }));
+        }
+        assert_eq!((ask(0, 4096), ask(4096, 8192)), (Ok(()), Ok(())));
+        let mut uneven = MirrorTarget::new(8192 + 512, TargetConfig::default());
+        let last = Record::Same { offset: 8192, len: 512, hash: [7; 32] };
+        assert_eq!(uneven.handle_chunk(chunk(1, &[last])), Ok(()), "the end of the disk");
     }
 
     #[test]

@@ -306,7 +306,8 @@ impl World {
         }
         match &attempt.disk.refused {
             // The source has sent what no source sends: nothing was damaged.
-            Some(TargetError::Bounds { .. } | TargetError::Block { .. }) | None => {}
+            Some(TargetError::Bounds { .. } | TargetError::Block { .. } | TargetError::Part { .. })
+            | None => {}
             Some(
                 TargetError::Chunk(_)
                 | TargetError::Number { .. }
