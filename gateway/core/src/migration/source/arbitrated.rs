@@ -37,7 +37,11 @@ impl Source {
     ) -> Step<Action> {
         match self.attempt.commit {
             CommitMode::Confirmed => self.commit(handover, None, now),
-            CommitMode::Pipelined => self.commit(handover, Some(give_up_at), now),
+            // However late it is, the destination gets the time to load.
+            CommitMode::Pipelined => {
+                let ask_at = give_up_at.max(now + self.limits.pause_budget);
+                self.commit(handover, Some(ask_at), now)
+            }
             CommitMode::Arbitrated(_) => self.offer(handover, give_up_at, now),
         }
     }
