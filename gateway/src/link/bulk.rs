@@ -55,11 +55,17 @@ pub struct BulkSender {
 /// What a channel has on its way, for somebody who does not send on it.
 #[derive(Debug, Clone)]
 pub struct OnItsWay {
+    id: BulkId,
     queued_bytes: Arc<AtomicU64>,
     acknowledged: watch::Receiver<Acknowledged>,
 }
 
 impl OnItsWay {
+    /// The channel.
+    pub fn id(&self) -> BulkId {
+        self.id
+    }
+
     /// Bytes queued or sent that the consumer at the other site has not taken.
     pub fn bytes(&self) -> u64 {
         // In this order: what is acknowledged was queued before.
@@ -113,7 +119,8 @@ impl BulkSender {
 
     /// For somebody who waits until what was sent is on its way.
     pub fn on_its_way(&self) -> OnItsWay {
-        OnItsWay { queued_bytes: self.queued_bytes.clone(), acknowledged: self.acknowledged.clone() }
+        let (queued_bytes, acknowledged) = (self.queued_bytes.clone(), self.acknowledged.clone());
+        OnItsWay { id: self.id, queued_bytes, acknowledged }
     }
 
     /// Waits until all that was queued is acknowledged: taken by the consumer at the other site.

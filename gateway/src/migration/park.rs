@@ -12,14 +12,17 @@ use std::time::Duration;
 use futures_util::future::select_all;
 use tokio::sync::watch;
 
+use longhaul_core::bulk::Channel;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::message::{Handover, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::NicHandover;
+use longhaul_core::units::Rate;
 
 use super::precopy::{Transfer, age, disk_failed, link_failed, memory_failed, show_memory};
 use super::source::SourceLeaf;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
+use crate::config::CongestionChoice;
 use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
 use crate::link::OnItsWay;
 use crate::memory::SourceMode;
@@ -111,20 +114,33 @@ async fn park(
 
 /// Pipelined, waits until no more is unacknowledged than the path holds. A link that is down lets nothing leave: the pause's
 /// deadline is the source's.
-async fn until_on_its_way(leaf: &SourceLeaf, channels: &mut [OnItsWay]) -> Result<(), Refusal> {
-    let on_its_way = |channels: &[OnItsWay]| channels.iter().map(OnItsWay::bytes).sum::<u64>();
+async fn until_on_its_way(leaf: &SourceLeaf, channels: &mut Vec<OnItsWay>) -> Result<(), Refusal> {
     if leaf.attempt.commit != CommitMode::Pipelined {
         return Ok(());
     }
-    loop {
-        let peer = leaf.edges.peer(&leaf.attempt.peer);
-        let held = peer.and_then(|peer| peer.path_holds()).unwrap_or_default();
-        if on_its_way(channels) <= held.0.max(LEAST_BEHIND_BYTES) {
-            return Ok(());
-        }
+    while channels.iter().map(OnItsWay::bytes).sum::<u64>() > may_be_behind(leaf) {
         let taken = channels.iter_mut().map(|channel| Box::pin(channel.taken()));
-        select_all(taken).await.0.map_err(link_failed)?;
+        let (taken, index, _) = select_all(taken).await;
+        if let Err(closed) = taken {
+            // A disk whose last acknowledgement was lost with the link is closed by a destination that has all of it.
+            let channel = channels.swap_remove(index);
+            if channel.id().channel == Channel::Memory {
+                return Err(link_failed(closed));
+            }
+        }
     }
+    Ok(())
+}
+
+/// What the path holds: as it is estimated, or by the operator's word.
+fn may_be_behind(leaf: &SourceLeaf) -> u64 {
+    let Some(peer) = leaf.edges.peer(&leaf.attempt.peer) else { return LEAST_BEHIND_BYTES };
+    let link = &leaf.edges.config.link;
+    let held = match link.congestion {
+        CongestionChoice::Model => peer.path_holds().unwrap_or_default(),
+        CongestionChoice::Fixed => Rate::mbit(link.rate_mbit).bytes_in(peer.stats().rtt),
+    };
+    held.0.max(LEAST_BEHIND_BYTES)
 }
 
 /// Lets QEMU read what had come to the machine's taps before its packets were held.
@@ -189,4 +205,75 @@ async fn handover(leaf: &SourceLeaf, row: &MachineRow) -> Result<Handover, Refus
 
 pub(super) fn tunnel_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Other(Refusal::text(format!("Tunnel failed: {}", chain(&error))))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use longhaul_core::bulk::BulkId;
+    use longhaul_core::ids::{Epoch, MigrationId};
+    use longhaul_core::migration::Attempt;
+    use tokio::sync::mpsc;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::chunk::{ChunkRecv, ChunkSend};
+    use crate::link::{BulkReceiver, BulkSender};
+    use crate::migration::view::Viewer;
+    use crate::test_site::TestSite;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const ID: MigrationId = MigrationId(7);
+
+    fn leaf(site: &TestSite, commit: CommitMode) -> SourceLeaf {
+        let (vm, peer) = ("web1".parse().unwrap(), "b".parse().unwrap());
+        let attempt = Attempt { id: ID, vm, peer, epoch: Epoch(1), commit };
+        let viewer = Viewer::new(&attempt, site.edges.site(), &attempt.peer);
+        let (edges, events, guest) = (site.edges.clone(), mpsc::channel(1).0, watch::Sender::new(None));
+        SourceLeaf { edges, attempt, viewer, events, guest }
+    }
+
+    /// A channel with more on its way than any path's least.
+    async fn sending(a: &TestSite, channel: Channel) -> BulkSender {
+        let id = BulkId { migration: ID, channel };
+        let mut sender =
+            a.edges.peer(&"b".parse().unwrap()).unwrap().bulk_sender(id, 64 << 20).await.unwrap();
+        for _ in 0..4 {
+            sender.absorb(Bytes::from(vec![1; 1 << 19])).unwrap();
+        }
+        sender
+    }
+
+    async fn receiving(b: &TestSite, channel: Channel) -> BulkReceiver {
+        let id = BulkId { migration: ID, channel };
+        b.edges.peer(&"a".parse().unwrap()).unwrap().bulk_receiver(id, 64 << 20).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_waits_here_is_waited_for_until_it_has_left_and_only_pipelined() {
+        let (a, b) = TestSite::pair().await;
+        let sender = sending(&a, Channel::Memory).await;
+        let mut channels = vec![sender.on_its_way()];
+        until_on_its_way(&leaf(&a, CommitMode::Confirmed), &mut channels).await.unwrap();
+        let leaf = leaf(&a, CommitMode::Pipelined);
+        let soon = timeout(Duration::from_millis(200), until_on_its_way(&leaf, &mut channels)).await;
+        assert!(soon.is_err(), "nobody receives it");
+        let mut receiver = receiving(&b, Channel::Memory).await;
+        let took = tokio::spawn(async move { while receiver.recv().await.is_some() {} });
+        timeout(PATIENCE, until_on_its_way(&leaf, &mut channels)).await.unwrap().unwrap();
+        took.abort();
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_the_other_site_has_done_with_is_on_its_way_no_more_and_memory_is_lost() {
+        let (a, b) = TestSite::pair().await;
+        for (channel, is_done) in [(Channel::Disk(0), true), (Channel::Memory, false)] {
+            let sender = sending(&a, channel).await;
+            let mut channels = vec![sender.on_its_way()];
+            drop(receiving(&b, channel).await);
+            let leaf = leaf(&a, CommitMode::Pipelined);
+            let waited = timeout(PATIENCE, until_on_its_way(&leaf, &mut channels)).await.unwrap();
+            assert_eq!(waited.is_ok(), is_done, "{channel:?}: {waited:?}");
+        }
+    }
 }
