@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::migration::Attempt;
 use longhaul_core::migration::arbiter::Request;
 use longhaul_core::migration::destination::{
-    Action, Destination, DestinationLimits, Event, Outcome, Remains,
+    Action, Destination, DestinationLimits, Event, Outcome, Remains, WaitsFor,
 };
 use longhaul_core::migration::message::{Handover, Proposal, Reservation};
 use longhaul_core::migration::record::DestinationRecord;
@@ -39,7 +39,7 @@ pub struct DestinationDriver {
     work: Work<Held>,
     questions: Option<Questions>,
     anchors: mpsc::Sender<AnchorCommand>,
-    /// Since when a machine that was given away lacks its last bytes.
+    /// Since when a machine stands still that may have been given to this site.
     waits_since: Option<Duration>,
 }
 
@@ -199,26 +199,46 @@ impl DestinationDriver {
         }
     }
 
-    /// Tells the operator of a machine that stands still between the sites.
+    /// Tells the operator of a machine that stands still between the sites, and takes it back when it does no more.
     fn alarm(&mut self, machine: &Destination) {
-        if !machine.lacks_the_rest() {
-            self.waits_since = None;
+        let vm = &self.leaf.attempt.vm;
+        let Some(waits_for) = machine.waits_for() else {
+            if self.waits_since.take().is_some() {
+                self.leaf.viewer.take_notices_back(&format!("{vm} stands still"));
+            }
             return;
-        }
+        };
         let now = self.leaf.edges.now();
         if now < *self.waits_since.get_or_insert(now) + WAITS_LONG {
             return;
         }
-        let Attempt { vm, peer, id, .. } = &self.leaf.attempt;
-        let minutes = self.limits().cut_limit.as_secs().div_ceil(60);
-        let notice = format!(
-            "{vm} stands still: site {peer} has given it away, and its last bytes have not come. They come when the link is \
-             back; after {minutes} minutes without a link, or with `longhaul abort {id}` here, the machine is refused, and \
-             goes on at site {peer} when that hears of it"
-        );
+        let notice = format!("{vm} stands still: {}", self.explain(waits_for));
         if !self.leaf.viewer.current().notices.contains(&notice) {
-            tracing::warn!(%vm, %peer, "machine was given away and stands still, waiting for its last bytes");
+            let peer = &self.leaf.attempt.peer;
+            tracing::warn!(%vm, %peer, ?waits_for, "machine stands still between the sites");
             self.leaf.viewer.notice_once(notice);
+        }
+    }
+
+    fn explain(&self, waits_for: WaitsFor) -> String {
+        let Attempt { vm, peer, id, .. } = &self.leaf.attempt;
+        match waits_for {
+            WaitsFor::Rest => {
+                let minutes = self.limits().cut_limit.as_secs().div_ceil(60);
+                format!(
+                    "site {peer} has given it away, and its last bytes have not come. They come when the link is back, unless \
+                     the gateway of site {peer} was started anew: then that asks for its machine. After {minutes} minutes without \
+                     a link, or with `longhaul abort {id}` here, it is refused, and goes on at site {peer} when that hears of it"
+                )
+            }
+            WaitsFor::Word => format!(
+                "it is all here, and site {peer} has not said yet that it may run. It is asked again and again; look at site \
+                 {peer}, and at `longhaul journal {vm}`. If that site is gone for good, `longhaul resolve {vm}` decides"
+            ),
+            WaitsFor::Register => format!(
+                "it is all here, and the arbiter's register has not said yet whose it is. It is asked again and again; \
+                 `longhaul journal {vm}` says how it stands"
+            ),
         }
     }
 

@@ -346,7 +346,9 @@ impl SourceDriver {
     /// Tells the operator of a guest that stands still for the other site's word, or the register's, and goes on doing so.
     fn alarm(&mut self, machine: &Source) {
         if machine.stage() != Stage::Commitment || machine.aborting().is_some() {
-            self.waits_since = None;
+            if self.waits_since.take().is_some() {
+                self.leaf.viewer.take_notices_back(&format!("{} stands still", self.leaf.attempt.vm));
+            }
             return;
         }
         let now = self.leaf.edges.now();

@@ -111,6 +111,11 @@ impl Viewer {
         });
     }
 
+    /// What begins so does not hold any more.
+    pub fn take_notices_back(&self, beginning: &str) {
+        self.change(|view| view.notices.retain(|notice| !notice.starts_with(beginning)));
+    }
+
     /// It is being undone, for this reason.
     pub fn reason(&self, reason: String) {
         self.change(|view| view.reason = Some(reason));

@@ -96,6 +96,17 @@ pub enum Action {
     Discard,
 }
 
+/// What a machine stands still for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// The source has given it away behind its last byte, and that is not here yet.
+    Rest,
+    /// It is here, and the source has not said whether it may run.
+    Word,
+    /// It is here, and the arbiter's register has not said whose it is.
+    Register,
+}
+
 /// How it ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -251,9 +262,21 @@ impl Destination {
         matches!(self.state, State::Settling | State::Done(Outcome::Active))
     }
 
-    /// The source has given the machine away behind its last byte, and that is not here yet.
-    pub fn lacks_the_rest(&self) -> bool {
-        matches!(self.state, State::Receiving { early: Some(_) })
+    /// What a machine waits for that may have been given to this side.
+    pub fn waits_for(&self) -> Option<WaitsFor> {
+        match self.state {
+            State::Receiving { early: Some(_) } => Some(WaitsFor::Rest),
+            State::Loaded => Some(WaitsFor::Word),
+            State::Claiming { .. } => Some(WaitsFor::Register),
+            State::Preparing
+            | State::Receiving { early: None }
+            | State::Owned { .. }
+            | State::Activating { .. }
+            | State::Settling
+            | State::Refusing { .. }
+            | State::HandingBack { .. }
+            | State::Done(_) => None,
+        }
     }
 
     /// The stage for people.
