@@ -83,8 +83,9 @@ pub enum CannotResolve {
     /// It was given to the peer; giving it again decides nothing.
     #[error(
         "{vm} is site {peer}'s already: nothing starts it here; it is released when site {peer} says that it runs. If \
-         site {peer} can be reached, runs it (its QEMU reads `running` or `paused`, not `inmigrate`) and has forgotten that it \
-         came (its journal was restored from a backup), say the same again once the link is up"
+         site {peer} can be reached, runs it (its QEMU reads `running`; `paused` says so only of a machine that its user had paused before the \
+         move, for one that never ran there may read so too) and has forgotten that it came (its journal was restored from a \
+         backup), say the same again once the link is up"
     )]
     TheirsAlready {
         /// The machine.
