@@ -3,6 +3,8 @@
 //! Every number has an upper limit too: it is what keeps a slip of the pen from becoming a size or a time that
 //! nothing on this host can have. Nothing here looks at the host.
 
+use std::path::Path;
+
 use longhaul_core::machine::{KernelName, LanName};
 use longhaul_core::tunnel::handover::Prefix;
 
@@ -37,6 +39,14 @@ impl Config {
         expect(self.storage.pool.is_absolute(), "storage.pool", "a path that begins with '/'")?;
         let templates = self.storage.templates.as_ref().is_none_or(|folder| folder.is_absolute());
         expect(templates, "storage.templates", "a path that begins with '/'")?;
+        let pool = &self.storage.pool;
+        let apart = |folder: &Path| !folder.starts_with(pool) && !pool.starts_with(folder);
+        let apart = self.storage.templates.as_deref().is_none_or(apart);
+        expect(
+            apart,
+            "storage.templates",
+            "a folder apart from storage.pool: peers are told of what is in it",
+        )?;
         within(site.journal_free_mib, 0, MAX_MIB, "site.journal_free_mib")?;
         within(site.descriptors_free, 0, MAX_DESCRIPTORS, "site.descriptors_free")?;
         within(self.storage.keep_free_gib, 0, MAX_GIB, "storage.keep_free_gib")?;
@@ -275,6 +285,8 @@ mod tests {
     fn a_folder_of_templates_has_a_full_path_and_its_templates_have_names() {
         let message = error("storage", "templates = \"templates\"");
         assert!(message.starts_with("t.toml:5: storage.templates: "), "{message}");
+        let message = error("storage", "templates = \"/p/templates\"");
+        assert!(message.contains("apart from storage.pool"), "{message}");
         let message = error("[peer]", "templates = [\"../debian\"]");
         assert!(message.starts_with("t.toml:5: peer.b.templates: "), "{message}");
     }
