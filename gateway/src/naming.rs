@@ -37,6 +37,9 @@ pub trait NamedDisk: Send + Sync + 'static {
     /// Waits until so many of the disk's records are applied.
     fn applied(&mut self, records: u64) -> impl Future<Output = io::Result<()>> + Send;
 
+    /// Its size in bytes.
+    fn size_bytes(&self) -> u64;
+
     /// Reads `len` bytes at `offset`.
     fn read(&self, offset: u64, len: u32) -> impl Future<Output = io::Result<Bytes>> + Send;
 }
@@ -47,6 +50,10 @@ pub enum NoDisk {}
 
 impl NamedDisk for NoDisk {
     async fn applied(&mut self, _records: u64) -> io::Result<()> {
+        match *self {}
+    }
+
+    fn size_bytes(&self) -> u64 {
         match *self {}
     }
 

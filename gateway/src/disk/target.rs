@@ -162,6 +162,10 @@ impl NamedDisk for WrittenDisk {
         applied.map(drop).map_err(|_| io::Error::other(DiskTargetError::Ended))
     }
 
+    fn size_bytes(&self) -> u64 {
+        self.disk.size()
+    }
+
     async fn read(&self, offset: u64, len: u32) -> io::Result<Bytes> {
         self.disk.read(offset, len).await.map_err(io::Error::other)
     }

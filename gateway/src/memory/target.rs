@@ -338,7 +338,12 @@ async fn find<D: NamedDisk>(disks: &[D], places: &[Place]) -> Result<Vec<bytes::
 async fn read_run<D: NamedDisk>(disks: &[D], first: Place, pages: usize) -> Result<bytes::Bytes, MemoryEnd> {
     let failed = |source| MemoryEnd::Disk { disk: first.disk, source };
     let disk = disks.get(usize::from(first.disk)).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-    let read = disk.read(u64::from(first.part) * PAGE_BYTES as u64, (pages * PAGE_BYTES) as u32).await;
+    let (offset, len) = (u64::from(first.part) * PAGE_BYTES as u64, (pages * PAGE_BYTES) as u32);
+    if offset + u64::from(len) > disk.size_bytes() {
+        // Not the disk's fault: what came is damaged.
+        return Err(MemoryEnd::Mismatch(DecodeError::NotFound));
+    }
+    let read = disk.read(offset, len).await;
     read.map_err(failed)
 }
 
