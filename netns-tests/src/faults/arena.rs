@@ -63,6 +63,8 @@ impl Arena {
             dirty_disk_kib_per_s: 64,
             ttl_s: 3,
             quiet_s: 1,
+            // A guest that was cut off for a minute says its last word up to two minutes later.
+            closing_s: 150,
             arbiter: setting.arbiter,
             dns: if by_name { DnsServer::Bind9 } else { DnsServer::Hickory },
             // A case ends with its attempt.

@@ -23,9 +23,6 @@ use crate::topology::{BRIDGE, SiteSpec};
 /// The gateways' UDP port.
 pub const PORT: u16 = 4789;
 
-/// How long a connection that one end has closed counts: four minutes by default, which are proved in virtual time.
-const CLOSING_S: u64 = 20;
-
 /// The number of the first care-of address on a site's LAN.
 pub const CARE_OF: u8 = 200;
 
@@ -90,12 +87,13 @@ impl SiteFiles {
              [storage]\npool = \"{folder}/disks\"\nkeep_free_gib = 0\n{templates}\
              [hypervisor]\nuid_base = 200000\n\
              [kernel.lab]\nimage = \"{kernel}\"\ninitrd = \"{initrd}\"\n\
-             [tunnel]\nquiet_s = {quiet_s}\nclosing_s = {CLOSING_S}\n{tunnel}\n",
+             [tunnel]\nquiet_s = {quiet_s}\nclosing_s = {closing_s}\n{tunnel}\n",
             name = self.spec.name,
             host = self.spec.host_address(),
             kernel = image.kernel.display(),
             initrd = image.initrd.display(),
             quiet_s = options.quiet_s,
+            closing_s = options.closing_s,
             link = options.link.join("\n"),
             tunnel = options.tunnel.join("\n"),
         );

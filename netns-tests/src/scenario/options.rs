@@ -38,6 +38,8 @@ pub struct SceneOptions {
     pub migration: Vec<String>,
     /// How long nobody may have opened a connection to the home address before the tunnel ends.
     pub quiet_s: u64,
+    /// How long a connection that one end has closed counts: four minutes by default, which are proved in virtual time.
+    pub closing_s: u64,
     /// Size of the file whose blocks the guest rewrites.
     pub dirt_bytes: u64,
     /// A third site, c.
@@ -93,6 +95,7 @@ impl Default for SceneOptions {
             ttl_s: 20,
             migration: Vec::new(),
             quiet_s: 3,
+            closing_s: 20,
             dirt_bytes: 64 << 20,
             third_site: false,
             dual_stack: false,
