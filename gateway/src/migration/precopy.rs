@@ -565,7 +565,7 @@ fn names_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Names(Refusal::text(chain(&error)))
 }
 
-pub(super) fn link_failed(error: impl std::error::Error) -> Refusal {
+fn link_failed(error: impl std::error::Error) -> Refusal {
     Refusal::Link(Refusal::text(chain(&error)))
 }
 
