@@ -173,7 +173,9 @@ impl Daemon {
             return Err(RequestError::Conflict(format!("Migration {id} is over")));
         };
         let view = running.viewer.current();
-        if view.to == *self.edges.site() && view.stage >= Stage::Commitment {
+        // One that is being undone already is what is asked for.
+        let may_be_given = view.stage >= Stage::Commitment && view.reason.is_none();
+        if view.to == *self.edges.site() && may_be_given {
             return Err(RequestError::Conflict(format!(
                 "Machine {} is loaded here, and site {} may have given it away; abort at that site, or see `longhaul resolve --help`",
                 view.vm, view.from
@@ -294,5 +296,36 @@ async fn run_state(look: &Look) -> String {
         Ok(state) => state.to_string(),
         Err(QmpError::Timeout { .. }) => "no answer".to_owned(),
         Err(_) => "gone".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use longhaul_core::ids::Epoch;
+    use longhaul_core::migration::{Attempt, CommitMode};
+    use tokio::sync::{mpsc, watch};
+
+    use super::*;
+    use crate::migration::view::Viewer;
+    use crate::test_site::TestSite;
+
+    #[tokio::test]
+    async fn what_may_have_been_given_to_this_site_is_not_aborted_here_unless_it_is_refused_already() {
+        let (site, _peer) = TestSite::pair().await;
+        let mut daemon = Daemon::idle(site.edges.clone());
+        let (id, peer) = (MigrationId(1), "b".parse().unwrap());
+        let vm = "web1".parse().unwrap();
+        let attempt = Attempt { id, vm, peer, epoch: Epoch(1), commit: CommitMode::Pipelined };
+        let viewer = Viewer::new(&attempt, &attempt.peer, daemon.edges.site());
+        let (inbox, mut heard) = mpsc::channel(4);
+        daemon.spawn(attempt, inbox, viewer.clone(), watch::channel(None).1, std::future::pending());
+        viewer.enter(Stage::PreCopy);
+        daemon.abort(id).await.unwrap();
+        assert!(matches!(heard.try_recv(), Ok(Inbound::Abort)));
+        viewer.enter(Stage::Commitment);
+        assert!(matches!(daemon.abort(id).await, Err(RequestError::Conflict(_))));
+        assert!(heard.try_recv().is_err());
+        viewer.reason("QEMU died".into());
+        daemon.abort(id).await.unwrap();
     }
 }

@@ -129,7 +129,7 @@ impl DestinationDriver {
             for action in self.leaf.edges.journal.commit(&self.leaf.attempt, step).await? {
                 self.perform(action).await;
             }
-            self.leaf.viewer.enter(machine.stage());
+            self.show(&machine);
             self.alarm(&machine);
             if machine.is_settled_here() {
                 // The register may still have to be told; for the operator it is over.
@@ -196,6 +196,13 @@ impl DestinationDriver {
                 let reservation = self.reservation.clone();
                 self.work.hand_on(move |held, _stop| discard::run(leaf, proposal, reservation, held));
             }
+        }
+    }
+
+    fn show(&self, machine: &Destination) {
+        match machine.refusing() {
+            Some(why) => self.leaf.viewer.reason(why.to_string()),
+            None => self.leaf.viewer.enter(machine.stage()),
         }
     }
 

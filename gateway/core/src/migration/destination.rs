@@ -279,6 +279,23 @@ impl Destination {
         }
     }
 
+    /// Why it is being refused, if it is.
+    pub fn refusing(&self) -> Option<&Refusal> {
+        match &self.state {
+            State::Refusing { why }
+            | State::HandingBack { why, .. }
+            | State::Done(Outcome::Refused(why)) => Some(why),
+            State::Preparing
+            | State::Receiving { .. }
+            | State::Loaded
+            | State::Claiming { .. }
+            | State::Owned { .. }
+            | State::Activating { .. }
+            | State::Settling
+            | State::Done(Outcome::Active) => None,
+        }
+    }
+
     /// The stage for people.
     pub fn stage(&self) -> Stage {
         match &self.state {
