@@ -69,8 +69,18 @@ impl OnItsWay {
     /// Bytes queued or sent that the consumer at the other site has not taken.
     pub fn bytes(&self) -> u64 {
         // In this order: what is acknowledged was queued before.
-        let acknowledged = self.acknowledged.borrow().bytes;
-        self.queued_bytes.load(Ordering::Acquire).saturating_sub(acknowledged)
+        let taken = self.taken_bytes();
+        self.queued_bytes().saturating_sub(taken)
+    }
+
+    /// Bytes queued since the channel began.
+    pub fn queued_bytes(&self) -> u64 {
+        self.queued_bytes.load(Ordering::Acquire)
+    }
+
+    /// Those of them that the consumer at the other site has taken.
+    pub fn taken_bytes(&self) -> u64 {
+        self.acknowledged.borrow().bytes
     }
 
     /// Waits until some of it is taken. Cancel-safe.

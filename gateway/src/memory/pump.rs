@@ -47,6 +47,8 @@ pub(super) struct Pump<S> {
     held: Vec<(Bytes, Overwriting)>,
     mode: watch::Receiver<SourceMode>,
     progress: watch::Sender<SourceProgress>,
+    /// Bytes of the stream, as they come.
+    taken: watch::Sender<Bytes>,
     meter: Meter,
     began: Instant,
     /// When the oldest and the newest byte came that a flush would send.
@@ -61,10 +63,10 @@ impl<S: ChunkSend> Pump<S> {
         source: MemorySource,
         channel: S,
         mut mode: watch::Receiver<SourceMode>,
-        progress: watch::Sender<SourceProgress>,
+        seen: (watch::Sender<SourceProgress>, watch::Sender<Bytes>),
         end: oneshot::Sender<Told>,
     ) {
-        let (ended, kept) = match Self::accept(source, channel, &mut mode, progress).await {
+        let (ended, kept) = match Self::accept(source, channel, &mut mode, seen).await {
             Ok(mut pump) => {
                 let ended = pump.pump().await;
                 pump.publish();
@@ -90,7 +92,7 @@ impl<S: ChunkSend> Pump<S> {
         source: MemorySource,
         channel: S,
         mode: &mut watch::Receiver<SourceMode>,
-        progress: watch::Sender<SourceProgress>,
+        (progress, taken): (watch::Sender<SourceProgress>, watch::Sender<Bytes>),
     ) -> Result<Self, SourceError> {
         let MemorySource { listener, path, config, base, named_by } = source;
         let stream = tokio::select! {
@@ -127,6 +129,7 @@ impl<S: ChunkSend> Pump<S> {
             held: Vec::new(),
             mode: mode.clone(),
             progress,
+            taken,
             meter: Meter::default(),
             began: Instant::now(),
             gathered: None,
@@ -206,6 +209,7 @@ impl<S: ChunkSend> Pump<S> {
     fn take_buffer(&mut self) {
         self.seen.while_packing(|| self.encoder.handle_bytes(&self.buffer));
         self.buffer.clear();
+        self.taken.send_replace(self.taken());
         self.collect();
         self.meter.observe(self.began.elapsed(), &self.encoder.counters(), self.encoder.phase());
     }

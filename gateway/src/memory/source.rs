@@ -148,9 +148,16 @@ impl MemorySource {
     pub fn start<S: ChunkSend>(self, channel: S) -> SourceHandle {
         let (mode, mode_seen) = watch::channel(SourceMode::Streaming);
         let (progress, progress_seen) = watch::channel(SourceProgress::new());
+        let (taken, taken_seen) = watch::channel(Bytes(0));
         let (end, ended) = oneshot::channel();
-        tokio::spawn(Pump::run(self, channel, mode_seen, progress, end));
-        SourceHandle { mode, progress: progress_seen, ended: Some(ended), remembered: None }
+        tokio::spawn(Pump::run(self, channel, mode_seen, (progress, taken), end));
+        SourceHandle {
+            mode,
+            progress: progress_seen,
+            taken: taken_seen,
+            ended: Some(ended),
+            remembered: None,
+        }
     }
 }
 
@@ -169,6 +176,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 pub struct SourceHandle {
     mode: watch::Sender<SourceMode>,
     progress: watch::Receiver<SourceProgress>,
+    taken: watch::Receiver<Bytes>,
     ended: Option<oneshot::Receiver<Result<(StreamEnd, Remembered), SourceError>>>,
     remembered: Option<Remembered>,
 }
@@ -183,6 +191,16 @@ impl SourceHandle {
     /// Where the transfer stands, renewed every 100 ms and at the end.
     pub fn progress(&self) -> watch::Receiver<SourceProgress> {
         self.progress.clone()
+    }
+
+    /// Waits until QEMU has written something more than when this was called, or is done.
+    pub fn goes_on(&self) -> impl Future<Output = ()> + use<> {
+        let mut taken = self.taken.clone();
+        taken.mark_unchanged();
+        async move {
+            // A pump that has ended reads nothing more.
+            let _ = taken.changed().await;
+        }
     }
 
     /// Waits until QEMU has closed its side and all of it, the proof included, was handed to the channel.

@@ -2,6 +2,9 @@
 //! memory named a moment before the pause: their barrier waits until those names were read. A machine that is given away
 //! behind its last byte waits until that byte has left: what is behind the Commit is what the path holds, not what waits here.
 //!
+//! QEMU keeps to the rate it was given by sleeping to the end of each tenth of a second. It is told that it may write as it likes
+//! before anything is held, and the guest runs until it wakes: what it slept in the pause would be the pause.
+//!
 //! Order matters: packets are held before the guest stops, and QEMU reads those that came before, so that none is lost; the memory
 //! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the
 //! source's disks are still active; `Parked` is said only when QEMU itself says that it has stopped
@@ -11,6 +14,7 @@ use std::time::Duration;
 
 use futures_util::future::select_all;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use longhaul_core::bulk::Channel;
 use longhaul_core::migration::CommitMode;
@@ -25,12 +29,14 @@ use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::config::CongestionChoice;
 use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
 use crate::link::OnItsWay;
-use crate::memory::SourceMode;
+use crate::memory::{SourceHandle, SourceMode};
 use crate::migration::stay::holds;
 use crate::tunnel::wait_until_read;
 
 /// QEMU finishes what it has locally: no network is involved, so this is generous.
 const QEMU_LIMIT: Duration = Duration::from_secs(30);
+/// A QEMU that has written what it may sleeps no longer (`BUFFER_DELAY`, migration/migration.c).
+const QEMU_SLEEPS: Duration = Duration::from_millis(100);
 /// So much may be behind a Commit on any path, in bytes: a chunk is acknowledged as a whole, and on a slow path one that has left
 /// would be waited for until it is there.
 const LEAST_BEHIND_BYTES: u64 = 128 << 10;
@@ -74,15 +80,14 @@ async fn park(
     let tunnel = &leaf.edges.tunnel;
     let holds = holds(&leaf.edges, row, &leaf.attempt.peer)?;
     let taps: Vec<String> = holds.iter().map(|hold| hold.port.clone()).collect();
-    for hold in holds {
-        tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
-    }
     let Some(memory) = &mut transfer.memory else {
         return Err(Refusal::Other("Memory was not started".into()));
     };
+    wake(guest, memory).await?;
+    for hold in holds {
+        tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
+    }
     memory.set_mode(SourceMode::Absorb);
-    // Before the pause: a QEMU that has written what it may now sleeps for up to a tenth of a second.
-    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
     if guest.status().await.is_ok_and(|state| state == RunState::Running) {
         read_out(leaf, &taps).await;
     }
@@ -90,9 +95,11 @@ async fn park(
     let mut events = guest.events();
     guest.stop().await.map_err(hypervisor_failed)?;
     leaf.viewer.paused_for(stopped_for(&mut events).await);
+    tracing::debug!(vm = %leaf.attempt.vm, "the guest has stopped");
     unlimit(leaf).await;
     let waiting = |status: &MigrationStatus| *status == MigrationStatus::PreSwitchover;
     expect(guest, waiting, MigrationStatus::PreSwitchover).await?;
+    tracing::debug!(vm = %leaf.attempt.vm, "memory is at its last part");
     for (name, disk) in &mut transfer.disks {
         guest.mirror_finish(name, QEMU_LIMIT).await.map_err(hypervisor_failed)?;
         let barrier = disk.finish().await.map_err(disk_failed)?;
@@ -110,6 +117,15 @@ async fn park(
     let (handover, ()) = tokio::join!(handover(leaf, row), on_its_way);
     tracing::info!(vm = %leaf.attempt.vm, bytes = end.bytes.0, "parked");
     handover
+}
+
+/// Lets QEMU write as it likes, and waits until it does. One that is kept waiting by a slow link writes nothing meanwhile.
+async fn wake(guest: &Guest, memory: &SourceHandle) -> Result<(), Refusal> {
+    let goes_on = memory.goes_on();
+    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
+    // By then it is awake, or waits for the link.
+    let _ = timeout(QEMU_SLEEPS, goes_on).await;
+    Ok(())
 }
 
 /// Pipelined, waits until no more is unacknowledged than the path holds. A link that is down lets nothing leave: the pause's
@@ -158,7 +174,7 @@ async fn read_out(leaf: &SourceLeaf, taps: &[String]) {
 /// How long the guest has stood still, by QEMU's own event: that comes before its answer to `stop`, and a busy
 /// host may need a while for either. Does not wait: an event that was lost counts from now.
 async fn stopped_for(events: &mut Events) -> Duration {
-    while let Ok(Ok(event)) = tokio::time::timeout(Duration::ZERO, events.next()).await {
+    while let Ok(Ok(event)) = timeout(Duration::ZERO, events.next()).await {
         if event.name == "STOP" {
             return age(event.at);
         }

@@ -21,6 +21,7 @@ use longhaul_core::disk::TargetDisk;
 use longhaul_core::ids::DeviceName;
 use longhaul_core::migration::convergence::{Progress, disks_in_step, writing_rate};
 use longhaul_core::migration::disk_pace::DiskPace;
+use longhaul_core::migration::lag::Lag;
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::migration::source::Event;
 use longhaul_core::units::{Bytes, Rate};
@@ -160,7 +161,7 @@ async fn copy(
     let memory_total = row.definition.memory().0;
     let mut ticks = tokio::time::interval(LOOK);
     let mut steps = MigrationSteps::new(guest.events());
-    let mut looks: u32 = 0;
+    let (mut looks, mut lags): (u32, Vec<Lag>) = (0, Vec::new());
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -198,6 +199,7 @@ async fn copy(
             reduction_permille: 1000,
             disks_in_step,
             rtt: peer.stats().rtt,
+            waited: longest_wait(&mut lags, &transfer.on_its_way, began.elapsed()),
             ..Progress::default()
         };
         if let Some((pump, info)) = &memory {
@@ -214,6 +216,17 @@ async fn copy(
         show(leaf, &progress, &disks, memory_total);
         leaf.report(Event::Progress(progress)).await;
     }
+}
+
+/// How long the oldest waits that the other side has not taken, of all channels.
+fn longest_wait(lags: &mut Vec<Lag>, channels: &[OnItsWay], now: Duration) -> Duration {
+    lags.resize_with(channels.len(), Lag::default);
+    let waits = channels.iter().zip(lags).map(|(channel, lag)| {
+        // In this order: what is taken was queued before.
+        let taken = channel.taken_bytes();
+        lag.look(now, Bytes(channel.queued_bytes()), Bytes(taken))
+    });
+    waits.max().unwrap_or_default()
 }
 
 /// What pump and QEMU say of memory. It waits while the disks are out of step: if it came to its end before them, QEMU would

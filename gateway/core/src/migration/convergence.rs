@@ -34,6 +34,8 @@ pub struct Progress {
     pub disks_in_step: bool,
     /// Round-trip time of the link.
     pub rtt: Duration,
+    /// How long the oldest of `unacknowledged` has waited ([`super::lag`]).
+    pub waited: Duration,
 }
 
 /// What the operator asked for.
@@ -109,7 +111,8 @@ const LOOK_AND_A_HALF: Duration = Duration::from_millis(150);
 const MOST_OF_LINK: u64 = 16;
 /// Less would make the end of each round long.
 const LEAST_OF_LINK: u64 = 32;
-/// Disks in step are behind by less than this, a round trip aside.
+/// Disks in step are behind by less than this, a round trip aside, and a destination by no more than this, the link's own time
+/// aside.
 const IN_STEP: Duration = Duration::from_millis(100);
 /// Whatever the link carries: a few chunks wait at any time (84 ms at 100 Mbit/s).
 const IN_STEP_BYTES: Bytes = Bytes(1 << 20);
@@ -125,7 +128,13 @@ impl Progress {
         let memory = self.memory_remaining.0.saturating_add(dirtied.0);
         let memory = memory.saturating_mul(u64::from(self.reduction_permille)) / 1000;
         let rest = Bytes(memory + self.unacknowledged.0 + DEVICE_STATE);
-        Some(self.goodput.time_for(rest)? + self.rtt * ways / 2)
+        Some(self.goodput.time_for(rest)?.max(self.behind()) + self.rtt * ways / 2)
+    }
+
+    /// How long what was sent waits for the destination, beyond what the link takes for it.
+    pub fn behind(&self) -> Duration {
+        let link = self.goodput.time_for(self.unacknowledged).unwrap_or_default() + self.rtt;
+        self.waited.saturating_sub(link)
     }
 }
 
@@ -141,7 +150,8 @@ impl Convergence {
         };
         // They are paid whatever is copied: not for another round to win back.
         let budgeted = budget.target.saturating_add(progress.rtt * budget.ways / 2);
-        if pause <= budgeted {
+        // What a destination has to catch up with is paid in the pause, or while the guest runs.
+        if pause <= budgeted && progress.behind() <= IN_STEP {
             return Decision::Stop(pause);
         }
         self.enter_round(progress.round);
@@ -212,6 +222,25 @@ mod tests {
         let mut convergence = Convergence::default();
         let decision = convergence.decide(&long_ago, &PauseBudget::default());
         assert_eq!(decision, Decision::Continue);
+    }
+
+    #[test]
+    fn a_destination_that_is_behind_catches_up_while_the_guest_runs_but_is_not_waited_for_without_end() {
+        let budget = PauseBudget::default();
+        let waits = |ms| Progress { waited: Duration::from_millis(ms), ..progress(2, 4096) };
+        let decide = |look: &Progress| Convergence::default().decide(look, &budget);
+        assert!(matches!(decide(&waits(200)), Decision::Stop(_)), "the link's round trip and a look");
+        assert_eq!(decide(&waits(201)), Decision::Continue);
+        let queued = Progress { unacknowledged: Bytes(2_500_000), ..waits(400) };
+        assert!(queued.predicted_pause(1) < Some(Duration::from_millis(300)));
+        assert!(matches!(decide(&queued), Decision::Stop(_)), "what the link itself takes is no lag");
+        assert!(waits(900).predicted_pause(1) > Some(Duration::from_millis(800)));
+        let mut slow = Convergence::default();
+        let stopped = (2..20).find(|round| {
+            let look = Progress { round: *round, ..waits(900) };
+            matches!(slow.decide(&look, &budget), Decision::Stop(_))
+        });
+        assert!(stopped.is_some_and(|round| round > budget.rounds), "{stopped:?}");
     }
 
     #[test]

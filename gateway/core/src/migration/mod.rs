@@ -70,6 +70,7 @@ pub mod convergence;
 pub mod destination;
 pub mod disk_pace;
 pub mod generation;
+pub mod lag;
 pub mod late;
 pub mod ledger;
 pub mod message;

@@ -30,5 +30,6 @@ pub fn converged() -> Progress {
         round: 3,
         disks_in_step: true,
         rtt: Duration::from_millis(100),
+        waited: Duration::from_millis(100),
     }
 }
