@@ -269,3 +269,52 @@ async fn a_connection_that_a_forged_reset_concerns_goes_on_when_the_guest_speaks
     guest.read_exact(&mut heard).unwrap();
     assert_eq!(&heard, b"after");
 }
+
+/// A connection from this port.
+fn dial_from(port: u16, to: SocketAddr) -> std::net::TcpStream {
+    use socket2::{Domain, Socket, Type};
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&SocketAddr::from(([0, 0, 0, 0], port)).into()).unwrap();
+    socket.connect_timeout(&to.into(), Duration::from_secs(10)).unwrap();
+    let stream = std::net::TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_dials_the_other_address_from_a_port_that_it_has_used_while_the_machine_was_away() {
+    const FROM: u16 = 40_001;
+    let lab = lab_or_skip!();
+    serve_echo(&lab, "vm");
+    // A firewall that knows connections, as hosts have: it tracks what is attracted.
+    lab.script("x ga nft 'add table inet fw; add chain inet fw in { type filter hook input priority 0; }; add rule inet fw in ct state established accept'");
+    let sites = carrying(&lab).await;
+    let a = &sites.a.tunnel;
+    a.carry_undo(key()).await.unwrap();
+    a.hold_begin(hold_request()).await.unwrap();
+    let by_home = lab.within("c", || dial_from(FROM, server(HOME)));
+    let tracked = || lab.script("x ga cat /proc/net/nf_conntrack").contains(&format!("sport={FROM}"));
+    let begun = Instant::now();
+    while !tracked() {
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "{}",
+            lab.script("x ga cat /proc/net/nf_conntrack")
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    a.hold_undo(hold_request()).await.unwrap();
+    let mut open = by_home.join().unwrap();
+    exchange(&mut open, 100);
+    drop(open);
+
+    let brought = [(HOME, CARE_OF, "b"), (HOME_V6, CARE_OF_V6, "b")];
+    a.carry(carry_request(key(), "tapa", &brought), Vec::new()).await.unwrap();
+    assert!(tracked(), "what stands in its way is there");
+    let by_visit = lab.within("c", || {
+        let mut open = dial_from(FROM, server(CARE_OF));
+        exchange(&mut open, 100);
+    });
+    by_visit.join().expect("answered");
+}

@@ -195,6 +195,8 @@ fn carry_name(config: &TunnelConfig, id: &str) -> String {
     format!("{}_carry_{id}", config.prefix)
 }
 
+/// The bits of a mark that are its zone.
+const ZONES: u32 = 0xffff;
 /// For how long the last words of a connection are turned after the guest has closed it and nobody has answered: a cut of the
 /// link in that moment may last as long.
 const CLOSING_S: u64 = 60;
@@ -271,7 +273,11 @@ fn turn_rules(home: &Home<'_>, rule: &CarriedRule) -> String {
     let key = format!("meta l4proto . {ip} daddr . th dport . th sport");
     let (version, echo) = if rule.addr.is_ipv6() { (6, "icmpv6 type") } else { (4, "icmp type") };
     let fragment = if rule.addr.is_ipv6() { "exthdr frag exists" } else { "ip frag-off & 0x3fff != 0" };
-    let to_host = format!("ether daddr set {} meta pkttype set host accept", mac_text(home.lan_mac));
+    let to_host = format!(
+        "meta mark set {:#x} ether daddr set {} meta pkttype set host accept",
+        rule.mark,
+        mac_text(home.lan_mac)
+    );
     format!(
         "\t\t{ip} saddr {own} {fragment} {ip} daddr @{set}peer{version} {to_host} {comment}\n\
          \t\t{ip} saddr {own} {fragment} {ip} daddr @{set}ping{version} {to_host} {comment}\n\
@@ -282,6 +288,24 @@ fn turn_rules(home: &Home<'_>, rule: &CarriedRule) -> String {
          \t\t{ip} saddr {own} tcp flags & syn == syn {key} @{set}{version} update @{set}{version} {{ {key} timeout {ASKED_S}s }} {comment}\n\
          \t\t{ip} saddr {own} meta l4proto {{ tcp, udp }} {key} @{set}{version} {to_host} {comment}\n\
          \t\t{ip} saddr {own} {echo} echo-reply {ip} daddr @{set}ping{version} {to_host} {comment}\n",
+    )
+}
+
+/// Each carried address has a conntrack zone of its own, both ways. A client may use one port towards it and towards the home
+/// address; where this host knows of both, it would change the port of one, which is not the one that was turned.
+fn zone_chain(config: &TunnelConfig, home: &Home<'_>) -> String {
+    let (prefix, tun, lan) = (&config.prefix, &config.device, home.lan);
+    let rules = home.carried.iter().map(|rule| {
+        let (ip, addr, mark, set) = (rule.ip(), rule.addr, rule.mark, rule.set());
+        let zone = mark & ZONES;
+        format!(
+            "\t\tiifname \"{tun}\" {ip} daddr {addr} ct zone set {zone} comment \"{set}\"\n\
+             \t\tiifname \"{lan}\" meta mark {mark:#x} ct zone set {zone} comment \"{set}\"\n",
+        )
+    });
+    let rules: String = rules.collect();
+    format!(
+        "\tchain {prefix}_zone {{\n\t\ttype filter hook prerouting priority raw; policy accept;\n{rules}\t}}\n"
     )
 }
 
@@ -299,6 +323,7 @@ fn translate_table(config: &TunnelConfig, home: &Home<'_>) -> Table {
             config.tcp_flow_timeout.as_secs(),
         );
     }
+    body.push_str(&zone_chain(config, home));
     let _ = write!(
         body,
         "\tchain {prefix}_mark {{\n\t\ttype filter hook prerouting priority mangle; policy accept;\n{}{}\t\tiifname != \"{lan}\" return\n{}",
