@@ -8,7 +8,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
-use longhaul_core::wan::{Effort, Level};
+use longhaul_core::units::{Bytes as Amount, Rate};
+use longhaul_core::wan::{Effort, Level, Seen};
 use tokio::time::Instant;
 
 /// The largest chunk in bytes. Below 1 MiB, so that chunk and header fit one short QUIC stream that
@@ -31,6 +32,11 @@ pub trait ChunkSend: Send + 'static {
 
     /// Bytes queued or sent that the other end has not acknowledged.
     fn unacknowledged(&self) -> u64;
+
+    /// What the path under it is believed to carry, where that is estimated.
+    fn carries(&self) -> Option<Rate> {
+        None
+    }
 }
 
 /// The receiving end of a chunk channel.
@@ -45,6 +51,7 @@ pub trait ChunkRecv: Send + 'static {
 pub struct PackingSeen {
     since: Instant,
     packing: Duration,
+    content: Amount,
     /// The channel was full.
     pub waiting: Duration,
 }
@@ -55,7 +62,8 @@ const JUDGED_EVERY: Duration = Duration::from_millis(100);
 impl PackingSeen {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { since: Instant::now(), packing: Duration::ZERO, waiting: Duration::ZERO }
+        let (packing, content, waiting) = (Duration::ZERO, Amount(0), Duration::ZERO);
+        Self { since: Instant::now(), packing, content, waiting }
     }
 
     /// Does what packs.
@@ -66,13 +74,19 @@ impl PackingSeen {
         packed
     }
 
-    /// The level from now on, if it was long enough since it was asked for.
-    pub fn judge(&mut self, effort: &mut Effort) -> Option<Level> {
+    /// So much was packed, counted before it was.
+    pub fn packed(&mut self, content: Amount) {
+        self.content.0 += content.0;
+    }
+
+    /// The level from now on for a link that carries so much, if it was long enough since it was asked for.
+    pub fn judge(&mut self, effort: &mut Effort, carries: Option<Rate>) -> Option<Level> {
         let interval = self.since.elapsed();
         if interval < JUDGED_EVERY {
             return None;
         }
-        let level = effort.handle_interval(interval, self.packing, self.waiting);
+        let Self { packing, waiting, content, .. } = *self;
+        let level = effort.handle_seen(Seen { time: interval, packing, waiting, content }, carries);
         *self = Self::new();
         Some(level)
     }

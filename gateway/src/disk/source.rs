@@ -21,6 +21,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use longhaul_core::disk::{
     BLOCK, Barrier, Content, MirrorSource, ReadRun, SourceConfig, SourceCounters, SourceError,
 };
+use longhaul_core::units::Bytes as Amount;
 use longhaul_core::wan::{Effort, GivenPlaces, Level};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -269,7 +270,9 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
                 self.absorb_all()?;
             }
             if self.chunk.is_none() {
+                let before = self.mirror.counters().body_bytes;
                 self.chunk = self.seen.while_packing(|| self.mirror.poll_chunk());
+                self.seen.packed(Amount(self.mirror.counters().body_bytes - before));
             }
             self.weigh();
             self.publish();
@@ -302,7 +305,7 @@ impl<C: ChunkSend, M: ChunkRecv> Task<C, M> {
         if !self.mirror.is_level_tried() {
             return;
         }
-        if let Some(level) = self.seen.judge(&mut self.effort) {
+        if let Some(level) = self.seen.judge(&mut self.effort, self.channel.carries()) {
             self.mirror.set_level(level);
         }
     }

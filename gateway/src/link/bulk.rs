@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use longhaul_core::bulk::{Acknowledged, BulkId, SendWindow};
+use longhaul_core::units::Rate;
 use tokio::sync::{mpsc, watch};
 
-use super::handle::{LinkState, PeerHandle};
+use super::handle::LinkState;
 use crate::chunk::{ChunkClosed, ChunkRecv, ChunkSend, MAX_CHUNK};
 
 /// What an end of a channel tells the peer's task.
@@ -46,8 +47,10 @@ pub struct BulkSender {
     window: SendWindow,
     acknowledged: watch::Receiver<Acknowledged>,
     commands: mpsc::UnboundedSender<BulkCommand>,
-    /// The path that no more than a few times its content may wait for, if that is wanted.
+    /// The path, once it is known.
     path: Option<watch::Receiver<LinkState>>,
+    /// No more than a few times what the path holds may wait.
+    short: bool,
     /// Bytes queued since the channel began, for whoever looks on.
     queued_bytes: Arc<AtomicU64>,
 }
@@ -108,7 +111,7 @@ impl BulkSender {
         acknowledged: watch::Receiver<Acknowledged>,
         commands: mpsc::UnboundedSender<BulkCommand>,
     ) -> Self {
-        Self { id, window, acknowledged, commands, path: None, queued_bytes: Arc::default() }
+        Self { id, window, acknowledged, commands, path: None, short: false, queued_bytes: Arc::default() }
     }
 
     /// The channel.
@@ -118,11 +121,19 @@ impl BulkSender {
 
     /// From now on no more waits in it than a few times what the path to `peer` is believed to hold, for data of which what
     /// waits costs time in the end. Where nothing is estimated its window is the only bound.
-    pub fn keep_short(&mut self, peer: &PeerHandle) {
-        self.path = Some(peer.state.clone());
+    pub fn keep_short(&mut self) {
+        self.short = true;
+    }
+
+    pub(super) fn with_path(mut self, path: watch::Receiver<LinkState>) -> Self {
+        self.path = Some(path);
+        self
     }
 
     fn bound_bytes(&self) -> u64 {
+        if !self.short {
+            return u64::MAX;
+        }
         let held = self.path.as_ref().and_then(|path| path.borrow().current.as_ref()?.held(SLACK));
         held.map_or(u64::MAX, |held| held.0.saturating_mul(AHEAD).max(LEAST_AHEAD_BYTES))
     }
@@ -176,6 +187,10 @@ impl ChunkSend for BulkSender {
         let mut window = self.window.clone();
         window.handle_acknowledged(*self.acknowledged.borrow());
         window.unacknowledged_bytes()
+    }
+
+    fn carries(&self) -> Option<Rate> {
+        self.path.as_ref()?.borrow().current.as_ref()?.pace.as_ref()?.bandwidth()
     }
 }
 

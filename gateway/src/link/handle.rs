@@ -196,7 +196,8 @@ impl PeerHandle {
     pub async fn bulk_sender(&self, id: BulkId, window_bytes: u64) -> Result<BulkSender, BulkError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Command::OpenSender { id, window_bytes, reply }).await?;
-        answer.await.map_err(|_closed| BulkError::LinkClosed)?
+        let opened = answer.await.map_err(|_closed| BulkError::LinkClosed)?;
+        opened.map(|sender| sender.with_path(self.state.clone()))
     }
 
     /// Opens the receiving end of a bulk channel. `window_bytes` bounds what is held here and what the

@@ -8,6 +8,7 @@ use std::future::{Future, pending};
 use std::pin::Pin;
 
 use bytes::Bytes;
+use longhaul_core::units::Rate;
 
 use crate::chunk::{ChunkClosed, ChunkSend};
 
@@ -21,6 +22,8 @@ pub(super) struct Outlet<S> {
     waiting_bytes: u64,
     /// What the channel had on its way when the send in flight began, with that chunk.
     before_send_bytes: u64,
+    /// What its path was believed to carry then.
+    carries: Option<Rate>,
 }
 
 impl<S: ChunkSend> Outlet<S> {
@@ -31,6 +34,7 @@ impl<S: ChunkSend> Outlet<S> {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             before_send_bytes: 0,
+            carries: None,
         }
     }
 
@@ -54,6 +58,7 @@ impl<S: ChunkSend> Outlet<S> {
                 continue;
             }
             self.before_send_bytes = channel.unacknowledged() + chunk.len() as u64;
+            self.carries = channel.carries();
             self.sending = Some(Box::pin(async move {
                 let sent = channel.send(chunk).await;
                 (channel, sent)
@@ -79,6 +84,11 @@ impl<S: ChunkSend> Outlet<S> {
     /// No chunk waits behind the one that is being sent.
     pub(super) fn has_room(&self) -> bool {
         self.waiting.is_empty()
+    }
+
+    /// What the path is believed to carry, where that is estimated.
+    pub(super) fn carries(&self) -> Option<Rate> {
+        self.idle.as_ref().map_or(self.carries, ChunkSend::carries)
     }
 
     /// Bytes that wait here or, as far as is known, in the channel.

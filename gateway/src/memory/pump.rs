@@ -216,6 +216,7 @@ impl<S: ChunkSend> Pump<S> {
 
     fn take_question(&mut self, question: Overwriting) {
         match self.encoder.handle_overwriting(question.disk, &question.blocks) {
+        self.seen.packed(Bytes(self.buffer.len() as u64));
             Some(until) => self.held.push((until, question)),
             // A disk that is gone needs no answer.
             None => drop(question.released.send(())),
@@ -329,7 +330,7 @@ impl<S: ChunkSend> Pump<S> {
 
     /// Packs harder from now on, or less hard.
     fn weigh(&mut self) {
-        let Some(level) = self.seen.judge(&mut self.effort) else { return };
+        let Some(level) = self.seen.judge(&mut self.effort, self.outlet.carries()) else { return };
         if level != self.encoder.memory_level() {
             debug!(%level, "Memory is packed at another level");
             self.encoder.set_memory_level(level);

@@ -275,7 +275,7 @@ async fn start_memory(
     let on_the_way = Rate::mbit(config.rate_mbit).bytes_in(peer.stats().rtt).0;
     let window = (on_the_way * 3).clamp(256 << 10, config.window_mib << 20);
     let mut channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
-    channel.keep_short(peer);
+    channel.keep_short();
     transfer.on_its_way.push(channel.on_its_way());
     let path = socket_dir(leaf)?.join("memory.sock");
     remove_stale(&path).map_err(socket_failed)?;

@@ -102,6 +102,11 @@ impl ChunkPacker {
         self.body.len() + record.encoded_len() <= self.max_body && (self.records as usize) < MAX_RECORDS
     }
 
+    /// What the records of the next chunk take before packing, in bytes.
+    pub(super) fn body_bytes(&self) -> u64 {
+        self.body.len() as u64
+    }
+
     /// Appends a record that [`Self::fits`].
     pub(super) fn push(&mut self, record: &Record) {
         record.encode(&mut self.body);

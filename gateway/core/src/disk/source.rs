@@ -127,6 +127,8 @@ pub enum Content {
 pub struct SourceCounters {
     /// Disk content in records already put into chunks, zeros included.
     pub sent_bytes: u64,
+    /// What chunks were made of: records before compression, those of zeros and of what the destination has being short.
+    pub body_bytes: u64,
     /// The chunks themselves, after compression.
     pub chunk_bytes: u64,
     /// Content that the destination had already, and that travelled as its hash.
@@ -397,6 +399,7 @@ impl MirrorSource {
             return None;
         }
         self.counters.records = self.digest.records();
+        self.counters.body_bytes += self.packer.body_bytes();
         let chunk = self.packer.finish(first_number, self.digest.proof());
         self.counters.chunk_bytes += chunk.len() as u64;
         self.counters.level_changes = self.packer.level_changes();

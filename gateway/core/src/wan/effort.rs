@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   the link was waited for, packing took little   --> one level up
-//!   the link waited for the packer                 --> one level down, and none up for a while
+//!   the link waited for the packer                 --> one level down, and none up for a while;
+//!                                                      to none at all only where the link carries more than is packed now
 //! ```
 //!
 //! What else a host does makes it look busy in one moment and idle in the next, and on a disk each change of level costs what
@@ -13,6 +14,8 @@
 
 use std::fmt;
 use std::time::Duration;
+
+use crate::units::{Bytes, Rate};
 
 /// How content is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +67,9 @@ const LIGHT: f64 = 0.25;
 /// The share of the time that the link must have been waited for to be what everything waits for.
 const WAITED: f64 = 0.3;
 
+/// How many times what is packed now a link must carry for it to be worth more not to pack at all.
+const WORTH_MORE: f64 = 1.25;
+
 /// So much is seen before it is judged.
 const JUDGED_OVER: Duration = Duration::from_millis(500);
 /// No step up for so long after a step down; twice as long each time that a step up was taken back, up to the second.
@@ -74,6 +80,7 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Effort {
     level: usize,
+    /// Since it was judged last.
     seen: Seen,
     /// How long there is still no step up, and how long there is none after the next step down.
     rest: Duration,
@@ -83,12 +90,17 @@ pub struct Effort {
     changes: u32,
 }
 
-/// What was seen since it was judged last.
+/// What was seen in a while.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Seen {
-    time: Duration,
-    packing: Duration,
-    waiting: Duration,
+pub struct Seen {
+    /// How long it was.
+    pub time: Duration,
+    /// How long packing took of it.
+    pub packing: Duration,
+    /// For how long the link was full.
+    pub waiting: Duration,
+    /// What was packed, before it was.
+    pub content: Bytes,
 }
 
 impl Default for Effort {
@@ -105,28 +117,32 @@ impl Effort {
         Self { level, ..Self::default() }
     }
 
-    /// What was seen in the last `interval`: how long packing took, and how long the link was full. Gives the level from now
-    /// on. An interval in which nothing was packed says nothing.
-    pub fn handle_interval(&mut self, interval: Duration, packing: Duration, waiting: Duration) -> Level {
-        self.rest = self.rest.saturating_sub(interval);
-        if packing.is_zero() {
+    /// What was seen since the last call, and what the link carries, where that is known. Gives the level from now on. A time
+    /// in which nothing was packed says nothing.
+    pub fn handle_seen(&mut self, seen: Seen, carries: Option<Rate>) -> Level {
+        self.rest = self.rest.saturating_sub(seen.time);
+        if seen.packing.is_zero() {
             return self.level();
         }
-        self.seen.time += interval;
-        self.seen.packing += packing;
-        self.seen.waiting += waiting;
+        self.seen.time += seen.time;
+        self.seen.packing += seen.packing;
+        self.seen.waiting += seen.waiting;
+        self.seen.content.0 += seen.content.0;
         if self.seen.time >= JUDGED_OVER {
             let seen = std::mem::take(&mut self.seen);
-            self.judge(seen);
+            self.judge(seen, carries);
         }
         self.level()
     }
 
-    fn judge(&mut self, seen: Seen) {
+    fn judge(&mut self, seen: Seen, carries: Option<Rate>) {
         let share = |part: Duration| part.as_secs_f64() / seen.time.as_secs_f64();
         let before = self.level;
         if share(seen.packing) > HEAVY && share(seen.waiting) < WAITED {
-            self.level = self.level.saturating_sub(1);
+            let rate = seen.content.0 as f64 / seen.time.as_secs_f64();
+            let gains = carries.is_some_and(|carries| carries.0 as f64 >= WORTH_MORE * rate);
+            let least = LEVELS.iter().position(|level| gains || *level != Level::Stored).unwrap_or(0);
+            self.level = self.level.saturating_sub(1).max(least.min(before));
         } else if share(seen.packing) < LIGHT && share(seen.waiting) >= WAITED && self.rest.is_zero() {
             self.level = (self.level + 1).min(LEVELS.len() - 1);
         }
@@ -174,7 +190,9 @@ mod tests {
         for _ in 0..100 {
             let can = speed / 2f64.powi(steps(last));
             let packing = TICK.mul_f64((link / can).min(1.0));
-            last = effort.handle_interval(TICK, packing, TICK - packing);
+            let content = Bytes((link.min(can) * 1e3) as u64);
+            let seen = Seen { time: TICK, packing, waiting: TICK - packing, content };
+            last = effort.handle_seen(seen, Some(Rate((link * 1e4) as u64)));
         }
         last
     }
@@ -202,7 +220,8 @@ mod tests {
         for tick in 0..600u32 {
             let turn = (TICK * tick).as_millis() / each.as_millis();
             let share = shares[turn as usize % 2];
-            let level = effort.handle_interval(TICK, TICK.mul_f64(share), TICK.mul_f64(0.9 - share));
+            let (packing, waiting) = (TICK.mul_f64(share), TICK.mul_f64(0.9 - share));
+            let level = effort.handle_seen(Seen { time: TICK, packing, waiting, content: Bytes(1) }, None);
             changes += usize::from(level != last);
             last = level;
         }
@@ -229,7 +248,31 @@ mod tests {
     #[test]
     fn an_idle_guest_changes_nothing() {
         let mut effort = Effort::default();
-        assert_eq!(effort.handle_interval(TICK, Duration::ZERO, TICK), LEVELS[FIRST]);
-        assert_eq!(effort.handle_interval(TICK, Duration::ZERO, Duration::ZERO), LEVELS[FIRST]);
+        for waiting in [TICK, Duration::ZERO] {
+            let seen = Seen { time: TICK, waiting, ..Seen::default() };
+            assert_eq!(effort.handle_seen(seen, None), LEVELS[FIRST]);
+        }
+    }
+
+    /// Where a processor ends that is busy with packing so much a second, on a link that carries so much.
+    fn busy(content_a_second: u64, carries: Option<Rate>) -> Level {
+        let mut effort = Effort::default();
+        let content = Bytes(content_a_second / 10);
+        let seen = Seen { time: TICK, packing: TICK, waiting: Duration::ZERO, content };
+        for _ in 0..100 {
+            effort.handle_seen(seen, carries);
+        }
+        effort.level()
+    }
+
+    #[test]
+    fn a_link_that_would_carry_no_more_of_it_unpacked_is_packed_for() {
+        assert_eq!(busy(100_000_000, Some(Rate(120_000_000))), Level::Zstd(-5));
+        assert_eq!(busy(100_000_000, Some(Rate(125_000_000))), Level::Stored);
+        assert_eq!(busy(100_000_000, None), Level::Zstd(-5));
+        let mut stored = Effort::beginning_with(Level::Stored);
+        let seen =
+            Seen { time: JUDGED_OVER, packing: JUDGED_OVER, content: Bytes(1 << 40), ..Seen::default() };
+        assert_eq!(stored.handle_seen(seen, None), Level::Stored, "what is not packed is no reason to begin");
     }
 }

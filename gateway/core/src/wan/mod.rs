@@ -39,7 +39,7 @@ mod proving;
 mod shadow;
 
 pub use decode::{DecodeError, Decoded, StreamDecoder};
-pub use effort::{Effort, Level};
+pub use effort::{Effort, Level, Seen};
 pub use encode::{EncoderConfig, EncoderCounters, StreamEncoder};
 pub use pages::ToldPages;
 pub use places::{DiskPlaces, GivenPlaces, Place};

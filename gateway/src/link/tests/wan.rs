@@ -241,7 +241,7 @@ async fn a_channel_that_is_kept_short_holds_what_a_slower_path_needs_and_fills_i
     let id = bulk_id(1, Channel::Memory);
     let mut receiver = b.peer("a").bulk_receiver(id, 8 << 20).await.unwrap();
     let mut sender = a.peer("b").bulk_sender(id, 8 << 20).await.unwrap();
-    sender.keep_short(&a.peer("b"));
+    sender.keep_short();
     let received = tokio::spawn(async move { while receiver.recv().await.is_some() {} });
     let (mut began, mut longest, chunks, unmeasured) = (Instant::now(), 0, 300, 100);
     for number in 0..chunks {
