@@ -55,7 +55,9 @@ pub(super) fn of_memory(site: &SiteName, disks: &[DeviceName], end: &MemoryEnd) 
         MemoryEnd::Mismatch(_) => Refusal::Verification(text()),
         MemoryEnd::QemuClosed { .. } | MemoryEnd::Unreachable { .. } => Refusal::Hypervisor(text()),
         MemoryEnd::Disk { disk, source } => match disks.get(usize::from(*disk)) {
-            Some(name) => failed(format!("memory: disk {name}, by which pages are named: {source}")),
+            Some(name) => {
+                failed(format!("memory: QEMU does not read disk {name}, by which pages are named: {source}"))
+            }
             None => failed(text()),
         },
         MemoryEnd::Proven(_)
