@@ -51,6 +51,8 @@ pub struct SourceProgress {
     pub wire_rate: Rate,
     /// Bytes of chunks that the other side has not acknowledged; while a send waits, as many as when it began.
     pub backlog: Bytes,
+    /// Pages are named by disks, or were, and not all of those are known to be read.
+    pub names_unread: bool,
 }
 
 impl SourceProgress {
@@ -68,6 +70,7 @@ impl SourceProgress {
             original_rate: Rate(0),
             wire_rate: Rate(0),
             backlog: Bytes(0),
+            names_unread: false,
         }
     }
 }

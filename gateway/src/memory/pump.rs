@@ -141,6 +141,8 @@ impl<S: ChunkSend> Pump<S> {
     async fn pump(&mut self) -> Ended {
         let mut tick = interval(PROGRESS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Whoever set it before QEMU connected is not told of a change.
+        self.switch();
         loop {
             let (full, since) = (!self.outlet.has_room(), Instant::now());
             let event = self.event(&mut tick).await;
@@ -179,14 +181,7 @@ impl<S: ChunkSend> Pump<S> {
     fn apply(&mut self, event: Event) -> Result<(), SourceError> {
         match event {
             Event::Aborted => return Err(SourceError::Aborted),
-            Event::ModeChanged => {
-                let mode = *self.mode.borrow_and_update();
-                debug!(?mode, "Memory source switched");
-                match mode {
-                    SourceMode::Absorb => self.encoder.handle_disks_end(),
-                    SourceMode::Streaming | SourceMode::Held => {}
-                }
-            }
+            Event::ModeChanged => self.switch(),
             Event::Asked(Some(question)) => self.take_question(question),
             Event::Asked(None) => self.let_disks_go(),
             Event::LookAgain => {}
@@ -206,8 +201,22 @@ impl<S: ChunkSend> Pump<S> {
         Ok(())
     }
 
+    fn switch(&mut self) {
+        let mode = *self.mode.borrow_and_update();
+        debug!(?mode, "Memory source switched");
+        match mode {
+            SourceMode::Absorb => {
+                self.encoder.handle_disks_end();
+                self.encoder.shorten_chunks(self.config.chunk_in_pause);
+                self.collect();
+            }
+            SourceMode::Streaming | SourceMode::Held => {}
+        }
+    }
+
     fn take_buffer(&mut self) {
         self.seen.while_packing(|| self.encoder.handle_bytes(&self.buffer));
+        self.seen.packed(Bytes(self.buffer.len() as u64));
         self.buffer.clear();
         self.taken.send_replace(self.taken());
         self.collect();
@@ -216,7 +225,6 @@ impl<S: ChunkSend> Pump<S> {
 
     fn take_question(&mut self, question: Overwriting) {
         match self.encoder.handle_overwriting(question.disk, &question.blocks) {
-        self.seen.packed(Bytes(self.buffer.len() as u64));
             Some(until) => self.held.push((until, question)),
             // A disk that is gone needs no answer.
             None => drop(question.released.send(())),
@@ -343,6 +351,7 @@ impl<S: ChunkSend> Pump<S> {
         let rounds = self.meter.rounds(at, &counters);
         let phase = self.encoder.phase();
         let backlog = Bytes(self.outlet.backlog_bytes());
+        let names_unread = self.questions.is_some();
         self.progress.send_modify(|progress| {
             *progress = SourceProgress {
                 phase,
@@ -357,6 +366,7 @@ impl<S: ChunkSend> Pump<S> {
                 original_rate,
                 wire_rate,
                 backlog,
+                names_unread,
             };
         });
     }

@@ -1,6 +1,6 @@
-//! Stage 3 at the source: the pause. Nothing here waits for a round trip, but for a disk whose last writes hit blocks that
-//! memory named a moment before the pause: their barrier waits until those names were read. A machine that is given away
-//! behind its last byte waits until that byte has left: what is behind the Commit is what the path holds, not what waits here.
+//! Stage 3 at the source: the pause. Nothing here waits for a round trip, but for two things. A disk's barrier waits until names
+//! were read of blocks that its last writes hit. And a machine that is given away behind its last byte waits until that byte has
+//! left, as acknowledgements tell: what is behind the Commit is what the path holds, not what waits here.
 //!
 //! QEMU keeps to the rate it was given by sleeping to the end of each tenth of a second. It is told that it may write as it likes
 //! before anything is held, and the guest runs until it wakes: what it slept in the pause would be the pause.
@@ -27,7 +27,7 @@ use super::precopy::{Transfer, age, disk_failed, memory_failed, show_memory};
 use super::source::SourceLeaf;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::config::CongestionChoice;
-use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
+use crate::hypervisor::{Events, Guest, MigrationStatus, MigrationStep, MigrationSteps, RunState};
 use crate::link::OnItsWay;
 use crate::memory::{SourceHandle, SourceMode};
 use crate::migration::stay::holds;
@@ -37,8 +37,8 @@ use crate::tunnel::wait_until_read;
 const QEMU_LIMIT: Duration = Duration::from_secs(30);
 /// A QEMU that has written what it may sleeps no longer (`BUFFER_DELAY`, migration/migration.c).
 const QEMU_SLEEPS: Duration = Duration::from_millis(100);
-/// So much may be behind a Commit on any path, in bytes: a chunk is acknowledged as a whole, and on a slow path one that has left
-/// would be waited for until it is there.
+/// So much may be behind a Commit on any path, in bytes: a chunk is acknowledged as a whole, and on a slow path the last two that
+/// have left would be waited for until they are there.
 const LEAST_BEHIND_BYTES: u64 = 128 << 10;
 
 /// Parks the machine, unless it is told to stop; the transfer then goes to the next leaf.
@@ -83,7 +83,7 @@ async fn park(
     let Some(memory) = &mut transfer.memory else {
         return Err(Refusal::Other("Memory was not started".into()));
     };
-    wake(guest, memory).await?;
+    wake(leaf, guest, memory).await?;
     for hold in holds {
         tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
     }
@@ -119,12 +119,24 @@ async fn park(
     handover
 }
 
-/// Lets QEMU write as it likes, and waits until it does. One that is kept waiting by a slow link writes nothing meanwhile.
-async fn wake(guest: &Guest, memory: &SourceHandle) -> Result<(), Refusal> {
-    let goes_on = memory.goes_on();
+/// Lets QEMU write as it likes, and waits until it does, or stops the guest by itself. One that is kept waiting by a slow link
+/// does neither.
+async fn wake(leaf: &SourceLeaf, guest: &Guest, memory: &SourceHandle) -> Result<(), Refusal> {
+    let (goes_on, mut steps) = (memory.goes_on(), MigrationSteps::new(guest.events()));
     guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
-    // By then it is awake, or waits for the link.
-    let _ = timeout(QEMU_SLEEPS, goes_on).await;
+    if guest.status().await.is_ok_and(|state| state != RunState::Running) {
+        return Ok(());
+    }
+    let woken = async {
+        tokio::select! {
+            () = goes_on => {}
+            step = steps.next() => match step {
+                MigrationStep::StoppedGuest(at) => leaf.viewer.paused_for(age(at)),
+                MigrationStep::NewRound => {}
+            }
+        }
+    };
+    let _ = timeout(QEMU_SLEEPS, woken).await; // by then it is awake, or waits for the link
     Ok(())
 }
 
@@ -283,7 +295,7 @@ mod tests {
     #[tokio::test]
     async fn a_disk_that_the_other_site_has_done_with_is_on_its_way_no_more_and_of_memory_it_says_why() {
         let (a, b) = TestSite::pair().await;
-        for (channel, limit) in [(Channel::Disk(0), PATIENCE), (Channel::Memory, Duration::from_secs(1))] {
+        for (channel, limit) in [(Channel::Disk(0), PATIENCE), (Channel::Memory, Duration::from_secs(5))] {
             let mut channels = vec![sending(&a, channel).await.on_its_way()];
             drop(receiving(&b, channel).await);
             let leaf = leaf(&a, CommitMode::Pipelined);

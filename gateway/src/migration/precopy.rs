@@ -248,6 +248,7 @@ fn add_memory(progress: &mut Progress, pump: &SourceProgress, info: &MigrationIn
     progress.round = info.dirty_sync_count;
     progress.since_sync = sync.look(info.dirty_sync_count);
     progress.reduction_permille = reduction(pump);
+    progress.names_unread = pump.names_unread;
 }
 
 fn check_memory(info: &MigrationInfo) -> Result<(), Refusal> {

@@ -109,6 +109,46 @@ async fn a_full_channel_slows_qemu_down_and_absorbing_does_not() {
 }
 
 #[tokio::test]
+async fn chunks_are_short_once_qemu_must_not_wait() {
+    let bytes = noise(8 << 20);
+    let mut side = source(prompt(), 64).await;
+    side.handle.set_mode(SourceMode::Absorb);
+    side.qemu.write_all(&bytes).await.expect("all taken");
+    drop(side.qemu);
+    side.handle.ended().await.expect("sent");
+    let mut decoder = StreamDecoder::new(SHADOW_PAGES).expect("zstd starts");
+    let (mut stream, mut ended) = (0, false);
+    while !ended {
+        let chunk = timeout(PATIENCE, side.recv.recv()).await.expect("in time").expect("a chunk");
+        assert!(chunk.len() <= SourceConfig::default().chunk_in_pause, "{} bytes", chunk.len());
+        decoder.handle_chunk(chunk);
+        while let Some(decoded) = decoder.poll_decoded().expect("in order") {
+            match decoded {
+                Decoded::Bytes(bytes) => stream += bytes.len(),
+                Decoded::End(_) => ended = true,
+                Decoded::Disks(_) | Decoded::Wanted(_) => panic!("nothing is named by disks"),
+            }
+        }
+    }
+    assert_eq!(stream, bytes.len());
+}
+
+#[tokio::test]
+async fn a_qemu_that_sleeps_is_seen_to_go_on() {
+    let mut side = source(prompt(), 4).await;
+    side.qemu.write_all(b"not a migration stream").await.expect("taken");
+    assert_eq!(decoded(&mut side.recv, 22).await, b"not a migration stream");
+    let goes_on = side.handle.goes_on();
+    side.qemu.write_all(b", and more").await.expect("taken");
+    timeout(PATIENCE, goes_on).await.expect("what comes before it is waited for counts");
+    let nothing = timeout(Duration::from_millis(50), side.handle.goes_on()).await;
+    assert!(nothing.is_err(), "QEMU writes nothing");
+    let goes_on = side.handle.goes_on();
+    drop(side.qemu);
+    timeout(PATIENCE, goes_on).await.expect("a QEMU that is gone is not waited for");
+}
+
+#[tokio::test]
 async fn a_source_that_holds_sends_what_it_has_read_and_makes_qemu_wait_until_the_guest_stops() {
     let bytes = noise(4 << 20);
     let mut side = source(prompt(), 4).await;

@@ -282,9 +282,9 @@ impl Destination {
     /// Why it is being refused, if it is.
     pub fn refusing(&self) -> Option<&Refusal> {
         match &self.state {
-            State::Refusing { why }
-            | State::HandingBack { why, .. }
-            | State::Done(Outcome::Refused(why)) => Some(why),
+            State::Refusing { why } | State::HandingBack { why, .. } | State::Done(Outcome::Refused(why)) => {
+                Some(why)
+            }
             State::Preparing
             | State::Receiving { .. }
             | State::Loaded

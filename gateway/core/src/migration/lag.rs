@@ -67,7 +67,11 @@ mod tests {
         lag.look(ms(100), Bytes(10), Bytes(0));
         assert_eq!(lag.look(ms(200), Bytes(20), Bytes(5)), ms(100), "a part of it is not all of it");
         assert_eq!(lag.look(ms(300), Bytes(20), Bytes(9)), ms(200));
-        assert_eq!(lag.look(ms(400), Bytes(30), Bytes(10)), ms(200), "what came after it waits for less long");
+        assert_eq!(
+            lag.look(ms(400), Bytes(30), Bytes(10)),
+            ms(200),
+            "what came after it waits for less long"
+        );
     }
 
     #[test]

@@ -30,8 +30,8 @@
 //! makes a permit after `Committed`.
 //!
 //! **Pipelined** the source commits right behind the last byte, so that no round trip is in the pause. The Commit lies at
-//! the destination until the machine is loaded, and then is what it waits for: it activates without saying Loaded. The
-//! argument is the same; what changes is what a cut costs. Behind its Commit a source whose gateway died, which has lost what
+//! the destination until the machine is loaded, and then is what it waits for: it activates without saying Loaded, unless it was
+//! loaded before the Commit came. The argument is the same; what changes is what a cut costs. Behind its Commit a source whose gateway died, which has lost what
 //! was still on its way, whose budget is over, or whose operator wants it back (`source/pipelined.rs`) asks a destination that
 //! says that it still receives to refuse:
 //!

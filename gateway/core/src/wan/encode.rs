@@ -253,6 +253,12 @@ impl StreamEncoder {
         self.places.chunk_closed(self.wire_bytes);
     }
 
+    /// From now on chunks are no longer than this, if they were. What has been gathered leaves before.
+    pub fn shorten_chunks(&mut self, max_chunk: usize) {
+        self.handle_flush();
+        self.config.max_chunk = self.config.max_chunk.min(max_chunk);
+    }
+
     /// The stream is over: sends the rest and the frame that proves it.
     pub fn handle_end(&mut self) -> StreamEnd {
         self.parser.handle_end();

@@ -80,6 +80,31 @@ proptest! {
         prop_assert_eq!(end, Some(sent));
     }
 
+    #[test]
+    fn chunks_are_short_from_the_moment_at_which_they_are_to_be(
+        sample in any_sample(),
+        cuts in vec(any::<(usize, bool)>(), 1..20),
+        at in any::<prop::sample::Index>(),
+        shorter in EncoderConfig::MIN_CHUNK..MAX_CHUNK,
+    ) {
+        let mut encoder = StreamEncoder::new(EncoderConfig::for_chunks_of(MAX_CHUNK)).unwrap();
+        let (parts, mut chunks) = (cut(&sample.bytes, &cuts), Vec::new());
+        let at = at.index(parts.len());
+        for (number, (part, _)) in parts.into_iter().enumerate() {
+            if number == at {
+                encoder.shorten_chunks(shorter);
+                chunks.extend(std::iter::from_fn(|| encoder.poll_chunk()));
+            }
+            encoder.handle_bytes(part);
+            let made: Vec<Bytes> = std::iter::from_fn(|| encoder.poll_chunk()).collect();
+            prop_assert!(number < at || made.iter().all(|chunk| chunk.len() <= shorter));
+            chunks.extend(made);
+        }
+        encoder.handle_end();
+        chunks.extend(std::iter::from_fn(|| encoder.poll_chunk()));
+        prop_assert!(decode(&chunks).unwrap().0 == sample.bytes);
+    }
+
     /// `stores_identical` and `no_page_from_an_unacknowledged_base`: whenever all that was sent has been decoded, both ends
     /// remember the same, whatever was forgotten; and what is decoded rests on nothing later.
     #[test]

@@ -31,5 +31,6 @@ pub fn converged() -> Progress {
         disks_in_step: true,
         rtt: Duration::from_millis(100),
         waited: Duration::from_millis(100),
+        names_unread: false,
     }
 }
