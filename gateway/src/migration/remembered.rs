@@ -25,16 +25,24 @@ impl Edges {
     }
 }
 
-/// Keeps it in place of that of the machine's last move. Beside everything else: a move does not wait for it.
+/// A guest has so long to itself where it runs now: its first moments are when its clients wait for it, and keeping a gigabyte of
+/// pages takes a processor some seconds.
+const FIRST_MOMENTS: Duration = Duration::from_secs(2);
+
+/// Keeps it in place of that of the machine's last move. Beside everything else, and a little later: a move does not wait for it.
 pub(super) fn keep(edges: &Edges, vm: &VmName, remembered: Option<Remembered>) {
     let Some(remembered) = remembered else { return };
     let (path, vm) = (edges.kept_memory(vm), vm.clone());
     let (wanted, most_bytes) = (edges.config.migration.keep_memory, most_bytes(edges));
-    tokio::task::spawn_blocking(move || {
+    let keep = move || {
         let kept = if wanted { kept::write(&path, &remembered, most_bytes) } else { kept::forget(&path) };
         if let Err(error) = kept {
             tracing::info!(%vm, %error, "its memory is not kept; its way back will send all of it");
         }
+    };
+    tokio::spawn(async move {
+        tokio::time::sleep(FIRST_MOMENTS).await;
+        tokio::task::spawn_blocking(keep).await
     });
 }
 
