@@ -97,24 +97,39 @@ impl Stay {
     /// The same for one that comes from another site. What its home still holds for it is held until it is here: an
     /// anchor that ended by itself would take away what is made now.
     pub async fn prepare_arrival(&self, edges: &Edges) -> Result<BTreeMap<DeviceName, String>, Refusal> {
-        if self.is_home(edges) {
-            self.expect_return(edges).await?;
+        if !self.is_home(edges) {
+            return self.prepare(edges).await;
         }
-        self.prepare(edges).await
+        self.expect_return(edges).await?;
+        let taps = self.prepare(edges).await?;
+        self.prepare_carry(edges).await?;
+        Ok(taps)
     }
 
     /// The rules alone, of one that comes from another site: the taps are there, but the tunnel forgot them with the
     /// gateway.
     pub async fn prepare_rules(&self, edges: &Edges) -> Result<(), Refusal> {
-        match self.is_home(edges) {
-            true => self.expect_return(edges).await,
-            false => self.prepare_visits(edges).await,
+        if !self.is_home(edges) {
+            return self.prepare_visits(edges).await;
         }
+        self.expect_return(edges).await?;
+        self.prepare_carry(edges).await
     }
 
     async fn expect_return(&self, edges: &Edges) -> Result<(), Refusal> {
         for nic in &self.definition.nics {
             edges.tunnel.expect_return(self.key(nic), true).await.map_err(tunnel_failed)?;
+        }
+        Ok(())
+    }
+
+    /// The rules for connections of its visits, which would take their time in the pause.
+    async fn prepare_carry(&self, edges: &Edges) -> Result<(), Refusal> {
+        for nic in &self.definition.nics {
+            let carry = self.carry(edges, nic, self.lan(edges, nic)?.bridge.clone());
+            if !carry.carried.is_empty() {
+                edges.tunnel.carry_prepare(carry).await.map_err(tunnel_failed)?;
+            }
         }
         Ok(())
     }

@@ -76,6 +76,7 @@ pub(super) enum Command {
     Retarget { key: PortKey, peer: SiteName, reply: Reply<()> },
     ExpectReturn { key: PortKey, returning: bool, reply: Reply<()> },
     ComeBack { key: PortKey, neighbours: Vec<Neighbour>, reply: Reply<()> },
+    CarryPrepare { request: CarryRequest, reply: Reply<()> },
     Carry { request: CarryRequest, flows: Vec<FlowTuple>, reply: Reply<()> },
     CarryUndo { key: PortKey, reply: Reply<()> },
     ForgetAddress { key: PortKey, address: IpAddr, reply: Reply<()> },
@@ -240,6 +241,9 @@ impl Control {
             }
             Command::ComeBack { key, neighbours, reply } => {
                 drop(reply.send(self.come_back(&key, &neighbours).await));
+            }
+            Command::CarryPrepare { request, reply } => {
+                drop(reply.send(self.carry_prepare(&request).await));
             }
             Command::Carry { request, flows, reply } => {
                 drop(reply.send(self.carry(request, flows).await));

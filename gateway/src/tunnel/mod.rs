@@ -248,6 +248,12 @@ impl Tunnel {
         self.ask(|reply| Command::ComeBack { key, neighbours, reply }).await
     }
 
+    /// The rules of [`Tunnel::carry`], made while the machine is on its way and its tap is there; [`Tunnel::carry_undo`] removes
+    /// them.
+    pub async fn carry_prepare(&self, request: CarryRequest) -> Result<(), TunnelError> {
+        self.ask(|reply| Command::CarryPrepare { request, reply }).await
+    }
+
     /// A machine at home has brought addresses of its visits: connections by them go the way they came.
     /// `flows` were open when it came.
     pub async fn carry(&self, request: CarryRequest, flows: Vec<FlowTuple>) -> Result<(), TunnelError> {

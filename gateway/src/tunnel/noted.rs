@@ -60,6 +60,7 @@ fn text(command: &Command) -> String {
         Command::Retarget { key, .. } => ("retarget", key.to_string()),
         Command::ExpectReturn { key, .. } => ("expect_return", key.to_string()),
         Command::ComeBack { key, .. } => ("come_back", key.to_string()),
+        Command::CarryPrepare { request, .. } => ("carry_prepare", request.key.to_string()),
         Command::Carry { request, .. } => ("carry", request.key.to_string()),
         Command::CarryUndo { key, .. } => ("carry_undo", key.to_string()),
         Command::ForgetAddress { key, address, .. } => ("forget_address", format!("{key} {address}")),
@@ -101,6 +102,7 @@ fn answer(command: Command, sample: &impl Fn(&PortKey) -> Sampled) {
         | Command::Retarget { reply, .. }
         | Command::ExpectReturn { reply, .. }
         | Command::ComeBack { reply, .. }
+        | Command::CarryPrepare { reply, .. }
         | Command::Carry { reply, .. }
         | Command::CarryUndo { reply, .. }
         | Command::ForgetAddress { reply, .. }

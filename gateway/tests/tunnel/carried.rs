@@ -270,6 +270,36 @@ async fn a_connection_that_a_forged_reset_concerns_goes_on_when_the_guest_speaks
     assert_eq!(&heard, b"after");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rules_that_stand_before_the_machine_is_here_are_those_that_it_has_and_go_with_it_or_without() {
+    let lab = lab_or_skip!();
+    let site = lab.start_site("ga", TunnelConfig::default());
+    let a = &site.tunnel;
+    let without = lab.look("ga");
+    let request = || carry_request(key(), "tapa", &[(HOME, CARE_OF, "b"), (HOME_V6, CARE_OF_V6, "b")]);
+    a.carry_prepare(request()).await.unwrap();
+    let prepared = lab.look("ga");
+    a.carry_undo(key()).await.unwrap();
+    assert_same(&lab.look("ga"), &without);
+    a.carry_prepare(request()).await.unwrap();
+    a.carry(request(), Vec::new()).await.unwrap();
+    assert_same(&lab.look("ga"), &prepared);
+
+    // What is another machine's by then is not among them.
+    a.carry_undo(key()).await.unwrap();
+    a.carry(carry_request(other_key(), "tapn", &[("198.51.100.20", CARE_OF, "c")]), Vec::new())
+        .await
+        .unwrap();
+    a.carry_prepare(request()).await.unwrap();
+    a.carry(request(), Vec::new()).await.unwrap();
+    let rules = lab.network("ga");
+    assert!(!rules.contains(&format!("ip daddr {CARE_OF} dnat ip to {HOME}")), "{rules}");
+    assert!(rules.contains(&format!("ip6 daddr {CARE_OF_V6} dnat ip6 to {HOME_V6}")), "{rules}");
+    a.carry_undo(key()).await.unwrap();
+    a.carry_undo(other_key()).await.unwrap();
+    assert_same(&lab.look("ga"), &without);
+}
+
 /// A connection from this port.
 fn dial_from(port: u16, to: SocketAddr) -> std::net::TcpStream {
     use socket2::{Domain, Socket, Type};

@@ -26,6 +26,22 @@ pub(super) struct Carry {
 }
 
 impl Control {
+    /// The machine is on its way home: the rules by which connections of its visits will be carried here stand before it is.
+    pub(super) async fn carry_prepare(&mut self, request: &CarryRequest) -> Result<(), TunnelError> {
+        check_device_name(&request.lan)?;
+        check_device_name(&request.port)?;
+        self.make_carry(request).await.map(drop)
+    }
+
+    /// Makes what of it is not made yet; the LAN's link-layer address.
+    async fn make_carry(&mut self, request: &CarryRequest) -> Result<Mac, TunnelError> {
+        let lan_mac = self.netlink.link(&request.lan).await?.mac;
+        let lan_mac = lan_mac.ok_or_else(|| TunnelError::NoSuchDevice(request.lan.clone()))?;
+        let plan = Kernel::probe(&request.lan)
+            .map(|kernel| plan::carry_plan(&self.config, kernel, request, lan_mac));
+        self.apply(&Owner::Carry(request.key.clone()), plan).await.map(|()| lan_mac)
+    }
+
     /// The machine is at home, and connections that were opened at its visits are carried here.
     pub(super) async fn carry(
         &mut self,
@@ -36,15 +52,17 @@ impl Control {
         check_device_name(&request.port)?;
         let taken = self.route_what_is_free(&request.key, plan::carry_routes(&request)).await?;
         request.carried.retain(|carried| !taken.contains(&carried.addr));
-        let lan_mac = self.netlink.link(&request.lan).await?.mac;
-        let lan_mac = lan_mac.ok_or_else(|| TunnelError::NoSuchDevice(request.lan.clone()))?;
-        let owner = Owner::Carry(request.key.clone());
-        let plan = Kernel::probe(&request.lan)
-            .map(|kernel| plan::carry_plan(&self.config, kernel, &request, lan_mac));
-        if let Err(error) = self.apply(&owner, plan).await {
-            self.end(&request.key, Role::Visiting).await?;
-            return Err(error);
+        if !taken.is_empty() {
+            // What was prepared is for these, too.
+            self.changes.undo(&Owner::Carry(request.key.clone())).await?;
         }
+        let lan_mac = match self.make_carry(&request).await {
+            Ok(lan_mac) => lan_mac,
+            Err(error) => {
+                self.end(&request.key, Role::Visiting).await?;
+                return Err(error);
+            }
+        };
         flows.truncate(self.config.max_flows as usize);
         let (key, carry) = (request.key.clone(), Carry { request, lan_mac, flows });
         let script = plan::carry_flows(&self.config, &carry.request, &carry.flows);
@@ -59,11 +77,11 @@ impl Control {
     }
 
     pub(super) async fn carry_undo(&mut self, key: &PortKey) -> Result<(), TunnelError> {
-        if self.carries.remove(key).is_none() {
-            return Ok(());
-        }
+        let carried = self.carries.remove(key).is_some();
         let undone = self.changes.undo(&Owner::Carry(key.clone())).await;
-        self.end(key, Role::Visiting).await?;
+        if carried {
+            self.end(key, Role::Visiting).await?;
+        }
         undone
     }
 
