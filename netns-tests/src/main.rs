@@ -124,7 +124,7 @@ impl DemoArgs {
 enum BenchCommand {
     /// This tunnel, plain routing, and user-space tunnels of the package registries
     Tunnel(BenchTunnelArgs),
-    /// This link, kernel TCP and quinn's congestion controllers on an emulated WAN
+    /// This link, kernel TCP, quinn's congestion controllers and s2n-quic's BBR on an emulated WAN
     Link(BenchLinkArgs),
     /// Moves of a whole machine: this gateway, and QEMU as operators use it today
     Migrate(RaceArguments),

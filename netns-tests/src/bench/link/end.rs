@@ -24,8 +24,8 @@ use longhaul_core::units::Rate;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::quic;
 use super::sender::Sender;
+use super::{quic, s2n_quic};
 
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -76,6 +76,7 @@ async fn run(plan: &Plan) -> Result<()> {
             Sender::Fixed => ours(plan, &arrived, 1, CongestionControl::Fixed).await,
             Sender::TcpCubic | Sender::TcpBbr => tcp(plan, &arrived).await,
             Sender::QuinnCubic | Sender::QuinnReno | Sender::QuinnBbr => quic::run(plan, &arrived).await,
+            Sender::S2nQuicBbr => Err(s2n_quic::become_it(plan)),
         }
     };
     tokio::select! {

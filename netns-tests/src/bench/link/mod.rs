@@ -1,5 +1,5 @@
-//! `cargo lab bench link`: how fast bulk data travels over an emulated WAN with the gateway's link, with kernel TCP and with
-//! quinn's own congestion controllers, what queue each makes, and how two share a path.
+//! `cargo lab bench link`: how fast bulk data travels over an emulated WAN with the gateway's link, with kernel TCP, with
+//! quinn's own congestion controllers and with s2n-quic's BBR, what queue each makes, and how two share a path.
 //!
 //! ```text
 //!   a: sends without end ===== emulated WAN: rate, delay, loss, queue ===== b: counts what arrives
@@ -7,8 +7,8 @@
 //!
 //! Each sender is measured alone after it had time to find the rate, and some in pairs. What is used, lost and queued is
 //! seen at the emulator. It takes processor time of the same machine; where packets were lost to that, the table says so,
-//! and the figures of that line are the machine's rather than the sender's. s2n-quic is not among the senders: its BBR would
-//! bring a second QUIC stack into the build.
+//! and the figures of that line are the machine's rather than the sender's. Who cannot be measured here is named with the
+//! reason.
 
 mod cell;
 mod end;
@@ -16,6 +16,7 @@ mod measure;
 mod place;
 mod quic;
 mod report;
+mod s2n_quic;
 mod sender;
 
 use std::time::Duration;
@@ -62,13 +63,8 @@ impl LinkOptions {
 /// Measures, prints the tables and writes `link.json`, or `link-part.json` if only a part was wanted.
 pub fn run(options: &LinkOptions) -> Result<()> {
     let mut outcome = Outcome::new(options.seconds);
-    let mut senders = Vec::new();
-    for sender in Sender::ALL.into_iter().filter(|sender| options.wants(*sender)) {
-        match sender.missing() {
-            Some(reason) => drop(outcome.left_out.insert(sender.name().to_owned(), reason)),
-            None => senders.push(sender),
-        }
-    }
+    let wanted = Sender::ALL.into_iter().filter(|sender| options.wants(*sender));
+    let senders = ready(wanted, Sender::prepare, &mut outcome);
     if !options.shared_only {
         for cell in Cell::of(options.extent()) {
             measure_alone(options, cell, &senders, &mut outcome);
@@ -81,6 +77,22 @@ pub fn run(options: &LinkOptions) -> Result<()> {
     let partial = options.quick || options.shared_only || !options.only.is_empty();
     let file = super::results("link", partial, "json")?;
     super::keep(&file, serde_json::to_vec_pretty(&outcome.json())?)
+}
+
+/// Those of the wanted that can be measured here; why the others cannot is told in the outcome.
+fn ready(
+    wanted: impl Iterator<Item = Sender>,
+    prepare: impl Fn(Sender) -> Result<(), String>,
+    outcome: &mut Outcome,
+) -> Vec<Sender> {
+    let mut senders = Vec::new();
+    for sender in wanted {
+        match prepare(sender) {
+            Ok(()) => senders.push(sender),
+            Err(reason) => drop(outcome.left_out.insert(sender.name().to_owned(), reason)),
+        }
+    }
+    senders
 }
 
 fn measure_alone(options: &LinkOptions, cell: Cell, senders: &[Sender], outcome: &mut Outcome) {

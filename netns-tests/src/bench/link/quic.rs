@@ -61,7 +61,8 @@ fn transport(plan: &Plan) -> Result<TransportConfig> {
         | Sender::OursExact
         | Sender::Fixed
         | Sender::TcpCubic
-        | Sender::TcpBbr => transport.congestion_controller_factory(Arc::new(CubicConfig::default())),
+        | Sender::TcpBbr
+        | Sender::S2nQuicBbr => transport.congestion_controller_factory(Arc::new(CubicConfig::default())),
     };
     Ok(transport)
 }

@@ -1,6 +1,8 @@
-//! Who is compared, by name. How each sends is in `end`.
+//! Who is compared, by name, and what each needs to be there. How each sends is in `end`.
 
 use serde::{Deserialize, Serialize};
+
+use super::s2n_quic;
 
 /// One way of sending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,11 +23,13 @@ pub enum Sender {
     QuinnReno,
     /// quinn's BBR, likewise.
     QuinnBbr,
+    /// s2n-quic's BBR, likewise.
+    S2nQuicBbr,
 }
 
 impl Sender {
     /// In the order of the table.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Ours,
         Self::OursExact,
         Self::Fixed,
@@ -34,6 +38,7 @@ impl Sender {
         Self::QuinnCubic,
         Self::QuinnReno,
         Self::QuinnBbr,
+        Self::S2nQuicBbr,
     ];
 
     /// Its name in results.
@@ -47,6 +52,7 @@ impl Sender {
             Self::QuinnCubic => "quinn-cubic",
             Self::QuinnReno => "quinn-reno",
             Self::QuinnBbr => "quinn-bbr",
+            Self::S2nQuicBbr => "s2n-quic-bbr",
         }
     }
 
@@ -60,15 +66,19 @@ impl Sender {
             | Self::Fixed
             | Self::QuinnCubic
             | Self::QuinnReno
-            | Self::QuinnBbr => None,
+            | Self::QuinnBbr
+            | Self::S2nQuicBbr => None,
         }
     }
 
-    /// Why it cannot be measured here, if so.
-    pub fn missing(self) -> Option<String> {
-        let control = self.kernel_control()?;
+    /// Makes ready what it needs; else why it cannot be measured here.
+    pub fn prepare(self) -> Result<(), String> {
+        if self == Self::S2nQuicBbr {
+            return s2n_quic::build();
+        }
+        let Some(control) = self.kernel_control() else { return Ok(()) };
         let known = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control");
         let has = known.unwrap_or_default().split_whitespace().any(|name| name == control);
-        (!has).then(|| format!("the kernel has no {control}"))
+        if has { Ok(()) } else { Err(format!("the kernel has no {control}")) }
     }
 }
