@@ -91,13 +91,13 @@ mod tests {
 
     #[test]
     fn the_reason_is_the_first_error_and_its_last_cause() {
-        let offline = "    Updating crates.io index\n\
-            error: failed to download from `https://static.crates.io/x`\n\n\
+        let offline = "    Updating the index\n\
+            error: failed to download from `https://registry.example/x`\n\n\
             Caused by:\n  download of config.json failed\n\n\
             Caused by:\n  [6] Could not resolve hostname\n";
         assert_eq!(
             reason(offline),
-            "failed to download from `https://static.crates.io/x`: [6] Could not resolve hostname"
+            "failed to download from `https://registry.example/x`: [6] Could not resolve hostname"
         );
         assert_eq!(
             reason("error[E0432]: unresolved import\n  --> x\nerror: could not\n"),
