@@ -123,7 +123,7 @@ mod tests {
         let attempt = Attempt { id, vm: vm.clone(), peer, epoch, commit: CommitMode::Confirmed };
         left(&site, &attempt).await;
         let path = site.edges.kept_memory(&vm);
-        crate::memory::kept::write(&path, &Remembered::with_room(1), u64::MAX).unwrap();
+        crate::memory::kept::begin(&path).unwrap().write(&Remembered::with_room(1), u64::MAX).unwrap();
         let (disks, memory) = (daemon.kept_disks(), daemon.kept_memory());
         assert_eq!((disks.len(), memory.len()), (1, 1));
         assert_eq!((&memory[0].vm, memory[0].bytes), (&vm, path.metadata().unwrap().len()));

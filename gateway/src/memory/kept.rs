@@ -11,7 +11,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -39,38 +39,69 @@ pub struct KeptFile {
     pub since: SystemTime,
 }
 
-/// Keeps it in place of what was kept before, which the other site has no longer. All files of its folder together take
-/// `most_bytes` at most: older ones go for it. Without room for it nothing is kept.
-pub fn write(path: &Path, remembered: &Remembered, most_bytes: u64) -> io::Result<()> {
-    let _turn = turn();
-    remove(path)?;
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(folder)?;
-    let size = size_bytes(remembered);
-    if size > most_bytes {
-        return Err(io::Error::new(io::ErrorKind::StorageFull, "more than migration.keep_memory_gib"));
-    }
-    make_room(folder, most_bytes - size)?;
-    let space = nix::sys::statvfs::statvfs(folder)?;
-    if space.blocks_available() * space.fragment_size() < size.saturating_add(LEAVE_FREE) {
-        return Err(io::Error::new(io::ErrorKind::StorageFull, "not enough room beside the journal"));
-    }
-    let unfinished = path.with_extension(UNFINISHED);
-    // One that a crash left may have other rights.
-    remove(&unfinished)?;
-    let written = write_whole(&unfinished, remembered).and_then(|()| std::fs::rename(&unfinished, path));
-    if written.is_err() {
-        remove(&unfinished)?;
-    }
-    written
+/// A file that is about to be kept: what was kept before is gone already, which the other site has no longer.
+#[derive(Debug)]
+pub struct Keeping {
+    path: PathBuf,
+    unfinished: PathBuf,
+    file: File,
 }
 
-fn write_whole(unfinished: &Path, remembered: &Remembered) -> io::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unfinished)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    write_to(&mut out, remembered)?;
-    // Before its name, so that no crash leaves a file of that name whose pages are not there.
-    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
+/// Begins to keep something at `path`. Who begins later there, or forgets what is kept there, ends this.
+pub fn begin(path: &Path) -> io::Result<Keeping> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)?;
+    // One that a crash left may have other rights.
+    forget(path)?;
+    let unfinished = path.with_extension(UNFINISHED);
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+    Ok(Keeping { path: path.to_owned(), unfinished, file })
+}
+
+impl Keeping {
+    /// Keeps it. All files of its folder together take `most_bytes` at most: older ones go for it. Without room for it nothing
+    /// is kept.
+    pub fn write(self, remembered: &Remembered, most_bytes: u64) -> io::Result<()> {
+        let _turn = turn();
+        if !self.is_wanted() {
+            return Ok(());
+        }
+        let written = self.write_whole(remembered, most_bytes);
+        if !self.is_wanted() {
+            return Ok(());
+        }
+        match written {
+            Ok(()) => std::fs::rename(&self.unfinished, &self.path),
+            Err(error) => remove(&self.unfinished).and(Err(error)),
+        }
+    }
+
+    /// The name is still this file's.
+    fn is_wanted(&self) -> bool {
+        let identity = |metadata: &std::fs::Metadata| (metadata.dev(), metadata.ino());
+        match (self.file.metadata(), self.unfinished.symlink_metadata()) {
+            (Ok(ours), Ok(named)) => identity(&ours) == identity(&named),
+            (Ok(_) | Err(_), Ok(_) | Err(_)) => false,
+        }
+    }
+
+    fn write_whole(&self, remembered: &Remembered, most_bytes: u64) -> io::Result<()> {
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        let size = size_bytes(remembered);
+        if size > most_bytes {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "more than migration.keep_memory_gib"));
+        }
+        make_room(folder, most_bytes - size)?;
+        let space = nix::sys::statvfs::statvfs(folder)?;
+        if space.blocks_available() * space.fragment_size() < size.saturating_add(LEAVE_FREE) {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "not enough room beside the journal"));
+        }
+        let mut out = BufWriter::with_capacity(1 << 20, &self.file);
+        write_to(&mut out, remembered)?;
+        out.flush()?;
+        // Before its name, so that no crash leaves a file of that name whose pages are not there.
+        self.file.sync_all()
+    }
 }
 
 /// Writes all that its file holds.
@@ -217,8 +248,8 @@ mod tests {
             assert!(remembered.put(b"pc.ram", page * 7, &[page as u8; PAGE_BYTES]));
         }
         assert_eq!(digest(&path), None);
-        write(&path, &remembered, u64::MAX).unwrap();
-        write(&path, &remembered, u64::MAX).unwrap();
+        keep(&path, &remembered, u64::MAX).unwrap();
+        keep(&path, &remembered, u64::MAX).unwrap();
         let known = digest(&path).unwrap();
         assert_eq!(known, remembered.digest());
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
@@ -235,6 +266,32 @@ mod tests {
         assert_eq!(digest(&path), None);
     }
 
+    fn keep(path: &Path, remembered: &Remembered, most_bytes: u64) -> io::Result<()> {
+        begin(path)?.write(remembered, most_bytes)
+    }
+
+    #[test]
+    fn who_begins_later_or_forgets_ends_what_was_begun_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web1.pages");
+        let of = |content: u8| {
+            let mut remembered = Remembered::with_room(1);
+            assert!(remembered.put(b"pc.ram", 0, &[content; PAGE_BYTES]));
+            remembered
+        };
+        keep(&path, &of(1), u64::MAX).unwrap();
+        let first = begin(&path).unwrap();
+        assert_eq!(digest(&path), None, "the other site has that no longer");
+        let second = begin(&path).unwrap();
+        second.write(&of(2), u64::MAX).unwrap();
+        first.write(&of(3), u64::MAX).unwrap();
+        assert_eq!(digest(&path), Some(of(2).digest()));
+        let third = begin(&path).unwrap();
+        forget(&path).unwrap();
+        third.write(&of(4), u64::MAX).unwrap();
+        assert_eq!((digest(&path), folder.path().read_dir().unwrap().count()), (None, 0));
+    }
+
     #[test]
     fn the_oldest_are_removed_before_a_new_one_is_more_than_all_may_take() {
         let folder = tempfile::tempdir().unwrap();
@@ -243,7 +300,7 @@ mod tests {
         let size = size_bytes(&remembered);
         let keep = |name: &str, most_bytes| {
             let path = folder.path().join(name).with_extension(SUFFIX);
-            let written = write(&path, &remembered, most_bytes);
+            let written = begin(&path).and_then(|keeping| keeping.write(&remembered, most_bytes));
             let age = std::time::Duration::from_secs(match name {
                 "web1" => 300,
                 "web2" => 200,

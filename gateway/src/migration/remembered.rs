@@ -32,17 +32,25 @@ const FIRST_MOMENTS: Duration = Duration::from_secs(2);
 /// Keeps it in place of that of the machine's last move. Beside everything else, and a little later: a move does not wait for it.
 pub(super) fn keep(edges: &Edges, vm: &VmName, remembered: Option<Remembered>) {
     let Some(remembered) = remembered else { return };
-    let (path, vm) = (edges.kept_memory(vm), vm.clone());
-    let (wanted, most_bytes) = (edges.config.migration.keep_memory, most_bytes(edges));
-    let keep = move || {
-        let kept = if wanted { kept::write(&path, &remembered, most_bytes) } else { kept::forget(&path) };
-        if let Err(error) = kept {
-            tracing::info!(%vm, %error, "its memory is not kept; its way back will send all of it");
-        }
+    let (path, vm, most_bytes) = (edges.kept_memory(vm), vm.clone(), most_bytes(edges));
+    let kept_not = move |error| {
+        tracing::info!(%vm, %error, "its memory is not kept; its way back will send all of it");
+    };
+    // What was kept before goes at once: a next move must not begin with what only one site will have.
+    let begun = if edges.config.migration.keep_memory {
+        kept::begin(&path).map(Some)
+    } else {
+        kept::forget(&path).map(|()| None)
+    };
+    let keeping = match begun {
+        Ok(Some(keeping)) => keeping,
+        Ok(None) => return,
+        Err(error) => return kept_not(error),
     };
     tokio::spawn(async move {
         tokio::time::sleep(FIRST_MOMENTS).await;
-        tokio::task::spawn_blocking(keep).await
+        let write = move || keeping.write(&remembered, most_bytes).unwrap_or_else(kept_not);
+        tokio::task::spawn_blocking(write).await
     });
 }
 
@@ -143,7 +151,7 @@ mod tests {
         for page in 0..2u64 {
             assert!(remembered.put(b"pc.ram", page, &[page as u8; PAGE_BYTES]));
         }
-        kept::write(&path, &remembered, u64::MAX).unwrap();
+        kept::begin(&path).unwrap().write(&remembered, u64::MAX).unwrap();
         let named = kept::digest(&path);
         assert!(of_both(edges, &vm, named, 2).await.unwrap().is_some());
         assert!(of_both(edges, &vm, named, 1).await.unwrap().is_none(), "no room is no damage");
