@@ -102,7 +102,7 @@ impl Stay {
         }
         self.expect_return(edges).await?;
         let taps = self.prepare(edges).await?;
-        self.prepare_carry(edges).await?;
+        self.prepare_carry(edges).await;
         Ok(taps)
     }
 
@@ -113,7 +113,8 @@ impl Stay {
             return self.prepare_visits(edges).await;
         }
         self.expect_return(edges).await?;
-        self.prepare_carry(edges).await
+        self.prepare_carry(edges).await;
+        Ok(())
     }
 
     async fn expect_return(&self, edges: &Edges) -> Result<(), Refusal> {
@@ -123,15 +124,16 @@ impl Stay {
         Ok(())
     }
 
-    /// The rules for connections of its visits, which would take their time in the pause.
-    async fn prepare_carry(&self, edges: &Edges) -> Result<(), Refusal> {
+    /// The rules for connections of its visits, which would take their time in the pause. What fails is tried again then.
+    async fn prepare_carry(&self, edges: &Edges) {
         for nic in &self.definition.nics {
-            let carry = self.carry(edges, nic, self.lan(edges, nic)?.bridge.clone());
+            let Ok(lan) = self.lan(edges, nic) else { continue };
+            let carry = self.carry(edges, nic, lan.bridge.clone());
             if !carry.carried.is_empty() {
-                edges.tunnel.carry_prepare(carry).await.map_err(tunnel_failed)?;
+                let prepared = edges.tunnel.carry_prepare(carry).await;
+                self.warner(nic)(prepared, "connections of its visits may stall when it is here");
             }
         }
-        Ok(())
     }
 
     async fn prepare_visits(&self, edges: &Edges) -> Result<(), Refusal> {

@@ -97,6 +97,11 @@ impl Changes {
         Ok(())
     }
 
+    /// Whether something else than `plan` is in force for `owner`.
+    pub(super) fn has_other(&self, owner: &Owner, plan: &[Change]) -> bool {
+        self.plans.get(owner).is_some_and(|made| made.iter().any(|change| !plan.contains(change)))
+    }
+
     /// Undoes one change of `owner` alone, unless somebody else needs it; [`Changes::give_back`] makes it again.
     pub(super) async fn withdraw(&mut self, owner: &Owner, change: &Change) -> Result<(), TunnelError> {
         if let Some(plan) = self.plans.get_mut(owner) {

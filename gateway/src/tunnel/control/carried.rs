@@ -37,9 +37,13 @@ impl Control {
     async fn make_carry(&mut self, request: &CarryRequest) -> Result<Mac, TunnelError> {
         let lan_mac = self.netlink.link(&request.lan).await?.mac;
         let lan_mac = lan_mac.ok_or_else(|| TunnelError::NoSuchDevice(request.lan.clone()))?;
-        let plan = Kernel::probe(&request.lan)
-            .map(|kernel| plan::carry_plan(&self.config, kernel, request, lan_mac));
-        self.apply(&Owner::Carry(request.key.clone()), plan).await.map(|()| lan_mac)
+        let owner = Owner::Carry(request.key.clone());
+        let plan = plan::carry_plan(&self.config, Kernel::probe(&request.lan)?, request, lan_mac);
+        if self.changes.has_other(&owner, &plan) {
+            // Prepared for a bridge with another address, or with addresses that are another machine's now.
+            self.changes.undo(&owner).await?;
+        }
+        self.apply(&owner, Ok(plan)).await.map(|()| lan_mac)
     }
 
     /// The machine is at home, and connections that were opened at its visits are carried here.
@@ -52,10 +56,6 @@ impl Control {
         check_device_name(&request.port)?;
         let taken = self.route_what_is_free(&request.key, plan::carry_routes(&request)).await?;
         request.carried.retain(|carried| !taken.contains(&carried.addr));
-        if !taken.is_empty() {
-            // What was prepared is for these, too.
-            self.changes.undo(&Owner::Carry(request.key.clone())).await?;
-        }
         let lan_mac = match self.make_carry(&request).await {
             Ok(lan_mac) => lan_mac,
             Err(error) => {
