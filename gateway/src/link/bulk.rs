@@ -51,6 +51,8 @@ pub struct BulkSender {
     path: Option<watch::Receiver<LinkState>>,
     /// No more than a few times what the path holds may wait.
     short: bool,
+    /// What the path carries by the operator's word.
+    told: Option<Rate>,
     /// Bytes queued since the channel began, for whoever looks on.
     queued_bytes: Arc<AtomicU64>,
 }
@@ -111,7 +113,16 @@ impl BulkSender {
         acknowledged: watch::Receiver<Acknowledged>,
         commands: mpsc::UnboundedSender<BulkCommand>,
     ) -> Self {
-        Self { id, window, acknowledged, commands, path: None, short: false, queued_bytes: Arc::default() }
+        Self {
+            id,
+            window,
+            acknowledged,
+            commands,
+            path: None,
+            short: false,
+            told: None,
+            queued_bytes: Arc::default(),
+        }
     }
 
     /// The channel.
@@ -119,10 +130,16 @@ impl BulkSender {
         self.id
     }
 
-    /// From now on no more waits in it than a few times what the path to `peer` is believed to hold, for data of which what
+    /// From now on no more waits in it than a few times what its path is believed to hold, for data of which what
     /// waits costs time in the end. Where nothing is estimated its window is the only bound.
     pub fn keep_short(&mut self) {
         self.short = true;
+    }
+
+    /// The path carries this by the operator's word, where nothing is estimated.
+    pub fn told(mut self, carries: Option<Rate>) -> Self {
+        self.told = carries;
+        self
     }
 
     pub(super) fn with_path(mut self, path: watch::Receiver<LinkState>) -> Self {
@@ -190,7 +207,8 @@ impl ChunkSend for BulkSender {
     }
 
     fn carries(&self) -> Option<Rate> {
-        self.path.as_ref()?.borrow().current.as_ref()?.pace.as_ref()?.bandwidth()
+        let estimated = || self.path.as_ref()?.borrow().current.as_ref()?.pace.as_ref()?.bandwidth();
+        estimated().or(self.told)
     }
 }
 

@@ -32,6 +32,7 @@ use super::reins::Reins;
 use super::source::SourceLeaf;
 use super::view::round;
 use super::{MachineRow, chain, hypervisor_failed, remembered, told_to_stop};
+use crate::config::CongestionChoice;
 use crate::disk::nbd::NbdServer;
 use crate::disk::{DiskSource, DiskSourceConfig, DiskSourceError};
 use crate::hypervisor::{
@@ -116,7 +117,7 @@ async fn begin(
     let mut exports = Vec::new();
     for (index, volume) in row.definition.volumes().enumerate() {
         let id = BulkId { migration: leaf.attempt.id, channel: Channel::Disk(index as u8) };
-        let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+        let channel = peer.bulk_sender(id, window).await.map_err(link_failed)?.told(told_rate(leaf));
         transfer.on_its_way.push(channel.on_its_way());
         let mut config = DiskSourceConfig::default();
         config.mirror.buffer_bytes = leaf.edges.config.migration.disk_buffer_mib << 20;
@@ -275,7 +276,7 @@ async fn start_memory(
     let config = &leaf.edges.config.link;
     let on_the_way = Rate::mbit(config.rate_mbit).bytes_in(peer.stats().rtt).0;
     let window = (on_the_way * 3).clamp(256 << 10, config.window_mib << 20);
-    let mut channel = peer.bulk_sender(id, window).await.map_err(link_failed)?;
+    let mut channel = peer.bulk_sender(id, window).await.map_err(link_failed)?.told(told_rate(leaf));
     channel.keep_short();
     transfer.on_its_way.push(channel.on_its_way());
     let path = socket_dir(leaf)?.join("memory.sock");
@@ -301,6 +302,15 @@ async fn start_memory(
     };
     guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;
     guest.migrate_to(&path).await.map_err(hypervisor_failed)
+}
+
+/// What the link carries where nobody estimates it.
+fn told_rate(leaf: &SourceLeaf) -> Option<Rate> {
+    let link = &leaf.edges.config.link;
+    match link.congestion {
+        CongestionChoice::Fixed => Some(Rate::mbit(link.rate_mbit)),
+        CongestionChoice::Model => None,
+    }
 }
 
 /// What packing the disks has shown of the link and of this host: memory begins with it.

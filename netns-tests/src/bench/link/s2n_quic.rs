@@ -35,7 +35,7 @@ pub(super) fn become_it(plan: &Plan) -> Error {
 
 fn build_in(folder: &Path, kept: &Path) -> Result<(), String> {
     let mut command = crate::cargo::command();
-    command.args(["build", "--release", "--locked"]).stdin(Stdio::null());
+    command.args(["build", "--release", "--locked", "--color", "never"]).stdin(Stdio::null());
     command.arg("--manifest-path").arg(folder.join("Cargo.toml")).arg("--target-dir").arg(kept);
     let output = command.output().context("Cannot run cargo build").map_err(|error| format!("{error:#}"))?;
     if output.status.success() {
