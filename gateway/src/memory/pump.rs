@@ -26,6 +26,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// How often it is looked whether a disk that waits may go on: acknowledgements arrive at the channel alone.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
+/// A QEMU that writes at all writes more often than this.
+const SILENCE: Duration = Duration::from_millis(20);
+
 type Ended = Result<StreamEnd, SourceError>;
 type Told = Result<(StreamEnd, Remembered), SourceError>;
 
@@ -47,8 +50,11 @@ pub(super) struct Pump<S> {
     held: Vec<(Bytes, Overwriting)>,
     mode: watch::Receiver<SourceMode>,
     progress: watch::Sender<SourceProgress>,
-    /// Bytes of the stream, as they come.
-    taken: watch::Sender<Bytes>,
+    /// When the last byte came, and when QEMU last began to write after a silence.
+    read_at: Option<Instant>,
+    /// Something came since [`SourceMode::Listening`] began.
+    heard: bool,
+    woke: watch::Sender<Option<Instant>>,
     meter: Meter,
     began: Instant,
     /// When the oldest and the newest byte came that a flush would send.
@@ -63,7 +69,7 @@ impl<S: ChunkSend> Pump<S> {
         source: MemorySource,
         channel: S,
         mut mode: watch::Receiver<SourceMode>,
-        seen: (watch::Sender<SourceProgress>, watch::Sender<Bytes>),
+        seen: (watch::Sender<SourceProgress>, watch::Sender<Option<Instant>>),
         end: oneshot::Sender<Told>,
     ) {
         let (ended, kept) = match Self::accept(source, channel, &mut mode, seen).await {
@@ -92,7 +98,7 @@ impl<S: ChunkSend> Pump<S> {
         source: MemorySource,
         channel: S,
         mode: &mut watch::Receiver<SourceMode>,
-        (progress, taken): (watch::Sender<SourceProgress>, watch::Sender<Bytes>),
+        (progress, woke): (watch::Sender<SourceProgress>, watch::Sender<Option<Instant>>),
     ) -> Result<Self, SourceError> {
         let MemorySource { listener, path, config, base, named_by } = source;
         let stream = tokio::select! {
@@ -129,7 +135,9 @@ impl<S: ChunkSend> Pump<S> {
             held: Vec::new(),
             mode: mode.clone(),
             progress,
-            taken,
+            read_at: None,
+            heard: false,
+            woke,
             meter: Meter::default(),
             began: Instant::now(),
             gathered: None,
@@ -210,6 +218,7 @@ impl<S: ChunkSend> Pump<S> {
                 self.encoder.shorten_chunks(self.config.chunk_in_pause);
                 self.collect();
             }
+            SourceMode::Listening => self.heard = false,
             SourceMode::Streaming | SourceMode::Held => {}
         }
     }
@@ -218,9 +227,18 @@ impl<S: ChunkSend> Pump<S> {
         self.seen.while_packing(|| self.encoder.handle_bytes(&self.buffer));
         self.seen.packed(Bytes(self.buffer.len() as u64));
         self.buffer.clear();
-        self.taken.send_replace(self.taken());
+        self.note_silence();
         self.collect();
         self.meter.observe(self.began.elapsed(), &self.encoder.counters(), self.encoder.phase());
+    }
+
+    fn note_silence(&mut self) {
+        let now = Instant::now();
+        let before = self.read_at.replace(now);
+        let first = self.listens() && !std::mem::replace(&mut self.heard, true);
+        if first || before.is_none_or(|before| now - before >= SILENCE) {
+            self.woke.send_replace(Some(now));
+        }
     }
 
     fn take_question(&mut self, question: Overwriting) {
@@ -301,12 +319,22 @@ impl<S: ChunkSend> Pump<S> {
     }
 
     fn may_read(&self) -> bool {
-        let room = self.absorbing() && self.outlet.backlog_bytes() < self.config.absorb_limit.0;
+        let takes = self.absorbing() || self.listens();
+        let room = takes && self.outlet.backlog_bytes() < self.config.absorb_limit.0;
         self.stream.is_some() && !self.holds() && (room || self.outlet.has_room())
     }
 
     fn holds(&self) -> bool {
-        *self.mode.borrow() == SourceMode::Held && self.encoder.phase() != StreamPhase::DeviceState
+        let holds = match *self.mode.borrow() {
+            SourceMode::Held => true,
+            SourceMode::Listening => self.heard,
+            SourceMode::Streaming | SourceMode::Absorb => false,
+        };
+        holds && self.encoder.phase() != StreamPhase::DeviceState
+    }
+
+    fn listens(&self) -> bool {
+        *self.mode.borrow() == SourceMode::Listening
     }
 
     fn absorbing(&self) -> bool {

@@ -8,6 +8,7 @@ use longhaul_core::units::Bytes;
 use longhaul_core::wan::{EncoderConfig, Remembered, StreamEnd};
 use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
 
 use super::SourceProgress;
 use super::pump::Pump;
@@ -64,6 +65,9 @@ pub enum SourceMode {
     /// The guest runs, and the link is needed for something else: nothing more is read, so that QEMU waits. What is read
     /// already goes out. Device state is read in spite of it.
     Held,
+    /// The guest is about to be stopped: what QEMU writes first is read, by which it is seen to be awake, and nothing more.
+    /// QEMU has written at most that and what a socket holds when it waits.
+    Listening,
     /// The guest is stopped, or about to be: QEMU's writes are taken at once, up to
     /// [`SourceConfig::absorb_limit`]; a reader that stalled now would hang its monitor.
     Absorb,
@@ -152,16 +156,10 @@ impl MemorySource {
     pub fn start<S: ChunkSend>(self, channel: S) -> SourceHandle {
         let (mode, mode_seen) = watch::channel(SourceMode::Streaming);
         let (progress, progress_seen) = watch::channel(SourceProgress::new());
-        let (taken, taken_seen) = watch::channel(Bytes(0));
+        let (woke, woke_seen) = watch::channel(None);
         let (end, ended) = oneshot::channel();
-        tokio::spawn(Pump::run(self, channel, mode_seen, (progress, taken), end));
-        SourceHandle {
-            mode,
-            progress: progress_seen,
-            taken: taken_seen,
-            ended: Some(ended),
-            remembered: None,
-        }
+        tokio::spawn(Pump::run(self, channel, mode_seen, (progress, woke), end));
+        SourceHandle { mode, progress: progress_seen, woke: woke_seen, ended: Some(ended), remembered: None }
     }
 }
 
@@ -180,7 +178,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 pub struct SourceHandle {
     mode: watch::Sender<SourceMode>,
     progress: watch::Receiver<SourceProgress>,
-    taken: watch::Receiver<Bytes>,
+    woke: watch::Receiver<Option<Instant>>,
     ended: Option<oneshot::Receiver<Result<(StreamEnd, Remembered), SourceError>>>,
     remembered: Option<Remembered>,
 }
@@ -197,14 +195,20 @@ impl SourceHandle {
         self.progress.clone()
     }
 
-    /// Waits until QEMU has written something more than when this was called, or is done.
-    pub fn goes_on(&self) -> impl Future<Output = ()> + use<> {
-        let mut taken = self.taken.clone();
-        taken.mark_unchanged();
+    /// Waits until QEMU begins to write after a silence, or writes its first in [`SourceMode::Listening`], later than this is
+    /// called; or is done.
+    pub fn wakes(&self) -> impl Future<Output = ()> + use<> {
+        let mut woke = self.woke.clone();
+        woke.mark_unchanged();
         async move {
             // A pump that has ended reads nothing more.
-            let _ = taken.changed().await;
+            let _ = woke.changed().await;
         }
+    }
+
+    /// When QEMU last began to write after a silence.
+    pub fn woke(&self) -> Option<Instant> {
+        *self.woke.borrow()
     }
 
     /// Waits until QEMU has closed its side and all of it, the proof included, was handed to the channel.

@@ -2,8 +2,8 @@
 //! were read of blocks that its last writes hit. And a machine that is given away behind its last byte waits until that byte has
 //! left, as acknowledgements tell: what is behind the Commit is what the path holds, not what waits here.
 //!
-//! QEMU keeps to the rate it was given by sleeping to the end of each tenth of a second. It is told that it may write as it likes
-//! before anything is held, and the guest runs until it wakes: what it slept in the pause would be the pause.
+//! QEMU keeps to the rate it was given by sleeping to the end of each tenth of a second: what it slept in the pause would be the
+//! pause. It is waited for before packets are held.
 //!
 //! Order matters: packets are held before the guest stops, and QEMU reads those that came before, so that none is lost; the memory
 //! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the
@@ -14,20 +14,20 @@ use std::time::Duration;
 
 use futures_util::future::select_all;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use longhaul_core::bulk::Channel;
 use longhaul_core::migration::CommitMode;
 use longhaul_core::migration::message::{Handover, Refusal};
 use longhaul_core::migration::source::Event;
 use longhaul_core::tunnel::handover::NicHandover;
-use longhaul_core::units::Rate;
+use longhaul_core::units::{Bytes, Rate};
 
 use super::precopy::{Transfer, age, disk_failed, memory_failed, show_memory};
 use super::source::SourceLeaf;
 use super::{MachineRow, chain, hypervisor_failed, told_to_stop};
 use crate::config::CongestionChoice;
-use crate::hypervisor::{Events, Guest, MigrationStatus, MigrationStep, MigrationSteps, RunState};
+use crate::hypervisor::{Events, Guest, MigrationStatus, RunState};
 use crate::link::OnItsWay;
 use crate::memory::{SourceHandle, SourceMode};
 use crate::migration::stay::holds;
@@ -37,6 +37,11 @@ use crate::tunnel::wait_until_read;
 const QEMU_LIMIT: Duration = Duration::from_secs(30);
 /// A QEMU that has written what it may sleeps no longer (`BUFFER_DELAY`, migration/migration.c).
 const QEMU_SLEEPS: Duration = Duration::from_millis(100);
+/// A QEMU with so much to write does not come to its end by itself before it is read on: a socket holds 208 KiB, and one read takes
+/// 128 KiB.
+const MUCH: Bytes = Bytes(512 << 10);
+/// What holding packets takes on a host that has something else to do (measured: 12 ms).
+const HOLDING_TAKES: Duration = Duration::from_millis(20);
 /// So much may be behind a Commit on any path, in bytes: a chunk is acknowledged as a whole, and on a slow path the last two that
 /// have left would be waited for until they are there.
 const LEAST_BEHIND_BYTES: u64 = 128 << 10;
@@ -83,16 +88,17 @@ async fn park(
     let Some(memory) = &mut transfer.memory else {
         return Err(Refusal::Other("Memory was not started".into()));
     };
-    wake(leaf, guest, memory).await?;
+    let mut events = guest.events();
+    wake(guest, memory).await?;
     for hold in holds {
         tunnel.hold_begin(hold).await.map_err(tunnel_failed)?;
     }
     memory.set_mode(SourceMode::Absorb);
+    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
     if guest.status().await.is_ok_and(|state| state == RunState::Running) {
         read_out(leaf, &taps).await;
     }
     leaf.report(Event::GuestStopped).await;
-    let mut events = guest.events();
     guest.stop().await.map_err(hypervisor_failed)?;
     leaf.viewer.paused_for(stopped_for(&mut events).await);
     tracing::debug!(vm = %leaf.attempt.vm, "the guest has stopped");
@@ -119,24 +125,23 @@ async fn park(
     handover
 }
 
-/// Lets QEMU write as it likes, and waits until it does, or stops the guest by itself. One that is kept waiting by a slow link
-/// does neither.
-async fn wake(leaf: &SourceLeaf, guest: &Guest, memory: &SourceHandle) -> Result<(), Refusal> {
-    let (goes_on, mut steps) = (memory.goes_on(), MigrationSteps::new(guest.events()));
-    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
-    if guest.status().await.is_ok_and(|state| state != RunState::Running) {
+/// Lets QEMU write as it likes from when it wakes, while the guest runs and its packets reach it. One that has much to write does
+/// not get to its end before it waits for us; one that has little might, and stop the guest before packets are held: that is only
+/// waited for until it is about to wake.
+async fn wake(guest: &Guest, memory: &SourceHandle) -> Result<(), Refusal> {
+    let info = guest.migration().await.map_err(hypervisor_failed)?;
+    if info.status != MigrationStatus::Active {
         return Ok(());
     }
-    let woken = async {
-        tokio::select! {
-            () = goes_on => {}
-            step = steps.next() => match step {
-                MigrationStep::StoppedGuest(at) => leaf.viewer.paused_for(age(at)),
-                MigrationStep::NewRound => {}
-            }
-        }
-    };
-    let _ = timeout(QEMU_SLEEPS, woken).await; // by then it is awake, or waits for the link
+    if info.remaining < MUCH {
+        let hold_at = memory.woke().map(|woke| woke + QEMU_SLEEPS.saturating_sub(HOLDING_TAKES));
+        sleep_until(hold_at.unwrap_or_else(Instant::now)).await;
+        return Ok(());
+    }
+    let wakes = memory.wakes();
+    memory.set_mode(SourceMode::Listening);
+    guest.limit_bandwidth(None).await.map_err(hypervisor_failed)?;
+    let _ = timeout(QEMU_SLEEPS, wakes).await; // by then it is awake, or waits for the link
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 //! guest down for what is not the guest's doing. Decides nothing of the pause; how fast QEMU may write is
 //! `core/migration/convergence.rs`'s affair.
 
-use longhaul_core::migration::convergence::{Progress, writing_rate};
+use longhaul_core::migration::convergence::{Progress, WHILE_IT_WAITS, writing_rate};
 use longhaul_core::migration::message::Refusal;
 use longhaul_core::units::{Bytes, Rate};
 
@@ -47,7 +47,9 @@ impl Writing {
     async fn follow(&mut self, guest: &Guest, progress: &Progress) -> Result<(), Refusal> {
         let changed = progress.dirty_rate.bytes_in(progress.since_sync);
         let left = Bytes(progress.memory_remaining.0.saturating_add(changed.0));
-        let wanted = writing_rate(left, self.link);
+        let waits = progress.round > 1 && !progress.destination_keeps_up();
+        let usual = writing_rate(left, self.link);
+        let wanted = if waits && usual <= self.least() { WHILE_IT_WAITS } else { usual };
         if wanted.0.abs_diff(self.allowed.0) > self.allowed.0 / 8 {
             guest.limit_bandwidth(Some(wanted)).await.map_err(hypervisor_failed)?;
             self.allowed = wanted;
@@ -56,8 +58,16 @@ impl Writing {
     }
 }
 
+impl Writing {
+    /// So little is left that QEMU may be done with it before the next look.
+    fn least(&self) -> Rate {
+        writing_rate(Bytes(0), self.link)
+    }
+}
+
 /// How much of its processors' time QEMU may deny the guest. QEMU compares what was changed with what was sent, and memory that
-/// waits for the disks is not sent: its throttle stays where it is meanwhile, and in the round after.
+/// waits for the disks, or for a destination that is behind, is not sent: its throttle stays where it is meanwhile, and in the round
+/// after.
 struct Throttle {
     most_percent: Option<u32>,
     kept_in_round: Option<u64>,
@@ -66,7 +76,8 @@ struct Throttle {
 impl Throttle {
     async fn follow(&mut self, guest: &Guest, progress: &Progress, now_percent: u64) -> Result<(), Refusal> {
         let Some(most_percent) = self.most_percent else { return Ok(()) };
-        if !progress.disks_in_step {
+        let waits = progress.round > 1 && !progress.destination_keeps_up();
+        if !progress.disks_in_step || waits {
             if self.kept_in_round.replace(progress.round).is_none() {
                 let kept = u32::try_from(now_percent).unwrap_or(most_percent).min(most_percent);
                 guest.limit_throttle(kept).await.map_err(hypervisor_failed)?;

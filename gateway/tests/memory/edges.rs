@@ -134,18 +134,45 @@ async fn chunks_are_short_once_qemu_must_not_wait() {
 }
 
 #[tokio::test]
-async fn a_qemu_that_sleeps_is_seen_to_go_on() {
+async fn it_is_seen_when_a_qemu_that_slept_has_woken() {
     let mut side = source(prompt(), 4).await;
+    assert_eq!(side.handle.woke(), None);
     side.qemu.write_all(b"not a migration stream").await.expect("taken");
     assert_eq!(decoded(&mut side.recv, 22).await, b"not a migration stream");
-    let goes_on = side.handle.goes_on();
+    let first = side.handle.woke().expect("it has written");
+    // As long as QEMU sleeps at the most.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(side.handle.woke(), Some(first), "it has not written since");
     side.qemu.write_all(b", and more").await.expect("taken");
-    timeout(PATIENCE, goes_on).await.expect("what comes before it is waited for counts");
-    let nothing = timeout(Duration::from_millis(50), side.handle.goes_on()).await;
-    assert!(nothing.is_err(), "QEMU writes nothing");
-    let goes_on = side.handle.goes_on();
-    drop(side.qemu);
-    timeout(PATIENCE, goes_on).await.expect("a QEMU that is gone is not waited for");
+    let woken = async {
+        while side.handle.woke() == Some(first) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, woken).await.expect("it is awake");
+    assert!(side.handle.woke().is_some_and(|woke| woke - first >= Duration::from_millis(100)));
+}
+
+#[tokio::test]
+async fn a_source_that_listens_hears_qemu_once_and_lets_it_write_no_more_than_a_socket_holds() {
+    let bytes = noise(4 << 20);
+    let mut side = source(prompt(), 64).await;
+    side.qemu.write_all(&bytes[..100]).await.expect("taken");
+    let mut progress = side.handle.progress();
+    let read = timeout(PATIENCE, progress.wait_for(|progress| progress.original == ByteCount(100)));
+    read.await.expect("it is read").expect("the source lives");
+    let wakes = side.handle.wakes();
+    side.handle.set_mode(SourceMode::Listening);
+    let taken = 100 + write_until_it_blocks(&mut side.qemu, &bytes[100..]).await;
+    assert!(taken < 512 << 10, "{taken} bytes");
+    timeout(PATIENCE, wakes).await.expect("it is heard");
+    side.handle.set_mode(SourceMode::Absorb);
+    let (wrote, stream) = tokio::join!(
+        async { side.qemu.write_all(&bytes[taken..]).await.map(|()| drop(side.qemu)) },
+        decoded(&mut side.recv, bytes.len()),
+    );
+    wrote.expect("all taken");
+    assert!(stream == bytes);
 }
 
 #[tokio::test]

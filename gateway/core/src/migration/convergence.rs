@@ -87,6 +87,10 @@ pub fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
 /// QEMU takes 0 for no limit, and counts in tenths of a second.
 const SLOWEST: Rate = Rate(10 * 4096);
 
+/// How fast it may write while the guest is not stopped for the destination's sake, although little is left: with nothing left
+/// it would stop the guest by itself.
+pub const WHILE_IT_WAITS: Rate = SLOWEST;
+
 /// The outcome of one look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -136,6 +140,11 @@ impl Progress {
         Some(self.goodput.time_for(rest)?.max(self.behind()) + self.rtt * ways / 2)
     }
 
+    /// The destination has what was sent, but for what the link takes for it, and has read all that pages are named by.
+    pub fn destination_keeps_up(&self) -> bool {
+        !self.names_unread && self.behind() <= KEEPS_UP
+    }
+
     /// How long what was sent waits for the destination, beyond what the link takes for it.
     pub fn behind(&self) -> Duration {
         let link = self.goodput.time_for(self.unacknowledged).unwrap_or_default() + self.rtt;
@@ -156,7 +165,7 @@ impl Convergence {
         // They are paid whatever is copied: not for another round to win back.
         let budgeted = budget.target.saturating_add(progress.rtt * budget.ways / 2);
         // What a destination has to catch up with is paid in the pause, or while the guest runs.
-        if pause <= budgeted && progress.behind() <= KEEPS_UP {
+        if pause <= budgeted && progress.destination_keeps_up() {
             return Decision::Stop(pause);
         }
         self.enter_round(progress.round);
@@ -168,7 +177,9 @@ impl Convergence {
             return Decision::Stop(pause);
         }
         let never_below = self.shortest_in_last.is_some_and(|least| least > budget.limit);
-        if no_more_gain && never_below && pause > budget.limit && budget.gives_up {
+        // A destination that is slow is no reason to give up: it is waited for.
+        let too_long = pause > budget.limit && progress.behind() <= budget.limit;
+        if no_more_gain && never_below && too_long && budget.gives_up {
             return Decision::GiveUp(pause);
         }
         Decision::Continue
