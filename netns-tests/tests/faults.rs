@@ -142,6 +142,13 @@ async fn disk_flows(scene: &Scene, id: &str) -> Result<()> {
     until(scene, id, |view| view.stage == Stage::PreCopy && view.disk.0 > 1 << 20).await.map(drop)
 }
 
+/// A second and more passes between the guest's stop and the last byte: what happens then happens in the pause.
+fn long_pause(name: &str, migration: &[&str]) -> SceneOptions {
+    let migration = [&[CONFIRMED, "pause_target_ms = 3000"], migration].concat();
+    let migration = migration.into_iter().map(Into::into).collect();
+    SceneOptions { rate_mbit: 40.0, dirty_memory_kib_per_s: 4096, migration, ..SceneOptions::small(name) }
+}
+
 /// The pause has begun.
 async fn stopped(monitor: &Monitor) -> Result<()> {
     let deadline = Instant::now() + MOVE;
@@ -310,8 +317,7 @@ async fn an_abort_in_pre_copy_leaves_the_guest_at_home_and_nothing_elsewhere() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
-    let migration = vec![CONFIRMED.into(), "pause_budget_s = 1".into(), "retries = 0".into()];
-    let options = SceneOptions { migration, ..SceneOptions::small("fault-pause") };
+    let options = long_pause("fault-pause", &["pause_budget_s = 1", "retries = 0"]);
     play(options, async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
@@ -334,10 +340,7 @@ async fn a_cut_in_the_pause_resumes_the_guest_at_home() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_journal_that_cannot_be_written_in_the_pause_leaves_the_guest_running() {
-    let migration = vec![CONFIRMED.into()];
-    // So slow that something is left to send when the guest has stopped.
-    let options = SceneOptions { rate_mbit: 60.0, migration, ..SceneOptions::small("fault-journal") };
-    play(options, async |scene, before| {
+    play(long_pause("fault-journal", &[]), async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         scene.begin_move().await?;
@@ -391,8 +394,7 @@ impl Drop for Hung {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_qemu_that_hangs_in_the_pause_resumes_its_guest_when_it_goes_on() {
-    let migration = vec![CONFIRMED.into(), "pause_budget_s = 1".into(), "retries = 0".into()];
-    play(SceneOptions { migration, ..SceneOptions::small("fault-hang") }, async |scene, before| {
+    play(long_pause("fault-hang", &["pause_budget_s = 1", "retries = 0"]), async |scene, before| {
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
         stopped(&monitor).await?;
@@ -462,22 +464,18 @@ async fn a_destination_whose_disk_fills_up_says_so_and_the_guest_stays() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_pause_that_was_cut_off_is_tried_again_and_sends_only_what_differs() {
-    let migration = vec![CONFIRMED.into(), "pause_budget_s = 1".into()];
-    let options = SceneOptions { migration, dirty_disk_kib_per_s: 16, ..SceneOptions::small("fault-again") };
+    let options =
+        SceneOptions { dirty_disk_kib_per_s: 16, ..long_pause("fault-again", &["pause_budget_s = 1"]) };
     play(options, async |scene, _| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
         let first = disk_over_the_wan(scene, &id).await?;
-        let deadline = Instant::now() + MOVE;
-        while !monitor.events().iter().any(|event| event.name == "STOP") {
-            ensure!(Instant::now() < deadline, "The guest was never stopped");
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        stopped(&monitor).await?;
         scene.world.wan.cut()?;
-        let stopped = Instant::now();
+        let stopped_at = Instant::now();
         let view = scene.wait_move(&id, MOVE).await?;
-        println!("stood still for {:.1?}: {:?}, {:?}", stopped.elapsed(), view.reason, view.retry);
+        println!("stood still for {:.1?}: {:?}, {:?}", stopped_at.elapsed(), view.reason, view.retry);
         ensure!(view.retry.is_some_and(|retry| (retry.number, retry.of) == (1, 3)), "nothing follows");
         drop(monitor);
         let state = run_state(&scene.a);
@@ -524,15 +522,11 @@ async fn next_attempt(scene: &Scene, id: &str) -> Result<String> {
 /// An operator ends it for good while the next attempt still waits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_abort_between_two_attempts_is_the_end() {
-    let migration = vec![CONFIRMED.into(), "pause_budget_s = 1".into(), "retry_delay_s = 600".into()];
-    play(SceneOptions { migration, ..SceneOptions::small("fault-no-more") }, async |scene, before| {
+    let options = long_pause("fault-no-more", &["pause_budget_s = 1", "retry_delay_s = 600"]);
+    play(options, async |scene, before| {
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
-        let deadline = Instant::now() + MOVE;
-        while !monitor.events().iter().any(|event| event.name == "STOP") {
-            ensure!(Instant::now() < deadline, "The guest was never stopped");
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        stopped(&monitor).await?;
         scene.world.wan.cut()?;
         drop(monitor);
         scene.wait_move(&id, MOVE).await?;
@@ -556,11 +550,7 @@ async fn an_abort_between_two_attempts_is_the_end() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_source_gateway_killed_in_the_pause_leaves_its_host_as_it_was() {
-    let options = SceneOptions {
-        migration: vec![CONFIRMED.into(), "pause_budget_s = 20".into()],
-        ..SceneOptions::small("fault-pause-kill-a")
-    };
-    play(options, async |scene, before| {
+    play(long_pause("fault-pause-kill-a", &["pause_budget_s = 20"]), async |scene, before| {
         let client = record_client(scene).await?;
         let monitor = Monitor::connect(&scene.a.observer(VM), Duration::from_secs(5))?;
         let id = scene.begin_move().await?;
