@@ -33,7 +33,7 @@ pub trait ChunkSend: Send + 'static {
     /// Bytes queued or sent that the other end has not acknowledged.
     fn unacknowledged(&self) -> u64;
 
-    /// What the path under it is believed to carry, where that is estimated.
+    /// What the path under it carries, where that is estimated or told.
     fn carries(&self) -> Option<Rate> {
         None
     }

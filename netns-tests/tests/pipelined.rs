@@ -121,6 +121,14 @@ async fn says_so(gateway: &Gateway, id: &str) -> bool {
     notices.iter().any(|notice| notice.contains("stands still"))
 }
 
+async fn soon_says_so(gateway: &Gateway, id: &str) {
+    let began = Instant::now();
+    while !says_so(gateway, id).await {
+        assert!(began.elapsed() < SOON, "nobody says that it stands still");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 async fn heal(scene: &Scene) {
     scene.world.wan.heal().unwrap();
     scene.wait_for_link().await.unwrap();
@@ -154,11 +162,7 @@ async fn a_cut_behind_the_commit_leaves_the_machine_standing_until_the_link_is_b
     let client = connect(&scene).await;
     let id = cut_behind_the_commit(&scene).await;
     stands_still(&scene).await;
-    let began = Instant::now();
-    while !says_so(&scene.a, &id).await {
-        assert!(began.elapsed() < SOON, "nobody says that it stands still");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    soon_says_so(&scene.a, &id).await;
     heal(&scene).await;
     arrives(&scene, &id).await;
     lived(client).await;
@@ -233,11 +237,8 @@ async fn an_operator_ends_it(name: &str, asked: impl FnOnce(&Scene) -> &Gateway)
     signal_qemu(&scene.b, Signal::SIGSTOP);
     in_time(&scene, &id).await;
     // Before site b gives its QEMU up by itself.
-    let began = Instant::now();
-    while !(says_so(&scene.a, &id).await && says_so(&scene.b, &id).await) {
-        assert!(began.elapsed() < SOON, "nobody says that it stands still");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    soon_says_so(&scene.a, &id).await;
+    soon_says_so(&scene.b, &id).await;
     // The one at site b answers nobody.
     assert_ne!(state(&scene.a).as_deref(), Some("running"));
     asked(&scene).client().abort(&id).await.unwrap();

@@ -86,7 +86,7 @@ impl<S: ChunkSend> Outlet<S> {
         self.waiting.is_empty()
     }
 
-    /// What the path is believed to carry, where that is estimated.
+    /// What the path carries, where that is known.
     pub(super) fn carries(&self) -> Option<Rate> {
         self.idle.as_ref().map_or(self.carries, ChunkSend::carries)
     }

@@ -6,7 +6,7 @@
 //! pause. It is waited for before packets are held.
 //!
 //! Order matters: packets are held before the guest stops, and QEMU reads those that came before, so that none is lost; the memory
-//! pump absorbs before QEMU is told, so that QEMU never waits for the WAN; the mirrors end while the
+//! pump absorbs before the guest is told to stop, so that QEMU never waits for the WAN; the mirrors end while the
 //! source's disks are still active; `Parked` is said only when QEMU itself says that it has stopped
 //! for good, run state and migration status both.
 

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use longhaul_core::bulk::{BulkId, Channel};
 use longhaul_core::disk::TargetDisk;
 use longhaul_core::ids::DeviceName;
-use longhaul_core::migration::convergence::{Progress, disks_in_step, writing_rate};
+use longhaul_core::migration::convergence::{Progress, disks_in_step};
 use longhaul_core::migration::disk_pace::DiskPace;
 use longhaul_core::migration::lag::Lag;
 use longhaul_core::migration::message::Refusal;
@@ -296,8 +296,9 @@ async fn start_memory(
         MemorySource::bind(&path, packing).map_err(memory_failed)?.with_base(base).with_disks(named_by);
     guest.let_connect(&path).map_err(socket_failed)?;
     transfer.memory = Some(source.start(channel));
+    let all = Progress { memory_remaining: memory, ..Progress::default() };
     let parameters = OutgoingParameters {
-        max_bandwidth: Some(writing_rate(memory, Rate::mbit(config.rate_mbit))),
+        max_bandwidth: Some(all.writing_rate(Rate::mbit(config.rate_mbit))),
         max_throttle_percent: transfer.max_throttle_percent,
     };
     guest.prepare_outgoing(&parameters).await.map_err(hypervisor_failed)?;

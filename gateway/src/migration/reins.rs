@@ -2,9 +2,9 @@
 //! guest down for what is not the guest's doing. Decides nothing of the pause; how fast QEMU may write is
 //! `core/migration/convergence.rs`'s affair.
 
-use longhaul_core::migration::convergence::{Progress, WHILE_IT_WAITS, writing_rate};
+use longhaul_core::migration::convergence::Progress;
 use longhaul_core::migration::message::Refusal;
-use longhaul_core::units::{Bytes, Rate};
+use longhaul_core::units::Rate;
 
 use super::hypervisor_failed;
 use crate::hypervisor::{Guest, MigrationInfo, MigrationStatus};
@@ -43,25 +43,13 @@ struct Writing {
 }
 
 impl Writing {
-    /// What was changed since QEMU looked comes after what is left: a guest that changes much is stopped by nobody but us.
     async fn follow(&mut self, guest: &Guest, progress: &Progress) -> Result<(), Refusal> {
-        let changed = progress.dirty_rate.bytes_in(progress.since_sync);
-        let left = Bytes(progress.memory_remaining.0.saturating_add(changed.0));
-        let waits = progress.round > 1 && !progress.destination_keeps_up();
-        let usual = writing_rate(left, self.link);
-        let wanted = if waits && usual <= self.least() { WHILE_IT_WAITS } else { usual };
+        let wanted = progress.writing_rate(self.link);
         if wanted.0.abs_diff(self.allowed.0) > self.allowed.0 / 8 {
             guest.limit_bandwidth(Some(wanted)).await.map_err(hypervisor_failed)?;
             self.allowed = wanted;
         }
         Ok(())
-    }
-}
-
-impl Writing {
-    /// So little is left that QEMU may be done with it before the next look.
-    fn least(&self) -> Rate {
-        writing_rate(Bytes(0), self.link)
     }
 }
 
@@ -76,8 +64,7 @@ struct Throttle {
 impl Throttle {
     async fn follow(&mut self, guest: &Guest, progress: &Progress, now_percent: u64) -> Result<(), Refusal> {
         let Some(most_percent) = self.most_percent else { return Ok(()) };
-        let waits = progress.round > 1 && !progress.destination_keeps_up();
-        if !progress.disks_in_step || waits {
+        if !progress.disks_in_step || progress.waits_for_destination() {
             if self.kept_in_round.replace(progress.round).is_none() {
                 let kept = u32::try_from(now_percent).unwrap_or(most_percent).min(most_percent);
                 guest.limit_throttle(kept).await.map_err(hypervisor_failed)?;

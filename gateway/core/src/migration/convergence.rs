@@ -79,17 +79,13 @@ pub fn disks_in_step(waiting: Bytes, goodput: Rate, rtt: Duration) -> bool {
 /// look and a half at the earliest, because with nothing left it stops the guest by itself, before packets are held for it.
 /// A machine that was at the other site before travels as a few bytes per page, so that much more than the link carries may
 /// be written.
-pub fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
+fn writing_rate(remaining: Bytes, link: Rate) -> Rate {
     let fitting = Rate((remaining.0 as f64 / LOOK_AND_A_HALF.as_secs_f64()) as u64);
     Rate(fitting.0.min(link.0.saturating_mul(MOST_OF_LINK)).max(link.0 / LEAST_OF_LINK)).max(SLOWEST)
 }
 
 /// QEMU takes 0 for no limit, and counts in tenths of a second.
 const SLOWEST: Rate = Rate(10 * 4096);
-
-/// How fast it may write while the guest is not stopped for the destination's sake, although little is left: with nothing left
-/// it would stop the guest by itself.
-pub const WHILE_IT_WAITS: Rate = SLOWEST;
 
 /// The outcome of one look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +139,20 @@ impl Progress {
     /// The destination has what was sent, but for what the link takes for it, and has read all that pages are named by.
     pub fn destination_keeps_up(&self) -> bool {
         !self.names_unread && self.behind() <= KEEPS_UP
+    }
+
+    /// The guest is not stopped, and QEMU is not to stop it, although memory may be at its end: the destination is behind.
+    pub fn waits_for_destination(&self) -> bool {
+        self.round > 1 && !self.destination_keeps_up()
+    }
+
+    /// How fast QEMU may write on this link. What was changed since it looked comes after what is left: a guest that changes much is
+    /// stopped by nobody but us. One of which little is left goes on by a page at a time while the destination is behind.
+    pub fn writing_rate(&self, link: Rate) -> Rate {
+        let changed = self.dirty_rate.bytes_in(self.since_sync);
+        let usual = writing_rate(Bytes(self.memory_remaining.0.saturating_add(changed.0)), link);
+        let may_end = usual <= writing_rate(Bytes(0), link);
+        if may_end && self.waits_for_destination() { SLOWEST } else { usual }
     }
 
     /// How long what was sent waits for the destination, beyond what the link takes for it.
@@ -257,6 +267,22 @@ mod tests {
             matches!(slow.decide(&look, &budget), Decision::Stop(_))
         });
         assert!(stopped.is_some_and(|round| round > budget.rounds), "{stopped:?}");
+    }
+
+    #[test]
+    fn qemu_hardly_writes_while_its_end_would_come_before_the_destination_has_caught_up() {
+        let link = Rate::mbit(1000);
+        let (least, slowest) = (writing_rate(Bytes(0), link), SLOWEST);
+        let look = |round, left, names_unread| Progress { names_unread, ..progress(round, left) };
+        assert_eq!(look(2, 4096, true).writing_rate(link), slowest);
+        assert_eq!(look(2, 4096, false).writing_rate(link), least);
+        assert_eq!(look(1, 4096, true).writing_rate(link), least, "its first round has no end but the next");
+        assert!(look(2, 100 << 20, true).writing_rate(link) > least, "much is left");
+        let slow = Progress { waited: Duration::from_secs(1), ..progress(2, 4096) };
+        assert!(slow.waits_for_destination());
+        assert_eq!(slow.writing_rate(link), slowest);
+        let changes = Progress { dirty_rate: link, since_sync: Duration::from_secs(1), ..slow };
+        assert!(changes.writing_rate(link) > least, "what was changed is left, too");
     }
 
     #[test]

@@ -141,8 +141,10 @@ impl Effort {
         if share(seen.packing) > HEAVY && share(seen.waiting) < WAITED {
             let rate = seen.content.0 as f64 / seen.time.as_secs_f64();
             let gains = carries.is_some_and(|carries| carries.0 as f64 >= WORTH_MORE * rate);
-            let least = LEVELS.iter().position(|level| gains || *level != Level::Stored).unwrap_or(0);
-            self.level = self.level.saturating_sub(1).max(least.min(before));
+            let lighter = self.level.saturating_sub(1);
+            if gains || LEVELS[lighter] != Level::Stored {
+                self.level = lighter;
+            }
         } else if share(seen.packing) < LIGHT && share(seen.waiting) >= WAITED && self.rest.is_zero() {
             self.level = (self.level + 1).min(LEVELS.len() - 1);
         }
